@@ -1,0 +1,93 @@
+// Element types in memory and the type they are computed in.
+#pragma once
+
+#include "../math.h"
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace dae::cpu::DAE_ISA {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+template <class T>
+struct ComputeType {
+  using type = float;
+};
+template <>
+struct ComputeType<double> {
+  using type = double;
+};
+
+static inline float widen(float v) { return v; }
+static inline double widen(double v) { return v; }
+static inline uint8_t widen(uint8_t v) { return v; }
+static inline float widen(BFloat16 v) { return bits_as<float>(static_cast<uint32_t>(v.bits) << 16); }
+
+static inline float widen(Half v) {
+  const uint32_t magnitude = static_cast<uint32_t>(v.bits & 0x7fffu) << 13;
+  const uint32_t exponent = magnitude & 0x0f800000u;
+  const float normal = bits_as<float>(magnitude + (exponent == 0x0f800000u ? 0x70000000u : 0x38000000u));
+  const float subnormal = bits_as<float>(magnitude + 0x38800000u) - 0x1p-14f;
+  const uint32_t value = bits_as<uint32_t>(exponent == 0 ? subnormal : normal);
+  return bits_as<float>(value | static_cast<uint32_t>(v.bits & 0x8000u) << 16);
+}
+
+// Round to nearest even.
+static inline void narrow(float v, float& out) { out = v; }
+static inline void narrow(double v, double& out) { out = v; }
+
+static inline void narrow(float v, BFloat16& out) {
+  const uint32_t u = bits_as<uint32_t>(v);
+  const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const bool is_nan = (u & 0x7fffffffu) > 0x7f800000u;
+  out.bits = static_cast<uint16_t>(is_nan ? (u >> 16) | 0x40u : rounded);
+}
+
+static inline void narrow(float v, Half& out) {
+  const uint32_t u = bits_as<uint32_t>(v), sign = u & 0x80000000u, m = u ^ sign;
+  const uint32_t normal = (m - 0x38000000u + 0xfffu + ((m >> 13) & 1u)) >> 13;
+  const uint32_t subnormal = bits_as<uint32_t>(bits_as<float>(m) + 0.5f) - 0x3f000000u;
+  const uint32_t special = m > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  const uint32_t h = m >= 0x47800000u ? special : (m < 0x38800000u ? subnormal : normal);
+  out.bits = static_cast<uint16_t>(h | sign >> 16);
+}
+
+// Whole blocks at a time: one simple loop per conversion is what compilers vectorise best.
+template <class T, class R>
+static inline void widen_block(const T* in, R* out, int64_t n) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) out[i] = widen(in[i]);
+}
+
+template <class T, class R>
+static inline void narrow_block(const R* in, T* out, int64_t n) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) narrow(in[i], out[i]);
+}
+
+#if defined(__F16C__)
+// Half has conversion instructions, which compilers do not find in the loops above.
+static inline void widen_block(const Half* in, float* out, int64_t n) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
+  for (; i < n; ++i) out[i] = widen(in[i]);
+}
+
+static inline void narrow_block(const float* in, Half* out, int64_t n) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i),
+                     _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT));
+  for (; i < n; ++i) narrow(in[i], out[i]);
+}
+#endif
+
+}  // namespace dae::cpu::DAE_ISA

@@ -1,0 +1,97 @@
+#include "dispatch.h"
+
+#include <dlfcn.h>
+
+#include <cstring>
+
+namespace dae::cpu {
+
+namespace {
+
+bool processor_has(const char* name) {
+  if (!std::strcmp(name, "baseline")) return true;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (!std::strcmp(name, "avx2")) return avx2;
+  if (!std::strcmp(name, "avx512"))
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+#endif
+  return false;
+}
+
+// Best first.
+const Isa kIsas[] = {
+#if defined(__x86_64__)
+    {"avx512", &kernels_avx512},
+    {"avx2", &kernels_avx2},
+#endif
+    {"baseline", &kernels_baseline},
+};
+
+// torch brings its own OpenMP runtime. A second copy would mean a second thread pool that
+// torch.set_num_threads does not govern, so nothing is linked: the one already loaded is looked up.
+struct OpenMP {
+  void (*parallel)(void (*)(void*), void*, unsigned threads, unsigned flags);
+  int (*max_threads)();
+  int (*num_threads)();
+  int (*thread_num)();
+  OpenMP() {
+    find(parallel, "GOMP_parallel");
+    find(max_threads, "omp_get_max_threads");
+    find(num_threads, "omp_get_num_threads");
+    find(thread_num, "omp_get_thread_num");
+  }
+  bool present() const { return parallel && max_threads && num_threads && thread_num; }
+  template <class F>
+  static void find(F& f, const char* name) {
+    f = reinterpret_cast<F>(dlsym(RTLD_DEFAULT, name));
+  }
+};
+
+const OpenMP& openmp() {
+  static const OpenMP runtime;
+  return runtime;
+}
+
+// Waking a thread costs a few microseconds; less work than this for each is not shared.
+constexpr double kMinWorkPerThread = 4000;
+
+}  // namespace
+
+const Isa* find_isa(const char* name) {
+  for (const Isa& isa : kIsas)
+    if (!std::strcmp(isa.name, name) && processor_has(name)) return &isa;
+  return nullptr;
+}
+
+const Isa& best_isa() {
+  for (const Isa& isa : kIsas)
+    if (processor_has(isa.name)) return isa;
+  return kIsas[sizeof(kIsas) / sizeof(kIsas[0]) - 1];
+}
+
+int max_threads() { return openmp().present() ? openmp().max_threads() : 1; }
+
+void parallel_run(int64_t units, double work, void (*run)(const void*, int64_t, int64_t), const void* body) {
+  int64_t threads = max_threads();
+  const int64_t worth = static_cast<int64_t>(work / kMinWorkPerThread);
+  if (threads > worth) threads = worth;
+  if (threads > units) threads = units;
+  if (threads <= 1) return run(body, 0, units);
+  struct Team {
+    int64_t units;
+    void (*run)(const void*, int64_t, int64_t);
+    const void* body;
+  } team = {units, run, body};
+  openmp().parallel(
+      [](void* data) {
+        const Team& t = *static_cast<const Team*>(data);
+        const int64_t n = openmp().num_threads(), i = openmp().thread_num();
+        t.run(t.body, t.units * i / n, t.units * (i + 1) / n);
+      },
+      &team, static_cast<unsigned>(threads), 0);
+}
+
+}  // namespace dae::cpu

@@ -1,0 +1,33 @@
+// One instruction set for the process, and threads for its kernels.
+#pragma once
+
+#include "args.h"
+
+namespace dae::cpu {
+
+struct Isa {
+  const char* name;
+  const Kernels* kernels;
+};
+
+// The best that this processor and this build have.
+const Isa& best_isa();
+// By name; nullptr when it is unknown, not in this build, or not in this processor.
+const Isa* find_isa(const char* name);
+// How many threads a call may use now: torch.set_num_threads governs it; 1 without OpenMP.
+int max_threads();
+
+// Splits [0, units) over threads; each runs body(begin, end). `work` is the cost of the whole in
+// nanoseconds of one core, roughly: short work stays on the calling thread.
+template <class Body>
+void parallel_for(int64_t units, double work, const Body& body);
+void parallel_run(int64_t units, double work, void (*run)(const void*, int64_t, int64_t), const void* body);
+
+template <class Body>
+void parallel_for(int64_t units, double work, const Body& body) {
+  parallel_run(
+      units, work,
+      [](const void* self, int64_t begin, int64_t end) { (*static_cast<const Body*>(self))(begin, end); }, &body);
+}
+
+}  // namespace dae::cpu

@@ -1,0 +1,294 @@
+// The CPU kernels. Compiled once per instruction set, each time into its own namespace DAE_ISA.
+//
+// Nothing here may be a non-static inline or template from a shared header (the standard library's
+// included): the linker would keep one copy for all, perhaps the AVX-512 one. math.h forces inlining.
+
+#include "args.h"
+#include "convert.h"
+#include "noise.h"
+#include "../ops.h"
+
+#define DAE_JOIN_(a, b) a##b
+#define DAE_JOIN(a, b) DAE_JOIN_(a, b)
+
+namespace dae::cpu {
+namespace DAE_ISA {
+
+// A stretch of the batch, in logical order: part of one row, or whole rows.
+struct Unit {
+  int64_t row, rows, begin, length;  // `length` elements of each row, from element `begin`
+  int64_t count() const { return rows * length; }
+};
+
+static inline Unit unit_at(const Batch& batch, const Cut& cut, int64_t u) {
+  if (cut.segments_per_row > 1) {
+    const int64_t begin = u % cut.segments_per_row * kSegment, left = cut.D - begin;
+    return {u / cut.segments_per_row, 1, begin, left < kSegment ? left : kSegment};
+  }
+  const int64_t row = u * cut.rows_per_unit, left = batch.B - row;
+  return {row, left < cut.rows_per_unit ? left : cut.rows_per_unit, 0, cut.D};
+}
+
+// Calls run(memory offset, position in the unit, run length, stride) for each stretch of a strided
+// operand that advances along its last dimension.
+template <class Run>
+static inline void for_each_run(const Batch& batch, const Operand& operand, const Unit& unit, Run run) {
+  const int last = batch.ndim - 1;
+  int64_t done = 0;
+  for (int64_t r = 0; r < unit.rows; ++r) {
+    for (int64_t i = unit.begin, end = unit.begin + unit.length; i < end;) {
+      int64_t rest = i, offset = (unit.row + r) * operand.strides[0], run_length = 1, stride = 0;
+      for (int d = last; d >= 0; --d) {
+        const int64_t c = rest % batch.sizes[d];
+        rest /= batch.sizes[d];
+        offset += c * operand.strides[d + 1];
+        if (d == last) run_length = batch.sizes[d] - c, stride = operand.strides[d + 1];
+      }
+      if (run_length > end - i) run_length = end - i;
+      run(offset, done, run_length, stride);
+      i += run_length;
+      done += run_length;
+    }
+  }
+}
+
+alignas(64) static const char kZeros[kSegment * sizeof(double)] = {};
+
+// The unit's elements of an operand in the compute type: the memory itself where it already is that,
+// else converted or gathered into `buffer`. An absent operand reads as zeros, so that one loop
+// serves every combination.
+template <class T, class R>
+static inline const R* read(const Batch& batch, const Operand& operand, const Unit& unit, R* buffer) {
+  const T* data = static_cast<const T*>(operand.data);
+  if (!data) return reinterpret_cast<const R*>(kZeros);
+  if (operand.strides) {
+    for_each_run(batch, operand, unit, [&](int64_t offset, int64_t at, int64_t n, int64_t stride) {
+      for (int64_t i = 0; i < n; ++i) buffer[at + i] = widen(data[offset + i * stride]);
+    });
+    return buffer;
+  }
+  const T* from = data + unit.row * batch.D + unit.begin;
+  if constexpr (sizeof(T) == sizeof(R)) return reinterpret_cast<const R*>(from);
+  widen_block(from, buffer, unit.count());
+  return buffer;
+}
+
+// Where to put an output in the compute type: its memory, or `buffer`, which write() then stores.
+template <class T, class R>
+static inline R* target(const Batch& batch, const Operand& operand, const Unit& unit, R* buffer) {
+  if (operand.strides || sizeof(T) != sizeof(R)) return buffer;
+  return reinterpret_cast<R*>(operand.data) + unit.row * batch.D + unit.begin;
+}
+
+template <class T, class R>
+static inline void write(const Batch& batch, const Operand& operand, const Unit& unit, const R* buffer) {
+  T* data = static_cast<T*>(operand.data);
+  if (operand.strides) {
+    for_each_run(batch, operand, unit, [&](int64_t offset, int64_t at, int64_t n, int64_t stride) {
+      for (int64_t i = 0; i < n; ++i) narrow(buffer[at + i], data[offset + i * stride]);
+    });
+  } else if (sizeof(T) != sizeof(R)) {
+    narrow_block(buffer, data + unit.row * batch.D + unit.begin, unit.count());
+  }
+}
+
+template <class To>
+static inline void generate(const Noise& noise, const Unit& unit, typename To::type* out) {
+  if (unit.rows > 1 && unit.length < kValues) return fill_short_rows<To>(noise, unit.row, unit.rows, unit.length, out);
+  for (int64_t r = 0; r < unit.rows; ++r)
+    fill_row<To>(noise, unit.row + r, unit.begin, unit.length, out + r * unit.length);
+}
+
+// Not inlined: one copy of the generator serves every kernel and type.
+__attribute__((noinline)) static void generate_normal(const Noise& noise, const Unit& unit, float* out) {
+  generate<ToNormal>(noise, unit, out);
+}
+
+// The third operand: generated, or read.
+template <class T, class R>
+static inline const R* read_z(const Batch& batch, const Operand& z, const Noise& noise, const Unit& unit, R* buffer) {
+  if (!noise.present) return read<T>(batch, z, unit, buffer);
+  if constexpr (sizeof(R) == sizeof(float)) {
+    generate_normal(noise, unit, buffer);
+  } else {
+    alignas(64) float master[kSegment];
+    generate_normal(noise, unit, master);
+    widen_block(master, buffer, unit.count());
+  }
+  return buffer;
+}
+
+// The coefficients of one row.
+template <class R>
+struct Coefficients {
+  const R* row;
+  R operator[](int column) const { return column == kAbsent ? R(0) : row[column]; }
+};
+
+template <class R>
+static inline Coefficients<R> coefficients(const Table& table, int64_t row) {
+  int64_t i = table.rows == 1 ? 0 : row;
+  if (table.index)
+    i = table.index_is_int64 ? static_cast<const int64_t*>(table.index)[row]
+                             : static_cast<const int32_t*>(table.index)[row];
+  return {static_cast<const R*>(table.data) + i * table.columns};
+}
+
+// out[i] = f(x[i], y[i], z[i]). out may be one of the inputs.
+template <class F, class R>
+static inline void apply(const F& f, const R* x, const R* y, const R* z, R* out, int64_t n) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) out[i] = f(x[i], y[i], z[i]);
+}
+
+template <class F, class R>
+static inline void apply2(const F& f, const F& f2, const R* x, const R* y, const R* z, R* out, R* out2, int64_t n) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    const R xi = x[i], yi = y[i], zi = z[i];
+    out[i] = f(xi, yi, zi);
+    out2[i] = f2(xi, yi, zi);
+  }
+}
+
+template <class T>
+static void affine_units(const AffineArgs& a, int64_t unit_begin, int64_t unit_end) {
+  using R = typename ComputeType<T>::type;
+  alignas(64) R xs[kSegment], ys[kSegment], zs[kSegment], outs[kSegment], outs2[kSegment];
+  const Cut cut(a.batch.B, a.batch.D);
+  for (int64_t u = unit_begin; u < unit_end; ++u) {
+    const Unit unit = unit_at(a.batch, cut, u);
+    const R* x = read<T>(a.batch, a.x, unit, xs);
+    const R* y = read<T>(a.batch, a.y, unit, ys);
+    const R* z = read_z<T>(a.batch, a.z, a.noise, unit, zs);
+    R* out = target<T>(a.batch, a.out, unit, outs);
+    R* out2 = a.out2.data ? target<T>(a.batch, a.out2, unit, outs2) : nullptr;
+    for (int64_t r = 0; r < unit.rows; ++r) {
+      const int64_t at = r * unit.length, n = unit.length;
+      const Coefficients<R> c = coefficients<R>(a.table, unit.row + r);
+      const Affine<R> first = {c[a.columns[0]], c[a.columns[1]], c[a.columns[2]]};
+      if (a.clamped) {
+        const ClampedAffine<R> f = {first, c[a.inner[0]], c[a.inner[1]], static_cast<R>(a.lo), static_cast<R>(a.hi)};
+        apply(f, x + at, y + at, z + at, out + at, n);
+      } else if (!out2) {
+        apply(first, x + at, y + at, z + at, out + at, n);
+      } else {
+        const Affine<R> second = {c[a.columns[3]], c[a.columns[4]], c[a.columns[5]]};
+        apply2(first, second, x + at, y + at, z + at, out + at, out2 + at, n);
+      }
+    }
+    write<T>(a.batch, a.out, unit, out);
+    if (out2) write<T>(a.batch, a.out2, unit, out2);
+  }
+}
+
+// Sixteen running sums, whatever the vector width: the same sum on every instruction set. A float
+// lane takes at most kSegment/16 products before it is widened.
+template <class R>
+static inline double dot(const R* a, const R* b, int64_t n) {
+  constexpr int kSums = 16;
+  alignas(64) R lanes[kSums] = {};
+  int64_t i = 0;
+  for (; i + kSums <= n; i += kSums)
+    for (int j = 0; j < kSums; ++j) lanes[j] = mul_add(a[i + j], b[i + j], lanes[j]);
+  for (int j = 0; i < n; ++i, ++j) lanes[j] = mul_add(a[i], b[i], lanes[j]);
+  double sum = 0;
+  for (int j = 0; j < kSums; ++j) sum += static_cast<double>(lanes[j]);
+  return sum;
+}
+
+// The unit's place among all segments: one segment of a long row, or `rows` whole rows.
+static inline int64_t segment_of(const Cut& cut, int64_t u) {
+  return cut.segments_per_row > 1 ? u : u * cut.rows_per_unit;
+}
+
+template <class T>
+static void residual_units(const ResidualArgs& a, int64_t unit_begin, int64_t unit_end) {
+  using R = typename ComputeType<T>::type;
+  alignas(64) R preds[kSegment], ys[kSegment], zs[kSegment], residual[kSegment], grads[kSegment];
+  alignas(64) uint8_t masks[kSegment];
+  const Cut cut(a.batch.B, a.batch.D);
+  for (int64_t u = unit_begin; u < unit_end; ++u) {
+    const Unit unit = unit_at(a.batch, cut, u);
+    const R* pred = read<T>(a.batch, a.pred, unit, preds);
+    const R* y = read<T>(a.batch, a.y, unit, ys);
+    const R* z = read_z<T>(a.batch, a.z, a.noise, unit, zs);
+    const uint8_t* mask = read<uint8_t>(a.batch, a.mask, unit, masks);
+    R* grad = a.grad.data ? target<T>(a.batch, a.grad, unit, grads) : nullptr;
+    for (int64_t r = 0; r < unit.rows; ++r) {
+      const int64_t at = r * unit.length, n = unit.length;
+      const Coefficients<R> c = coefficients<R>(a.table, unit.row + r);
+      const Affine<R> f = {R(1), c[a.columns[0]], c[a.columns[1]]};
+      apply(f, pred + at, y + at, z + at, residual, n);
+      // A select, not a product: what is masked out may be NaN.
+      if (a.mask.data)
+        for (int64_t i = 0; i < n; ++i) residual[i] = mask[at + i] ? residual[i] : R(0);
+      a.sums[segment_of(cut, u) + r] = dot(residual, residual, n);
+      const R scale = static_cast<R>(a.scale[unit.row + r]);
+      if (grad)
+        for (int64_t i = 0; i < n; ++i) grad[at + i] = scale * residual[i];
+    }
+    if (grad) write<T>(a.batch, a.grad, unit, grad);
+  }
+}
+
+template <class T>
+static void row_dots_units(const RowDotsArgs& a, int64_t unit_begin, int64_t unit_end) {
+  using R = typename ComputeType<T>::type;
+  alignas(64) R gs[kSegment], xs[kSegment], ys[kSegment], zs[kSegment];
+  const Cut cut(a.batch.B, a.batch.D);
+  for (int64_t u = unit_begin; u < unit_end; ++u) {
+    const Unit unit = unit_at(a.batch, cut, u);
+    const R* g = read<T>(a.batch, a.g, unit, gs);
+    const R* inputs[3] = {read<T>(a.batch, a.x, unit, xs), read<T>(a.batch, a.y, unit, ys),
+                          read_z<T>(a.batch, a.z, a.noise, unit, zs)};
+    for (int64_t r = 0; r < unit.rows; ++r) {
+      const int64_t at = r * unit.length;
+      for (int k = 0; k < 3; ++k) a.sums[3 * (segment_of(cut, u) + r) + k] = dot(g + at, inputs[k] + at, unit.length);
+    }
+  }
+}
+
+static void mask_count(const MaskCountArgs& a, int64_t unit_begin, int64_t unit_end) {
+  alignas(64) uint8_t buffer[kSegment];
+  const Cut cut(a.batch.B, a.batch.D);
+  for (int64_t u = unit_begin; u < unit_end; ++u) {
+    const Unit unit = unit_at(a.batch, cut, u);
+    const uint8_t* mask = read<uint8_t>(a.batch, a.mask, unit, buffer);
+    for (int64_t r = 0; r < unit.rows; ++r) {
+      int64_t kept = 0;
+      for (int64_t i = 0; i < unit.length; ++i) kept += mask[r * unit.length + i] != 0;
+      a.counts[segment_of(cut, u) + r] = kept;
+    }
+  }
+}
+
+static void bits(const BitsArgs& a, int64_t unit_begin, int64_t unit_end) {
+  const Cut cut(a.batch.B, a.batch.D);
+  for (int64_t u = unit_begin; u < unit_end; ++u) {
+    const Unit unit = unit_at(a.batch, cut, u);
+    generate<ToWord>(a.noise, unit, a.out + unit.row * a.batch.D + unit.begin);
+  }
+}
+
+// One switch over the element types for every kernel.
+#define DAE_BY_DTYPE(name, Args)                                                \
+  static void name(const Args& a, int64_t unit_begin, int64_t unit_end) {       \
+    switch (a.batch.dtype) {                                                    \
+      case Dtype::f32: return name##_units<float>(a, unit_begin, unit_end);     \
+      case Dtype::f64: return name##_units<double>(a, unit_begin, unit_end);    \
+      case Dtype::bf16: return name##_units<BFloat16>(a, unit_begin, unit_end); \
+      case Dtype::f16: return name##_units<Half>(a, unit_begin, unit_end);      \
+    }                                                                           \
+  }
+DAE_BY_DTYPE(affine, AffineArgs)
+DAE_BY_DTYPE(residual, ResidualArgs)
+DAE_BY_DTYPE(row_dots, RowDotsArgs)
+#undef DAE_BY_DTYPE
+
+}  // namespace DAE_ISA
+
+const Kernels DAE_JOIN(kernels_, DAE_ISA) = {DAE_ISA::affine, DAE_ISA::residual, DAE_ISA::row_dots,
+                                             DAE_ISA::mask_count, DAE_ISA::bits};
+
+}  // namespace dae::cpu

@@ -1,0 +1,140 @@
+// The noise contract as arithmetic: Philox4x32-10 words and the normals made from them.
+//
+// Every function here is branch-free, uses explicit fma, IEEE sqrt and no division, so that each
+// instruction set and each device gives the same 32 bits. Do not reorder a sum or drop an fma.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__CUDACC__)
+#define DAE_FN __host__ __device__ __forceinline__
+#else
+#define DAE_FN inline __attribute__((always_inline))
+#endif
+
+namespace dae {
+
+constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
+constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
+constexpr int kPhiloxRounds = 10;
+
+struct Key {
+  uint64_t seed, offset;
+};
+
+struct Block {
+  uint32_t r[4];
+};
+
+template <class To, class From>
+DAE_FN To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bits_as keeps every bit");
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// One rounding, everywhere. Without the instruction: the product of two floats is exact in double;
+// rounding the double sum to odd keeps the second rounding (to float) from seeing a false tie
+// (Boldo and Melquiond 2008). libm's fmaf would be the same value at a call per element.
+DAE_FN float fma32(float a, float b, float c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__CUDA_ARCH__)
+  return __builtin_fmaf(a, b, c);
+#else
+  const double p = static_cast<double>(a) * b, d = c, s = p + d;
+  const double t = s - p, err = (p - (s - t)) + (d - t);  // TwoSum: s + err = p + d exactly
+  // To odd: down to the neighbour nearer zero when the exact sum lies that way, then set the low bit.
+  // No branch and no select, so that it vectorises.
+  const int64_t inexact = (err > 0) | (err < 0), inward = ((err > 0) & (s < 0)) | ((err < 0) & (s > 0));
+  return static_cast<float>(bits_as<double>((bits_as<int64_t>(s) - inward) | inexact));
+#endif
+}
+
+// a*b + c. Only float carries the bit-for-bit promise; double is the checking precision, and
+// unfused it is the same on every instruction set.
+DAE_FN float mul_add(float a, float b, float c) { return fma32(a, b, c); }
+DAE_FN double mul_add(double a, double b, double c) { return a * b + c; }
+
+DAE_FN Block philox4x32_10(Block counter, uint32_t k0, uint32_t k1) {
+  Block b = counter;
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const uint64_t p0 = static_cast<uint64_t>(b.r[0]) * kPhiloxM0;
+    const uint64_t p1 = static_cast<uint64_t>(b.r[2]) * kPhiloxM1;
+    b = {{static_cast<uint32_t>(p1 >> 32) ^ b.r[1] ^ k0, static_cast<uint32_t>(p1),
+          static_cast<uint32_t>(p0 >> 32) ^ b.r[3] ^ k1, static_cast<uint32_t>(p0)}};
+    k0 += kPhiloxW0;
+    k1 += kPhiloxW1;
+  }
+  return b;
+}
+
+// Block n of a key's word stream.
+DAE_FN Block block_at(Key key, uint64_t n) {
+  const uint64_t counter = key.offset + n;
+  return philox4x32_10({{static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), 0, 0}},
+                       static_cast<uint32_t>(key.seed), static_cast<uint32_t>(key.seed >> 32));
+}
+
+// Block `data` of `key`, read as a key.
+DAE_FN Key fold_in(Key key, uint64_t data) {
+  const Block b = block_at(key, data);
+  return {b.r[0] | static_cast<uint64_t>(b.r[1]) << 32, b.r[2] | static_cast<uint64_t>(b.r[3]) << 32};
+}
+
+// -2 ln u with u = (r + 1/2) 2^-32, relative error below 2^-22.9.
+//
+// For u > 1/2 the complement 1 - u comes from ~r, so that ln stays exact as u -> 1. Then
+// u = 2^e (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)), and -2 ln(1 + f) = -2f + f^2 Q(f), Q minimax.
+DAE_FN float neg2_log_u(uint32_t r) {
+  const int32_t sign = static_cast<int32_t>(r) >> 31;  // all ones when u > 1/2
+  const float x = fma32(static_cast<float>(static_cast<int32_t>(r) ^ sign), 0x1p-32f, 0x1p-33f);
+  const float u = sign ? 1.0f - x : x;
+  const int32_t bits = bits_as<int32_t>(u);
+  const int32_t exponent = (bits - 0x3f3504f3) & static_cast<int32_t>(0xff800000);  // e << 23
+  const float f = exponent == 0 ? -x : bits_as<float>(bits - exponent) - 1.0f;
+  float q = fma32(f, -1.7469501495e-01f, 2.8614965081e-01f);
+  q = fma32(q, f, -2.9835978150e-01f);
+  q = fma32(q, f, 3.3141028881e-01f);
+  q = fma32(q, f, -3.9924141765e-01f);
+  q = fma32(q, f, 5.0003510714e-01f);
+  q = fma32(q, f, -6.6667902470e-01f);
+  q = fma32(q, f, 9.9999982119e-01f);
+  constexpr float kNeg2Ln2 = -1.3862943611f * 0x1p-23f;  // exponent is e scaled by 2^23
+  return fma32(f * f, q, fma32(static_cast<float>(exponent), kNeg2Ln2, -2.0f * f));
+}
+
+// sin and cos of 2 pi u with u = (r + 1/2) 2^-32. The nearest quarter turn comes off as integer
+// bits, so the argument of the polynomials is exact up to its one rounding to float.
+DAE_FN void sincos_2pi_u(uint32_t r, float& sine, float& cosine) {
+  const float y = static_cast<float>(static_cast<int32_t>(r << 2 | 2u)) * 0x1p-34f;
+  const float y2 = y * y;
+  float s = fma32(y2, -7.5393562317e+01f, 8.1592353821e+01f);
+  s = fma32(s, y2, -4.1341663361e+01f);
+  s = fma32(s, y2, 6.2831854820e+00f);
+  s *= y;
+  float c = fma32(y2, 5.9229240417e+01f, -8.5443237305e+01f);
+  c = fma32(c, y2, 6.4939323425e+01f);
+  c = fma32(c, y2, -1.9739208221e+01f);
+  c = fma32(c, y2, 1.0f);
+  const uint32_t quarter = r + 0x20000000u;  // the quarter turn in the two top bits
+  const bool swap = (quarter & 0x40000000u) != 0;
+  const uint32_t a = bits_as<uint32_t>(swap ? c : s), b = bits_as<uint32_t>(swap ? s : c);
+  sine = bits_as<float>(a ^ (quarter & 0x80000000u));
+  cosine = bits_as<float>(b ^ ((quarter + 0x40000000u) & 0x80000000u));
+}
+
+// Box-Muller 1958: two normals from two words.
+DAE_FN void normal_pair(uint32_t radius, uint32_t angle, float& z0, float& z1) {
+  float sine, cosine;
+  sincos_2pi_u(angle, sine, cosine);
+#if defined(__CUDA_ARCH__)
+  const float s = __fsqrt_rn(neg2_log_u(radius));
+#else
+  const float s = __builtin_sqrtf(neg2_log_u(radius));
+#endif
+  z0 = s * cosine;
+  z1 = s * sine;
+}
+
+}  // namespace dae
