@@ -26,9 +26,9 @@ using Strides = std::vector<int64_t>;
 // Sizes of one row's dimensions and, for each operand in the order of the call, its strides with the
 // batch stride first; an empty list means contiguous.
 using Layout = std::optional<std::pair<Strides, std::vector<Strides>>>;
-// mode (0 none, 1 rows, 2 raw stream), seed, offset, address of a key in memory or 0, address of the
+// mode (0 none, 1 rows, 2 raw stream), seed and offset as signed bits, address of a key in memory or 0, address of the
 // sample ids or 0, first sample.
-using NoiseSpec = std::tuple<int, uint64_t, uint64_t, uintptr_t, uintptr_t, uint64_t>;
+using NoiseSpec = std::tuple<int, int64_t, int64_t, uintptr_t, uintptr_t, int64_t>;
 // address, rows, columns, address of the index or 0, whether it is int64.
 using TableSpec = std::tuple<uintptr_t, int64_t, int64_t, uintptr_t, bool>;
 
@@ -79,9 +79,9 @@ Noise make_noise(const NoiseSpec& spec) {
   n.present = mode != 0;
   n.fold = mode != 2;
   const uint64_t* k = reinterpret_cast<const uint64_t*>(key);
-  n.key = k ? Key{k[0], k[1]} : Key{seed, offset};
+  n.key = k ? Key{k[0], k[1]} : Key{static_cast<uint64_t>(seed), static_cast<uint64_t>(offset)};
   n.sample = reinterpret_cast<const int64_t*>(sample);
-  n.first_sample = first;
+  n.first_sample = static_cast<uint64_t>(first);
   return n;
 }
 
@@ -209,9 +209,9 @@ void bits(int64_t B, int64_t D, const NoiseSpec& noise, uintptr_t out) {
   launch(g_isa->kernels->bits, a, true);
 }
 
-std::pair<uint64_t, uint64_t> fold_in_key(uint64_t seed, uint64_t offset, uint64_t data) {
-  const Key k = fold_in({seed, offset}, data);
-  return {k.seed, k.offset};
+std::pair<int64_t, int64_t> fold_in_key(int64_t seed, int64_t offset, int64_t data) {
+  const Key k = fold_in({static_cast<uint64_t>(seed), static_cast<uint64_t>(offset)}, static_cast<uint64_t>(data));
+  return {static_cast<int64_t>(k.seed), static_cast<int64_t>(k.offset)};
 }
 
 std::array<uint32_t, 4> philox(const std::array<uint32_t, 4>& c, const std::array<uint32_t, 2>& key) {

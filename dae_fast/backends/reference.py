@@ -1,0 +1,168 @@
+"""Every primitive in plain torch: the judge of all other backends, and the one that runs anywhere.
+
+Computes in fp32 for fp16/bf16/fp32 and in fp64 for fp64, like the kernels. Being plain torch, it has
+every gradient, transform and device that torch has.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ..noise import Noise
+
+_MASK = 0xFFFF_FFFF
+_M0, _M1 = 0xD2511F53, 0xCD9E8D57
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+
+Words = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def philox4x32_10(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
+    """Salmon et al. 2011. Words are int64 tensors in [0, 2**32); products wrap, which keeps their bits."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        p0, p1 = c0 * _M0, c2 * _M1
+        c0, c1, c2, c3 = (p1 >> 32) & _MASK ^ c1 ^ k0, p1 & _MASK, (p0 >> 32) & _MASK ^ c3 ^ k1, p0 & _MASK
+        k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
+    return c0, c1, c2, c3
+
+
+def _low_high(bits: Tensor) -> tuple[Tensor, Tensor]:
+    return bits & _MASK, (bits >> 32) & _MASK
+
+
+def block_at(seed: Tensor, offset: Tensor, n: Tensor) -> Words:
+    """Block n of the word stream of key (seed, offset), all int64 bits; they broadcast."""
+    low, high = _low_high(offset + n)
+    zero = torch.zeros_like(low)
+    return philox4x32_10((low, high, zero, zero), _low_high(seed))
+
+
+def fold_in_tensor(key: Tensor, data: Tensor) -> Tensor:
+    """key (2,) and data () int64 bits; returns the folded key (2,)."""
+    r0, r1, r2, r3 = block_at(key[0], key[1], data)
+    return torch.stack((r0 | r1 << 32, r2 | r3 << 32))
+
+
+def fold_in(seed: int, offset: int, data: int) -> tuple[int, int]:
+    folded: list[int] = fold_in_tensor(torch.tensor((seed, offset)), torch.tensor(data)).tolist()
+    return folded[0], folded[1]
+
+
+def words(noise: Noise, B: int, D: int, device: torch.device, fold: bool = True) -> Tensor:
+    """(B, D) words of the noise; with fold=False every row is the raw stream of the key."""
+    key = noise._as_tensor().to(device)
+    seed, offset = key[0].expand(B, 1), key[1].expand(B, 1)
+    if fold:
+        ids = noise._sample
+        if ids is None:
+            ids = torch.arange(B, device=device) + noise._first_sample
+        r0, r1, r2, r3 = block_at(key[0], key[1], ids)
+        seed, offset = (r0 | r1 << 32)[:, None], (r2 | r3 << 32)[:, None]
+    n = torch.arange((D + 3) // 4, device=device)[None, :]
+    return torch.stack(block_at(seed, offset, n), -1).reshape(B, -1)[:, :D]
+
+
+def normal(noise: Noise, B: int, D: int, device: torch.device, fold: bool = True) -> Tensor:
+    """(B, D) fp32: Box-Muller in fp64, rounded once."""
+    w = words(noise, B, (D + 3) // 4 * 4, device, fold).double().reshape(B, -1, 2)
+    u = w * 2.0**-32 + 2.0**-33
+    # ln u from the complement of the word where u is near 1, as the kernels do.
+    log_u = torch.where(u > 0.5, torch.log1p(-((2.0**32 - 1 - w) * 2.0**-32 + 2.0**-33)), torch.log(u))[..., 0]
+    s, angle = torch.sqrt(-2 * log_u), 2 * math.pi * u[..., 1]
+    return torch.stack((s * torch.cos(angle), s * torch.sin(angle)), -1).reshape(B, -1)[:, :D].float()
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def noise_like(noise: Noise, x: Tensor) -> Tensor:
+    """The noise of x's shape and device, in x's compute dtype."""
+    B = x.shape[0]
+    values = normal(noise, B, x[0].numel() if B else 0, x.device)
+    return values.reshape(x.shape).to(compute_dtype(x.dtype))
+
+
+def coefficients(table: Tensor, index: Tensor | None, op: str) -> Tensor:
+    """(B or 1, K) rows of the table. A level outside it raises on the CPU and is NaN elsewhere."""
+    if index is None:
+        return table
+    inside = (index >= 0) & (index < table.shape[0])
+    if not torch.compiler.is_compiling() and index.device.type == "cpu" and not inside.all():
+        raise_bad_level(op, table, index, int((~inside).nonzero()[0, 0]))
+    rows = table[index.long().clamp(0, table.shape[0] - 1)]
+    return torch.where(inside[:, None], rows, torch.nan)
+
+
+def raise_bad_level(op: str, table: Tensor, index: Tensor, row: int) -> None:
+    raise ValueError(
+        f"{op}: level must be in [0, {table.shape[0]}), got {int(index[row])} for sample {row} of the batch"
+    )
+
+
+def affine(
+    op: str,
+    x: Tensor,
+    y: Tensor | None,
+    z: Tensor | None,
+    noise: Noise | None,
+    table: Tensor,
+    index: Tensor | None,
+    columns: tuple[int, ...],
+    clamp: tuple[int, int, float, float] | None = None,
+) -> tuple[Tensor, ...]:
+    """c0*x + c1*y + c2*z for each three of `columns` (-1: that coefficient is 0); z may be `noise`.
+
+    clamp (a0, a1, lo, hi): y becomes clamp(a0*x + a1*y, lo, hi).
+    """
+    compute = compute_dtype(x.dtype)
+    rows = coefficients(table, index, op).to(compute)
+    column = [rows[:, k].reshape(-1, *[1] * (x.dim() - 1)) for k in range(rows.shape[1])]
+    inputs = [None if t is None else t.to(compute) for t in (x, y, z)]
+    if noise is not None:
+        inputs[2] = noise_like(noise, x)
+    if clamp is not None:
+        a0, a1, lo, hi = clamp
+        terms = [column[a] * t for a, t in ((a0, inputs[0]), (a1, inputs[1])) if a >= 0 and t is not None]
+        inputs[1] = torch.clamp(sum(terms[1:], terms[0]), lo, hi)
+    outputs = []
+    for first in range(0, len(columns), 3):
+        used = zip(columns[first : first + 3], inputs, strict=True)
+        terms = [column[c] * t for c, t in used if c >= 0 and t is not None]
+        outputs.append(sum(terms[1:], terms[0]).expand(x.shape).to(x.dtype))
+    return tuple(outputs)
+
+
+def residual(
+    op: str,
+    pred: Tensor,
+    y: Tensor | None,
+    z: Tensor | None,
+    noise: Noise | None,
+    table: Tensor,
+    index: Tensor | None,
+    columns: tuple[int, int],
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(B,) sums of (pred + n1*y + n2*z)**2 over each sample's kept elements, and how many those are."""
+    compute = compute_dtype(pred.dtype)
+    rows = coefficients(table, index, op).to(compute)
+    r = pred.to(compute)
+    third = noise_like(noise, pred) if noise is not None else z
+    for column, t in zip(columns, (y, third), strict=True):
+        if column >= 0 and t is not None:
+            r = r + rows[:, column].reshape(-1, *[1] * (pred.dim() - 1)) * t.to(compute)
+    B = pred.shape[0]
+    if mask is None:
+        kept = torch.full((B,), pred[0].numel() if B else 0, dtype=compute, device=pred.device)
+    else:
+        r = torch.where(mask, r, 0)
+        kept = mask.reshape(B, -1).sum(1).to(compute)
+    return r.square().reshape(B, -1).sum(1), kept

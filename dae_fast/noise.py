@@ -1,0 +1,183 @@
+"""Noise as a value: sixteen bytes that say what every normal of a batch is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .backends import native_module as native
+from .backends import reference
+from .backends.reference import fold_in_tensor
+from .ops.routing import Route, route
+
+
+def to_signed(value: int) -> int:
+    """The signed int64 with the bits of `value` modulo 2**64; torch has no uint64 arithmetic."""
+    value &= 0xFFFF_FFFF_FFFF_FFFF
+    return value - (value >> 63 << 64)
+
+
+class Noise:
+    """Gaussian noise addressed by a key: never stored, regenerated wherever it is wanted.
+
+    seed: int, taken modulo 2**64, or an int64 tensor (2,) that holds (seed, offset) bits: a key in
+          memory, so that a captured CUDA graph or a compiled function sees new keys without a change
+    sample: int64 tensor (B,), the id of each row (a data-set index, say); None: first_sample + row
+    first_sample: id of row 0 when there is no `sample`: a shard's place in the global batch
+
+    Element i of row b depends on (seed, every fold_in, id of b, i) alone: never on batch size, shard,
+    strides, dtype, threads, instruction set or device. The stream is Philox4x32-10 (Salmon et al.
+    2011) with Box-Muller normals, the one of torch.func._random. fp32 is the master value: fp16 and
+    bf16 are its rounding, fp64 its exact widening; |z| reaches 6.76.
+    """
+
+    __slots__ = ("_first_sample", "_key_tensor", "_offset", "_sample", "_seed")
+
+    def __init__(self, seed: int | Tensor, *, sample: Tensor | None = None, first_sample: int = 0) -> None:
+        self._seed = self._offset = 0
+        self._key_tensor: Tensor | None = None
+        if isinstance(seed, Tensor):
+            if seed.dtype != torch.int64 or seed.shape != (2,):
+                raise ValueError(
+                    f"Noise: a key tensor must be int64 of shape (2,), got {seed.dtype} of {tuple(seed.shape)}"
+                )
+            self._key_tensor = seed
+        elif isinstance(seed, int) and not isinstance(seed, bool):
+            self._seed = to_signed(seed)
+        else:
+            raise TypeError(f"Noise: seed must be an int or an int64 tensor (2,), got {type(seed).__name__}")
+        if sample is not None:
+            if not isinstance(sample, Tensor) or sample.dtype != torch.int64 or sample.dim() != 1:
+                got = (
+                    f"{sample.dtype} of {tuple(sample.shape)}" if isinstance(sample, Tensor) else type(sample).__name__
+                )
+                raise ValueError(f"Noise: sample must be an int64 tensor (B,), got {got}")
+            if first_sample != 0:
+                raise ValueError("Noise: give sample or first_sample, not both")
+        self._sample = sample
+        self._first_sample = to_signed(first_sample)
+
+    @classmethod
+    def _make(
+        cls, seed: int, offset: int, key: Tensor | None = None, sample: Tensor | None = None, first_sample: int = 0
+    ) -> Noise:
+        """From signed bits, unchecked."""
+        noise = cls.__new__(cls)
+        noise._seed, noise._offset, noise._key_tensor = seed, offset, key
+        noise._sample, noise._first_sample = sample, first_sample
+        return noise
+
+    @classmethod
+    def from_generator(
+        cls,
+        generator: torch.Generator | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        sample: Tensor | None = None,
+        first_sample: int = 0,
+    ) -> Noise:
+        """A key drawn from a torch generator (None: the global one), so that torch.manual_seed governs it.
+
+        On the CPU the key lives on the host; on another device it stays there as a tensor and nothing
+        synchronises.
+        """
+        bits = torch.empty(2, dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
+        noise = cls(bits, sample=sample, first_sample=first_sample)
+        if bits.device.type == "cpu" and not torch.compiler.is_compiling():
+            noise._seed, noise._offset = bits.tolist()
+            noise._key_tensor = None
+        return noise
+
+    @property
+    def key(self) -> tuple[int, int] | Tensor:
+        """(seed, offset) as unsigned ints, or the int64 tensor (2,) that holds their bits."""
+        if self._key_tensor is not None:
+            return self._key_tensor
+        return self._seed & 0xFFFF_FFFF_FFFF_FFFF, self._offset & 0xFFFF_FFFF_FFFF_FFFF
+
+    def to(self, device: torch.device | str) -> Noise:
+        """The same noise with its key (and sample ids) in memory on `device`."""
+        sample = None if self._sample is None else self._sample.to(device)
+        return Noise._make(0, 0, self._as_tensor().to(device), sample, self._first_sample)
+
+    def _as_tensor(self) -> Tensor:
+        if self._key_tensor is not None:
+            return self._key_tensor
+        return torch.tensor([self._seed, self._offset], dtype=torch.int64)
+
+    def _check(self, op: str, B: int, device: torch.device) -> None:
+        """Raises ValueError unless the noise fits a batch of B rows on `device`."""
+        sample, key = self._sample, self._key_tensor
+        if sample is not None:
+            if sample.shape[0] != B:
+                raise ValueError(f"{op}: noise.sample must have shape ({B},), got {tuple(sample.shape)}")
+            if sample.device != device:
+                raise ValueError(f"{op}: noise.sample must be on {device}, got {sample.device}")
+        if key is not None and key.device != device and key.device.type != "cpu":
+            raise ValueError(f"{op}: the noise key must be on {device} or the CPU, got {key.device}")
+
+    def fold_in(self, data: int | Tensor) -> Noise:
+        """An independent stream for each `data` (a step, a rank, an epoch), taken modulo 2**64.
+
+        data: int, or an int64 tensor of one element, which makes the new key a tensor on its device.
+        """
+        if isinstance(data, int) and self._key_tensor is None and not torch.compiler.is_compiling():
+            seed, offset = backends.fold_in(self._seed, self._offset, to_signed(data))
+            return Noise._make(seed, offset, None, self._sample, self._first_sample)
+        key = self._as_tensor()
+        if isinstance(data, Tensor):
+            if data.dtype != torch.int64 or data.numel() != 1:
+                raise ValueError(
+                    f"Noise.fold_in: a tensor must be int64 with one element, got {data.dtype} of {tuple(data.shape)}"
+                )
+            key = key.to(data.device)
+            words = data.reshape(())
+        else:
+            words = torch.tensor(to_signed(data), dtype=torch.int64, device=key.device)
+        return Noise._make(0, 0, fold_in_tensor(key, words), self._sample, self._first_sample)
+
+    def normal(
+        self, shape: Sequence[int], *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """The noise as a tensor: row b, element i of `shape` (B, ...), standard normal.
+
+        Raises ValueError when `shape` has no batch dimension or `sample` is not (B,).
+        """
+        return fill("normal", self, tuple(shape), dtype, torch.device(device))
+
+    def bits(self, shape: Sequence[int], *, device: torch.device | str = "cpu") -> Tensor:
+        """The words behind the noise, int64 in [0, 2**32): element i of row b is word i of its stream.
+
+        Use a key of their own (fold_in a tag) for decisions that must not depend on the normals.
+        """
+        return fill("bits", self, tuple(shape), torch.int64, torch.device(device))
+
+    def __repr__(self) -> str:
+        ids = f", sample={tuple(self._sample.shape)}" if self._sample is not None else ""
+        first = f", first_sample={self._first_sample}" if self._first_sample else ""
+        return f"Noise(key={self.key}{ids}{first})"
+
+
+def fill(op: str, noise: Noise, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`shape` full of the noise's normals or words."""
+    if not shape or any(n < 0 for n in shape):
+        raise ValueError(f"{op}: shape must be (B, ...), got {shape}")
+    if op == "normal" and dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise TypeError(f"{op}: dtype must be float16, bfloat16, float32 or float64, got {dtype}")
+    B, D = shape[0], math.prod(shape[1:])
+    noise._check(op, B, device)
+    way = route(op, torch.empty(0, device=device), noise._key_tensor, noise._sample)
+    if way is Route.REFERENCE:
+        if op == "bits":
+            return reference.words(noise, B, D, device).reshape(shape)
+        return reference.normal(noise, B, D, device).to(dtype).reshape(shape)
+    if way is Route.DIRECT:
+        values = native.words(noise, B, D) if op == "bits" else native.normal(noise, B, D, dtype)
+        return values.reshape(shape)
+    key, sample = noise._as_tensor().to(device), noise._sample
+    flat: Tensor = torch.ops.dae_fast.fill(op, key, sample, noise._first_sample, B, D, dtype)
+    return flat.reshape(shape)

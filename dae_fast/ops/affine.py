@@ -1,0 +1,213 @@
+"""The affine map, sample by sample: c0[b]*x + c1[b]*y + c2[b]*z, with z noise or a tensor.
+
+Noising, the Tweedie conversions, Langevin, DDPM and DDIM steps are rows of coefficients for it, and so
+is its own gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import native_module as native
+from ..backends import reference
+from ..noise import Noise
+from ..schedule import Rows
+from .flat import FlatNoise, flatten, merge, merge_rows_and_noise, unflatten
+from .routing import Route, route, wants_grad
+
+Columns = tuple[int, ...]  # of the table: c0, c1, c2 of the output, then those of a second one
+Clamp = tuple[int, int, float, float]
+ABSENT = -1  # the column of a coefficient that is 0
+
+
+def affine(
+    op: str,
+    x: Tensor,
+    y: Tensor | None,
+    z: Tensor | None,
+    noise: Noise | None,
+    rows: Rows,
+    columns: Columns,
+    clamp: Clamp | None = None,
+) -> tuple[Tensor, ...]:
+    """One output for each three of `columns`. x, y, z: one shape, dtype and device; z or noise or neither.
+
+    clamp (a0, a1, lo, hi): y is replaced by clamp(a0*x + a1*y, lo, hi).
+    """
+    way = route(op, x, y, z, rows.table)
+    if way is Route.REFERENCE:
+        return reference.affine(op, x, y, z, noise, *rows, columns, clamp)
+    if clamp is not None and (way is not Route.DIRECT or wants_grad(x, y, z, rows.table)):
+        # Where gradients or tracing are in play the clamp is torch's own, between two fused passes.
+        a0, a1, lo, hi = clamp
+        middle = affine(op, x, y, None, None, rows, (a0, a1, ABSENT))[0].clamp(lo, hi)
+        return affine(op, x, middle, z, noise, rows, columns)
+    if way is Route.DIRECT:
+        if wants_grad(x, y, z, rows.table):
+            return _tuple(_Affine.apply(x, y, z, rows.table, rows.index, op, noise, columns))
+        return native.affine(op, x, y, z, noise, *rows, columns, clamp)
+    if way is Route.TRANSFORM:
+        return _tuple(_AffineTransform.apply(x, y, z, *rows, *flatten(noise), op, columns))
+    flat = flatten(noise, in_memory=True)
+    call = torch.ops.dae_fast.affine if len(columns) == 3 else torch.ops.dae_fast.affine2
+    return _tuple(call(x, y, z, *rows, flat.key, flat.sample, flat.first_sample, columns, op))
+
+
+def affine_into(
+    op: str,
+    out: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    z: Tensor | None,
+    noise: Noise | None,
+    rows: Rows,
+    columns: Columns,
+) -> Tensor:
+    """The same with one output, written to `out`, which may be x, y or z. No gradient."""
+    if route(op, out, x, y, z, rows.table) is not Route.DIRECT:
+        return out.copy_(affine(op, x, y, z, noise, rows, columns)[0])
+    native.affine(op, x, y, z, noise, *rows, columns, out=out)
+    if not out.is_inference():
+        torch.autograd.graph.increment_version(out)
+    return out
+
+
+def _tuple(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+Gradients = list[Tensor | None]
+
+
+def _gradients(
+    needs: Sequence[bool],
+    grads: Sequence[Tensor | None],
+    inputs: Sequence[Tensor | None],
+    noise: Noise | None,
+    rows: Rows,
+    columns: Columns,
+    op: str,
+) -> Gradients:
+    """Of x, y, z and the table; `needs` says which. inputs (x, y, z) are read for the table's alone.
+
+    d x = c0 * g, and so on: affine maps of the output gradients, two inputs to a pass.
+    """
+    result: Gradients = [None] * 4
+    given = [(g, columns[3 * k : 3 * k + 3]) for k, g in enumerate(grads) if g is not None]
+    if not given:
+        return result
+    (g1, columns1), (g2, columns2) = given[0], (given[1] if len(given) == 2 else (None, (ABSENT,) * 3))
+    wanted = [k for k in range(3) if needs[k]]
+    for first in range(0, len(wanted), 2):
+        pair = wanted[first : first + 2]
+        maps = tuple(c for k in pair for c in (columns1[k], columns2[k], ABSENT))
+        for k, gradient in zip(pair, affine(op, g1, g2, None, None, rows, maps), strict=True):
+            result[k] = gradient
+    if needs[3]:
+        result[3] = _table_gradient(given, inputs, noise, rows, op)
+    return result
+
+
+def _table_gradient(
+    given: list[tuple[Tensor, Columns]], inputs: Sequence[Tensor | None], noise: Noise | None, rows: Rows, op: str
+) -> Tensor:
+    """Sums over each sample of output gradient times input, gathered to the table's rows."""
+    table, index = rows
+    B = given[0][0].shape[0]
+    columns_of = [table.new_zeros(B) for _ in range(table.shape[1])]
+    for g, columns in given:
+        dots = row_dots(op, g, *inputs, noise).to(table.dtype)
+        for k, c in enumerate(columns):
+            if c != ABSENT:
+                columns_of[c] = columns_of[c] + dots[:, k]
+    per_row = torch.stack(columns_of, -1)
+    if index is not None:
+        return torch.zeros_like(table).index_add(0, index, per_row)
+    return per_row.sum(0, keepdim=True) if table.shape[0] == 1 else per_row
+
+
+def row_dots(op: str, g: Tensor, x: Tensor | None, y: Tensor | None, z: Tensor | None, noise: Noise | None) -> Tensor:
+    """(B, 3) sums over each sample of g*x, g*y, g*z."""
+    if route(op, g, x, y, z) is Route.DIRECT and not wants_grad(g, x, y, z):
+        return native.row_dots(g, x, y, z, noise)
+    B, compute = g.shape[0], reference.compute_dtype(g.dtype)
+    wide = g.to(compute)
+    if noise is not None:
+        z = noise.normal(g.shape, dtype=compute, device=g.device)
+    sums = [torch.zeros_like(wide) if t is None else wide * t for t in (x, y, z)]
+    return torch.stack([s.reshape(B, -1).sum(1) for s in sums], -1)
+
+
+class _Affine(torch.autograd.Function):
+    """Eager. The old style, without setup_context: a call costs a quarter."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        y: Tensor | None,
+        z: Tensor | None,
+        table: Tensor,
+        index: Tensor | None,
+        op: str,
+        noise: Noise | None,
+        columns: Columns,
+    ) -> Any:
+        ctx.set_materialize_grads(False)
+        inputs = (x, y, z) if table.requires_grad else (None, None, None)
+        ctx.save_for_backward(*inputs, table, index)
+        ctx.rest = noise, op, columns
+        outputs = native.affine(op, x, y, z, noise, table, index, columns)
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        *inputs, table, index = ctx.saved_tensors
+        noise, op, columns = ctx.rest
+        found = _gradients(ctx.needs_input_grad, grads, inputs, noise, Rows(table, index), columns, op)
+        return (*found, None, None, None, None)
+
+
+# Arguments of the forms that transforms and the dispatcher take: tensors and plain values.
+def _setup_transform(ctx: Any, inputs: Any, output: Any) -> None:
+    x, y, z, table, index, present, key, sample, *rest = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, y, z, table, index, key, sample)
+    ctx.rest = present, *rest
+
+
+def _backward_transform(ctx: Any, *grads: Tensor | None) -> Any:
+    x, y, z, table, index, key, sample = ctx.saved_tensors
+    present, seed, offset, first_sample, op, columns = ctx.rest
+    noise = unflatten(FlatNoise(present, key, sample, seed, offset, first_sample))
+    return _gradients(ctx.needs_input_grad, grads, (x, y, z), noise, Rows(table, index), columns, op)
+
+
+class _AffineTransform(torch.autograd.Function):
+    """Inside torch.func: grad, vjp, jacrev and vmap, nested as they come."""
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        x, y, z, table, index, *flat, op, columns = args
+        outputs = affine(op, x, y, z, unflatten(FlatNoise(*flat)), Rows(table, index), columns)
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    setup_context = staticmethod(_setup_transform)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return (*_backward_transform(ctx, *grads), *[None] * 9)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        V, (x, y, z, table, index, *flat, op, columns) = info.batch_size, args
+        dims = in_dims[:3]
+        rows_dims, noise_dims = in_dims[3:5], in_dims[5:11]
+        x, y, z = (merge(t, d, V) for t, d in zip((x, y, z), dims, strict=True))
+        rows, noise = merge_rows_and_noise(V, x, Rows(table, index), rows_dims, FlatNoise(*flat), noise_dims)
+        outputs = tuple(o.unflatten(0, (V, -1)) for o in affine(op, x, y, z, noise, rows, columns))
+        return (outputs, (0,) * len(outputs)) if len(outputs) > 1 else (outputs[0], 0)

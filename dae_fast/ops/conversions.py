@@ -1,0 +1,94 @@
+"""Tweedie conversions between what a network predicts and what a loop needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..backends.reference import compute_dtype
+from ..schedule import Coefficients, Level
+from .affine import ABSENT, Clamp, affine
+from .checks import like, promote, samples
+from .parameterisation import check_name, conversion
+
+Bounds = float | tuple[float, float]
+
+
+def to_x0(x_t: Tensor, pred: Tensor, level: Level, *, predict: str = "eps", clamp: Bounds | None = None) -> Tensor:
+    """The denoised estimate E[x0 | x_t]: (x_t - sigma * eps) / alpha from eps.
+
+    x_t: (B, ...) fp16/bf16/fp32/fp64      pred: like x_t, the network's output
+    level: Level      predict: what pred is: "eps", "x0", "v", "score" or "flow"
+    clamp: c or (low, high): the x0 estimate is limited to [-c, c] or [low, high]
+    returns: like x_t (pred itself when it is x0 already and nothing is clamped)
+    Reads x_t and pred once. Gradient: the coefficients, 0 where the clamp is active.
+    Raises ValueError on a shape mismatch, a level outside the schedule, or a level where the
+    prediction does not determine the result (eps to x0 where alpha = 0).
+    Tweedie's formula; Ho et al. 2020, eq. 15; v: Salimans and Ho 2022.
+    """
+    return _convert("to_x0", "x0", x_t, pred, level, predict, clamp)
+
+
+def to_eps(x_t: Tensor, pred: Tensor, level: Level, *, predict: str = "eps", clamp: Bounds | None = None) -> Tensor:
+    """The noise estimate: (x_t - alpha * x0) / sigma from x0.
+
+    Arguments, gradient and errors as to_x0. clamp limits the x0 estimate from which eps is then made,
+    which keeps (x0, eps) consistent with x_t (the clipped step of DDIM).
+    """
+    return _convert("to_eps", "eps", x_t, pred, level, predict, clamp)
+
+
+def to_score(x_t: Tensor, pred: Tensor, level: Level, *, predict: str = "eps", clamp: Bounds | None = None) -> Tensor:
+    """The score grad log p(x_t): -eps / sigma, or (alpha * x0 - x_t) / sigma^2.
+
+    Arguments, gradient and errors as to_x0; clamp as in to_eps. Vincent 2011; Song et al. 2021.
+    """
+    return _convert("to_score", "score", x_t, pred, level, predict, clamp)
+
+
+def to_v(x_t: Tensor, pred: Tensor, level: Level, *, predict: str = "eps", clamp: Bounds | None = None) -> Tensor:
+    """The velocity v = alpha * eps - sigma * x0.
+
+    Arguments, gradient and errors as to_x0; clamp as in to_eps. Salimans and Ho 2022, appendix D.
+    """
+    return _convert("to_v", "v", x_t, pred, level, predict, clamp)
+
+
+def _convert(op: str, to: str, x_t: Tensor, pred: Tensor, level: Level, predict: str, clamp: Bounds | None) -> Tensor:
+    samples(op, "x_t", x_t)
+    like(op, "pred", pred, "x_t", x_t)
+    check_name(op, "predict", predict)
+    if pred.dtype != x_t.dtype:
+        x_t, pred = promote(x_t, pred)
+    compute = compute_dtype(x_t.dtype)
+    if clamp is None:
+        if predict == to:
+            return pred
+        rows = level._rows(op, f"{predict} to {to}", conversion(predict, to), x_t, compute)
+        return affine(op, x_t, pred, None, None, rows, (0, 1, ABSENT))[0]
+    low, high = bounds(op, clamp)
+    if predict == "x0" and to == "x0":
+        return pred.clamp(low, high)
+    rows = level._rows(op, f"{predict} to {to} by x0", _by_x0(predict, to), x_t, compute)
+    inner: Clamp = (2, 3, low, high) if predict != "x0" else (ABSENT, 3, low, high)
+    outer = (0, 1, ABSENT) if to != "x0" else (ABSENT, 1, ABSENT)
+    return affine(op, x_t, pred, None, None, rows, outer, inner)[0]
+
+
+def _by_x0(predict: str, to: str) -> Coefficients:
+    """Outer coefficients on (x_t, x0), then those of x0 on (x_t, pred)."""
+
+    def coefficients(alpha: Any, sigma: Any) -> tuple[Any, ...]:
+        outer = (0.0, 1.0) if to == "x0" else conversion("x0", to)(alpha, sigma)
+        inner = (0.0, 1.0) if predict == "x0" else conversion(predict, "x0")(alpha, sigma)
+        return (*outer, *inner)
+
+    return coefficients
+
+
+def bounds(op: str, clamp: Bounds) -> tuple[float, float]:
+    low, high = clamp if isinstance(clamp, tuple) else (-clamp, clamp)
+    if not low <= high:
+        raise ValueError(f"{op}: clamp must be c >= 0 or (low, high) with low <= high, got {clamp}")
+    return float(low), float(high)

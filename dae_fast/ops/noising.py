@@ -1,0 +1,55 @@
+"""Noising: the forward process q(x_t | x_0)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..backends.reference import compute_dtype
+from ..noise import Noise
+from ..schedule import Level
+from .affine import ABSENT, affine
+from .checks import noise_for, promote, samples
+from .parameterisation import MIXES, check_name
+
+
+def add_noise(
+    x0: Tensor, noise: Noise | Tensor, level: Level, *, target: str | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """x_t = alpha * x0 + sigma * eps, eps ~ N(0, 1).
+
+    x0: (B, ...) fp16/bf16/fp32/fp64      noise: Noise, or a tensor like x0
+    level: Level, alpha and sigma of each sample     returns: like x0, or (x_t, target)
+    target: "eps", "x0", "v", "score" or "flow": what a network with that parameterisation should
+            predict, written in the same pass.
+    Reads x0 once, writes x_t once; with a Noise, eps is never stored (unless it is the target).
+    Gradient: d x0 = alpha * d x_t; d noise = sigma * d x_t for a tensor; alpha and sigma given as
+    tensors get theirs. Raises ValueError on a shape mismatch or a level outside the schedule.
+    Ho et al. 2020, eq. 4.
+    """
+    op = "add_noise"
+    samples(op, "x0", x0)
+    z, generated = noise_for(op, noise, x0, "x0")
+    if z is not None and z.dtype != x0.dtype:
+        x0, z = promote(x0, z)
+    if target is None:
+        rows = level._rows(op, "add_noise", _noising, x0, compute_dtype(x0.dtype))
+        if z is not None:
+            return affine(op, x0, z, None, None, rows, (0, 1, ABSENT))[0]
+        return affine(op, x0, None, None, generated, rows, (0, ABSENT, 1))[0]
+    check_name(op, "target", target)
+    if target == "x0":
+        return add_noise(x0, noise, level), x0  # type: ignore[return-value]
+    rows = level._rows(op, f"add_noise {target}", _noising_and(target), x0, compute_dtype(x0.dtype))
+    columns = (0, 1, ABSENT, 2, 3, ABSENT) if z is not None else (0, ABSENT, 1, 2, ABSENT, 3)
+    x_t, wanted = affine(op, x0, z, None, generated, rows, columns)
+    return x_t, wanted
+
+
+def _noising(alpha: Any, sigma: Any) -> tuple[Any, Any]:
+    return alpha, sigma
+
+
+def _noising_and(target: str) -> Any:
+    return lambda alpha, sigma: (alpha, sigma, *MIXES[target](alpha, sigma))

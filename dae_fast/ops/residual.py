@@ -1,0 +1,260 @@
+"""The weighted residual, reduced: r = pred - target, target an affine map of y and noise (or z).
+
+The loss and its gradient come from one pass over pred; neither the noise nor the target is stored.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..backends import native_module as native
+from ..backends import reference
+from ..noise import Noise
+from ..schedule import Rows
+from .affine import ABSENT, Gradients, affine, row_dots
+from .flat import FlatNoise, flatten, merge, merge_rows_and_noise, unflatten
+from .routing import Route, route, wants_grad
+
+Reduction = Literal["mean", "sum", "none"]
+REDUCTIONS = ("none", "mean", "sum")  # a reduction's place here is its number in the native core
+COLUMNS = (0, 1, 2)  # a table holds (1, n1, n2): r = 1*pred + n1*y + n2*z
+
+
+def residual_loss(
+    op: str,
+    pred: Tensor,
+    y: Tensor | None,
+    z: Tensor | None,
+    noise: Noise | None,
+    rows: Rows,
+    weight: Tensor | None,
+    mask: Tensor | None,
+    reduction: Reduction,
+) -> tuple[Tensor, Tensor]:
+    """(loss, mean of r^2 of each sample without weight or gradient).
+
+    weight: (B,). mask: bool like pred, True where an element counts; the mean is over those.
+    """
+    number = REDUCTIONS.index(reduction)
+    if route(op, pred, y, z, rows.table, weight, mask) is Route.DIRECT:
+        if not wants_grad(pred, y, z, rows.table, weight):
+            wide = None if weight is None else weight.double().contiguous()
+            per_sample, loss, _ = native.residual(
+                op, pred, y, z, noise, *rows, COLUMNS[1:], mask, wide, 1.0, number, number > 0, False
+            )
+            return (loss, per_sample) if number else (_weighted(per_sample, weight), per_sample)
+        # fp16 is left to the lazy way: a loss scale must reach the gradient before it is rounded.
+        if number and pred.dtype != torch.float16 and not wants_grad(y, z, rows.table, weight):
+            loss, per_sample = _Loss.apply(pred, y, z, *rows, weight, mask, op, noise, number)
+            return loss, per_sample
+    per_sample = sample_means(op, pred, y, z, noise, rows, mask)
+    loss = _weighted(per_sample, weight)
+    if reduction == "mean":
+        loss = loss.mean()
+    elif reduction == "sum":
+        loss = (loss * _kept(pred, mask)).sum()
+    return loss, per_sample.detach()
+
+
+def sample_means(
+    op: str,
+    pred: Tensor,
+    y: Tensor | None,
+    z: Tensor | None,
+    noise: Noise | None,
+    rows: Rows,
+    mask: Tensor | None,
+) -> Tensor:
+    """(B,) mean of r^2 over each sample's kept elements (0 if none); the gradient is made in backward."""
+    way = route(op, pred, y, z, rows.table, mask)
+    if way is Route.REFERENCE:
+        sums, kept = reference.residual(op, pred, y, z, noise, *rows, COLUMNS[1:], mask)
+        return sums / kept.clamp(min=1)
+    if way is Route.DIRECT:
+        return _SampleMeans.apply(pred, y, z, *rows, op, noise, mask)
+    if way is Route.TRANSFORM:
+        return _SampleMeansTransform.apply(pred, y, z, *rows, mask, *flatten(noise), op)
+    flat = flatten(noise, in_memory=True)
+    return torch.ops.dae_fast.sample_means(pred, y, z, *rows, mask, flat.key, flat.sample, flat.first_sample, op)
+
+
+def _weighted(per_sample: Tensor, weight: Tensor | None) -> Tensor:
+    return per_sample if weight is None else per_sample * weight.to(per_sample.dtype)
+
+
+def _kept(pred: Tensor, mask: Tensor | None) -> Tensor | int:
+    B = pred.shape[0]
+    if mask is None:
+        return pred.numel() // B if B else 0
+    return mask.expand(pred.shape).reshape(B, -1).sum(1)
+
+
+def _pred_gradient(
+    op: str,
+    upstream: Tensor,
+    pred: Tensor,
+    y: Tensor | None,
+    z: Tensor | None,
+    noise: Noise | None,
+    rows: Rows,
+    mask: Tensor | None,
+) -> Tensor:
+    """2 * upstream[b] / kept[b] * r, upstream (B,) being the gradient of the sample means."""
+    way = route(op, pred, y, z, upstream)
+    if way is Route.DIRECT and not torch.is_grad_enabled():
+        weight = upstream.double().contiguous()
+        _, _, grad = native.residual(
+            op, pred, y, z, noise, *rows, COLUMNS[1:], mask, weight, 1.0, REDUCTIONS.index("none"), False, True
+        )
+        assert grad is not None
+        return grad
+    if way is Route.DISPATCHER and not torch.is_grad_enabled():
+        flat = flatten(noise, in_memory=True)
+        return torch.ops.dae_fast.residual_grad(
+            upstream, pred, y, z, *rows, mask, flat.key, flat.sample, flat.first_sample, op
+        )
+    # Differentiable in turn, for double backward and transforms: torch's arithmetic around a fused r.
+    r = affine(op, pred, y, z, noise, rows, COLUMNS)[0]
+    kept = _kept(pred, mask)
+    scale = 2 * upstream / (kept.clamp(min=1) if isinstance(kept, Tensor) else max(kept, 1))
+    if mask is not None:
+        r = torch.where(mask, r, 0)
+    return (scale.reshape(-1, *[1] * (pred.dim() - 1)) * r.to(scale.dtype)).to(pred.dtype)
+
+
+def gradients(
+    op: str,
+    needs: Any,
+    upstream: Tensor,
+    pred: Tensor,
+    y: Tensor | None,
+    z: Tensor | None,
+    noise: Noise | None,
+    rows: Rows,
+    mask: Tensor | None,
+) -> Gradients:
+    """Of pred, y, z and the table, from the gradient (B,) of the sample means."""
+    found: Gradients = [None] * 4
+    found[0] = g = _pred_gradient(op, upstream, pred, y, z, noise, rows, mask)
+    for k in (1, 2):
+        if needs[k]:
+            found[k] = affine(op, g, None, None, None, rows, (k, ABSENT, ABSENT))[0]
+    if needs[3]:
+        dots = row_dots(op, g, None, y, z, noise).to(rows.table.dtype)
+        if rows.index is not None:
+            found[3] = torch.zeros_like(rows.table).index_add(0, rows.index, dots)
+        else:
+            found[3] = dots.sum(0, keepdim=True) if rows.table.shape[0] == 1 else dots
+    return found
+
+
+class _SampleMeans(torch.autograd.Function):
+    """Eager; the gradient is made in backward, when its scale is known."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        pred: Tensor,
+        y: Tensor | None,
+        z: Tensor | None,
+        table: Tensor,
+        index: Tensor | None,
+        op: str,
+        noise: Noise | None,
+        mask: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(pred, y, z, table, index, mask)
+        ctx.rest = op, noise
+        per_sample, _, _ = native.residual(
+            op, pred, y, z, noise, table, index, COLUMNS[1:], mask, None, 1.0, REDUCTIONS.index("none"), False, False
+        )
+        return per_sample
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        pred, y, z, table, index, mask = ctx.saved_tensors
+        op, noise = ctx.rest
+        found = gradients(op, ctx.needs_input_grad, upstream, pred, y, z, noise, Rows(table, index), mask)
+        return (*found, None, None, None, None)
+
+
+class _Loss(torch.autograd.Function):
+    """Eager; the gradient of pred is made together with the loss, for an upstream gradient of 1."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        pred: Tensor,
+        y: Tensor | None,
+        z: Tensor | None,
+        table: Tensor,
+        index: Tensor | None,
+        weight: Tensor | None,
+        mask: Tensor | None,
+        op: str,
+        noise: Noise | None,
+        reduction: int,
+    ) -> tuple[Tensor, Tensor]:
+        wide = None if weight is None else weight.double().contiguous()
+        per_sample, loss, ctx.grad = native.residual(
+            op, pred, y, z, noise, table, index, COLUMNS[1:], mask, wide, 1.0, reduction, True, True
+        )
+        ctx.save_for_backward(pred, y, z, table, index, wide, mask)
+        ctx.rest = op, noise, reduction
+        ctx.mark_non_differentiable(per_sample)
+        ctx.set_materialize_grads(False)
+        return loss, per_sample
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, _: Any) -> Any:
+        if upstream is None:
+            return (None,) * 10
+        pred, y, z, table, index, wide, mask = ctx.saved_tensors
+        op, noise, reduction = ctx.rest
+        # Given away at its first use: held any longer, it would be copied into pred.grad.
+        grad, ctx.grad = ctx.grad, None
+        if torch.is_grad_enabled():
+            kept = _kept(pred, mask)
+            each = upstream / pred.shape[0] if REDUCTIONS[reduction] == "mean" else upstream * kept
+            per_sample = each.expand(pred.shape[0]) if wide is None else each * wide.to(upstream.dtype)
+            grad = _pred_gradient(op, per_sample, pred, y, z, noise, Rows(table, index), mask)
+        elif grad is None or upstream.item() != 1.0:
+            # Made again, not multiplied: as many bytes, and one rounding.
+            _, _, grad = native.residual(
+                op, pred, y, z, noise, table, index, COLUMNS[1:], mask, wide, upstream.item(), reduction, False, True
+            )
+        return (grad, *[None] * 9)
+
+
+class _SampleMeansTransform(torch.autograd.Function):
+    """Inside torch.func."""
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        pred, y, z, table, index, mask, *flat, op = args
+        return sample_means(op, pred, y, z, unflatten(FlatNoise(*flat)), Rows(table, index), mask)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pred, y, z, table, index, mask, present, key, sample, *rest = inputs
+        ctx.save_for_backward(pred, y, z, table, index, mask, key, sample)
+        ctx.rest = present, *rest
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        pred, y, z, table, index, mask, key, sample = ctx.saved_tensors
+        present, seed, offset, first_sample, op = ctx.rest
+        noise = unflatten(FlatNoise(present, key, sample, seed, offset, first_sample))
+        found = gradients(op, ctx.needs_input_grad, upstream, pred, y, z, noise, Rows(table, index), mask)
+        return (*found, *[None] * 9)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        V, (pred, y, z, table, index, mask, *flat, op) = info.batch_size, args
+        pred, y, z = (merge(t, d, V) for t, d in zip((pred, y, z), in_dims[:3], strict=True))
+        mask = merge(mask, in_dims[5], V)
+        rows, noise = merge_rows_and_noise(V, pred, Rows(table, index), in_dims[3:5], FlatNoise(*flat), in_dims[6:12])
+        return sample_means(op, pred, y, z, noise, rows, mask).unflatten(0, (V, -1)), 0
