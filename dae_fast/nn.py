@@ -99,7 +99,7 @@ class DenoisingLoss(torch.nn.Module):
             check(op, pred_, "mean"),
         )
         errors = level._rows(op, f"errors from {predict}", self._errors, mse, mse.dtype)
-        noise_mse, x0_mse = (mse @ coefficients(errors.table, errors.index, op) / mse.shape[0]).unbind()
+        noise_mse, x0_mse = (mse @ coefficients(errors.table, errors.t, op) / mse.shape[0]).unbind()
         return {"loss": loss, "noise_mse": noise_mse, "x0_mse": x0_mse}
 
     def _target(self, alpha: Any, sigma: Any) -> tuple[Any, ...]:

@@ -15,10 +15,10 @@ Coefficients = Callable[[Any, Any], tuple[Any, ...]]
 
 
 class Rows(NamedTuple):
-    """Coefficients of a batch: row b is table[index[b]], table[b], or table[0] when there is one."""
+    """Coefficients of a batch: row b is table[t[b]], or without t table[b], or table[0] when there is one."""
 
     table: Tensor
-    index: Tensor | None
+    t: Tensor | None
 
 
 @lru_cache(maxsize=4096)

@@ -48,7 +48,7 @@ def affine(
         return affine(op, x, middle, z, noise, rows, columns)
     if way is Route.DIRECT:
         if wants_grad(x, y, z, rows.table):
-            return _tuple(_Affine.apply(x, y, z, rows.table, rows.index, op, noise, columns))
+            return _tuple(_Affine.apply(x, y, z, rows.table, rows.t, op, noise, columns))
         return native.affine(op, x, y, z, noise, *rows, columns, clamp)
     if way is Route.TRANSFORM:
         return _tuple(_AffineTransform.apply(x, y, z, *rows, *flatten(noise), op, columns))
@@ -120,7 +120,8 @@ def _table_gradient(
     B = given[0][0].shape[0]
     columns_of = [table.new_zeros(B) for _ in range(table.shape[1])]
     for g, columns in given:
-        dots = row_dots(op, g, *inputs, noise).to(table.dtype)
+        x, y, z = inputs
+        dots = row_dots(op, g, x, y, z, noise).to(table.dtype)
         for k, c in enumerate(columns):
             if c != ABSENT:
                 columns_of[c] = columns_of[c] + dots[:, k]

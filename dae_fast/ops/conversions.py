@@ -66,6 +66,8 @@ def _convert(op: str, to: str, x_t: Tensor, pred: Tensor, level: Level, predict:
         if predict == to:
             return pred
         rows = level._rows(op, f"{predict} to {to}", conversion(predict, to), x_t, compute)
+        if {predict, to} == {"eps", "score"}:  # a multiple of pred; x_t is not read
+            return affine(op, pred, None, None, None, rows, (1, ABSENT, ABSENT))[0]
         return affine(op, x_t, pred, None, None, rows, (0, 1, ABSENT))[0]
     low, high = bounds(op, clamp)
     if predict == "x0" and to == "x0":

@@ -137,4 +137,4 @@ def look_up(op: str, table: Tensor, t: int | Tensor) -> Tensor:
 def error_factor(op: str, predict: str, to: str, level: Level, mse: Tensor) -> Tensor:
     """(B,) or (1,): squared error of `to` for each unit of that of the prediction."""
     rows = level._rows(op, f"error of {to} from {predict}", error_ratio(predict, to), mse, mse.dtype)
-    return coefficients(rows.table, rows.index, op)[:, 0]
+    return coefficients(rows.table, rows.t, op)[:, 0]

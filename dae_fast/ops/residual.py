@@ -144,8 +144,8 @@ def gradients(
             found[k] = affine(op, g, None, None, None, rows, (k, ABSENT, ABSENT))[0]
     if needs[3]:
         dots = row_dots(op, g, None, y, z, noise).to(rows.table.dtype)
-        if rows.index is not None:
-            found[3] = torch.zeros_like(rows.table).index_add(0, rows.index, dots)
+        if rows.t is not None:
+            found[3] = torch.zeros_like(rows.table).index_add(0, rows.t, dots)
         else:
             found[3] = dots.sum(0, keepdim=True) if rows.table.shape[0] == 1 else dots
     return found

@@ -1,0 +1,30 @@
+# Each target sets itself up: a clean clone needs python3, a C++ compiler and make.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+
+.PHONY: demo test bench clean
+
+demo: .venv/ready
+	$(BIN)/python examples/train_digits.py
+
+test: .venv/ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+	@echo "make test: all checks passed"
+
+bench: .venv/ready
+	$(BIN)/python -m benchmarks
+
+# torch first and by itself: a later "torch" requirement must find it installed.
+.venv/ready: pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[demo,test]"
+	$(BIN)/python -m dae_fast info
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info dae_fast/_core*.so dae_fast/_build.json

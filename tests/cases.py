@@ -1,0 +1,280 @@
+"""The shared case list: every op once per way of calling it.
+
+Correctness, gradient and benchmark runs are all generated from it; a new op adds its cases here.
+A case says how to make inputs, how dae_fast is called, and the same maths in plain torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dae_fast as df
+
+SCHEDULE = df.Schedule.linear(1000)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+Inputs = dict[str, Any]
+Result = Tensor | tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    ours: Callable[[Inputs], Result]
+    # The same in plain torch, as it would be written by hand, given eps for the noise; at the inputs'
+    # own precision, so that fp64 inputs make it the judge and the others make it the eager baseline.
+    plain: Callable[[Inputs, Tensor], Result]
+    tensors: tuple[str, ...]  # the floating inputs of the samples' shape, in the order they are drawn
+    grads: tuple[str, ...]  # which inputs have gradients
+    fresh: bool = True  # noise is a Noise; else it is the tensor inputs["noise"]
+    loss: bool = False  # a reduction, whose point is its gradient
+    # Tensors that must be read and written at the least, forward (and backward, for a loss).
+    streams: int = 2
+    extra: Callable[[Inputs, torch.Generator], None] = field(default=lambda inputs, g: None)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def inputs(self, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Inputs:
+        g = torch.Generator().manual_seed(seed)
+        B = shape[0]
+        made: Inputs = {n: torch.randn(shape, generator=g, dtype=torch.float64).to(dtype) for n in self.tensors}
+        made["t"] = torch.randint(len(SCHEDULE), (B,), generator=g)
+        made["level"] = SCHEDULE[made["t"]]
+        if self.fresh:
+            made["noise"] = df.Noise(seed).fold_in(7)
+        self.extra(made, g)
+        return made
+
+    def first(self, inputs: Inputs) -> Tensor:
+        """The tensor whose shape the noise has."""
+        return inputs[self.tensors[0]]
+
+    def eps(self, inputs: Inputs, dtype: torch.dtype) -> Any:
+        """The noise that `plain` needs, as a tensor; None where there is none."""
+        if not self.fresh:
+            return inputs.get("noise")
+        return inputs["noise"].normal(self.first(inputs).shape, dtype=dtype)
+
+
+def widen(inputs: Inputs) -> Inputs:
+    """The same values in fp64."""
+    return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+
+
+def column(values: Tensor, like: Tensor) -> Tensor:
+    return values.to(like.dtype).reshape(-1, *[1] * (like.dim() - 1))
+
+
+def alpha_sigma(i: Inputs, like: Tensor) -> tuple[Tensor, Tensor]:
+    return column(SCHEDULE.alpha[i["t"]], like), column(SCHEDULE.sigma[i["t"]], like)
+
+
+def _noised(i: Inputs, eps: Tensor) -> Tensor:
+    alpha, sigma = alpha_sigma(i, i["x0"])
+    return alpha * i["x0"] + sigma * eps
+
+
+def _noised_and_v(i: Inputs, eps: Tensor) -> tuple[Tensor, Tensor]:
+    alpha, sigma = alpha_sigma(i, i["x0"])
+    return alpha * i["x0"] + sigma * eps, alpha * eps - sigma * i["x0"]
+
+
+def _x0(i: Inputs, _: Tensor) -> Tensor:
+    alpha, sigma = alpha_sigma(i, i["x_t"])
+    return (i["x_t"] - sigma * i["pred"]) / alpha
+
+
+def _x0_from_v(i: Inputs, _: Tensor) -> Tensor:
+    alpha, sigma = alpha_sigma(i, i["x_t"])
+    return alpha * i["x_t"] - sigma * i["pred"]
+
+
+def _eps_clipped(i: Inputs, _: Tensor) -> Tensor:
+    alpha, sigma = alpha_sigma(i, i["x_t"])
+    return (i["x_t"] - alpha * _x0(i, _).clamp(-1, 1)) / sigma
+
+
+def _eps_from_x0(i: Inputs, _: Tensor) -> Tensor:
+    alpha, sigma = alpha_sigma(i, i["x_t"])
+    return (i["x_t"] - alpha * i["pred"]) / sigma
+
+
+def _score(i: Inputs, _: Tensor) -> Tensor:
+    return -i["pred"] / alpha_sigma(i, i["x_t"])[1]
+
+
+def _v(i: Inputs, _: Tensor) -> Tensor:
+    alpha, sigma = alpha_sigma(i, i["x_t"])
+    return alpha * i["pred"] - sigma * (i["x_t"] - sigma * i["pred"]) / alpha
+
+
+def _stepped(i: Inputs, eps: Tensor) -> Tensor:
+    h = i["step_size"]
+    h = column(h, i["x"]) if isinstance(h, Tensor) else h
+    return i["x"] + h * i["score"] + (2 * h) ** 0.5 * eps
+
+
+def _per_sample(square: Tensor) -> Tensor:
+    return square.reshape(square.shape[0], -1).mean(1)
+
+
+def _weighted_mse(i: Inputs, eps: Tensor) -> Tensor:
+    return (i["weight"].to(eps.dtype) * _per_sample((i["pred"] - eps) ** 2)).mean()
+
+
+def _masked_mse(i: Inputs, eps: Tensor) -> Tensor:
+    mask = i["mask"]
+    square = torch.where(mask, (i["pred"] - eps) ** 2, 0).reshape(mask.shape[0], -1)
+    return (square.sum(1) / mask.reshape(mask.shape[0], -1).sum(1).clamp(min=1)).mean()
+
+
+def _weight(inputs: Inputs, g: torch.Generator) -> None:
+    inputs["weight"] = torch.rand(inputs["t"].shape, generator=g)
+
+
+def _mask(inputs: Inputs, g: torch.Generator) -> None:
+    inputs["mask"] = torch.rand(inputs["pred"].shape, generator=g) < 0.5
+
+
+def _step_sizes(inputs: Inputs, g: torch.Generator) -> None:
+    inputs["step_size"] = torch.rand(inputs["t"].shape, generator=g) * 0.1
+
+
+def _step_size(inputs: Inputs, g: torch.Generator) -> None:
+    inputs["step_size"] = 0.05
+
+
+def _convert(function: Callable[..., Tensor], **options: Any) -> Callable[[Inputs], Tensor]:
+    return lambda i: function(i["x_t"], i["pred"], i["level"], **options)
+
+
+def _step(i: Inputs) -> Tensor:
+    return df.langevin_step(i["x"], i["score"], i["step_size"], i["noise"])
+
+
+CASES = [
+    Case("add_noise-fresh", lambda i: df.add_noise(i["x0"], i["noise"], i["level"]), _noised, ("x0",), ("x0",)),
+    Case(
+        "add_noise-tensor",
+        lambda i: df.add_noise(i["x0"], i["noise"], i["level"]),
+        _noised,
+        ("x0", "noise"),
+        ("x0", "noise"),
+        fresh=False,
+        streams=3,
+    ),
+    Case(
+        "add_noise-target",
+        lambda i: df.add_noise(i["x0"], i["noise"], i["level"], target="v"),
+        _noised_and_v,
+        ("x0",),
+        ("x0",),
+        streams=3,
+    ),
+    Case(
+        "noise_mse-fresh",
+        lambda i: df.noise_mse(i["pred"], i["noise"]),
+        lambda i, eps: torch.nn.functional.mse_loss(i["pred"], eps),
+        ("pred",),
+        ("pred",),
+        loss=True,
+        streams=2,
+    ),
+    Case(
+        "noise_mse-tensor",
+        lambda i: df.noise_mse(i["pred"], i["noise"]),
+        lambda i, eps: torch.nn.functional.mse_loss(i["pred"], eps),
+        ("pred", "noise"),
+        ("pred",),
+        fresh=False,
+        loss=True,
+        streams=3,
+    ),
+    Case(
+        "noise_mse-weight",
+        lambda i: df.noise_mse(i["pred"], i["noise"], weight=i["weight"]),
+        _weighted_mse,
+        ("pred",),
+        ("pred", "weight"),
+        loss=True,
+        extra=_weight,
+    ),
+    Case(
+        "noise_mse-mask",
+        lambda i: df.noise_mse(i["pred"], i["noise"], mask=i["mask"]),
+        _masked_mse,
+        ("pred",),
+        ("pred",),
+        loss=True,
+        extra=_mask,
+    ),
+    Case(
+        "noise_mse-none",
+        lambda i: df.noise_mse(i["pred"], i["noise"], reduction="none"),
+        lambda i, eps: _per_sample((i["pred"] - eps) ** 2),
+        ("pred", "noise"),
+        ("pred", "noise"),
+        fresh=False,
+        loss=True,
+        streams=3,
+    ),
+    Case("to_x0-eps", _convert(df.to_x0), _x0, ("x_t", "pred"), ("x_t", "pred"), fresh=False, streams=3),
+    Case(
+        "to_x0-v", _convert(df.to_x0, predict="v"), _x0_from_v, ("x_t", "pred"), ("x_t", "pred"), fresh=False, streams=3
+    ),
+    Case(
+        "to_x0-clamp",
+        _convert(df.to_x0, clamp=1.0),
+        lambda i, e: _x0(i, e).clamp(-1, 1),
+        ("x_t", "pred"),
+        ("x_t", "pred"),
+        fresh=False,
+        streams=3,
+    ),
+    Case(
+        "to_eps-x0",
+        _convert(df.to_eps, predict="x0"),
+        _eps_from_x0,
+        ("x_t", "pred"),
+        ("x_t", "pred"),
+        fresh=False,
+        streams=3,
+    ),
+    Case(
+        "to_eps-clamp",
+        _convert(df.to_eps, clamp=1.0),
+        _eps_clipped,
+        ("x_t", "pred"),
+        ("x_t", "pred"),
+        fresh=False,
+        streams=3,
+    ),
+    Case("to_score-eps", _convert(df.to_score), _score, ("x_t", "pred"), ("pred",), fresh=False, streams=2),
+    Case("to_v-eps", _convert(df.to_v), _v, ("x_t", "pred"), ("x_t", "pred"), fresh=False, streams=3),
+    Case("langevin_step-fresh", _step, _stepped, ("x", "score"), ("x", "score"), streams=3, extra=_step_size),
+    Case(
+        "langevin_step-tensor",
+        _step,
+        _stepped,
+        ("x", "score", "noise"),
+        ("x", "score", "noise"),
+        fresh=False,
+        streams=4,
+        extra=_step_size,
+    ),
+    Case(
+        "langevin_step-per-sample",
+        _step,
+        _stepped,
+        ("x", "score"),
+        ("x", "score", "step_size"),
+        streams=3,
+        extra=_step_sizes,
+    ),
+]
