@@ -17,6 +17,8 @@ import dae_fast as df
 
 SCHEDULE = df.Schedule.linear(1000)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# alpha and sigma of every level in the samples' dtype, as a loop written by hand keeps them ready.
+TABLES = {dtype: (SCHEDULE.alpha.to(dtype), SCHEDULE.sigma.to(dtype)) for dtype in DTYPES}
 
 Inputs = dict[str, Any]
 Result = Tensor | tuple[Tensor, ...]
@@ -72,7 +74,8 @@ def column(values: Tensor, like: Tensor) -> Tensor:
 
 
 def alpha_sigma(i: Inputs, like: Tensor) -> tuple[Tensor, Tensor]:
-    return column(SCHEDULE.alpha[i["t"]], like), column(SCHEDULE.sigma[i["t"]], like)
+    alpha, sigma = TABLES[like.dtype]
+    return column(alpha[i["t"]], like), column(sigma[i["t"]], like)
 
 
 def _noised(i: Inputs, eps: Tensor) -> Tensor:
