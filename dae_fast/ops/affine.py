@@ -16,7 +16,7 @@ from ..backends import native_module as native
 from ..backends import reference
 from ..noise import Noise
 from ..schedule import Rows
-from .flat import FlatNoise, flatten, merge, merge_rows_and_noise, unflatten
+from .flat import FlatNoise, flatten, merge, merge_rows_and_noise, seen, unflatten
 from .routing import Route, route, wants_grad
 
 Columns = tuple[int, ...]  # of the table: c0, c1, c2 of the output, then those of a second one
@@ -54,7 +54,7 @@ def affine(
         return _tuple(_AffineTransform.apply(x, y, z, *rows, *flatten(noise), op, columns))
     flat = flatten(noise, in_memory=True)
     call = torch.ops.dae_fast.affine if len(columns) == 3 else torch.ops.dae_fast.affine2
-    return _tuple(call(x, y, z, *rows, flat.key, flat.sample, flat.first_sample, columns, op))
+    return _tuple(call(x, y, z, *seen(rows), flat.key, flat.sample, flat.first_sample, columns, op))
 
 
 def affine_into(

@@ -37,6 +37,14 @@ def unflatten(flat: FlatNoise) -> Noise | None:
     return Noise._make(flat.seed, flat.offset, flat.key, flat.sample, flat.first_sample)
 
 
+def seen(rows: Rows) -> Rows:
+    """As a FakeTensorMode around the call sees them: it takes no real tensor, and a cached table is one."""
+    if torch.compiler.is_compiling():
+        return rows
+    fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    return rows if fake is None else Rows(fake.from_tensor(rows.table), rows.t)
+
+
 def merge(t: Tensor | None, dim: int | None, V: int) -> Any:
     """(V, B, ...) with the vmapped dimension first, or (B, ...) shared by all, to (V * B, ...)."""
     if t is None:

@@ -15,7 +15,7 @@ from ..backends import reference
 from ..noise import Noise
 from ..schedule import Rows
 from .affine import ABSENT, Gradients, affine, row_dots
-from .flat import FlatNoise, flatten, merge, merge_rows_and_noise, unflatten
+from .flat import FlatNoise, flatten, merge, merge_rows_and_noise, seen, unflatten
 from .routing import Route, route, wants_grad
 
 Reduction = Literal["mean", "sum", "none"]
@@ -78,7 +78,7 @@ def sample_means(
     if way is Route.TRANSFORM:
         return _SampleMeansTransform.apply(pred, y, z, *rows, mask, *flatten(noise), op)
     flat = flatten(noise, in_memory=True)
-    return torch.ops.dae_fast.sample_means(pred, y, z, *rows, mask, flat.key, flat.sample, flat.first_sample, op)
+    return torch.ops.dae_fast.sample_means(pred, y, z, *seen(rows), mask, flat.key, flat.sample, flat.first_sample, op)
 
 
 def _weighted(per_sample: Tensor, weight: Tensor | None) -> Tensor:
@@ -114,7 +114,7 @@ def _pred_gradient(
     if way is Route.DISPATCHER and not torch.is_grad_enabled():
         flat = flatten(noise, in_memory=True)
         return torch.ops.dae_fast.residual_grad(
-            upstream, pred, y, z, *rows, mask, flat.key, flat.sample, flat.first_sample, op
+            upstream, pred, y, z, *seen(rows), mask, flat.key, flat.sample, flat.first_sample, op
         )
     # Differentiable in turn, for double backward and transforms: torch's arithmetic around a fused r.
     r = affine(op, pred, y, z, noise, rows, COLUMNS)[0]
