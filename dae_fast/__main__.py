@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from .info import info as facts
 
@@ -20,8 +21,10 @@ def main() -> None:
 def info() -> None:
     """Show versions, backends, and what is missing and why."""
     table = Table(show_header=False, box=None)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for name, value in facts().items():
-        table.add_row(name, value)
+        table.add_row(name, Text(value))  # as it is: a compiler's message may hold what rich takes for markup
     Console().print(table)
 
 

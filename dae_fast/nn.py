@@ -11,11 +11,11 @@ from torch import Tensor
 from .backends.reference import coefficients, compute_dtype
 from .noise import Noise
 from .ops.checks import like, noise_for, promote, samples
-from .ops.loss import check, loss_mask, loss_weight
+from .ops.loss import check, check_level_weight, loss_mask, loss_weight
 from .ops.noising import add_noise
 from .ops.parameterisation import MIXES, check_name, error_ratio
 from .ops.residual import residual_loss
-from .schedule import Schedule, stack_rows
+from .schedule import Coefficients, Schedule, stack_rows, table_of
 
 # Levels are drawn from a stream of their own, so that they are independent of the noise they scale.
 LEVEL_TAG = 0x6C6576656C  # "level"
@@ -25,23 +25,28 @@ class DenoisingLoss(torch.nn.Module):
     """The denoising objective: draw a level, noise the data, compare the network with its target.
 
     schedule: Schedule      predict: what the network predicts, "eps", "x0", "v", "score" or "flow"
-    level_weight: (T,) a weight for each level, or None
+    level_weight: (T,) a weight for each level, or None; a buffer, so it moves with the module
 
     loss(net, x0, noise) calls net(x_t, t) and returns {"loss", "noise_mse", "x0_mse"}: the objective,
     with its gradient, and the mean squared errors of the implied noise and x0 estimates, without, all
     from one pass. With a Noise the levels too are a function of (seed, step, sample), and neither the
-    noise nor the target is stored. Ho et al. 2020, algorithm 1.
+    noise nor the target is stored.
+    Raises ValueError for a schedule with a level where the prediction does not determine both x0 and
+    eps (eps where alpha = 0, x0 or score where sigma = 0): predict v there. Ho et al. 2020, algorithm 1.
     """
 
     level_weight: Tensor | None
 
     def __init__(self, schedule: Schedule, predict: str = "eps", *, level_weight: Tensor | None = None) -> None:
         super().__init__()
-        check_name("DenoisingLoss", "predict", predict)
+        op = "DenoisingLoss"
+        check_name(op, "predict", predict)
+        if level_weight is not None:
+            check_level_weight(op, schedule, level_weight)
         self.schedule = schedule
         self.predict = predict
         self.register_buffer("level_weight", level_weight)
-        schedule._table("DenoisingLoss", f"errors from {predict}", self._errors, torch.float32, torch.device("cpu"))
+        table_of(schedule, op, f"errors from {predict}", _errors(predict), torch.float32, torch.device("cpu"))
 
     def draw_levels(self, noise: Noise, x0: Tensor) -> Tensor:
         """(B,) int64, uniform over the schedule, a function of the noise's key and sample ids."""
@@ -59,9 +64,15 @@ class DenoisingLoss(torch.nn.Module):
         mask: Tensor | None = None,
         **net_arguments: Any,
     ) -> dict[str, Tensor]:
-        """x0: (B, ...); noise: Noise or a tensor like x0; t: (B,) levels, required with a tensor.
+        """The objective at the levels t of x_t = alpha * x0 + sigma * eps.
 
-        weight (B,) and mask are those of noise_mse; further arguments go to the network.
+        net(x_t, t, **net_arguments): the prediction, like x0 (its dtype may differ)
+        x0: (B, ...) fp16/bf16/fp32/fp64      noise: Noise, or a tensor like x0
+        t: (B,) int32/int64 levels; None draws them from the Noise, and a tensor needs them given
+        weight: (B,) and mask: bool, broadcastable to x0, as in noise_mse
+        returns: "loss" = mean_b w_b * mse_b of the prediction, with its gradient; "noise_mse" and
+        "x0_mse", unweighted and without; scalars, fp32 (fp64 for fp64)
+        Raises ValueError on a shape mismatch, a level outside the schedule or an empty batch.
         """
         op, predict = "DenoisingLoss", self.predict
         samples(op, "x0", x0)
@@ -70,6 +81,8 @@ class DenoisingLoss(torch.nn.Module):
             if generated is None:
                 raise ValueError(f"{op}: t must be given when noise is a tensor")
             t = self.draw_levels(generated, x0)
+        elif not isinstance(t, Tensor):
+            raise TypeError(f"{op}: t must be an int32 or int64 tensor (B,), got {type(t).__name__}")
         level = self.schedule[t]
         x_t = add_noise(x0, noise, level)
         assert isinstance(x_t, Tensor)
@@ -86,7 +99,7 @@ class DenoisingLoss(torch.nn.Module):
             one_target = (1.0, 0.0, -1.0) if predict == "eps" else (1.0, -1.0, 0.0)
             rows = stack_rows(op, one_target, pred_, compute)
         else:
-            rows = level._rows(op, f"target {predict}", self._target, pred_, compute)
+            rows = level._rows(op, f"target {predict}", _target(predict), pred_, compute)
         loss, mse = residual_loss(
             op,
             pred_,
@@ -98,13 +111,25 @@ class DenoisingLoss(torch.nn.Module):
             loss_mask(op, pred_, mask),
             check(op, pred_, "mean"),
         )
-        errors = level._rows(op, f"errors from {predict}", self._errors, mse, mse.dtype)
+        errors = level._rows(op, f"errors from {predict}", _errors(predict), mse, mse.dtype)
         noise_mse, x0_mse = (mse @ coefficients(errors.table, errors.t, op) / mse.shape[0]).unbind()
         return {"loss": loss, "noise_mse": noise_mse, "x0_mse": x0_mse}
 
-    def _target(self, alpha: Any, sigma: Any) -> tuple[Any, ...]:
-        p0, p1 = MIXES[self.predict](alpha, sigma)
+
+def _target(predict: str) -> Coefficients:
+    """A residual's row: 1*pred - p0*x0 - p1*eps."""
+
+    def coefficients(alpha: Any, sigma: Any) -> tuple[Any, ...]:
+        p0, p1 = MIXES[predict](alpha, sigma)
         return 1.0, -p0, -p1
 
-    def _errors(self, alpha: Any, sigma: Any) -> tuple[Any, ...]:
-        return *error_ratio(self.predict, "eps")(alpha, sigma), *error_ratio(self.predict, "x0")(alpha, sigma)
+    return coefficients
+
+
+def _errors(predict: str) -> Coefficients:
+    """Squared error of eps and of x0 for each unit of the prediction's."""
+
+    def coefficients(alpha: Any, sigma: Any) -> tuple[Any, ...]:
+        return *error_ratio(predict, "eps")(alpha, sigma), *error_ratio(predict, "x0")(alpha, sigma)
+
+    return coefficients

@@ -1,4 +1,9 @@
-"""Samplers: each one flat loop around the fused step. One Noise makes the whole run reproducible."""
+"""Samplers: each one flat loop around the fused step. One Noise makes the whole run reproducible.
+
+They run without gradients, leave a start given as a tensor as it is, and keep its dtype: what the
+network returns is cast to it. Row b of the result depends on the noise's id of sample b alone, so a
+batch sampled in parts (Noise(seed, first_sample=...)) is the batch sampled at once.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +17,8 @@ from torch import Tensor
 from .backends.reference import compute_dtype
 from .noise import Noise
 from .ops.affine import ABSENT, affine
-from .ops.checks import samples
-from .ops.conversions import Bounds, bounds
+from .ops.checks import like, noise_for, samples
+from .ops.conversions import Bounds, bounds, to_x0
 from .ops.langevin import langevin_step
 from .ops.parameterisation import check_name, conversion
 from .schedule import Rows, Schedule
@@ -30,18 +35,24 @@ def langevin(
     steps: int,
     noise: Noise,
     *,
-    noise_scale: float = 1.0,
+    noise_scale: float | Tensor = 1.0,
     progress: bool = False,
 ) -> Tensor:
     """`steps` unadjusted Langevin updates of all rows of x: x + h*score(x) + noise_scale*sqrt(2h)*eps.
 
-    x: (B, ...) the chains' starts, left as they are      returns: like x
-    Step k uses noise.fold_in(k). Welling and Teh 2011.
+    score(x): grad log p, like x      x: (B, ...) fp16/bf16/fp32/fp64, the chains' starts
+    step_size: h >= 0, a float or a tensor () or (B,)      noise_scale: the same; 0 is gradient ascent
+    noise: Noise; step k uses noise.fold_in(k)      progress: show a bar      returns: like x
+    With a unit Gaussian the chain settles at variance 1/(1 - h/2): the bias of the discrete step.
+    Raises ValueError on a negative step size or a score of another shape. Welling and Teh 2011.
     """
-    samples("langevin", "x", x)
+    op = "langevin"
+    _check_start(op, x, noise)
+    if steps < 0:
+        raise ValueError(f"{op}: steps must not be negative, got {steps}")
     x = x.clone()
-    for k in _steps(range(steps), progress, "Langevin"):
-        langevin_step(x, score(x), step_size, noise.fold_in(k), noise_scale, out=x)
+    for k in _steps(range(steps), progress, op):
+        langevin_step(x, _output(op, "the score", score(x), x), step_size, noise.fold_in(k), noise_scale, out=x)
     return x
 
 
@@ -59,26 +70,27 @@ def annealed_langevin(
 ) -> Tensor:
     """NCSN sampling: Langevin at each level from the noisiest down, h_t = step_size/2 * (sigma_t/sigma_0)^2.
 
-    score(x, t): the score at levels t (B,)      x: (B, ...) the starts, left as they are
-    step_size: the paper's epsilon      denoise: end with Tweedie's step x + sigma_0^2 * score
+    score(x, t): the score at levels t (B,) int64, like x      x: (B, ...) the starts
+    schedule: variance exploding, Schedule.geometric      step_size: the paper's epsilon
+    noise: Noise; step k of level t uses noise.fold_in(t*steps_per_level + k)
+    denoise: end with Tweedie's step x + sigma_0^2 * score      progress: show a bar
+    returns: like x. Raises ValueError for a schedule with alpha != 1 or sigma = 0.
     Song and Ermon 2019, algorithm 1; the last step is Jolicoeur-Martineau et al. 2021.
     """
     op = "annealed_langevin"
-    samples(op, "x", x)
-    if not (schedule.sigma[0] > 0 and bool((schedule.alpha == 1).all())):
+    _check_start(op, x, noise)
+    if not (bool((schedule.alpha == 1).all()) and bool((schedule.sigma > 0).all())):
         raise ValueError(
             f"{op}: schedule must be variance exploding with sigma > 0 (Schedule.geometric), got {schedule}"
         )
-    x = x.clone()
-    sigma = schedule.sigma.tolist()
+    if steps_per_level < 1:
+        raise ValueError(f"{op}: steps_per_level must be positive, got {steps_per_level}")
+    h = (0.5 * step_size * (schedule.sigma / schedule.sigma[0]).square()).tolist()
     plan = [(t, k) for t in reversed(range(len(schedule))) for k in range(steps_per_level)]
-    for t, k in _steps(plan, progress, "annealed Langevin"):
-        h = 0.5 * step_size * (sigma[t] / sigma[0]) ** 2
-        levels = torch.full(x.shape[:1], t, device=x.device)
-        langevin_step(x, score(x, levels), h, noise.fold_in(t * steps_per_level + k), out=x)
-    if denoise:
-        x = x + sigma[0] ** 2 * score(x, torch.zeros(x.shape[:1], dtype=torch.int64, device=x.device))
-    return x
+    x = x.clone()
+    for t, k in _steps(plan, progress, op):
+        langevin_step(x, _at(op, score, x, t), h[t], noise.fold_in(t * steps_per_level + k), out=x)
+    return to_x0(x, _at(op, score, x, 0), schedule[0], predict="score") if denoise else x
 
 
 @torch.no_grad()
@@ -95,15 +107,22 @@ def ddpm(
 ) -> Tensor:
     """Ancestral sampling, one step per level.
 
-    net(x_t, t): the network, t (B,) int64      x: x_T (B, ...), or a shape, then x_T is noise
-    predict: what net predicts      clamp: limits of the x0 estimate in every step
-    variance: "small" (the posterior's) or "large" (that of q(x_t | x_{t-1}))
-    Ho et al. 2020, algorithm 2.
+    net(x_t, t): the network, like x_t, at levels t (B,) int64
+    x: x_T (B, ...) fp16/bf16/fp32/fp64, or a shape: then noise.fold_in(T).normal(shape), fp32 on the CPU
+       (times sigma_T when the schedule is not variance preserving)
+    noise: Noise; the step from level t uses noise.fold_in(t)
+    predict: what net predicts, "eps", "x0", "v", "score" or "flow"
+    clamp: c or (low, high), the limits of the x0 estimate in every step
+    variance: of the step, "small" (the posterior's) or "large" (that of q(x_t | x_{t-1}), beta_t)
+    progress: show a bar      returns: like x_T
+    Raises ValueError for a shape mismatch or a level from which `predict` gives no step: eps where
+    alpha = 0 (predict v there). Ho et al. 2020, algorithm 2.
     """
     if variance not in ("small", "large"):
         raise ValueError(f"ddpm: variance must be 'small' or 'large', got {variance!r}")
     levels = list(reversed(range(len(schedule))))
-    return _reverse("ddpm", net, x, schedule, noise, levels, 1.0, variance == "large", predict, clamp, progress)
+    table = _reverse_table("ddpm", schedule, levels, predict, 1.0, variance == "large")
+    return _reverse("ddpm", net, x, schedule, noise, levels, table, clamp, progress)
 
 
 @torch.no_grad()
@@ -121,15 +140,16 @@ def ddim(
 ) -> Tensor:
     """Denoising diffusion implicit sampling over `steps` evenly spaced levels, the noisiest first.
 
-    eta: 0 is deterministic, 1 is ancestral      other arguments as in ddpm
-    Song, Meng and Ermon 2021, eq. 12.
+    steps: in [1, T]      eta: in [0, 1], 0 is deterministic, 1 is ancestral
+    Other arguments, the result and the errors as in ddpm. Song, Meng and Ermon 2021, eq. 12.
     """
     if not 1 <= steps <= len(schedule):
         raise ValueError(f"ddim: steps must be in [1, {len(schedule)}], got {steps}")
     if not 0 <= eta <= 1:
         raise ValueError(f"ddim: eta must be in [0, 1], got {eta}")
     levels = torch.linspace(len(schedule) - 1, 0, steps, dtype=torch.float64).round().long().tolist()
-    return _reverse("ddim", net, x, schedule, noise, levels, eta, False, predict, clamp, progress)
+    table = _reverse_table("ddim", schedule, levels, predict, eta, False)
+    return _reverse("ddim", net, x, schedule, noise, levels, table, clamp, progress)
 
 
 def _reverse(
@@ -139,53 +159,73 @@ def _reverse(
     schedule: Schedule,
     noise: Noise,
     levels: list[int],
-    eta: float,
-    large: bool,
-    predict: str,
+    table: Tensor,
     clamp: Bounds | None,
     progress: bool,
 ) -> Tensor:
-    """x_s = c_x * x_t + c_m * x0_hat + c_z * z down the levels: one fused step each."""
-    check_name(op, "predict", predict)
+    """x_s = c_x * x_t + c_m * x0_hat + c_z * z down the levels: one fused launch each."""
     limits = (-math.inf, math.inf) if clamp is None else bounds(op, clamp)
     if not isinstance(x, Tensor):
-        x = noise.fold_in(len(schedule)).normal(x)
-    samples(op, "x", x)
-    table = _reverse_table(op, schedule, levels, eta, large, predict).to(x.device, compute_dtype(x.dtype))
+        x = _start(op, x, schedule, noise)
+    _check_start(op, x, noise)
+    noisy = (table[:, 2] > 0).tolist()
+    table = table.to(x.device, compute_dtype(x.dtype))
     for i, t in enumerate(_steps(levels, progress, op)):
-        pred = net(x, torch.full(x.shape[:1], t, device=x.device))
-        last = i + 1 == len(levels)
-        fresh = None if last or eta == 0 else noise.fold_in(t)
-        columns = (0, 1, 2) if fresh is not None else (0, 1, ABSENT)
+        pred = _at(op, net, x, t)
+        fresh, columns = (noise.fold_in(t), (0, 1, 2)) if noisy[i] else (None, (0, 1, ABSENT))
         (x,) = affine(op, x, pred, None, fresh, Rows(table[i : i + 1], None), columns, (3, 4, *limits))
     return x
 
 
-def _reverse_table(op: str, schedule: Schedule, levels: list[int], eta: float, large: bool, predict: str) -> Tensor:
-    """(steps, 5): c_x, c_m, c_z and the x0 estimate's two coefficients, all in float64.
+def _reverse_table(op: str, schedule: Schedule, levels: list[int], predict: str, eta: float, large: bool) -> Tensor:
+    """(steps, 5) float64: c_x, c_m, c_z and the two coefficients of the x0 estimate, for each step t to s.
 
-    From t to s, with alpha_ts = alpha_t/alpha_s: q(x_t | x_s) has variance
-    v = sigma_t^2 - alpha_ts^2 sigma_s^2, and the posterior's is v sigma_s^2/sigma_t^2 (Kingma et al. 2021).
+    q(x_t | x_s) has variance v = sigma_t^2 - (alpha_t/alpha_s)^2 sigma_s^2 and the posterior's is
+    v sigma_s^2/sigma_t^2 (Kingma et al. 2021). The step keeps the direction x_t - alpha_t x0_hat as far
+    as x_s must have variance sigma_s^2. The last s is the data: alpha_s = 1, sigma_s = 0.
     """
-    table = torch.empty(len(levels), 5, dtype=torch.float64)
-    for i, t in enumerate(levels):
-        alpha_t, sigma_t = float(schedule.alpha[t]), float(schedule.sigma[t])
-        last = i + 1 == len(levels)
-        alpha_s, sigma_s = (
-            (1.0, 0.0) if last else (float(schedule.alpha[levels[i + 1]]), float(schedule.sigma[levels[i + 1]]))
-        )
-        if sigma_t == 0 or (predict == "eps" and alpha_t == 0):
-            raise ValueError(
-                f"{op}: predict={predict!r} gives no step from level {t} (alpha = {alpha_t}, sigma = {sigma_t})"
-            )
-        v = sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2
-        small = math.sqrt(max(v, 0.0)) * sigma_s / sigma_t
-        std = eta * small
-        direction = math.sqrt(max(sigma_s**2 - std**2, 0.0)) / sigma_t  # of x_t - alpha_t x0_hat
-        shown = math.sqrt(max(v, 0.0)) if large and not last else std
-        a0, a1 = (0.0, 1.0) if predict == "x0" else conversion(predict, "x0")(alpha_t, sigma_t)
-        table[i] = torch.tensor([direction, alpha_s - direction * alpha_t, shown, a0, a1], dtype=torch.float64)
+    check_name(op, "predict", predict)
+    alpha_t, sigma_t = schedule.alpha[levels], schedule.sigma[levels]
+    alpha_s = torch.cat((alpha_t[1:], alpha_t.new_ones(1)))
+    sigma_s = torch.cat((sigma_t[1:], sigma_t.new_zeros(1)))
+    v = (sigma_t.square() - (alpha_t / alpha_s * sigma_s).square()).clamp(min=0)
+    ratio = torch.where(sigma_s > 0, sigma_s / sigma_t, 0.0)
+    posterior = v.sqrt() * ratio
+    keep = (sigma_s.square() - (eta * posterior).square()).clamp(min=0).sqrt()
+    c_x = torch.where(sigma_s > 0, keep / sigma_t, 0.0)
+    c_z = torch.where(sigma_s > 0, v.sqrt() if large else eta * posterior, 0.0)
+    zero, one = torch.zeros_like(alpha_t), torch.ones_like(alpha_t)
+    estimate = (zero, one) if predict == "x0" else conversion(predict, "x0")(alpha_t, sigma_t)
+    table = torch.stack((c_x, alpha_s - c_x * alpha_t, c_z, *estimate), -1)
+    schedule._require_finite(op, table, levels)
     return table
+
+
+def _start(op: str, shape: Sequence[int], schedule: Schedule, noise: Noise) -> Tensor:
+    """x_T of `shape`: pure noise, of the last level's size where the schedule adds it to the data."""
+    if not isinstance(shape, Sequence) or isinstance(shape, str):
+        raise TypeError(f"{op}: x must be a tensor or a shape (B, ...), got {type(shape).__name__}")
+    if not isinstance(noise, Noise):
+        raise TypeError(f"{op}: noise must be a Noise, got {type(noise).__name__}")
+    z = noise.fold_in(len(schedule)).normal(shape)
+    return z if schedule.variance_preserving else z * float(schedule.sigma[-1])
+
+
+def _check_start(op: str, x: Tensor, noise: Noise) -> None:
+    samples(op, "x", x)
+    if isinstance(noise, Tensor):
+        raise TypeError(f"{op}: noise must be a Noise, of which every step takes its own, got a tensor")
+    noise_for(op, noise, x, "x")
+
+
+def _at(op: str, net: Network, x: Tensor, t: int) -> Tensor:
+    """The network at level t for all samples."""
+    return _output(op, "the network's output", net(x, torch.full(x.shape[:1], t, device=x.device)), x)
+
+
+def _output(op: str, name: str, value: Tensor, x: Tensor) -> Tensor:
+    like(op, name, value, "x", x)
+    return value.to(x.dtype)
 
 
 def _steps(plan: Sequence[Step], progress: bool, what: str) -> Iterable[Step]:

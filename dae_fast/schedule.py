@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import lru_cache
+import numbers
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils._python_dispatch import _disable_current_modes
+
+from .backends.reference import coefficients as look_up
 
 # Coefficients of an op from (alpha, sigma): works on floats and on float64 tensors alike.
 Coefficients = Callable[[Any, Any], tuple[Any, ...]]
+Place = tuple[str, torch.dtype, torch.device]  # of a table in a schedule's cache
 
 
 class Rows(NamedTuple):
@@ -21,9 +29,25 @@ class Rows(NamedTuple):
     t: Tensor | None
 
 
+@contextmanager
+def _outside_modes() -> Iterator[None]:
+    """What is cached must be a plain tensor, whatever traces, transforms or infers around the call."""
+    with (
+        torch.inference_mode(False),
+        temporarily_clear_interpreter_stack(),
+        _disable_current_modes(),
+        torch._C.DisableTorchFunction(),
+    ):
+        yield
+
+
 @lru_cache(maxsize=4096)
 def _constant_rows(columns: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Rows:
-    return Rows(torch.tensor([columns], dtype=torch.float64).to(device, dtype), None)
+    with _outside_modes():
+        table = torch.tensor([columns], dtype=torch.float64).to(dtype)
+        if not table.isfinite().all():
+            raise ValueError(f"coefficients must be finite in {dtype}, got {columns}")
+        return Rows(table.to(device), None)
 
 
 def stack_rows(op: str, columns: tuple[Any, ...], x: Tensor, dtype: torch.dtype) -> Rows:
@@ -32,17 +56,18 @@ def stack_rows(op: str, columns: tuple[Any, ...], x: Tensor, dtype: torch.dtype)
     if not tensors:
         if torch.compiler.is_compiling():
             return Rows(torch.tensor([columns], dtype=torch.float64).to(x.device, dtype), None)
-        return _constant_rows(columns, dtype, x.device)
-    B = max((c.shape[0] for c in tensors if c.dim()), default=1)
+        try:
+            return _constant_rows(columns, dtype, x.device)
+        except ValueError as error:
+            raise ValueError(f"{op}: {error}") from None
     wide = [
-        (c if isinstance(c, Tensor) else torch.tensor(c, dtype=torch.float64, device=x.device)).double().expand(B)
-        for c in columns
+        c.double() if isinstance(c, Tensor) else torch.tensor(c, dtype=torch.float64, device=x.device) for c in columns
     ]
-    return Rows(torch.stack(wide, -1).to(dtype), None)
+    return Rows(torch.stack(torch.broadcast_tensors(*wide), -1).reshape(-1, len(columns)).to(dtype), None)
 
 
-def check_per_sample(op: str, name: str, value: float | Tensor, x: Tensor) -> None:
-    """A float, a () tensor, or one entry per sample."""
+def check_per_sample(op: str, name: str, value: float | Tensor, x: Tensor) -> float | Tensor:
+    """A number (returned as a float), a () tensor, or one entry per sample."""
     if isinstance(value, Tensor):
         if not value.is_floating_point():
             raise TypeError(f"{op}: {name} must be floating, got {value.dtype}")
@@ -52,8 +77,15 @@ def check_per_sample(op: str, name: str, value: float | Tensor, x: Tensor) -> No
             )
         if value.device != x.device:
             raise ValueError(f"{op}: {name} must be on {x.device} like the samples, got {value.device}")
-    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        return value
+    return _number(op, name, value)
+
+
+def _number(op: str, name: str, value: Any) -> float:
+    """int, float or a numpy scalar."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{op}: {name} must be a float or a tensor, got {type(value).__name__}")
+    return float(value)
 
 
 def can_read(value: Tensor) -> bool:
@@ -72,23 +104,15 @@ class Level:
     alpha, sigma: floats, or tensors () or (B,); gradients reach tensors that require them. A classical
     denoising autoencoder is Level(alpha=1.0, sigma=0.5). `schedule[t]` makes the other kind, a lazy
     look-up: nothing is computed until an op needs it.
+    Raises TypeError for anything else and ValueError for values that are negative, infinite or NaN
+    (looked at on the CPU alone).
     """
 
     __slots__ = ("_alpha", "_schedule", "_sigma", "_t")
 
     def __init__(self, alpha: float | Tensor = 1.0, sigma: float | Tensor = 0.0) -> None:
-        for name, value in (("alpha", alpha), ("sigma", sigma)):
-            if isinstance(value, Tensor):
-                if not value.is_floating_point() or value.dim() > 1:
-                    raise ValueError(
-                        f"Level: {name} must be a float or a floating tensor () or (B,), "
-                        f"got {value.dtype} of {tuple(value.shape)}"
-                    )
-            elif isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"Level: {name} must be a float or a tensor, got {type(value).__name__}")
-            elif not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"Level: {name} must be finite and not negative, got {value}")
-        self._alpha, self._sigma = alpha, sigma
+        self._alpha = _checked("alpha", alpha)
+        self._sigma = _checked("sigma", sigma)
         self._schedule: Schedule | None = None
         self._t: int | Tensor = 0
 
@@ -106,10 +130,12 @@ class Level:
 
     @property
     def alpha(self) -> float | Tensor:
+        """The factor of the data: as given, or looked up: a float, or (B,) fp32 on t's device."""
         return self._alpha if self._schedule is None else self._schedule._gather("alpha", self._t)
 
     @property
     def sigma(self) -> float | Tensor:
+        """The factor of the noise, as alpha."""
         return self._sigma if self._schedule is None else self._schedule._gather("sigma", self._t)
 
     def _check(self, op: str, x: Tensor) -> None:
@@ -124,7 +150,7 @@ class Level:
     def _rows(self, op: str, key: str, coefficients: Coefficients, x: Tensor, dtype: torch.dtype) -> Rows:
         """The op's coefficients for batch x in `dtype`; `key` names the function in the table cache."""
         if self._schedule is not None:
-            table = self._schedule._table(op, key, coefficients, dtype, x.device)
+            table = table_of(self._schedule, op, key, coefficients, dtype, x.device)
             t = self._t
             if isinstance(t, int):
                 return Rows(table[t : t + 1], None)
@@ -133,10 +159,9 @@ class Level:
         alpha, sigma = self._alpha, self._sigma
         if not isinstance(alpha, Tensor) and not isinstance(sigma, Tensor):
             try:
-                columns = coefficients(float(alpha), float(sigma))
-            except ZeroDivisionError:
-                raise ValueError(_singular(op, f"alpha = {alpha}, sigma = {sigma}")) from None
-            return stack_rows(op, columns, x, dtype)
+                return stack_rows(op, coefficients(alpha, sigma), x, dtype)
+            except (ZeroDivisionError, ValueError):
+                raise ValueError(singular(op, f"alpha = {alpha}, sigma = {sigma}")) from None
         check_per_sample(op, "level.alpha", alpha, x)
         check_per_sample(op, "level.sigma", sigma, x)
         wide = [
@@ -149,7 +174,7 @@ class Level:
             if not finite.all():
                 b = int((~finite).nonzero()[0, 0])
                 a, s = (float(v.reshape(-1)[b if v.dim() else 0]) for v in wide)
-                raise ValueError(_singular(op, f"sample {b}, alpha = {a}, sigma = {s}"))
+                raise ValueError(singular(op, f"sample {b}, alpha = {a}, sigma = {s}"))
             return rows
         return Rows(torch.where(torch.isinf(rows.table), torch.nan, rows.table), None)
 
@@ -159,7 +184,27 @@ class Level:
         return f"{self._schedule!r}[{self._t}]"
 
 
-def _singular(op: str, where: str) -> str:
+def _checked(name: str, value: float | Tensor) -> float | Tensor:
+    """Of a Level: a number or a floating tensor () or (B,), finite and not negative."""
+    if not isinstance(value, Tensor):
+        value = _number("Level", name, value)
+        if not 0 <= value < math.inf:
+            raise ValueError(f"Level: {name} must be finite and not negative, got {value}")
+    elif not value.is_floating_point() or value.dim() > 1:
+        raise ValueError(
+            f"Level: {name} must be a float or a floating tensor () or (B,), got {value.dtype} of {tuple(value.shape)}"
+        )
+    elif can_read(value):
+        good = (value >= 0) & (value < math.inf)
+        if not good.all():
+            b = int((~good).reshape(-1).nonzero()[0, 0])
+            raise ValueError(
+                f"Level: {name} must be finite and not negative, got {float(value.reshape(-1)[b])} for sample {b}"
+            )
+    return value
+
+
+def singular(op: str, where: str) -> str:
     return (
         f"{op}: has no finite value at {where}; x0 from eps needs alpha > 0, eps or score from x0 need sigma > 0: "
         "use predict='v', which is defined everywhere, or leave that level out"
@@ -171,6 +216,8 @@ class Schedule:
 
     schedule[t], t an int or an int32/int64 tensor (B,), is a Level. Tables of coefficients are made from
     the masters once per op and device, in float64, and rounded once to float32 (float64 for fp64 samples).
+    An int level out of range raises ValueError here; one in a tensor raises it in the op, or on a GPU
+    becomes NaN there. Schedule(alpha, sigma) takes columns (T,) of one's own, finite and not negative.
     """
 
     def __init__(self, alpha: Tensor, sigma: Tensor, *, name: str = "Schedule") -> None:
@@ -179,13 +226,14 @@ class Schedule:
                 raise ValueError(f"{name}: {column} must have shape (T,), T > 0, got {tuple(values.shape)}")
             if not (torch.isfinite(values).all() and (values >= 0).all()):
                 raise ValueError(f"{name}: {column} must be finite and not negative")
-        self.alpha = alpha.detach().to("cpu", torch.float64)
-        self.sigma = sigma.detach().to("cpu", torch.float64)
+        self.alpha = alpha.detach().to("cpu", torch.float64, copy=True)
+        self.sigma = sigma.detach().to("cpu", torch.float64, copy=True)
         self._name = name
-        self._tables: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+        self._tables: dict[Place, Tensor] = {}
+        self._traced = SimpleNamespace()
 
     @classmethod
-    def from_alpha_bar(cls, alpha_bar: Tensor | list[float], *, name: str = "Schedule.from_alpha_bar") -> Schedule:
+    def from_alpha_bar(cls, alpha_bar: Tensor | Sequence[float], *, name: str = "Schedule.from_alpha_bar") -> Schedule:
         """alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar): variance preserving (Ho et al. 2020)."""
         bar = torch.as_tensor(alpha_bar, dtype=torch.float64)
         if not ((bar >= 0) & (bar <= 1)).all():
@@ -193,7 +241,7 @@ class Schedule:
         return cls(bar.sqrt(), (1 - bar).sqrt(), name=name)
 
     @classmethod
-    def from_betas(cls, betas: Tensor | list[float], *, name: str = "Schedule.from_betas") -> Schedule:
+    def from_betas(cls, betas: Tensor | Sequence[float], *, name: str = "Schedule.from_betas") -> Schedule:
         """alpha_bar_t = prod_{s<=t} (1 - beta_s) (Ho et al. 2020, eq. 4)."""
         beta = torch.as_tensor(betas, dtype=torch.float64)
         if not ((beta >= 0) & (beta <= 1)).all():
@@ -218,7 +266,7 @@ class Schedule:
     @classmethod
     def cosine(cls, T: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> Schedule:
         """alpha_bar(t) = cos^2((t/T + s)/(1 + s) * pi/2), betas clipped (Nichol and Dhariwal 2021, eq. 17)."""
-        name = f"Schedule.cosine({_levels('cosine', T)}, {s})"
+        name = f"Schedule.cosine({_levels('cosine', T)}, {s}, {max_beta})"
         u = torch.arange(T + 1, dtype=torch.float64) / T
         bar = torch.cos((u + s) / (1 + s) * (math.pi / 2)).square()
         return cls.from_betas((1 - bar[1:] / bar[:-1]).clamp(max=max_beta), name=name)
@@ -233,11 +281,15 @@ class Schedule:
         return cls(torch.ones(T, dtype=torch.float64), sigma, name=name)
 
     def zero_terminal_snr(self) -> Schedule:
-        """sqrt(alpha_bar) shifted and scaled so that the last level is pure noise (Lin et al. 2024, algorithm 1)."""
+        """sqrt(alpha_bar) shifted and scaled: the last level is pure noise and the first stays as it is.
+
+        There eps says nothing about x0: predict v (or x0). Raises ValueError for a schedule that is not
+        variance preserving or whose last level is not the noisiest. Lin et al. 2024, algorithm 1.
+        """
         self._require_variance_preserving("zero_terminal_snr")
         alpha = self.alpha
-        if len(self) < 2 or alpha[0] == alpha[-1]:
-            raise ValueError(f"{self._name}.zero_terminal_snr: needs a first and a last level that differ")
+        if not (alpha[:-1] > alpha[-1]).all() or len(self) < 2:
+            raise ValueError(f"{self._name}.zero_terminal_snr: the last level must be the noisiest of two or more")
         alpha = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
         return Schedule.from_alpha_bar(alpha.square(), name=f"{self._name}.zero_terminal_snr()")
 
@@ -276,42 +328,71 @@ class Schedule:
                 raise TypeError(f"{self._name}: t must be int32 or int64, got {t.dtype}")
             if t.dim() != 1:
                 raise ValueError(f"{self._name}: t must have shape (B,), got {tuple(t.shape)}")
-        elif isinstance(t, int) and not isinstance(t, bool):
+        elif isinstance(t, numbers.Integral) and not isinstance(t, bool):
+            t = int(t)
             if not 0 <= t < len(self):
                 raise ValueError(f"{self._name}: level must be in [0, {len(self)}), got {t}")
         else:
             raise TypeError(f"{self._name}: t must be an int or an integer tensor (B,), got {type(t).__name__}")
         return Level._of(self, t)
 
+    def __iter__(self) -> Iterator[Level]:
+        return (self[t] for t in range(len(self)))
+
+    def __reduce__(self) -> Any:
+        return partial(Schedule, name=self._name), (self.alpha, self.sigma)
+
     def __repr__(self) -> str:
         return self._name
+
+    def _require_finite(self, op: str, table: Tensor, levels: Sequence[int]) -> None:
+        """Row i of the table belongs to levels[i]."""
+        for i in (~table.isfinite().all(1)).nonzero()[:1, 0].tolist():
+            t = levels[i]
+            where = f"level {t} of {self}, alpha = {float(self.alpha[t])}, sigma = {float(self.sigma[t])}"
+            raise ValueError(singular(op, where))
 
     def _gather(self, column: str, t: int | Tensor) -> float | Tensor:
         values: Tensor = getattr(self, column)
         if isinstance(t, int):
             return float(values[t])
-        return self._table("level", column, lambda a, s: (a if column == "alpha" else s,), torch.float32, t.device)[
-            t.long(), 0
-        ]
+        op = f"Level.{column}"
+        table = table_of(self, op, column, lambda a, s: (a if column == "alpha" else s,), torch.float32, t.device)
+        return look_up(table, t, op)[:, 0]
 
-    def _table(self, op: str, key: str, coefficients: Coefficients, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """(T, K), made once. Raises ValueError where a level has no finite coefficients."""
-        place = (key, dtype, device)
-        table = self._tables.get(place)
-        if table is None:
-            table = self._tables[place] = self._make_table(op, coefficients).to(device, dtype)
-        return table
 
-    def _make_table(self, op: str, coefficients: Coefficients) -> Tensor:
-        columns = coefficients(self.alpha, self.sigma)
-        wide = [c if isinstance(c, Tensor) else torch.full_like(self.alpha, c) for c in columns]
-        table = torch.stack(wide, -1)
-        finite = torch.isfinite(table).all(1)
-        if not finite.all():
-            t = int((~finite).nonzero()[0, 0])
-            where = f"level {t} of {self._name}, alpha = {float(self.alpha[t])}, sigma = {float(self.sigma[t])}"
-            raise ValueError(_singular(op, where))
-        return table
+def table_of(
+    schedule: Schedule, op: str, key: str, coefficients: Coefficients, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """(T, K), made once. Raises ValueError where a level has no finite coefficients."""
+    place = (key, dtype, device)
+    if torch.compiler.is_dynamo_compiling():
+        name = f"{key} {dtype} {device}".replace(".", " ")  # Dynamo takes a dot for a path
+        _make_table(schedule, op, place, name, coefficients)
+        return getattr(schedule._traced, name)
+    if place not in schedule._tables:
+        _make_table(schedule, op, place, "", coefficients)
+    return schedule._tables[place]
+
+
+# Run, not traced: torch.compile then finds the table as an attribute, an input of its graph. An entry
+# that a dict gained while tracing it would not see.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _make_table(schedule: Schedule, op: str, place: Place, name: str, coefficients: Coefficients) -> None:
+    if place not in schedule._tables:
+        schedule._tables[place] = _build_table(schedule, op, place, coefficients)
+    if name:
+        setattr(schedule._traced, name, schedule._tables[place])
+
+
+def _build_table(schedule: Schedule, op: str, place: Place, coefficients: Coefficients) -> Tensor:
+    with _outside_modes():
+        columns = coefficients(schedule.alpha, schedule.sigma)
+        wide = [c if isinstance(c, Tensor) else torch.full_like(schedule.alpha, c) for c in columns]
+        _, dtype, device = place
+        table = torch.stack(wide, -1).to(dtype)
+        schedule._require_finite(op, table, range(len(schedule)))
+        return table.to(device)
 
 
 def _levels(name: str, T: int) -> int:
