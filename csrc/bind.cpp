@@ -219,6 +219,13 @@ std::array<uint32_t, 4> philox(const std::array<uint32_t, 4>& c, const std::arra
   return {b.r[0], b.r[1], b.r[2], b.r[3]};
 }
 
+// Two normals from each pair of words, for tests of the arithmetic at chosen words.
+void box_muller(uintptr_t radius, uintptr_t angle, uintptr_t z, int64_t n) {
+  const uint32_t *r = reinterpret_cast<const uint32_t*>(radius), *a = reinterpret_cast<const uint32_t*>(angle);
+  float* out = reinterpret_cast<float*>(z);
+  for (int64_t i = 0; i < n; ++i) normal_pair(r[i], a[i], out[2 * i], out[2 * i + 1]);
+}
+
 void use_isa(const std::string& name) {
   const Isa* isa = find_isa(name.c_str());
   if (!isa) throw py::value_error("this processor or this build has no instruction set '" + name + "'");
@@ -235,6 +242,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("bits", &bits);
   m.def("fold_in", &fold_in_key);
   m.def("philox4x32_10", &philox);
+  m.def("box_muller", &box_muller);
   m.def("use_isa", &use_isa);
   m.def("isa", [] { return g_isa->name; });
   m.def("isas", [] {

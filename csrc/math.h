@@ -109,10 +109,11 @@ DAE_FN float neg2_log_u(uint32_t r) {
 DAE_FN void sincos_2pi_u(uint32_t r, float& sine, float& cosine) {
   const float y = static_cast<float>(static_cast<int32_t>(r << 2 | 2u)) * 0x1p-34f;
   const float y2 = y * y;
+  // 2 pi = kTwoPi + a rest: the leading product is rounded once, with everything else inside it.
+  constexpr float kTwoPi = 6.2831855f, kTwoPiRest = -1.7484556e-07f;
   float s = fma32(y2, -7.5393562317e+01f, 8.1592353821e+01f);
   s = fma32(s, y2, -4.1341663361e+01f);
-  s = fma32(s, y2, 6.2831854820e+00f);
-  s *= y;
+  s = fma32(y, kTwoPi, y * fma32(s, y2, kTwoPiRest));
   float c = fma32(y2, 5.9229240417e+01f, -8.5443237305e+01f);
   c = fma32(c, y2, 6.4939323425e+01f);
   c = fma32(c, y2, -1.9739208221e+01f);

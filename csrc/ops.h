@@ -12,16 +12,14 @@ struct Affine {
   DAE_FN R operator()(R x, R y, R z) const { return mul_add(c0, x, mul_add(c1, y, c2 * z)); }
 };
 
-// The same with y replaced by m = clamp(a0*x + a1*y, lo, hi), the clipped x0 estimate.
-// NaN compares false and so passes through.
+// clamp(c0*x + c1*y, lo, hi): the clipped x0 estimate. NaN compares false and so passes through.
 template <class R>
 struct ClampedAffine {
-  Affine<R> outer;
-  R a0, a1, lo, hi;
+  Affine<R> map;
+  R lo, hi;
   DAE_FN R operator()(R x, R y, R z) const {
-    const R v = mul_add(a0, x, a1 * y);
-    const R m = v < lo ? lo : (v > hi ? hi : v);
-    return outer(x, m, z);
+    const R v = map(x, y, z);
+    return v < lo ? lo : (v > hi ? hi : v);
   }
 };
 

@@ -17,6 +17,8 @@ from .ops.routing import Route, route
 
 def to_signed(value: int) -> int:
     """The signed int64 with the bits of `value` modulo 2**64; torch has no uint64 arithmetic."""
+    if -(2**63) <= value < 2**63:
+        return value
     value &= 0xFFFF_FFFF_FFFF_FFFF
     return value - (value >> 63 << 64)
 
@@ -45,7 +47,7 @@ class Noise:
                 raise ValueError(
                     f"Noise: a key tensor must be int64 of shape (2,), got {seed.dtype} of {tuple(seed.shape)}"
                 )
-            self._key_tensor = seed
+            self._key_tensor = seed.contiguous()
         elif isinstance(seed, int) and not isinstance(seed, bool):
             self._seed = to_signed(seed)
         else:
@@ -58,7 +60,7 @@ class Noise:
                 raise ValueError(f"Noise: sample must be an int64 tensor (B,), got {got}")
             if first_sample != 0:
                 raise ValueError("Noise: give sample or first_sample, not both")
-        self._sample = sample
+        self._sample = None if sample is None else sample.contiguous()
         self._first_sample = to_signed(first_sample)
 
     @classmethod
@@ -128,6 +130,8 @@ class Noise:
         if isinstance(data, int) and self._key_tensor is None and not torch.compiler.is_compiling():
             seed, offset = backends.fold_in(self._seed, self._offset, to_signed(data))
             return Noise._make(seed, offset, None, self._sample, self._first_sample)
+        if not isinstance(data, (int, Tensor)):
+            raise TypeError(f"Noise.fold_in: data must be an int or an int64 tensor, got {type(data).__name__}")
         key = self._as_tensor()
         if isinstance(data, Tensor):
             if data.dtype != torch.int64 or data.numel() != 1:
@@ -138,7 +142,7 @@ class Noise:
             words = data.reshape(())
         else:
             words = torch.tensor(to_signed(data), dtype=torch.int64, device=key.device)
-        return Noise._make(0, 0, fold_in_tensor(key, words), self._sample, self._first_sample)
+        return Noise._make(0, 0, _fold(key, words), self._sample, self._first_sample)
 
     def normal(
         self, shape: Sequence[int], *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
@@ -160,6 +164,15 @@ class Noise:
         ids = f", sample={tuple(self._sample.shape)}" if self._sample is not None else ""
         first = f", first_sample={self._first_sample}" if self._first_sample else ""
         return f"Noise(key={self.key}{ids}{first})"
+
+
+def _fold(key: Tensor, data: Tensor) -> Tensor:
+    way = route("fold_in", key, data)
+    if way is Route.DISPATCHER:
+        return torch.ops.dae_fast.fold_in(key, data)
+    if way is Route.DIRECT:
+        return native.fold_in_tensor(key, data)
+    return fold_in_tensor(key, data)
 
 
 def fill(op: str, noise: Noise, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

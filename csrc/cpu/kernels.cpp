@@ -141,20 +141,22 @@ static inline void apply(const F& f, const R* x, const R* y, const R* z, R* out,
   for (int64_t i = 0; i < n; ++i) out[i] = f(x[i], y[i], z[i]);
 }
 
-template <class F, class R>
-static inline void apply2(const F& f, const F& f2, const R* x, const R* y, const R* z, R* out, R* out2, int64_t n) {
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) {
-    const R xi = x[i], yi = y[i], zi = z[i];
-    out[i] = f(xi, yi, zi);
-    out2[i] = f2(xi, yi, zi);
-  }
+// One row through the map that `columns` names. An input whose coefficient is absent is not read: it
+// may hold an infinity, and 0 times that is not 0.
+template <class R>
+static inline void apply_columns(const Coefficients<R>& c, const int* columns, const R* x, const R* y, const R* z,
+                                 R* out, int64_t n) {
+  const R* zeros = reinterpret_cast<const R*>(kZeros);
+  const Affine<R> f = {c[columns[0]], c[columns[1]], c[columns[2]]};
+  apply(f, columns[0] == kAbsent ? zeros : x, columns[1] == kAbsent ? zeros : y, columns[2] == kAbsent ? zeros : z,
+        out, n);
 }
 
 template <class T>
 static void affine_units(const AffineArgs& a, int64_t unit_begin, int64_t unit_end) {
   using R = typename ComputeType<T>::type;
-  alignas(64) R xs[kSegment], ys[kSegment], zs[kSegment], outs[kSegment], outs2[kSegment];
+  alignas(64) R xs[kSegment], ys[kSegment], zs[kSegment], outs[kSegment], outs2[kSegment], middle[kSegment];
+  const R* zeros = reinterpret_cast<const R*>(kZeros);
   const Cut cut(a.batch.B, a.batch.D);
   for (int64_t u = unit_begin; u < unit_end; ++u) {
     const Unit unit = unit_at(a.batch, cut, u);
@@ -166,16 +168,15 @@ static void affine_units(const AffineArgs& a, int64_t unit_begin, int64_t unit_e
     for (int64_t r = 0; r < unit.rows; ++r) {
       const int64_t at = r * unit.length, n = unit.length;
       const Coefficients<R> c = coefficients<R>(a.table, unit.row + r);
-      const Affine<R> first = {c[a.columns[0]], c[a.columns[1]], c[a.columns[2]]};
+      const R* m = y + at;
       if (a.clamped) {
-        const ClampedAffine<R> f = {first, c[a.inner[0]], c[a.inner[1]], static_cast<R>(a.lo), static_cast<R>(a.hi)};
-        apply(f, x + at, y + at, z + at, out + at, n);
-      } else if (!out2) {
-        apply(first, x + at, y + at, z + at, out + at, n);
-      } else {
-        const Affine<R> second = {c[a.columns[3]], c[a.columns[4]], c[a.columns[5]]};
-        apply2(first, second, x + at, y + at, z + at, out + at, out2 + at, n);
+        const ClampedAffine<R> f = {{c[a.inner[0]], c[a.inner[1]], R(0)}, static_cast<R>(a.lo), static_cast<R>(a.hi)};
+        apply(f, a.inner[0] == kAbsent ? zeros : x + at, y + at, zeros, middle, n);
+        m = middle;
       }
+      // The second output first: `out` may be one of the inputs, and this stretch is still in cache.
+      if (out2) apply_columns(c, a.columns + 3, x + at, m, z + at, out2 + at, n);
+      apply_columns(c, a.columns, x + at, m, z + at, out + at, n);
     }
     write<T>(a.batch, a.out, unit, out);
     if (out2) write<T>(a.batch, a.out2, unit, out2);

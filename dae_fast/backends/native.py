@@ -191,6 +191,12 @@ def row_dots(g: Tensor, x: Tensor | None, y: Tensor | None, z: Tensor | None, no
     return out
 
 
+def fold_in_tensor(key: Tensor, data: Tensor) -> Tensor:
+    """key (2,) and data () int64 bits; returns the folded key (2,)."""
+    seed, offset = key.tolist()
+    return torch.tensor(fold_in(seed, offset, int(data)))
+
+
 def normal(noise: Noise, B: int, D: int, dtype: torch.dtype, fold: bool = True) -> Tensor:
     """(B, D) normals; with fold=False every row is the raw stream of the key."""
     out = torch.empty(B, D, dtype=dtype)

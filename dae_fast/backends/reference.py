@@ -66,17 +66,18 @@ def words(noise: Noise, B: int, D: int, device: torch.device, fold: bool = True)
         r0, r1, r2, r3 = block_at(key[0], key[1], ids)
         seed, offset = (r0 | r1 << 32)[:, None], (r2 | r3 << 32)[:, None]
     n = torch.arange((D + 3) // 4, device=device)[None, :]
-    return torch.stack(block_at(seed, offset, n), -1).reshape(B, -1)[:, :D]
+    return torch.stack(block_at(seed, offset, n), -1).flatten(1)[:, :D]
 
 
 def normal(noise: Noise, B: int, D: int, device: torch.device, fold: bool = True) -> Tensor:
     """(B, D) fp32: Box-Muller in fp64, rounded once."""
-    w = words(noise, B, (D + 3) // 4 * 4, device, fold).double().reshape(B, -1, 2)
+    pairs = (D + 3) // 4 * 2
+    w = words(noise, B, 2 * pairs, device, fold).double().reshape(B, pairs, 2)
     u = w * 2.0**-32 + 2.0**-33
     # ln u from the complement of the word where u is near 1, as the kernels do.
     log_u = torch.where(u > 0.5, torch.log1p(-((2.0**32 - 1 - w) * 2.0**-32 + 2.0**-33)), torch.log(u))[..., 0]
     s, angle = torch.sqrt(-2 * log_u), 2 * math.pi * u[..., 1]
-    return torch.stack((s * torch.cos(angle), s * torch.sin(angle)), -1).reshape(B, -1)[:, :D].float()
+    return torch.stack((s * torch.cos(angle), s * torch.sin(angle)), -1).flatten(1)[:, :D].float()
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -164,5 +165,10 @@ def residual(
         kept = torch.full((B,), pred[0].numel() if B else 0, dtype=compute, device=pred.device)
     else:
         r = torch.where(mask, r, 0)
-        kept = mask.reshape(B, -1).sum(1).to(compute)
-    return r.square().reshape(B, -1).sum(1), kept
+        kept = per_sample_sum(mask).to(compute)
+    return per_sample_sum(r.square()), kept
+
+
+def per_sample_sum(x: Tensor) -> Tensor:
+    """(B,) over everything but the batch dimension."""
+    return x.sum(tuple(range(1, x.dim()))) if x.dim() > 1 else x

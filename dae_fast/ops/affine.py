@@ -42,10 +42,13 @@ def affine(
     if way is Route.REFERENCE:
         return reference.affine(op, x, y, z, noise, *rows, columns, clamp)
     if clamp is not None and (way is not Route.DIRECT or wants_grad(x, y, z, rows.table)):
-        # Where gradients or tracing are in play the clamp is torch's own, between two fused passes.
+        # Where gradients or tracing are in play the clamp is torch's own, between two fused passes
+        # in the compute type: rounded to half in between, it would clamp other elements.
         a0, a1, lo, hi = clamp
-        middle = affine(op, x, y, None, None, rows, (a0, a1, ABSENT))[0].clamp(lo, hi)
-        return affine(op, x, middle, z, noise, rows, columns)
+        dtype, compute = x.dtype, reference.compute_dtype(x.dtype)
+        wide_y, wide_z = (None if t is None else t.to(compute) for t in (y, z))
+        middle = affine(op, x.to(compute), wide_y, None, None, rows, (a0, a1, ABSENT))[0].clamp(lo, hi)
+        return tuple(t.to(dtype) for t in affine(op, x.to(compute), middle, wide_z, noise, rows, columns))
     if way is Route.DIRECT:
         if wants_grad(x, y, z, rows.table):
             return _tuple(_Affine.apply(x, y, z, rows.table, rows.t, op, noise, columns))
@@ -135,12 +138,12 @@ def row_dots(op: str, g: Tensor, x: Tensor | None, y: Tensor | None, z: Tensor |
     """(B, 3) sums over each sample of g*x, g*y, g*z."""
     if route(op, g, x, y, z) is Route.DIRECT and not wants_grad(g, x, y, z):
         return native.row_dots(g, x, y, z, noise)
-    B, compute = g.shape[0], reference.compute_dtype(g.dtype)
+    compute = reference.compute_dtype(g.dtype)
     wide = g.to(compute)
     if noise is not None:
         z = noise.normal(g.shape, dtype=compute, device=g.device)
     sums = [torch.zeros_like(wide) if t is None else wide * t for t in (x, y, z)]
-    return torch.stack([s.reshape(B, -1).sum(1) for s in sums], -1)
+    return torch.stack([reference.per_sample_sum(s) for s in sums], -1)
 
 
 class _Affine(torch.autograd.Function):

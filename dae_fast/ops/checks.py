@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..noise import Noise
+from ..schedule import Level
 
 DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
@@ -42,6 +43,12 @@ def noise_for(op: str, noise: Noise | Tensor, x: Tensor, x_name: str) -> tuple[T
         raise TypeError(f"{op}: noise must be a Noise or a tensor like {x_name}, got {type(noise).__name__}")
     noise._check(op, x.shape[0], x.device)
     return None, noise
+
+
+def level_for(op: str, level: Level) -> None:
+    if not isinstance(level, Level):
+        got = type(level).__name__
+        raise TypeError(f"{op}: level must be a Level, as schedule[t] or Level(alpha, sigma), got {got}")
 
 
 def promote(*tensors: Tensor | None) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..backends.reference import compute_dtype
 from ..schedule import Coefficients, Level
 from .affine import ABSENT, Clamp, affine
-from .checks import like, promote, samples
+from .checks import level_for, like, promote, samples
 from .parameterisation import check_name, conversion
 
 Bounds = float | tuple[float, float]
@@ -58,6 +58,7 @@ def to_v(x_t: Tensor, pred: Tensor, level: Level, *, predict: str = "eps", clamp
 def _convert(op: str, to: str, x_t: Tensor, pred: Tensor, level: Level, predict: str, clamp: Bounds | None) -> Tensor:
     samples(op, "x_t", x_t)
     like(op, "pred", pred, "x_t", x_t)
+    level_for(op, level)
     check_name(op, "predict", predict)
     if pred.dtype != x_t.dtype:
         x_t, pred = promote(x_t, pred)

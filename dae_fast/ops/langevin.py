@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..backends.reference import compute_dtype
@@ -10,6 +9,7 @@ from ..noise import Noise
 from ..schedule import can_read, check_per_sample, stack_rows
 from .affine import affine, affine_into
 from .checks import like, noise_for, promote, samples
+from .memory import check_out
 from .routing import wants_grad
 
 
@@ -36,10 +36,10 @@ def langevin_step(
     samples(op, "x", x)
     like(op, "score", score, "x", x)
     tensor, generated = noise_for(op, noise, x, "x")
-    for name, value in (("step_size", step_size), ("noise_scale", noise_scale)):
-        check_per_sample(op, name, value, x)
+    step_size = check_per_sample(op, "step_size", step_size, x)
+    noise_scale = check_per_sample(op, "noise_scale", noise_scale, x)
     if isinstance(step_size, Tensor):
-        if can_read(step_size) and bool((step_size < 0).any()):
+        if can_read(step_size) and not bool((step_size >= 0).all()):
             raise ValueError(f"{op}: step_size must not be negative, got {float(step_size.min())}")
         step_size = step_size.double()
     elif not step_size >= 0:
@@ -51,49 +51,9 @@ def langevin_step(
             raise ValueError(f"{op}: in place, score and noise must be {x.dtype} like x")
         x, score, tensor = promote(x, score, tensor)
     rows = stack_rows(op, (1.0, step_size, noise_scale * (2 * step_size) ** 0.5), x, compute_dtype(x.dtype))
-    columns = (0, 1, 2)
     if out is None:
-        return affine(op, x, score, tensor, generated, rows, columns)[0]
+        return affine(op, x, score, tensor, generated, rows, (0, 1, 2))[0]
     check_out(op, out, x=x, score=score, noise=tensor)
     if wants_grad(x, score, tensor, rows.table, out):
         raise ValueError(f"{op}: out= has no gradient; call it under torch.no_grad() or without out")
-    return affine_into(op, out, x, score, tensor, generated, rows, columns)
-
-
-def check_out(op: str, out: Tensor, **inputs: Tensor | None) -> None:
-    """out fits the first input, has no element twice, and shares memory with an input all or not at all."""
-    x_name, x = next(iter(inputs.items()))
-    assert x is not None
-    like(op, "out", out, x_name, x)
-    if out.dtype != x.dtype:
-        raise TypeError(f"{op}: out must be {x.dtype} like {x_name}, got {out.dtype}")
-    if torch._debug_has_internal_overlap(out) == 1 or _overlaps_itself(out):
-        raise ValueError(f"{op}: out has several elements in one place of memory (an expanded tensor?); clone it first")
-    for name, t in inputs.items():
-        if t is not None and t is not out and _partly_overlap(out, t):
-            raise ValueError(f"{op}: out and {name} partly overlap in memory; clone one of them")
-
-
-def _overlaps_itself(t: Tensor) -> bool:
-    """Sorted by stride, each dimension must step over all that the smaller ones span."""
-    span = 1
-    for stride, size in sorted((s, n) for s, n in zip(t.stride(), t.shape, strict=True) if n > 1):
-        if stride < span:
-            return True
-        span += stride * (size - 1)
-    return False
-
-
-def _partly_overlap(a: Tensor, b: Tensor) -> bool:
-    if not a.numel() or a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
-        return False
-    if a.data_ptr() == b.data_ptr() and a.stride() == b.stride():
-        return False  # the same elements in the same order
-    reach = [
-        (
-            t.data_ptr(),
-            t.data_ptr() + t.element_size() * (1 + sum(s * (n - 1) for s, n in zip(t.stride(), t.shape, strict=True))),
-        )
-        for t in (a, b)
-    ]
-    return reach[0][0] < reach[1][1] and reach[1][0] < reach[0][1]
+    return affine_into(op, out, x, score, tensor, generated, rows, (0, 1, 2))

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..backends.reference import coefficients, compute_dtype
 from ..noise import Noise
-from ..schedule import Level, check_per_sample, stack_rows
-from .checks import noise_for, promote, samples
+from ..schedule import Level, Schedule, check_per_sample, stack_rows
+from .checks import level_for, noise_for, promote, samples
 from .parameterisation import error_ratio
 from .residual import REDUCTIONS, Reduction, residual_loss
 
@@ -70,6 +70,8 @@ def noise_mse(
     z, generated = noise_for(op, noise, pred, "pred")
     if z is not None and z.dtype != pred.dtype:
         pred, z = promote(pred, z)
+    if level is not None:
+        level_for(op, level)
     rows = stack_rows(op, (1.0, -1.0, -1.0), pred, compute_dtype(pred.dtype))
     weight = loss_weight(op, pred, level, weight, level_weight)
     loss, mse = residual_loss(
@@ -119,12 +121,17 @@ def loss_weight(
     t = None if level is None else level.t
     if t is None or level is None or level._schedule is None:
         raise ValueError(f"{op}: level_weight is looked up by level and needs level=schedule[t]")
-    if not isinstance(level_weight, Tensor) or level_weight.shape != (len(level._schedule),):
-        got = tuple(level_weight.shape) if isinstance(level_weight, Tensor) else type(level_weight).__name__
-        raise ValueError(f"{op}: level_weight must be a tensor of shape ({len(level._schedule)},), got {got}")
+    check_level_weight(op, level._schedule, level_weight)
     level._check(op, pred)
     looked_up = look_up(op, level_weight[:, None], t)[:, 0].expand(pred.shape[0])
     return looked_up if weight is None else weight * looked_up
+
+
+def check_level_weight(op: str, schedule: Schedule, level_weight: Tensor) -> None:
+    """One weight for each level."""
+    if not isinstance(level_weight, Tensor) or level_weight.shape != (len(schedule),):
+        got = tuple(level_weight.shape) if isinstance(level_weight, Tensor) else type(level_weight).__name__
+        raise ValueError(f"{op}: level_weight must be a tensor of shape ({len(schedule)},), got {got}")
 
 
 def look_up(op: str, table: Tensor, t: int | Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from ..backends.reference import compute_dtype
 from ..noise import Noise
 from ..schedule import Level
 from .affine import ABSENT, affine
-from .checks import noise_for, promote, samples
+from .checks import level_for, noise_for, promote, samples
 from .parameterisation import MIXES, check_name
 
 
@@ -30,6 +30,7 @@ def add_noise(
     """
     op = "add_noise"
     samples(op, "x0", x0)
+    level_for(op, level)
     z, generated = noise_for(op, noise, x0, "x0")
     if z is not None and z.dtype != x0.dtype:
         x0, z = promote(x0, z)
@@ -42,7 +43,8 @@ def add_noise(
     if target == "x0":
         return add_noise(x0, noise, level), x0  # type: ignore[return-value]
     rows = level._rows(op, f"add_noise {target}", _noising_and(target), x0, compute_dtype(x0.dtype))
-    columns = (0, 1, ABSENT, 2, 3, ABSENT) if z is not None else (0, ABSENT, 1, 2, ABSENT, 3)
+    of_x0 = ABSENT if target in ("eps", "score") else 2
+    columns = (0, 1, ABSENT, of_x0, 3, ABSENT) if z is not None else (0, ABSENT, 1, of_x0, ABSENT, 3)
     x_t, wanted = affine(op, x0, z, None, generated, rows, columns)
     return x_t, wanted
 

@@ -89,7 +89,7 @@ def _kept(pred: Tensor, mask: Tensor | None) -> Tensor | int:
     B = pred.shape[0]
     if mask is None:
         return pred.numel() // B if B else 0
-    return mask.expand(pred.shape).reshape(B, -1).sum(1)
+    return reference.per_sample_sum(mask)
 
 
 def _pred_gradient(

@@ -1,0 +1,287 @@
+"""Bad input gets an error that names the op, the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import dae_fast as df
+
+NOISE = df.Noise(0)
+LEVEL = df.Level(0.6, 0.8)
+SCHEDULE = df.Schedule.linear(1000)
+X = torch.zeros(8, 4)
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+# What is called, the error, its message.
+CALLS = {
+    "shape": (
+        lambda: df.add_noise(X, torch.zeros(8, 3), LEVEL),
+        ValueError,
+        r"add_noise: noise must have shape \(8, 4\), got \(8, 3\)",
+    ),
+    "no batch": (
+        lambda: df.add_noise(torch.tensor(1.0), NOISE, LEVEL),
+        ValueError,
+        r"add_noise: x0 must have a batch dimension, got shape \(\)",
+    ),
+    "integers": (
+        lambda: df.add_noise(torch.zeros(8, 4, dtype=torch.int64), NOISE, LEVEL),
+        TypeError,
+        "add_noise: x0 must be float16, bfloat16, float32 or float64, got torch.int64",
+    ),
+    "bool": (
+        lambda: df.noise_mse(torch.zeros(8, 4, dtype=torch.bool), NOISE),
+        TypeError,
+        "noise_mse: pred must be float16, bfloat16, float32 or float64, got torch.bool",
+    ),
+    "complex": (
+        lambda: df.to_x0(X, torch.zeros(8, 4, dtype=torch.complex64), LEVEL),
+        TypeError,
+        "to_x0: pred must be float16, bfloat16, float32 or float64, got torch.complex64",
+    ),
+    "float8": (
+        lambda: df.add_noise(X.to(torch.float8_e4m3fn), NOISE, LEVEL),
+        TypeError,
+        "add_noise: x0 must be float16, bfloat16, float32 or float64, got torch.float8_e4m3fn",
+    ),
+    "sparse": (
+        lambda: df.add_noise(X.to_sparse(), NOISE, LEVEL),
+        TypeError,
+        "add_noise: x0 must be a dense tensor, got torch.sparse_coo",
+    ),
+    "not a tensor": (
+        lambda: df.add_noise([1.0], NOISE, LEVEL),
+        TypeError,
+        "add_noise: x0 must be a tensor, got list",
+    ),
+    "not noise": (
+        lambda: df.add_noise(X, 3, LEVEL),
+        TypeError,
+        "add_noise: noise must be a Noise or a tensor like x0, got int",
+    ),
+    "not a level": (
+        lambda: df.add_noise(X, NOISE, 3),
+        TypeError,
+        "add_noise: level must be a Level, as schedule\\[t\\] or Level\\(alpha, sigma\\), got int",
+    ),
+    "device": (
+        lambda: df.add_noise(X, torch.zeros(8, 4, device="meta"), LEVEL),
+        ValueError,
+        "add_noise: noise must be on cpu like x0, got meta",
+    ),
+    "level device": (
+        lambda: df.add_noise(X, NOISE, SCHEDULE[torch.zeros(8, dtype=torch.int64, device="meta")]),
+        ValueError,
+        "add_noise: level must be on cpu like the samples, got meta",
+    ),
+    "level length": (
+        lambda: df.add_noise(X, NOISE, SCHEDULE[torch.zeros(5, dtype=torch.int64)]),
+        ValueError,
+        r"add_noise: level must have one entry per sample \(8\), got 5",
+    ),
+    "level above": (
+        lambda: df.add_noise(X, NOISE, SCHEDULE[torch.tensor([0, 1, 2, 1000, 4, 5, 6, 7])]),
+        ValueError,
+        r"add_noise: level must be in \[0, 1000\), got 1000 for sample 3 of the batch",
+    ),
+    "level below": (
+        lambda: df.to_x0(X, X, SCHEDULE[torch.tensor([0, 1, 2, 3, 4, 5, 6, -1], dtype=torch.int32)]),
+        ValueError,
+        r"to_x0: level must be in \[0, 1000\), got -1 for sample 7 of the batch",
+    ),
+    "level above, in a gradient": (
+        lambda: df.add_noise(X.clone().requires_grad_(), NOISE, SCHEDULE[torch.full((8,), 2**62)]),
+        ValueError,
+        r"add_noise: level must be in \[0, 1000\), got 4611686018427387904 for sample 0",
+    ),
+    "level above, look-up": (
+        lambda: df.noise_mse(X, NOISE, level=SCHEDULE[torch.full((8,), 1000)], level_weight=torch.ones(1000)),
+        ValueError,
+        r"noise_mse: level must be in \[0, 1000\), got 1000 for sample 0",
+    ),
+    "target": (
+        lambda: df.add_noise(X, NOISE, LEVEL, target="noise"),
+        ValueError,
+        "add_noise: target must be one of 'eps', 'x0', 'v', 'score', 'flow', got 'noise'",
+    ),
+    "predict": (
+        lambda: df.to_x0(X, X, LEVEL, predict="epsilon"),
+        ValueError,
+        "to_x0: predict must be one of 'eps', 'x0', 'v', 'score', 'flow', got 'epsilon'",
+    ),
+    "clamp": (
+        lambda: df.to_x0(X, X, LEVEL, clamp=(1.0, -1.0)),
+        ValueError,
+        r"to_x0: clamp must be c >= 0 or \(low, high\) with low <= high, got \(1.0, -1.0\)",
+    ),
+    "negative clamp": (
+        lambda: df.to_eps(X, X, LEVEL, clamp=-1.0),
+        ValueError,
+        "to_eps: clamp must be c >= 0",
+    ),
+    "alpha is 0": (
+        lambda: df.to_x0(X, X, df.Level(0.0, 1.0)),
+        ValueError,
+        r"to_x0: .*alpha = 0.0, sigma = 1.0.*predict='v'",
+    ),
+    "sigma is 0": (
+        lambda: df.to_score(X, X, df.Level(1.0, 0.0)),
+        ValueError,
+        r"to_score: .*alpha = 1.0, sigma = 0.0",
+    ),
+    "sigma is 0 in a tensor": (
+        lambda: df.to_score(X, X, df.Level(torch.ones(8), torch.tensor([1.0, 1, 1, 1, 1, 0, 1, 1]))),
+        ValueError,
+        r"to_score: .*sample 5, alpha = 1.0, sigma = 0.0",
+    ),
+    "step size": (
+        lambda: df.langevin_step(X, X, -0.1, NOISE),
+        ValueError,
+        "langevin_step: step_size must not be negative, got -0.1",
+    ),
+    "step size NaN": (
+        lambda: df.langevin_step(X, X, float("nan"), NOISE),
+        ValueError,
+        "langevin_step: step_size must not be negative, got nan",
+    ),
+    "step sizes": (
+        lambda: df.langevin_step(X, X, torch.tensor([1.0, 1, 1, 1, 1, 1, 1, -2]), NOISE),
+        ValueError,
+        "langevin_step: step_size must not be negative, got -2.0",
+    ),
+    "step sizes' shape": (
+        lambda: df.langevin_step(X, X, torch.ones(3), NOISE),
+        ValueError,
+        r"langevin_step: step_size must be a float or have shape \(8,\), one per sample, got \(3,\)",
+    ),
+    "step size of integers": (
+        lambda: df.langevin_step(X, X, torch.ones(8, dtype=torch.int64), NOISE),
+        TypeError,
+        "langevin_step: step_size must be floating, got torch.int64",
+    ),
+    "score": (
+        lambda: df.langevin_step(X, X[:4], 0.1, NOISE),
+        ValueError,
+        r"langevin_step: score must have shape \(8, 4\), got \(4, 4\)",
+    ),
+    "out dtype": (
+        lambda: df.langevin_step(X, X, 0.1, NOISE, out=X.double()),
+        TypeError,
+        "langevin_step: out must be torch.float32 like x, got torch.float64",
+    ),
+    "out with gradient": (
+        lambda: df.langevin_step(X.clone().requires_grad_(), X, 0.1, NOISE, out=torch.zeros(8, 4)),
+        ValueError,
+        "langevin_step: out= has no gradient",
+    ),
+    "reduction": (
+        lambda: df.noise_mse(X, NOISE, reduction="avg"),
+        ValueError,
+        "noise_mse: reduction must be 'mean', 'sum' or 'none', got 'avg'",
+    ),
+    "empty mean": (
+        lambda: df.noise_mse(torch.zeros(0, 4), NOISE),
+        ValueError,
+        r"noise_mse: the mean over an empty batch \(0, 4\) is not defined; use reduction='sum'",
+    ),
+    "weight shape": (
+        lambda: df.noise_mse(X, NOISE, weight=torch.ones(4)),
+        ValueError,
+        r"noise_mse: weight must be .*\(8,\).*got \(4,\)",
+    ),
+    "weight type": (
+        lambda: df.noise_mse(X, NOISE, weight=2.0),
+        TypeError,
+        r"noise_mse: weight must be a tensor \(B,\), got float",
+    ),
+    "level_weight without level": (
+        lambda: df.noise_mse(X, NOISE, level_weight=torch.ones(1000)),
+        ValueError,
+        r"noise_mse: level_weight is looked up by level and needs level=schedule\[t\]",
+    ),
+    "level_weight shape": (
+        lambda: df.noise_mse(X, NOISE, level=SCHEDULE[3], level_weight=torch.ones(8)),
+        ValueError,
+        r"noise_mse: level_weight must be a tensor of shape \(1000,\), got \(8,\)",
+    ),
+    "mask type": (
+        lambda: df.noise_mse(X, NOISE, mask=torch.ones(8, 4)),
+        TypeError,
+        "noise_mse: mask must be a bool tensor, got torch.float32",
+    ),
+    "mask shape": (
+        lambda: df.noise_mse(X, NOISE, mask=torch.ones(8, 3, dtype=torch.bool)),
+        ValueError,
+        r"noise_mse: mask must be broadcastable to \(8, 4\), got \(8, 3\)",
+    ),
+    "x0_mse without level": (
+        lambda: df.noise_mse(X, NOISE, return_x0_mse=True),
+        ValueError,
+        "noise_mse: return_x0_mse needs level",
+    ),
+    "sample ids": (
+        lambda: df.add_noise(X, df.Noise(0, sample=torch.arange(5)), LEVEL),
+        ValueError,
+        r"add_noise: noise.sample must have shape \(8,\), got \(5,\)",
+    ),
+    "sample ids' device": (
+        lambda: df.noise_mse(X, df.Noise(0, sample=torch.arange(8, device="meta"))),
+        ValueError,
+        "noise_mse: noise.sample must be on cpu, got meta",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_message(name: str) -> None:
+    call, error, message = CALLS[name]
+    with pytest.raises(error, match=message):
+        call()
+
+
+OVERLAPS = {
+    "expanded": (lambda: torch.zeros(8, 1).expand(8, 4), "out has several elements in one place of memory"),
+    "as_strided": (lambda: torch.zeros(64).as_strided((8, 4), (1, 1)), "out has several elements in one place"),
+}
+
+
+@pytest.mark.parametrize("name", OVERLAPS)
+def test_a_target_that_overlaps_itself_is_refused(name: str) -> None:
+    make, message = OVERLAPS[name]
+    with pytest.raises(ValueError, match=message):
+        df.langevin_step(X, X, 0.1, NOISE, out=make())
+
+
+def test_a_target_that_partly_overlaps_an_input_is_refused() -> None:
+    buffer = torch.zeros(40)
+    x, out = buffer[:32].view(8, 4), buffer[4:36].view(8, 4)
+    with pytest.raises(ValueError, match="langevin_step: out and x partly overlap in memory"):
+        df.langevin_step(x, X, 0.1, NOISE, out=out)
+    with pytest.raises(ValueError, match="langevin_step: out and score partly overlap in memory"):
+        df.langevin_step(X, x, 0.1, NOISE, out=out)
+    square = torch.zeros(4, 4)
+    with pytest.raises(ValueError, match="out and x partly overlap"):
+        df.langevin_step(square, torch.zeros(4, 4), 0.1, NOISE, out=square.T)
+
+
+def test_interleaved_targets_are_accepted() -> None:
+    """Views of one storage that share no element."""
+    buffer = torch.randn(8, 8)
+    x, out = buffer[:, :4], buffer[:, 4:]
+    expected = df.langevin_step(x.clone(), X, 0.1, NOISE)
+    assert torch.equal(df.langevin_step(x, X, 0.1, NOISE, out=out), expected)
+
+
+def test_nothing_is_written_when_a_level_is_bad() -> None:
+    """The check comes before the first store."""
+    x = torch.randn(8, 4).requires_grad_()
+    with pytest.raises(ValueError, match="level must be in"):
+        df.add_noise(x, NOISE, SCHEDULE[torch.full((8,), 5000)])
+    assert x.grad is None
+
+
+def test_unknown_backend() -> None:
+    with pytest.raises(ValueError, match="use_backend: name must be one of 'reference', 'native' or None, got 'cuda'"):
+        df.use_backend("cuda")
