@@ -89,8 +89,8 @@ def annealed_langevin(
     plan = [(t, k) for t in reversed(range(len(schedule))) for k in range(steps_per_level)]
     x = x.clone()
     for t, k in _steps(plan, progress, op):
-        langevin_step(x, _at(op, score, x, t), h[t], noise.fold_in(t * steps_per_level + k), out=x)
-    return to_x0(x, _at(op, score, x, 0), schedule[0], predict="score") if denoise else x
+        langevin_step(x, _at(op, "the score", score, x, t), h[t], noise.fold_in(t * steps_per_level + k), out=x)
+    return to_x0(x, _at(op, "the score", score, x, 0), schedule[0], predict="score") if denoise else x
 
 
 @torch.no_grad()
@@ -171,7 +171,7 @@ def _reverse(
     noisy = (table[:, 2] > 0).tolist()
     table = table.to(x.device, compute_dtype(x.dtype))
     for i, t in enumerate(_steps(levels, progress, op)):
-        pred = _at(op, net, x, t)
+        pred = _at(op, "the network's output", net, x, t)
         fresh, columns = (noise.fold_in(t), (0, 1, 2)) if noisy[i] else (None, (0, 1, ABSENT))
         (x,) = affine(op, x, pred, None, fresh, Rows(table[i : i + 1], None), columns, (3, 4, *limits))
     return x
@@ -218,9 +218,9 @@ def _check_start(op: str, x: Tensor, noise: Noise) -> None:
     noise_for(op, noise, x, "x")
 
 
-def _at(op: str, net: Network, x: Tensor, t: int) -> Tensor:
+def _at(op: str, name: str, net: Network, x: Tensor, t: int) -> Tensor:
     """The network at level t for all samples."""
-    return _output(op, "the network's output", net(x, torch.full(x.shape[:1], t, device=x.device)), x)
+    return _output(op, name, net(x, torch.full(x.shape[:1], t, device=x.device)), x)
 
 
 def _output(op: str, name: str, value: Tensor, x: Tensor) -> Tensor:
