@@ -46,7 +46,8 @@ class DenoisingLoss(torch.nn.Module):
         self.schedule = schedule
         self.predict = predict
         self.register_buffer("level_weight", level_weight)
-        table_of(schedule, op, f"errors from {predict}", _errors(predict), torch.float32, torch.device("cpu"))
+        for key, made in ((f"target {predict}", _target(predict)), (f"errors from {predict}", _errors(predict))):
+            table_of(schedule, op, key, made, torch.float32, torch.device("cpu"))
 
     def draw_levels(self, noise: Noise, x0: Tensor) -> Tensor:
         """(B,) int64, uniform over the schedule, a function of the noise's key and sample ids."""

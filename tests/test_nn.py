@@ -1,0 +1,367 @@
+"""DenoisingLoss against the objective written in plain torch."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from scipy import stats
+
+import dae_fast as df
+from dae_fast.nn import DenoisingLoss
+
+T = 50
+SCHEDULE = df.Schedule.linear(T, 1e-3, 0.2)
+PREDICT = ("eps", "x0", "v", "score", "flow")
+
+
+class Network(torch.nn.Module):
+    """A small one that looks at x_t, t and a label."""
+
+    def __init__(self, dtype=torch.float64):
+        super().__init__()
+        g = torch.Generator().manual_seed(0)
+        self.weight = torch.nn.Parameter((torch.randn(6, 6, generator=g, dtype=torch.float64) / 2).to(dtype))
+        self.bias = torch.nn.Parameter(torch.randn(6, generator=g, dtype=torch.float64).to(dtype))
+
+    def forward(self, x_t, t, label=None, *, gain=1.0):
+        dtype = self.weight.dtype
+        out = torch.tanh(x_t.to(dtype) @ self.weight + t.to(dtype)[:, None, None] / T) * self.bias * gain
+        return out if label is None else out + label.to(dtype)[:, None, None]
+
+
+def make(B=5, dtype=torch.float64):
+    g = torch.Generator().manual_seed(1)
+    x0, eps = torch.randn(2, B, 3, 6, generator=g, dtype=torch.float64).to(dtype)
+    return x0, eps, torch.randint(T, (B,), generator=g)
+
+
+def plain(net, x0, eps, t, predict, schedule=SCHEDULE, weight=None, level_weight=None, mask=None, **arguments):
+    """The three values, in fp64."""
+    alpha, sigma = (c[t][:, None, None] for c in (schedule.alpha, schedule.sigma))
+    x_t = alpha * x0.double() + sigma * eps.double()
+    pred = net(x_t.to(x0.dtype), t, **arguments).double()
+    x0, eps = x0.double(), eps.double()
+    target = {"eps": eps, "x0": x0, "v": alpha * eps - sigma * x0, "score": -eps / sigma, "flow": eps - x0}[predict]
+    # x_t = alpha x0 + sigma eps, solved with the prediction for x0 and eps.
+    x0_hat = {
+        "eps": lambda: (x_t - sigma * pred) / alpha,
+        "x0": lambda: pred,
+        "v": lambda: (alpha * x_t - sigma * pred) / (alpha**2 + sigma**2),
+        "score": lambda: (x_t + sigma**2 * pred) / alpha,
+        "flow": lambda: (x_t - sigma * pred) / (alpha + sigma),
+    }[predict]()
+    eps_hat = (x_t - alpha * x0_hat) / sigma
+
+    def mean(square):
+        if mask is None:
+            return square.flatten(1).mean(1)
+        kept = mask.expand(square.shape).flatten(1)
+        return torch.where(kept, square.flatten(1), 0).sum(1) / kept.sum(1).clamp(min=1)
+
+    w = torch.ones(len(x0), dtype=torch.float64)
+    if weight is not None:
+        w = w * weight
+    if level_weight is not None:
+        w = w * level_weight[t]
+    return {
+        "loss": (w * mean((pred - target) ** 2)).mean(),
+        "noise_mse": mean((eps_hat - eps) ** 2).mean().detach(),
+        "x0_mse": mean((x0_hat - x0) ** 2).mean().detach(),
+    }
+
+
+def compare(got, wanted, got_net, wanted_net, tolerance=1e-10):
+    assert list(got) == ["loss", "noise_mse", "x0_mse"]
+    for name, value in got.items():
+        assert value.shape == () and value.requires_grad == (name == "loss")
+        torch.testing.assert_close(value.double(), wanted[name], rtol=tolerance, atol=tolerance, msg=name)
+    got["loss"].backward()
+    wanted["loss"].backward()
+    for ours, theirs in zip(got_net.parameters(), wanted_net.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad.double(), rtol=tolerance, atol=tolerance)
+
+
+WEIGHTS = torch.tensor([0.5, 2.0, 0.0, 1.0, 3.0], dtype=torch.float64)
+LEVEL_WEIGHTS = torch.rand(T, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+MASK = torch.rand(5, 3, 6, generator=torch.Generator().manual_seed(3)) < 0.6
+MASK[1] = False
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"weight": WEIGHTS},
+        {"level_weight": LEVEL_WEIGHTS},
+        {"mask": MASK},
+        {"mask": MASK[:1, :, :1]},
+        {"weight": WEIGHTS, "level_weight": LEVEL_WEIGHTS, "mask": MASK},
+    ],
+    ids=["plain", "weight", "level_weight", "mask", "broadcast-mask", "all"],
+)
+@pytest.mark.parametrize("fresh", [True, False], ids=["Noise", "tensor"])
+@pytest.mark.parametrize("predict", PREDICT)
+def test_value_and_gradient(backend, predict, fresh, options):
+    x0, eps, t = make()
+    ours, theirs = Network(), Network()
+    objective = DenoisingLoss(SCHEDULE, predict, level_weight=options.get("level_weight"))
+    call = {k: v for k, v in options.items() if k != "level_weight"}
+    if fresh:
+        noise = df.Noise(4).fold_in(9)
+        eps, t = noise.normal(x0.shape, dtype=x0.dtype), objective.draw_levels(noise, x0)
+        got = objective(ours, x0, noise, **call)
+    else:
+        got = objective(ours, x0, eps, t, **call)
+    compare(got, plain(theirs, x0, eps, t, predict, **options), ours, theirs)
+
+
+@pytest.mark.parametrize("predict", PREDICT)
+def test_variance_exploding_schedule(predict):
+    x0, eps, t = make()
+    schedule = df.Schedule.geometric(0.1, 5.0, T)
+    ours, theirs = Network(), Network()
+    got = DenoisingLoss(schedule, predict)(ours, x0, eps, t.int())
+    compare(got, plain(theirs, x0, eps, t, predict, schedule), ours, theirs)
+
+
+@pytest.mark.parametrize("predict", PREDICT)
+@pytest.mark.parametrize(
+    "data, net, tolerance",
+    [
+        (torch.float32, torch.float32, 2e-5),
+        (torch.float32, torch.bfloat16, 2e-2),
+        (torch.bfloat16, torch.bfloat16, 2e-2),
+        (torch.bfloat16, torch.float32, 2e-5),
+        (torch.float16, torch.float16, 4e-3),
+    ],
+)
+def test_dtypes(predict, data, net, tolerance):
+    """The network sees x_t rounded to its own dtype in both; sigma keeps away from 0, where score explodes."""
+    schedule = df.Schedule.geometric(0.5, 2.0, T)
+    x0, _, t = make(dtype=data)
+    ours, theirs, noise = Network(net), Network(net), df.Noise(4)
+    eps = noise.normal(x0.shape, dtype=torch.float32)
+    got = DenoisingLoss(schedule, predict)(ours, x0, noise, t)
+    assert all(v.dtype == torch.float32 for v in got.values())
+    assert ours.weight.grad is None
+    if data == torch.bfloat16 and predict != "eps":  # the target is made from x0, in fp32
+        tolerance = max(tolerance, 1e-4)
+    compare(got, plain(theirs, x0, eps, t, predict, schedule), ours, theirs, tolerance)
+
+
+def test_gradient_of_the_data(backend):
+    """x0 may be an encoder's output: both x_t and the target depend on it."""
+    x0, eps, t = make()
+    net = Network()
+    leaves = []
+    for value in (lambda x: DenoisingLoss(SCHEDULE, "v")(net, x, eps, t), lambda x: plain(net, x, eps, t, "v")):
+        leaf = x0.clone().requires_grad_()
+        value(leaf)["loss"].backward()
+        leaves.append(leaf.grad)
+    torch.testing.assert_close(*leaves, rtol=1e-10, atol=1e-12)
+    assert leaves[0].abs().min() > 0
+
+
+def test_arguments_for_the_network():
+    x0, eps, t = make()
+    label = torch.arange(5)
+    ours, theirs = Network(), Network()
+    got = DenoisingLoss(SCHEDULE)(ours, x0, eps, t, label=label, gain=0.5)
+    compare(got, plain(theirs, x0, eps, t, "eps", label=label, gain=0.5), ours, theirs)
+
+
+def test_the_network_sees_x_t_and_t():
+    x0, _, _ = make(dtype=torch.float32)
+    noise, objective, seen = df.Noise(4), DenoisingLoss(SCHEDULE), []
+
+    def net(x_t, t):
+        seen.append((x_t, t))
+        return x_t
+
+    objective(net, x0, noise)
+    x_t, t = seen[0]
+    assert t.dtype == torch.int64 and torch.equal(t, objective.draw_levels(noise, x0))
+    assert torch.equal(x_t, df.add_noise(x0, noise, SCHEDULE[t]))
+
+
+# Levels.
+
+
+@pytest.mark.parametrize("levels", [2, 10, 1000])
+def test_levels_are_uniform(levels):
+    """Chi-square over consecutive samples and over steps; p is uniform, and the seed is fixed."""
+    objective, N = DenoisingLoss(df.Schedule.cosine(levels)), 200_000
+    x0 = torch.empty(N, 0)
+    over_samples = objective.draw_levels(df.Noise(5).fold_in(0), x0)
+    over_steps = torch.cat([objective.draw_levels(df.Noise(6).fold_in(k), x0[:100]) for k in range(500)])
+    for t in (over_samples, over_steps):
+        assert t.dtype == torch.int64 and t.min() == 0 and t.max() == levels - 1
+        counts = torch.bincount(t, minlength=levels).numpy()
+        assert 0.001 < stats.chisquare(counts).pvalue < 0.999
+
+
+def test_levels_are_independent_of_neighbours_and_of_the_noise():
+    objective, N = DenoisingLoss(SCHEDULE), 100_000
+    noise, x0 = df.Noise(7), torch.empty(100_000, 0)
+    t = objective.draw_levels(noise, x0).double()
+    z = noise.normal((N, 1))[:, 0].double()
+    next_step = objective.draw_levels(df.Noise(7).fold_in(1), x0).double()
+    for other in (z, z.abs(), next_step, t.roll(1)):
+        correlation = torch.corrcoef(torch.stack((t, other)))[0, 1]
+        assert abs(correlation) < 4 / N**0.5
+
+
+def test_levels_depend_on_seed_step_and_sample_alone():
+    objective = DenoisingLoss(SCHEDULE)
+    noise, x0 = df.Noise(7).fold_in(3), torch.zeros(64, 2)
+    t = objective.draw_levels(noise, x0)
+    assert torch.equal(objective.draw_levels(noise, torch.zeros(64, 5, 5, dtype=torch.bfloat16)), t)
+    assert torch.equal(objective.draw_levels(noise, x0[:7]), t[:7])
+    assert torch.equal(objective.draw_levels(df.Noise(7, first_sample=60).fold_in(3), x0[:4]), t[60:])
+    ids = torch.tensor([63, 0, 5])
+    assert torch.equal(objective.draw_levels(df.Noise(7, sample=ids).fold_in(3), x0[:3]), t[ids])
+    assert not torch.equal(objective.draw_levels(df.Noise(7).fold_in(4), x0), t)
+    assert not torch.equal(objective.draw_levels(df.Noise(8).fold_in(3), x0), t)
+    state = torch.get_rng_state()
+    objective(lambda x, t: x, x0, noise)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_shards_make_the_whole_batch():
+    x0, net, objective = make(8)[0], Network(), DenoisingLoss(SCHEDULE, "v")
+    whole = objective(net, x0, df.Noise(1))
+    parts = [objective(net, x0[:4], df.Noise(1)), objective(net, x0[4:], df.Noise(1, first_sample=4))]
+    for name, value in whole.items():
+        torch.testing.assert_close((parts[0][name] + parts[1][name]) / 2, value, rtol=1e-12, atol=0)
+
+
+# The module.
+
+
+def test_state():
+    assert dict(DenoisingLoss(SCHEDULE).state_dict()) == {}
+    objective = DenoisingLoss(SCHEDULE, level_weight=LEVEL_WEIGHTS)
+    assert list(objective.state_dict()) == ["level_weight"]
+    other = DenoisingLoss(SCHEDULE, level_weight=torch.zeros(T))
+    other.load_state_dict(objective.state_dict())
+    assert torch.equal(other.level_weight, LEVEL_WEIGHTS)
+    assert list(objective.parameters()) == []
+    assert objective.to(torch.float64).level_weight.dtype == torch.float64
+    assert objective.to("meta").level_weight.device.type == "meta"
+
+
+def test_copies_and_compositions():
+    x0, eps, t = make()
+    net = Network()
+    objective = DenoisingLoss(SCHEDULE, "v", level_weight=LEVEL_WEIGHTS)
+    wanted = objective(net, x0, eps, t)["loss"]
+    assert torch.equal(copy.deepcopy(objective)(net, x0, eps, t)["loss"], wanted)
+    assert torch.equal(objective.train()(net, x0, eps, t)["loss"], objective.eval()(net, x0, eps, t)["loss"])
+    holder = torch.nn.Module()
+    holder.objective, holder.net = objective, net
+    assert "objective.level_weight" in holder.state_dict()
+
+
+def test_without_gradients():
+    x0, eps, t = make()
+    with torch.no_grad():
+        values = DenoisingLoss(SCHEDULE)(Network(), x0, eps, t)
+    assert not any(v.requires_grad for v in values.values())
+    wanted = plain(Network(), x0, eps, t, "eps")
+    for name, value in values.items():
+        torch.testing.assert_close(value, wanted[name].detach())
+
+
+def test_it_trains():
+    """Linear regression of eps on x_t at one level: plain gradient descent comes to the closed form."""
+    schedule = df.Schedule.from_alpha_bar([0.5])
+    objective, net = DenoisingLoss(schedule), torch.nn.Linear(1, 1).double()
+    data = torch.randn(20_000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    step = torch.optim.SGD(net.parameters(), 0.5)
+    for _ in range(40):
+        step.zero_grad()
+        objective(lambda x, t: net(x), data, df.Noise(0))["loss"].backward()
+        step.step()
+    x_t = df.add_noise(data, df.Noise(0), schedule[0])
+    eps = df.Noise(0).normal(data.shape, dtype=torch.float64)
+    fit = torch.linalg.lstsq(torch.cat((x_t, torch.ones_like(x_t)), 1), eps).solution[:, 0]
+    torch.testing.assert_close(torch.stack((net.weight[0, 0], net.bias[0])).detach(), fit, rtol=1e-6, atol=1e-6)
+    assert abs(fit[0] - 0.5**0.5) < 4 * (0.5 / 20_000) ** 0.5
+
+
+# Refusals.
+
+ZERO_TERMINAL = SCHEDULE.zero_terminal_snr()
+CLEAN_FIRST = df.Schedule.from_betas([0.0, 0.1])
+
+
+@pytest.mark.parametrize(
+    "schedule, predict, t",
+    [(ZERO_TERMINAL, "eps", 49), (ZERO_TERMINAL, "score", 49), (CLEAN_FIRST, "x0", 0), (CLEAN_FIRST, "score", 0)],
+    ids=str,
+)
+def test_singular_schedules_are_refused_at_construction(schedule, predict, t):
+    with pytest.raises(ValueError, match=f"DenoisingLoss: has no finite value at level {t} of .*use predict='v'"):
+        DenoisingLoss(schedule, predict)
+
+
+@pytest.mark.parametrize("predict", ["v", "flow", "x0"])
+def test_zero_terminal_schedule(predict):
+    x0, eps, _ = make()
+    t = torch.tensor([49, 49, 0, 10, 48])
+    ours, theirs = Network(), Network()
+    got = DenoisingLoss(ZERO_TERMINAL, predict)(ours, x0, eps, t)
+    compare(got, plain(theirs, x0, eps, t, predict, ZERO_TERMINAL), ours, theirs)
+
+
+X0, EPS, LEVELS = make()
+
+
+def bad(net=lambda x, t: x, x0=X0, noise=EPS, t=LEVELS, **options):
+    return lambda: DenoisingLoss(SCHEDULE, "v")(net, x0, noise, t, **options)
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (
+            lambda: DenoisingLoss(SCHEDULE, "epsilon"),
+            ValueError,
+            "DenoisingLoss: predict must be one of 'eps', .*'epsilon'",
+        ),
+        (
+            lambda: DenoisingLoss(SCHEDULE, level_weight=torch.ones(3)),
+            ValueError,
+            r"DenoisingLoss: level_weight must be a tensor of shape \(50,\), got \(3,\)",
+        ),
+        (
+            lambda: DenoisingLoss(SCHEDULE, level_weight=[1.0] * T),
+            ValueError,
+            r"DenoisingLoss: level_weight must be a tensor of shape \(50,\), got list",
+        ),
+        (
+            bad(net=lambda x, t: x[:, :2]),
+            ValueError,
+            r"DenoisingLoss: the network's output must have shape \(5, 3, 6\), got \(5, 2, 6\)",
+        ),
+        (bad(net=lambda x, t: {}), TypeError, "DenoisingLoss: the network's output must be a tensor, got dict"),
+        (bad(net=lambda x, t: x.long()), TypeError, "the network's output must be float16, .* got torch.int64"),
+        (bad(t=None), ValueError, "DenoisingLoss: t must be given when noise is a tensor"),
+        (bad(t=3), TypeError, r"DenoisingLoss: t must be an int32 or int64 tensor \(B,\), got int"),
+        (bad(t=LEVELS.float()), TypeError, "t must be int32 or int64, got torch.float32"),
+        (bad(t=LEVELS[:2]), ValueError, r"level must have one entry per sample \(5\), got 2"),
+        (bad(t=LEVELS + 100), ValueError, r"level must be in \[0, 50\), got 1\d\d for sample 0 of the batch"),
+        (bad(noise=EPS[:2]), ValueError, r"DenoisingLoss: noise must have shape \(5, 3, 6\), got \(2, 3, 6\)"),
+        (bad(noise=3), TypeError, "DenoisingLoss: noise must be a Noise or a tensor like x0, got int"),
+        (bad(x0=[1.0]), TypeError, "DenoisingLoss: x0 must be a tensor, got list"),
+        (bad(weight=torch.ones(3)), ValueError, r"weight must be .* shape \(5,\), one per sample, got \(3,\)"),
+        (bad(mask=torch.ones(5, 3, 6)), TypeError, "DenoisingLoss: mask must be a bool tensor, got torch.float32"),
+        (bad(mask=MASK[:2]), ValueError, r"DenoisingLoss: mask must be broadcastable to \(5, 3, 6\), got \(2, 3, 6\)"),
+        (bad(x0=X0[:0], noise=EPS[:0], t=LEVELS[:0]), ValueError, "the mean over an empty batch .* is not defined"),
+    ],
+)
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
