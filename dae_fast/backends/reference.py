@@ -96,7 +96,8 @@ def coefficients(table: Tensor, index: Tensor | None, op: str) -> Tensor:
     if index is None:
         return table
     inside = (index >= 0) & (index < table.shape[0])
-    if not torch.compiler.is_compiling() and index.device.type == "cpu" and not inside.all():
+    unreadable = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if not unreadable and index.device.type == "cpu" and not inside.all():
         raise_bad_level(op, table, index, int((~inside).nonzero()[0, 0]))
     rows = table[index.long().clamp(0, table.shape[0] - 1)]
     return torch.where(inside[:, None], rows, torch.nan)

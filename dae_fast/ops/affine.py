@@ -16,8 +16,8 @@ from ..backends import native_module as native
 from ..backends import reference
 from ..noise import Noise
 from ..schedule import Rows
-from .flat import FlatNoise, flatten, merge, merge_rows_and_noise, seen, unflatten
-from .routing import Route, route, wants_grad
+from .flat import flatten, seen
+from .routing import Route, batchable, route, wants_grad
 
 Columns = tuple[int, ...]  # of the table: c0, c1, c2 of the output, then those of a second one
 Clamp = tuple[int, int, float, float]
@@ -53,11 +53,8 @@ def affine(
         if wants_grad(x, y, z, rows.table):
             return _tuple(_Affine.apply(x, y, z, rows.table, rows.t, op, noise, columns))
         return native.affine(op, x, y, z, noise, *rows, columns, clamp)
-    if way is Route.TRANSFORM:
-        return _tuple(_AffineTransform.apply(x, y, z, *rows, *flatten(noise), op, columns))
-    flat = flatten(noise, in_memory=True)
     call = torch.ops.dae_fast.affine if len(columns) == 3 else torch.ops.dae_fast.affine2
-    return _tuple(call(x, y, z, *seen(rows), flat.key, flat.sample, flat.first_sample, columns, op))
+    return _tuple(call(x, y, z, *seen(rows), *flatten(noise), columns, op))
 
 
 def affine_into(
@@ -169,49 +166,9 @@ class _Affine(torch.autograd.Function):
         return outputs if len(outputs) > 1 else outputs[0]
 
     @staticmethod
+    @batchable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         *inputs, table, index = ctx.saved_tensors
         noise, op, columns = ctx.rest
         found = _gradients(ctx.needs_input_grad, grads, inputs, noise, Rows(table, index), columns, op)
         return (*found, None, None, None, None)
-
-
-# Arguments of the forms that transforms and the dispatcher take: tensors and plain values.
-def _setup_transform(ctx: Any, inputs: Any, output: Any) -> None:
-    x, y, z, table, index, present, key, sample, *rest = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, y, z, table, index, key, sample)
-    ctx.rest = present, *rest
-
-
-def _backward_transform(ctx: Any, *grads: Tensor | None) -> Any:
-    x, y, z, table, index, key, sample = ctx.saved_tensors
-    present, seed, offset, first_sample, op, columns = ctx.rest
-    noise = unflatten(FlatNoise(present, key, sample, seed, offset, first_sample))
-    return _gradients(ctx.needs_input_grad, grads, (x, y, z), noise, Rows(table, index), columns, op)
-
-
-class _AffineTransform(torch.autograd.Function):
-    """Inside torch.func: grad, vjp, jacrev and vmap, nested as they come."""
-
-    @staticmethod
-    def forward(*args: Any) -> Any:
-        x, y, z, table, index, *flat, op, columns = args
-        outputs = affine(op, x, y, z, unflatten(FlatNoise(*flat)), Rows(table, index), columns)
-        return outputs if len(outputs) > 1 else outputs[0]
-
-    setup_context = staticmethod(_setup_transform)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return (*_backward_transform(ctx, *grads), *[None] * 9)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        V, (x, y, z, table, index, *flat, op, columns) = info.batch_size, args
-        dims = in_dims[:3]
-        rows_dims, noise_dims = in_dims[3:5], in_dims[5:11]
-        x, y, z = (merge(t, d, V) for t, d in zip((x, y, z), dims, strict=True))
-        rows, noise = merge_rows_and_noise(V, x, Rows(table, index), rows_dims, FlatNoise(*flat), noise_dims)
-        outputs = tuple(o.unflatten(0, (V, -1)) for o in affine(op, x, y, z, noise, rows, columns))
-        return (outputs, (0,) * len(outputs)) if len(outputs) > 1 else (outputs[0], 0)

@@ -1,4 +1,4 @@
-"""torch.library ops: what torch.compile, export, fake tensors, modes and subclasses see.
+"""torch.library ops: what torch.compile, export, torch.func, fake tensors, modes and subclasses see.
 
 Eager calls do not come here (routing.py). A key is always a tensor, so that a compiled function holds
 no constant; the noise of an op is absent when its key is.
@@ -10,12 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
 from torch.library import Library
 
 from ..backends import native_module as native
 from ..noise import Noise
 from ..schedule import Rows
 from .affine import _gradients as affine_gradients
+from .batching import rule
+from .flat import unflatten
 from .residual import COLUMNS, REDUCTIONS
 from .residual import gradients as residual_gradients
 
@@ -27,6 +30,7 @@ _SCHEMAS = {
     "sample_means": f"(Tensor pred, Tensor? y, Tensor? z, {_ROWS}, Tensor? mask, {_NOISE}, str op) -> Tensor",
     "residual_grad": f"(Tensor upstream, Tensor pred, Tensor? y, Tensor? z, {_ROWS}, Tensor? mask, {_NOISE}, str op)"
     " -> Tensor",
+    "fold_in": "(Tensor key, Tensor data) -> Tensor",
     "fill": "(str op, Tensor key, Tensor? sample, SymInt first_sample, SymInt B, SymInt D, ScalarType dtype) -> Tensor",
 }
 
@@ -35,14 +39,20 @@ for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema)
 
 
+def _dense(*tensors: Tensor | None) -> list[Any]:
+    """What the kernels read through a bare address: a table, an index, a key, sample ids."""
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
 def _noise(key: Tensor | None, sample: Tensor | None, first_sample: int) -> Noise | None:
-    return None if key is None else Noise._make(0, 0, key, sample, first_sample)
+    key, sample = _dense(key, sample)
+    return unflatten(key, sample, first_sample)
 
 
 def _affine2(
     x: Any, y: Any, z: Any, table: Any, index: Any, key: Any, sample: Any, first: Any, columns: Any, op: Any
 ) -> Any:
-    return native.affine(op, x, y, z, _noise(key, sample, first), table, index, tuple(columns))
+    return native.affine(op, x, y, z, _noise(key, sample, first), *_dense(table, index), tuple(columns))
 
 
 def _affine(*args: Any) -> Tensor:
@@ -56,7 +66,7 @@ def _sample_means(
     noise = _noise(key, sample, first)
     number = REDUCTIONS.index("none")
     means, _, _ = native.residual(
-        op, pred, y, z, noise, table, index, COLUMNS[1:], mask, None, 1.0, number, False, False
+        op, pred, y, z, noise, *_dense(table, index), COLUMNS[1:], mask, None, 1.0, number, False, False
     )
     return means
 
@@ -77,14 +87,15 @@ def _residual_grad(
     noise, weight = _noise(key, sample, first), upstream.double().contiguous()
     number = REDUCTIONS.index("none")
     _, _, grad = native.residual(
-        op, pred, y, z, noise, table, index, COLUMNS[1:], mask, weight, 1.0, number, False, True
+        op, pred, y, z, noise, *_dense(table, index), COLUMNS[1:], mask, weight, 1.0, number, False, True
     )
     assert grad is not None
     return grad
 
 
 def _fill(op: str, key: Tensor, sample: Tensor | None, first: int, B: int, D: int, dtype: torch.dtype) -> Tensor:
-    noise = Noise._make(0, 0, key, sample, first)
+    noise = _noise(key, sample, first)
+    assert noise is not None
     return native.words(noise, B, D) if op == "bits" else native.normal(noise, B, D, dtype)
 
 
@@ -97,6 +108,7 @@ _KERNELS: dict[str, tuple[Any, Any]] = {
     "affine2": (_affine2, lambda x, *_: (torch.empty_like(x), torch.empty_like(x))),
     "sample_means": (_sample_means, _fake_means),
     "residual_grad": (_residual_grad, lambda _upstream, pred, *_: torch.empty_like(pred)),
+    "fold_in": (native.fold_in_tensor, lambda key, data: torch.empty_like(key)),
     "fill": (_fill, lambda op, key, sample, first, B, D, dtype: key.new_empty((B, D), dtype=dtype)),
 }
 for _name, (_kernel, _fake) in _KERNELS.items():
@@ -104,37 +116,72 @@ for _name, (_kernel, _fake) in _KERNELS.items():
     torch.library.register_fake(f"dae_fast::{_name}", _fake, lib=_library)
 
 
-def _setup_affine(ctx: Any, inputs: Any, output: Any) -> None:
+def _setup_affine(ctx: Any, inputs: Any) -> None:
     x, y, z, table, index, key, sample, *rest = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, y, z, table, index, key, sample)
+    read = (x, y, z) if ctx.needs_input_grad[4] else (None, None, None)  # for the table's gradient alone
+    ctx.save_for_backward(*read, table, index, key, sample)
     ctx.rest = rest
 
 
 def _backward_affine(ctx: Any, *grads: Tensor | None) -> Any:
-    x, y, z, table, index, key, sample = ctx.saved_tensors
+    x, y, z, table, index, key, sample = unwrap_dead_wrappers(ctx.saved_tensors)
     first, columns, op = ctx.rest
     found = affine_gradients(
-        ctx.needs_input_grad, grads, (x, y, z), _noise(key, sample, first), Rows(table, index), tuple(columns), op
+        ctx.needs_input_grad[1:], grads, (x, y, z), unflatten(key, sample, first), Rows(table, index), columns, op
     )
-    return (*found, *[None] * 6)
+    return (None, *found, *[None] * 6)
 
 
-def _setup_means(ctx: Any, inputs: Any, output: Any) -> None:
+def _setup_means(ctx: Any, inputs: Any) -> None:
     *tensors, first, op = inputs
     ctx.save_for_backward(*tensors)
     ctx.rest = first, op
 
 
 def _backward_means(ctx: Any, upstream: Tensor) -> Any:
-    pred, y, z, table, index, mask, key, sample = ctx.saved_tensors
+    pred, y, z, table, index, mask, key, sample = unwrap_dead_wrappers(ctx.saved_tensors)
     first, op = ctx.rest
     found = residual_gradients(
-        op, ctx.needs_input_grad, upstream, pred, y, z, _noise(key, sample, first), Rows(table, index), mask
+        op, ctx.needs_input_grad[1:], upstream, pred, y, z, unflatten(key, sample, first), Rows(table, index), mask
     )
-    return (*found, *[None] * 6)
+    return (None, *found, *[None] * 6)
+
+
+def _register_autograd(name: str, setup: Any, backward: Any) -> None:
+    """As torch.library.register_autograd, whose ops refuse to run inside torch.func.
+
+    Each level of torch.func comes here in its turn, so what is wanted is a Function of one level.
+    """
+    op = getattr(torch.ops.dae_fast, name).default
+
+    def below(keyset: Any, arguments: tuple[Any, ...]) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+
+    def forward(ctx: Any, keyset: Any, *arguments: Any) -> Any:
+        with torch.enable_grad():  # for the levels of torch.func around this one; without it they get zeros
+            outputs = below(keyset, arguments)
+        setup(ctx, arguments)
+        return outputs
+
+    function: Any = type(
+        f"_{name}_backward",
+        (torch.autograd.function._SingleLevelFunction,),
+        {"forward": staticmethod(forward), "backward": staticmethod(backward)},
+    )
+
+    def kernel(keyset: Any, *arguments: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+            with enable_single_level_autograd_function():
+                return function.apply(keyset, *arguments)
+        return below(keyset, arguments)
+
+    _library.impl(name, kernel, "Autograd", with_keyset=True)
 
 
 for _name in ("affine", "affine2"):
-    torch.library.register_autograd(f"dae_fast::{_name}", _backward_affine, setup_context=_setup_affine, lib=_library)
-torch.library.register_autograd("dae_fast::sample_means", _backward_means, setup_context=_setup_means, lib=_library)
+    _register_autograd(_name, _setup_affine, _backward_affine)
+_register_autograd("sample_means", _setup_means, _backward_means)
+for _name in _KERNELS:
+    torch.library.register_vmap(f"dae_fast::{_name}", rule(getattr(torch.ops.dae_fast, _name).default), lib=_library)

@@ -15,8 +15,8 @@ from ..backends import reference
 from ..noise import Noise
 from ..schedule import Rows
 from .affine import ABSENT, Gradients, affine, row_dots
-from .flat import FlatNoise, flatten, merge, merge_rows_and_noise, seen, unflatten
-from .routing import Route, route, wants_grad
+from .flat import flatten, seen
+from .routing import Route, batchable, route, wants_grad
 
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS = ("none", "mean", "sum")  # a reduction's place here is its number in the native core
@@ -75,10 +75,7 @@ def sample_means(
         return sums / kept.clamp(min=1)
     if way is Route.DIRECT:
         return _SampleMeans.apply(pred, y, z, *rows, op, noise, mask)
-    if way is Route.TRANSFORM:
-        return _SampleMeansTransform.apply(pred, y, z, *rows, mask, *flatten(noise), op)
-    flat = flatten(noise, in_memory=True)
-    return torch.ops.dae_fast.sample_means(pred, y, z, *seen(rows), mask, flat.key, flat.sample, flat.first_sample, op)
+    return torch.ops.dae_fast.sample_means(pred, y, z, *seen(rows), mask, *flatten(noise), op)
 
 
 def _weighted(per_sample: Tensor, weight: Tensor | None) -> Tensor:
@@ -112,10 +109,7 @@ def _pred_gradient(
         assert grad is not None
         return grad
     if way is Route.DISPATCHER and not torch.is_grad_enabled():
-        flat = flatten(noise, in_memory=True)
-        return torch.ops.dae_fast.residual_grad(
-            upstream, pred, y, z, *seen(rows), mask, flat.key, flat.sample, flat.first_sample, op
-        )
+        return torch.ops.dae_fast.residual_grad(upstream, pred, y, z, *seen(rows), mask, *flatten(noise), op)
     # Differentiable in turn, for double backward and transforms: torch's arithmetic around a fused r.
     r = affine(op, pred, y, z, noise, rows, COLUMNS)[0]
     kept = _kept(pred, mask)
@@ -174,6 +168,7 @@ class _SampleMeans(torch.autograd.Function):
         return per_sample
 
     @staticmethod
+    @batchable
     def backward(ctx: Any, upstream: Tensor) -> Any:
         pred, y, z, table, index, mask = ctx.saved_tensors
         op, noise = ctx.rest
@@ -209,6 +204,7 @@ class _Loss(torch.autograd.Function):
         return loss, per_sample
 
     @staticmethod
+    @batchable
     def backward(ctx: Any, upstream: Tensor | None, _: Any) -> Any:
         if upstream is None:
             return (None,) * 10
@@ -216,7 +212,7 @@ class _Loss(torch.autograd.Function):
         op, noise, reduction = ctx.rest
         # Given away at its first use: held any longer, it would be copied into pred.grad.
         grad, ctx.grad = ctx.grad, None
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or route(op, upstream, pred) is not Route.DIRECT:
             kept = _kept(pred, mask)
             each = upstream / pred.shape[0] if REDUCTIONS[reduction] == "mean" else upstream * kept
             per_sample = each.expand(pred.shape[0]) if wide is None else each * wide.to(upstream.dtype)
@@ -227,34 +223,3 @@ class _Loss(torch.autograd.Function):
                 op, pred, y, z, noise, table, index, COLUMNS[1:], mask, wide, upstream.item(), reduction, False, True
             )
         return (grad, *[None] * 9)
-
-
-class _SampleMeansTransform(torch.autograd.Function):
-    """Inside torch.func."""
-
-    @staticmethod
-    def forward(*args: Any) -> Tensor:
-        pred, y, z, table, index, mask, *flat, op = args
-        return sample_means(op, pred, y, z, unflatten(FlatNoise(*flat)), Rows(table, index), mask)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pred, y, z, table, index, mask, present, key, sample, *rest = inputs
-        ctx.save_for_backward(pred, y, z, table, index, mask, key, sample)
-        ctx.rest = present, *rest
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Any:
-        pred, y, z, table, index, mask, key, sample = ctx.saved_tensors
-        present, seed, offset, first_sample, op = ctx.rest
-        noise = unflatten(FlatNoise(present, key, sample, seed, offset, first_sample))
-        found = gradients(op, ctx.needs_input_grad, upstream, pred, y, z, noise, Rows(table, index), mask)
-        return (*found, *[None] * 9)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        V, (pred, y, z, table, index, mask, *flat, op) = info.batch_size, args
-        pred, y, z = (merge(t, d, V) for t, d in zip((pred, y, z), in_dims[:3], strict=True))
-        mask = merge(mask, in_dims[5], V)
-        rows, noise = merge_rows_and_noise(V, pred, Rows(table, index), in_dims[3:5], FlatNoise(*flat), in_dims[6:12])
-        return sample_means(op, pred, y, z, noise, rows, mask).unflatten(0, (V, -1)), 0

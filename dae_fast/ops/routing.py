@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import Enum
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import backends
 
@@ -16,8 +20,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 class Route(Enum):
     REFERENCE = 0  # plain torch
     DIRECT = 1  # straight to the kernels
-    TRANSFORM = 2  # inside torch.func: an autograd.Function with a vmap rule
-    DISPATCHER = 3  # torch.library ops: compile, export, fake tensors, modes, subclasses
+    DISPATCHER = 2  # torch.library ops: compile, export, torch.func, fake tensors, modes, subclasses
 
 
 def route(op: str, first: Tensor, *others: Tensor | None) -> Route:
@@ -28,7 +31,7 @@ def route(op: str, first: Tensor, *others: Tensor | None) -> Route:
     if forward_ad._current_level >= 0:
         return Route.REFERENCE  # dual tensors: torch differentiates the plain formula
     if torch._C._are_functorch_transforms_active():
-        return Route.TRANSFORM
+        return Route.DISPATCHER
     if torch._C._len_torch_dispatch_stack() or torch._C._is_torch_function_mode_enabled() or first.is_meta:
         return Route.DISPATCHER
     if type(first) not in _PLAIN:
@@ -43,3 +46,23 @@ def wants_grad(*tensors: Tensor | None) -> bool:
     if not torch.is_grad_enabled():
         return False
     return any(t is not None and t.requires_grad for t in tensors)
+
+
+class _ToDispatcher(TorchDispatchMode):
+    """Only a reason for `route` to take the dispatcher."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def batchable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Of an eager Function: gradients that is_grads_batched=True batches have no memory for a kernel to read."""
+
+    @wraps(backward)
+    def run(ctx: Any, *grads: Tensor | None) -> Any:
+        if any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads):
+            with _ToDispatcher():
+                return backward(ctx, *grads)
+        return backward(ctx, *grads)
+
+    return run

@@ -1,0 +1,79 @@
+"""vmap: the vmapped dimension becomes part of the batch. Every instance gets the noise that it would get alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SAMPLES = ("x", "y", "z", "pred", "upstream", "mask")  # arguments with a row for each sample
+Rule = Callable[..., tuple[Any, Any]]
+
+
+def rule(op: Any) -> Rule:
+    """For torch.library.register_vmap; `op` takes arguments of the names that library.py gives them."""
+    names = [argument.name for argument in op._schema.arguments]
+
+    def merged_call(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        V = info.batch_size
+        given = dict(zip(names, arguments, strict=True))
+        dims = dict(zip(names, in_dims, strict=True))
+        if dims["key"] is not None or dims.get("data") is not None:
+            raise ValueError(
+                "vmap over noise keys is not supported: share one key and vmap over its sample ids, "
+                "Noise(seed, sample=ids)"
+            )
+        for name in SAMPLES:
+            if name in given:
+                given[name] = merge(given[name], dims[name], V)
+        if "B" in given:
+            B, given["B"] = given["B"], V * given["B"]
+        else:
+            B = given["x" if "x" in given else "pred"].shape[0] // V
+        if "table" in given:
+            table, index = merge_rows(V, B, given["table"], dims["table"], given["index"], dims["index"])
+            given["table"], given["index"] = table, index
+        if given["key"] is not None:
+            ids = given["sample"]
+            if ids is None:
+                ids = torch.arange(B, device=given["key"].device) + given["first_sample"]
+            given["sample"], given["first_sample"] = merge(ids, dims["sample"], V), 0
+        outputs = op(**given)
+        if isinstance(outputs, Tensor):
+            return outputs.unflatten(0, (V, B)), 0
+        return tuple(o.unflatten(0, (V, B)) for o in outputs), (0,) * len(outputs)
+
+    return merged_call
+
+
+def merge(t: Tensor | None, dim: int | None, V: int) -> Tensor | None:
+    """(V, B, ...), the vmapped dimension at `dim`, or (B, ...) shared by all, to (V * B, ...)."""
+    if t is None:
+        return None
+    spread = t.unsqueeze(0).expand(V, *t.shape) if dim is None else t.movedim(dim, 0)
+    return spread.flatten(0, 1)
+
+
+def merge_rows(
+    V: int, B: int, table: Tensor, table_dim: int | None, index: Tensor | None, index_dim: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """Those of the V * B samples: tables of the instances one below the other, indices moved along."""
+    if table_dim is not None:
+        table = table.movedim(table_dim, 0)
+    if index is None:
+        if table_dim is not None:
+            table = table.expand(V, B, table.shape[-1]).flatten(0, 1)
+        elif table.shape[0] != 1:
+            table = table.repeat(V, 1)
+        return table, None
+    index = merge(index, index_dim, V)
+    assert index is not None
+    if table_dim is not None:
+        levels = table.shape[1]
+        outside = (index < 0) | (index >= levels)  # must stay outside the longer table
+        own = torch.arange(V, device=index.device).repeat_interleave(B) * levels
+        index = torch.where(outside, V * levels, index + own)
+        table = table.flatten(0, 1)
+    return table, index
