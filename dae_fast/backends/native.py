@@ -67,12 +67,9 @@ def _layout(*operands: Tensor | None) -> tuple[tuple[int, ...], list[tuple[int, 
     """None where all are contiguous, else a row's sizes and each operand's strides (() if contiguous)."""
     for t in operands:
         if t is not None and not t.is_contiguous():
-            break
-    else:
-        return None
-    first = next(t for t in operands if t is not None)
-    strides = [() if t is None or t.is_contiguous() else t.stride() for t in operands]
-    return tuple(first.shape[1:]), strides
+            sizes = tuple(t.shape[1:])
+            return sizes, [() if o is None or o.is_contiguous() else o.stride() for o in operands]
+    return None
 
 
 def _ptr(t: Tensor | None) -> int:

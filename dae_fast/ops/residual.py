@@ -48,8 +48,12 @@ def residual_loss(
             return (loss, per_sample) if number else (_weighted(per_sample, weight), per_sample)
         # fp16 is left to the lazy way: a loss scale must reach the gradient before it is rounded.
         if number and pred.dtype != torch.float16 and not wants_grad(y, z, rows.table, weight):
-            loss, per_sample = _Loss.apply(pred, y, z, *rows, weight, mask, op, noise, number)
-            return loss, per_sample
+            wide = None if weight is None else weight.double().contiguous()
+            call = op, noise, rows.table, number
+            per_sample, loss, grad = native.residual(
+                op, pred, y, z, noise, *rows, COLUMNS[1:], mask, wide, 1.0, number, True, True
+            )
+            return _Loss.apply(pred, (loss, grad), (y, z, rows.t, wide, mask), call), per_sample
     per_sample = sample_means(op, pred, y, z, noise, rows, mask)
     loss = _weighted(per_sample, weight)
     if reduction == "mean":
@@ -74,7 +78,7 @@ def sample_means(
         sums, kept = reference.residual(op, pred, y, z, noise, *rows, COLUMNS[1:], mask)
         return sums / kept.clamp(min=1)
     if way is Route.DIRECT:
-        return _SampleMeans.apply(pred, y, z, *rows, op, noise, mask)
+        return _SampleMeans.apply(pred, y, z, rows.table, (rows.t, op, noise, mask))
     return torch.ops.dae_fast.sample_means(pred, y, z, *seen(rows), mask, *flatten(noise), op)
 
 
@@ -150,16 +154,9 @@ class _SampleMeans(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        pred: Tensor,
-        y: Tensor | None,
-        z: Tensor | None,
-        table: Tensor,
-        index: Tensor | None,
-        op: str,
-        noise: Noise | None,
-        mask: Tensor | None,
+        ctx: Any, pred: Tensor, y: Tensor | None, z: Tensor | None, table: Tensor, rest: tuple[Any, ...]
     ) -> Tensor:
+        index, op, noise, mask = rest
         ctx.save_for_backward(pred, y, z, table, index, mask)
         ctx.rest = op, noise
         per_sample, _, _ = native.residual(
@@ -173,43 +170,24 @@ class _SampleMeans(torch.autograd.Function):
         pred, y, z, table, index, mask = ctx.saved_tensors
         op, noise = ctx.rest
         found = gradients(op, ctx.needs_input_grad, upstream, pred, y, z, noise, Rows(table, index), mask)
-        return (*found, None, None, None, None)
+        return (*found, None)
 
 
 class _Loss(torch.autograd.Function):
-    """Eager; the gradient of pred is made together with the loss, for an upstream gradient of 1."""
+    """Eager; gives the loss the gradient of pred that was made with it, for an upstream gradient of 1."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        pred: Tensor,
-        y: Tensor | None,
-        z: Tensor | None,
-        table: Tensor,
-        index: Tensor | None,
-        weight: Tensor | None,
-        mask: Tensor | None,
-        op: str,
-        noise: Noise | None,
-        reduction: int,
-    ) -> tuple[Tensor, Tensor]:
-        wide = None if weight is None else weight.double().contiguous()
-        per_sample, loss, ctx.grad = native.residual(
-            op, pred, y, z, noise, table, index, COLUMNS[1:], mask, wide, 1.0, reduction, True, True
-        )
-        ctx.save_for_backward(pred, y, z, table, index, wide, mask)
-        ctx.rest = op, noise, reduction
-        ctx.mark_non_differentiable(per_sample)
-        ctx.set_materialize_grads(False)
-        return loss, per_sample
+    def forward(ctx: Any, pred: Tensor, made: tuple[Tensor, Tensor], others: tuple[Any, ...], call: Any) -> Tensor:
+        loss, ctx.grad = made
+        ctx.save_for_backward(pred, *others)
+        ctx.call = call
+        return loss
 
     @staticmethod
     @batchable
-    def backward(ctx: Any, upstream: Tensor | None, _: Any) -> Any:
-        if upstream is None:
-            return (None,) * 10
-        pred, y, z, table, index, wide, mask = ctx.saved_tensors
-        op, noise, reduction = ctx.rest
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        pred, y, z, index, wide, mask = ctx.saved_tensors
+        op, noise, table, reduction = ctx.call
         # Given away at its first use: held any longer, it would be copied into pred.grad.
         grad, ctx.grad = ctx.grad, None
         if torch.is_grad_enabled() or route(op, upstream, pred) is not Route.DIRECT:
@@ -222,4 +200,4 @@ class _Loss(torch.autograd.Function):
             _, _, grad = native.residual(
                 op, pred, y, z, noise, table, index, COLUMNS[1:], mask, wide, upstream.item(), reduction, False, True
             )
-        return (grad, *[None] * 9)
+        return grad, None, None, None
