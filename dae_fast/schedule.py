@@ -52,17 +52,14 @@ def _constant_rows(columns: tuple[float, ...], dtype: torch.dtype, device: torch
 
 def stack_rows(op: str, columns: tuple[Any, ...], x: Tensor, dtype: torch.dtype) -> Rows:
     """Rows from columns that are floats, () tensors or (B,) tensors, worked out in float64."""
-    tensors = [c for c in columns if isinstance(c, Tensor)]
-    if not tensors:
-        if torch.compiler.is_compiling():
-            return Rows(torch.tensor([columns], dtype=torch.float64).to(x.device, dtype), None)
+    if not any(isinstance(c, Tensor) for c in columns) and not torch.compiler.is_compiling():
         try:
             return _constant_rows(columns, dtype, x.device)
         except ValueError as error:
             raise ValueError(f"{op}: {error}") from None
-    wide = [
-        c.double() if isinstance(c, Tensor) else torch.tensor(c, dtype=torch.float64, device=x.device) for c in columns
-    ]
+    # As a factor, a float that changes is an input of a compiled graph; in torch.tensor it is a constant.
+    one = torch.ones((), dtype=torch.float64, device=x.device)
+    wide = [c.double() if isinstance(c, Tensor) else one * c for c in columns]
     return Rows(torch.stack(torch.broadcast_tensors(*wide), -1).reshape(-1, len(columns)).to(dtype), None)
 
 
@@ -235,7 +232,7 @@ class Schedule:
     @classmethod
     def from_alpha_bar(cls, alpha_bar: Tensor | Sequence[float], *, name: str = "Schedule.from_alpha_bar") -> Schedule:
         """alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar): variance preserving (Ho et al. 2020)."""
-        bar = torch.as_tensor(alpha_bar, dtype=torch.float64)
+        bar = torch.as_tensor(alpha_bar, dtype=torch.float64, device="cpu")
         if not ((bar >= 0) & (bar <= 1)).all():
             raise ValueError(f"{name}: alpha_bar must lie in [0, 1], got values from {bar.min()} to {bar.max()}")
         return cls(bar.sqrt(), (1 - bar).sqrt(), name=name)
@@ -243,7 +240,7 @@ class Schedule:
     @classmethod
     def from_betas(cls, betas: Tensor | Sequence[float], *, name: str = "Schedule.from_betas") -> Schedule:
         """alpha_bar_t = prod_{s<=t} (1 - beta_s) (Ho et al. 2020, eq. 4)."""
-        beta = torch.as_tensor(betas, dtype=torch.float64)
+        beta = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
         if not ((beta >= 0) & (beta <= 1)).all():
             raise ValueError(f"{name}: betas must lie in [0, 1], got values from {beta.min()} to {beta.max()}")
         return cls.from_alpha_bar(torch.cumprod(1 - beta, 0), name=name)
@@ -252,7 +249,7 @@ class Schedule:
     def linear(cls, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
         """DDPM: betas evenly spaced (Ho et al. 2020, section 4)."""
         name = f"Schedule.linear({_levels('linear', T)}, {beta_start}, {beta_end})"
-        return cls.from_betas(torch.linspace(beta_start, beta_end, T, dtype=torch.float64), name=name)
+        return cls.from_betas(torch.linspace(beta_start, beta_end, T, dtype=torch.float64, device="cpu"), name=name)
 
     @classmethod
     def scaled_linear(cls, T: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> Schedule:
@@ -260,14 +257,14 @@ class Schedule:
         name = f"Schedule.scaled_linear({_levels('scaled_linear', T)}, {beta_start}, {beta_end})"
         if beta_start < 0 or beta_end < 0:
             raise ValueError(f"{name}: betas must lie in [0, 1]")
-        roots = torch.linspace(beta_start**0.5, beta_end**0.5, T, dtype=torch.float64)
+        roots = torch.linspace(beta_start**0.5, beta_end**0.5, T, dtype=torch.float64, device="cpu")
         return cls.from_betas(roots.square(), name=name)
 
     @classmethod
     def cosine(cls, T: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> Schedule:
         """alpha_bar(t) = cos^2((t/T + s)/(1 + s) * pi/2), betas clipped (Nichol and Dhariwal 2021, eq. 17)."""
         name = f"Schedule.cosine({_levels('cosine', T)}, {s}, {max_beta})"
-        u = torch.arange(T + 1, dtype=torch.float64) / T
+        u = torch.arange(T + 1, dtype=torch.float64, device="cpu") / T
         bar = torch.cos((u + s) / (1 + s) * (math.pi / 2)).square()
         return cls.from_betas((1 - bar[1:] / bar[:-1]).clamp(max=max_beta), name=name)
 
@@ -277,8 +274,8 @@ class Schedule:
         name = f"Schedule.geometric({sigma_min}, {sigma_max}, {_levels('geometric', T)})"
         if not 0 < sigma_min <= sigma_max < math.inf:
             raise ValueError(f"{name}: needs 0 < sigma_min <= sigma_max")
-        sigma = torch.logspace(math.log10(sigma_min), math.log10(sigma_max), T, dtype=torch.float64)
-        return cls(torch.ones(T, dtype=torch.float64), sigma, name=name)
+        sigma = torch.logspace(math.log10(sigma_min), math.log10(sigma_max), T, dtype=torch.float64, device="cpu")
+        return cls(torch.ones(T, dtype=torch.float64, device="cpu"), sigma, name=name)
 
     def zero_terminal_snr(self) -> Schedule:
         """sqrt(alpha_bar) shifted and scaled: the last level is pure noise and the first stays as it is.
@@ -312,7 +309,7 @@ class Schedule:
         """(T,) float64, 1 - alpha_bar_t / alpha_bar_{t-1} with alpha_bar_{-1} = 1."""
         self._require_variance_preserving("betas")
         bar = self.alpha_bar
-        return 1 - bar / torch.cat((torch.ones(1, dtype=torch.float64), bar[:-1]))
+        return 1 - bar / torch.cat((torch.ones(1, dtype=torch.float64, device="cpu"), bar[:-1]))
 
     @property
     def snr(self) -> Tensor:
