@@ -12,7 +12,7 @@ from time import perf_counter
 
 Peer = Callable[[], object]
 
-MIN_ROUNDS, MAX_ROUNDS = 7, 300
+MIN_ROUNDS, MAX_ROUNDS = 5, 300
 
 
 @dataclass(frozen=True)

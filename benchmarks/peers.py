@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -136,9 +136,9 @@ def _plain(case: Case, inputs: Inputs, *, compiled: bool = False) -> Callable[[]
     plain, fresh, first = case.plain, case.fresh, case.tensors[0]
 
     def step(*values: Tensor) -> Result:
-        given = {**constants, **dict(zip(names, values, strict=True))}
-        eps = torch.randn_like(given[first]) if fresh else given.get("noise")
-        return plain(given, cast(Tensor, eps))
+        given: Inputs = {**constants, **dict(zip(names, values, strict=True))}
+        eps: Any = torch.randn_like(given[first]) if fresh else given.get("noise")
+        return plain(given, eps)
 
     function = torch.compile(step, fullgraph=True, dynamic=False) if compiled else step
     return lambda: function(*values)

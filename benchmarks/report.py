@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
@@ -71,7 +72,7 @@ def _text(value: str | float | None) -> str:
     return f"{value:.6g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
-def _parse(kind: str, text: str) -> str | float | None:
+def _parse(kind: str, text: str) -> Any:
     return None if kind != "str" and not text else _PARSERS[kind](text)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ def run(setting: Setting, names: Sequence[str], *, budget_s: float) -> list[Row]
     x = setting.case.first(setting.inputs())
     refused: list[Row] = []
     calls: dict[str, Peer] = baselines(setting)
-    facts = {CLONE: {"least_bytes": 2 * x.nbytes}, COPY_INTO: {"least_bytes": 2 * x.nbytes}}
+    facts: dict[str, dict[str, Any]] = {CLONE: {"least_bytes": 2 * x.nbytes}, COPY_INTO: {"least_bytes": 2 * x.nbytes}}
     with torch.set_grad_enabled(bool(setting.leaves)):
         gate = Gate(setting)
         for name in names:

@@ -6,6 +6,7 @@ Here peers run one after the other; `python -m benchmarks` interleaves them and 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ def gate(setting: Setting) -> Gate:
 
 @pytest.mark.parametrize("name", PEERS)
 @pytest.mark.parametrize("setting", settings(), ids=str)
-def test_op(benchmark, setting: Setting, name: str) -> None:
+def test_op(benchmark: Any, setting: Setting, name: str) -> None:
     benchmark.group = str(setting)
     with torch.set_grad_enabled(bool(setting.leaves)):
         call = peer(setting, name)
