@@ -109,7 +109,7 @@ class Noise:
     def _as_tensor(self) -> Tensor:
         if self._key_tensor is not None:
             return self._key_tensor
-        return torch.tensor([self._seed, self._offset], dtype=torch.int64)
+        return torch.tensor([self._seed, self._offset], dtype=torch.int64, device="cpu")
 
     def _check(self, op: str, B: int, device: torch.device) -> None:
         """Raises ValueError unless the noise fits a batch of B rows on `device`."""

@@ -232,14 +232,17 @@ class TestFunc:
             want = torch.autograd.grad(of_parameters(parameters, x0[v]), list(parameters.values()))
             close([g[v] for g in got.values()], list(want))
 
-    def test_tables_first_made_inside_are_plain(self) -> None:
+    @pytest.mark.parametrize("transform", [grad, lambda f: vmap(grad(f)), lambda f: lambda x: jvp(f, (x,), (x,))])
+    def test_caches_first_filled_inside_hold_plain_tensors(self, transform: Callable[..., Any]) -> None:
         schedule = df.Schedule.linear(10)
-        x, t = torch.randn(B, D), torch.tensor([2, 3])
-        got = vmap(grad(lambda x: df.add_noise(x, NOISE, schedule[t]).square().sum()))(x[None])[0]
-        assert all(type(table) is Tensor for table in schedule._tables.values())
-        y = x.clone().requires_grad_()
-        df.add_noise(y, NOISE, schedule[t]).square().sum().backward()
-        close(got, y.grad)
+        x = torch.randn(B, B, D)
+        levels = schedule[torch.tensor([2, 3])], df.Level(1.0, 0.0625)
+        for level in levels:
+            transform(lambda x, level=level: df.add_noise(x, NOISE, level).square().sum())(x)
+            assert torch.equal(df.add_noise(x, NOISE, level), df.add_noise(x.clone(), NOISE, level))
+        tables = list(schedule._tables.values())
+        assert tables
+        assert not any(torch._C._functorch.is_functorch_wrapped_tensor(table) for table in tables)
 
 
 def assert_stacked(got: Any, alone: list[Any], *, exact: bool = True) -> None:
@@ -394,3 +397,24 @@ def test_opcheck(name: str) -> None:
     """Schema, fake kernel, autograd registration, and AOT dispatch with static and dynamic shapes."""
     op, arguments = OP_CALLS[name]
     torch.library.opcheck(getattr(torch.ops.dae_fast, op).default, arguments)
+
+
+def test_ops_take_any_strides() -> None:
+    """The kernels read tables, indices, keys and ids through bare addresses."""
+    x = torch.randn(2, 3, 4)
+    strided = {
+        "x": x,
+        "table": torch.rand(3, 5).T,
+        "index": torch.tensor([[4, 0], [1, 0]])[:, 0],
+        "key": torch.tensor([7, 0, 9, 0])[::2],
+        "sample": torch.tensor([7, 0, 9, 0])[::2],
+    }
+    dense = {k: v.contiguous() for k, v in strided.items()}
+    affine = torch.ops.dae_fast.affine
+    assert torch.equal(affine(*affine_arguments(**strided)), affine(*affine_arguments(**dense)))
+    strided["pred"], dense["pred"] = strided.pop("x"), dense.pop("x")
+    means = torch.ops.dae_fast.sample_means
+    assert torch.equal(means(*means_arguments(**strided)), means(*means_arguments(**dense)))
+    fill = torch.ops.dae_fast.fill
+    draws = [fill("normal", i["key"], i["sample"], 0, 2, 5, torch.float32) for i in (strided, dense)]
+    assert torch.equal(*draws)

@@ -142,8 +142,8 @@ def residual(
     """
     compute = compute_dtype(pred.dtype)
     B, D = _rows(pred)
-    per_sample = torch.empty(B, dtype=compute)
-    loss = torch.empty((), dtype=compute)
+    per_sample = torch.empty(B, dtype=compute, device="cpu")
+    loss = torch.empty((), dtype=compute, device="cpu")
     grad = torch.empty_like(pred) if want_grad else None
     bad = _core.residual(
         _DTYPES[pred.dtype],
@@ -172,7 +172,7 @@ def residual(
 def row_dots(g: Tensor, x: Tensor | None, y: Tensor | None, z: Tensor | None, noise: Noise | None) -> Tensor:
     """(B, 3) fp64: the sums over each row of g*x, g*y and g*z."""
     B, D = _rows(g)
-    out = torch.zeros(B, 3, dtype=torch.float64)
+    out = torch.zeros(B, 3, dtype=torch.float64, device="cpu")
     _core.row_dots(
         _DTYPES[g.dtype],
         B,
@@ -191,13 +191,13 @@ def row_dots(g: Tensor, x: Tensor | None, y: Tensor | None, z: Tensor | None, no
 def fold_in_tensor(key: Tensor, data: Tensor) -> Tensor:
     """key (2,) and data () int64 bits; returns the folded key (2,)."""
     seed, offset = key.tolist()
-    return torch.tensor(fold_in(seed, offset, int(data)))
+    return torch.tensor(fold_in(seed, offset, int(data)), device="cpu")
 
 
 def normal(noise: Noise, B: int, D: int, dtype: torch.dtype, fold: bool = True) -> Tensor:
     """(B, D) normals; with fold=False every row is the raw stream of the key."""
-    out = torch.empty(B, D, dtype=dtype)
-    one = torch.ones(1, 1, dtype=compute_dtype(dtype))
+    out = torch.empty(B, D, dtype=dtype, device="cpu")
+    one = torch.ones(1, 1, dtype=compute_dtype(dtype), device="cpu")
     _core.affine(
         _DTYPES[dtype],
         B,
@@ -218,6 +218,6 @@ def normal(noise: Noise, B: int, D: int, dtype: torch.dtype, fold: bool = True) 
 
 def words(noise: Noise, B: int, D: int, fold: bool = True) -> Tensor:
     """(B, D) words, int64 in [0, 2**32)."""
-    out = torch.empty(B, D, dtype=torch.int64)
+    out = torch.empty(B, D, dtype=torch.int64, device="cpu")
     _core.bits(B, D, _noise(noise, _ROWS if fold else _RAW), out.data_ptr())
     return out

@@ -51,7 +51,8 @@ def fold_in_tensor(key: Tensor, data: Tensor) -> Tensor:
 
 
 def fold_in(seed: int, offset: int, data: int) -> tuple[int, int]:
-    folded: list[int] = fold_in_tensor(torch.tensor((seed, offset)), torch.tensor(data)).tolist()
+    key, data_ = (torch.tensor(v, dtype=torch.int64, device="cpu") for v in ((seed, offset), data))
+    folded: list[int] = fold_in_tensor(key, data_).tolist()
     return folded[0], folded[1]
 
 
