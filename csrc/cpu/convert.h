@@ -27,7 +27,6 @@ struct ComputeType<double> {
 
 static inline float widen(float v) { return v; }
 static inline double widen(double v) { return v; }
-static inline uint8_t widen(uint8_t v) { return v; }
 static inline float widen(BFloat16 v) { return bits_as<float>(static_cast<uint32_t>(v.bits) << 16); }
 
 static inline float widen(Half v) {
@@ -42,6 +41,7 @@ static inline float widen(Half v) {
 // Round to nearest even.
 static inline void narrow(float v, float& out) { out = v; }
 static inline void narrow(double v, double& out) { out = v; }
+static inline void narrow(float v, double& out) { out = v; }
 
 static inline void narrow(float v, BFloat16& out) {
   const uint32_t u = bits_as<uint32_t>(v);
@@ -59,29 +59,39 @@ static inline void narrow(float v, Half& out) {
   out.bits = static_cast<uint16_t>(h | sign >> 16);
 }
 
-// Whole blocks at a time: one simple loop per conversion is what compilers vectorise best.
-template <class T, class R>
-static inline void widen_block(const T* in, R* out, int64_t n) {
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) out[i] = widen(in[i]);
+// What the arithmetic loops read and write: the type in memory, except that Half is converted a block
+// at a time before and after them, since compilers find its instructions only when they are spelled out.
+template <class T>
+struct LoopType {
+  using type = T;
+};
+template <>
+struct LoopType<Half> {
+  using type = float;
+};
+
+static inline void convert(uint8_t v, uint8_t& out) { out = v; }
+static inline void convert(BFloat16 v, BFloat16& out) { out = v; }
+template <class T, class U>
+static inline void convert(T v, U& out) {
+  narrow(widen(v), out);
 }
 
-template <class T, class R>
-static inline void narrow_block(const R* in, T* out, int64_t n) {
+template <class T, class U>
+static inline void convert_block(const T* in, U* out, int64_t n) {
 #pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) narrow(in[i], out[i]);
+  for (int64_t i = 0; i < n; ++i) convert(in[i], out[i]);
 }
 
 #if defined(__F16C__)
-// Half has conversion instructions, which compilers do not find in the loops above.
-static inline void widen_block(const Half* in, float* out, int64_t n) {
+static inline void convert_block(const Half* in, float* out, int64_t n) {
   int64_t i = 0;
   for (; i + 8 <= n; i += 8)
     _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
   for (; i < n; ++i) out[i] = widen(in[i]);
 }
 
-static inline void narrow_block(const float* in, Half* out, int64_t n) {
+static inline void convert_block(const float* in, Half* out, int64_t n) {
   int64_t i = 0;
   for (; i + 8 <= n; i += 8)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i),

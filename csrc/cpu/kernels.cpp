@@ -54,41 +54,40 @@ static inline void for_each_run(const Batch& batch, const Operand& operand, cons
 
 alignas(64) static const char kZeros[kSegment * sizeof(double)] = {};
 
-// The unit's elements of an operand in the compute type: the memory itself where it already is that,
-// else converted or gathered into `buffer`. An absent operand reads as zeros, so that one loop
-// serves every combination.
-template <class T, class R>
-static inline const R* read(const Batch& batch, const Operand& operand, const Unit& unit, R* buffer) {
+// The unit's elements of an operand as `To`: the memory itself where it already is that, else converted
+// or gathered into `buffer`. An absent operand reads as zeros, so that one loop serves every combination.
+template <class T, class To>
+static inline const To* read(const Batch& batch, const Operand& operand, const Unit& unit, To* buffer) {
   const T* data = static_cast<const T*>(operand.data);
-  if (!data) return reinterpret_cast<const R*>(kZeros);
+  if (!data) return reinterpret_cast<const To*>(kZeros);
   if (operand.strides) {
     for_each_run(batch, operand, unit, [&](int64_t offset, int64_t at, int64_t n, int64_t stride) {
-      for (int64_t i = 0; i < n; ++i) buffer[at + i] = widen(data[offset + i * stride]);
+      for (int64_t i = 0; i < n; ++i) convert(data[offset + i * stride], buffer[at + i]);
     });
     return buffer;
   }
   const T* from = data + unit.row * batch.D + unit.begin;
-  if constexpr (sizeof(T) == sizeof(R)) return reinterpret_cast<const R*>(from);
-  widen_block(from, buffer, unit.count());
+  if constexpr (sizeof(T) == sizeof(To)) return reinterpret_cast<const To*>(from);
+  convert_block(from, buffer, unit.count());
   return buffer;
 }
 
-// Where to put an output in the compute type: its memory, or `buffer`, which write() then stores.
-template <class T, class R>
-static inline R* target(const Batch& batch, const Operand& operand, const Unit& unit, R* buffer) {
-  if (operand.strides || sizeof(T) != sizeof(R)) return buffer;
-  return reinterpret_cast<R*>(operand.data) + unit.row * batch.D + unit.begin;
+// Where to put an output: its memory where that holds `From`, or `buffer`, which write() then stores.
+template <class T, class From>
+static inline From* target(const Batch& batch, const Operand& operand, const Unit& unit, From* buffer) {
+  if (operand.strides || sizeof(T) != sizeof(From)) return buffer;
+  return reinterpret_cast<From*>(operand.data) + unit.row * batch.D + unit.begin;
 }
 
-template <class T, class R>
-static inline void write(const Batch& batch, const Operand& operand, const Unit& unit, const R* buffer) {
+template <class T, class From>
+static inline void write(const Batch& batch, const Operand& operand, const Unit& unit, const From* buffer) {
   T* data = static_cast<T*>(operand.data);
   if (operand.strides) {
     for_each_run(batch, operand, unit, [&](int64_t offset, int64_t at, int64_t n, int64_t stride) {
-      for (int64_t i = 0; i < n; ++i) narrow(buffer[at + i], data[offset + i * stride]);
+      for (int64_t i = 0; i < n; ++i) convert(buffer[at + i], data[offset + i * stride]);
     });
-  } else if (sizeof(T) != sizeof(R)) {
-    narrow_block(buffer, data + unit.row * batch.D + unit.begin, unit.count());
+  } else if (sizeof(T) != sizeof(From)) {
+    convert_block(buffer, data + unit.row * batch.D + unit.begin, unit.count());
   }
 }
 
@@ -113,7 +112,7 @@ static inline const R* read_z(const Batch& batch, const Operand& z, const Noise&
   } else {
     alignas(64) float master[kSegment];
     generate_normal(noise, unit, master);
-    widen_block(master, buffer, unit.count());
+    convert_block(master, buffer, unit.count());
   }
   return buffer;
 }
@@ -135,64 +134,70 @@ static inline Coefficients<R> coefficients(const Table& table, int64_t row) {
 }
 
 // out[i] = f(x[i], y[i], z[i]). out may be one of the inputs.
-template <class F, class R>
-static inline void apply(const F& f, const R* x, const R* y, const R* z, R* out, int64_t n) {
+template <class F, class X, class Y, class R, class Out>
+static inline void apply(const F& f, const X* x, const Y* y, const R* z, Out* out, int64_t n) {
 #pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) out[i] = f(x[i], y[i], z[i]);
+  for (int64_t i = 0; i < n; ++i) narrow(f(widen(x[i]), widen(y[i]), z[i]), out[i]);
+}
+
+template <class T>
+static inline const T* zeros() {
+  return reinterpret_cast<const T*>(kZeros);
 }
 
 // One row through the map that `columns` names. An input whose coefficient is absent is not read: it
 // may hold an infinity, and 0 times that is not 0.
-template <class R>
-static inline void apply_columns(const Coefficients<R>& c, const int* columns, const R* x, const R* y, const R* z,
-                                 R* out, int64_t n) {
-  const R* zeros = reinterpret_cast<const R*>(kZeros);
+template <class R, class X, class Y, class Out>
+static inline void apply_columns(const Coefficients<R>& c, const int* columns, const X* x, const Y* y, const R* z,
+                                 Out* out, int64_t n) {
   const Affine<R> f = {c[columns[0]], c[columns[1]], c[columns[2]]};
-  apply(f, columns[0] == kAbsent ? zeros : x, columns[1] == kAbsent ? zeros : y, columns[2] == kAbsent ? zeros : z,
-        out, n);
+  apply(f, columns[0] == kAbsent ? zeros<X>() : x, columns[1] == kAbsent ? zeros<Y>() : y,
+        columns[2] == kAbsent ? zeros<R>() : z, out, n);
 }
 
 template <class T>
 static void affine_units(const AffineArgs& a, int64_t unit_begin, int64_t unit_end) {
   using R = typename ComputeType<T>::type;
-  alignas(64) R xs[kSegment], ys[kSegment], zs[kSegment], outs[kSegment], outs2[kSegment], middle[kSegment];
-  const R* zeros = reinterpret_cast<const R*>(kZeros);
+  using L = typename LoopType<T>::type;
+  alignas(64) L xs[kSegment], ys[kSegment], outs[kSegment], outs2[kSegment];
+  alignas(64) R zs[kSegment], middle[kSegment];
   const Cut cut(a.batch.B, a.batch.D);
   for (int64_t u = unit_begin; u < unit_end; ++u) {
     const Unit unit = unit_at(a.batch, cut, u);
-    const R* x = read<T>(a.batch, a.x, unit, xs);
-    const R* y = read<T>(a.batch, a.y, unit, ys);
+    const L* x = read<T>(a.batch, a.x, unit, xs);
+    const L* y = read<T>(a.batch, a.y, unit, ys);
     const R* z = read_z<T>(a.batch, a.z, a.noise, unit, zs);
-    R* out = target<T>(a.batch, a.out, unit, outs);
-    R* out2 = a.out2.data ? target<T>(a.batch, a.out2, unit, outs2) : nullptr;
+    L* out = target<T>(a.batch, a.out, unit, outs);
+    L* out2 = a.out2.data ? target<T>(a.batch, a.out2, unit, outs2) : nullptr;
     for (int64_t r = 0; r < unit.rows; ++r) {
       const int64_t at = r * unit.length, n = unit.length;
       const Coefficients<R> c = coefficients<R>(a.table, unit.row + r);
-      const R* m = y + at;
+      // The second output first: `out` may be one of the inputs, and this stretch is still in cache.
       if (a.clamped) {
         const ClampedAffine<R> f = {{c[a.inner[0]], c[a.inner[1]], R(0)}, static_cast<R>(a.lo), static_cast<R>(a.hi)};
-        apply(f, a.inner[0] == kAbsent ? zeros : x + at, y + at, zeros, middle, n);
-        m = middle;
+        apply(f, a.inner[0] == kAbsent ? zeros<L>() : x + at, y + at, zeros<R>(), middle, n);
+        if (out2) apply_columns(c, a.columns + 3, x + at, middle, z + at, out2 + at, n);
+        apply_columns(c, a.columns, x + at, middle, z + at, out + at, n);
+      } else {
+        if (out2) apply_columns(c, a.columns + 3, x + at, y + at, z + at, out2 + at, n);
+        apply_columns(c, a.columns, x + at, y + at, z + at, out + at, n);
       }
-      // The second output first: `out` may be one of the inputs, and this stretch is still in cache.
-      if (out2) apply_columns(c, a.columns + 3, x + at, m, z + at, out2 + at, n);
-      apply_columns(c, a.columns, x + at, m, z + at, out + at, n);
     }
     write<T>(a.batch, a.out, unit, out);
     if (out2) write<T>(a.batch, a.out2, unit, out2);
   }
 }
 
-// Sixteen running sums, whatever the vector width: the same sum on every instruction set. A float
-// lane takes at most kSegment/16 products before it is widened.
-template <class R>
-static inline double dot(const R* a, const R* b, int64_t n) {
-  constexpr int kSums = 16;
+// 64 running sums, whatever the vector width: the same sum on every instruction set, and enough of
+// them to hide the latency of an fma. A float lane takes at most kSegment/64 products.
+template <class A, class R>
+static inline double dot(const A* a, const R* b, int64_t n) {
+  constexpr int kSums = 64;
   alignas(64) R lanes[kSums] = {};
   int64_t i = 0;
   for (; i + kSums <= n; i += kSums)
-    for (int j = 0; j < kSums; ++j) lanes[j] = mul_add(a[i + j], b[i + j], lanes[j]);
-  for (int j = 0; i < n; ++i, ++j) lanes[j] = mul_add(a[i], b[i], lanes[j]);
+    for (int j = 0; j < kSums; ++j) lanes[j] = mul_add(widen(a[i + j]), b[i + j], lanes[j]);
+  for (int j = 0; i < n; ++i, ++j) lanes[j] = mul_add(widen(a[i]), b[i], lanes[j]);
   double sum = 0;
   for (int j = 0; j < kSums; ++j) sum += static_cast<double>(lanes[j]);
   return sum;
@@ -206,16 +211,18 @@ static inline int64_t segment_of(const Cut& cut, int64_t u) {
 template <class T>
 static void residual_units(const ResidualArgs& a, int64_t unit_begin, int64_t unit_end) {
   using R = typename ComputeType<T>::type;
-  alignas(64) R preds[kSegment], ys[kSegment], zs[kSegment], residual[kSegment], grads[kSegment];
+  using L = typename LoopType<T>::type;
+  alignas(64) L preds[kSegment], ys[kSegment], grads[kSegment];
+  alignas(64) R zs[kSegment], residual[kSegment];
   alignas(64) uint8_t masks[kSegment];
   const Cut cut(a.batch.B, a.batch.D);
   for (int64_t u = unit_begin; u < unit_end; ++u) {
     const Unit unit = unit_at(a.batch, cut, u);
-    const R* pred = read<T>(a.batch, a.pred, unit, preds);
-    const R* y = read<T>(a.batch, a.y, unit, ys);
+    const L* pred = read<T>(a.batch, a.pred, unit, preds);
+    const L* y = read<T>(a.batch, a.y, unit, ys);
     const R* z = read_z<T>(a.batch, a.z, a.noise, unit, zs);
     const uint8_t* mask = read<uint8_t>(a.batch, a.mask, unit, masks);
-    R* grad = a.grad.data ? target<T>(a.batch, a.grad, unit, grads) : nullptr;
+    L* grad = a.grad.data ? target<T>(a.batch, a.grad, unit, grads) : nullptr;
     for (int64_t r = 0; r < unit.rows; ++r) {
       const int64_t at = r * unit.length, n = unit.length;
       const Coefficients<R> c = coefficients<R>(a.table, unit.row + r);
@@ -227,7 +234,7 @@ static void residual_units(const ResidualArgs& a, int64_t unit_begin, int64_t un
       a.sums[segment_of(cut, u) + r] = dot(residual, residual, n);
       const R scale = static_cast<R>(a.scale[unit.row + r]);
       if (grad)
-        for (int64_t i = 0; i < n; ++i) grad[at + i] = scale * residual[i];
+        for (int64_t i = 0; i < n; ++i) narrow(scale * residual[i], grad[at + i]);
     }
     if (grad) write<T>(a.batch, a.grad, unit, grad);
   }
@@ -236,16 +243,22 @@ static void residual_units(const ResidualArgs& a, int64_t unit_begin, int64_t un
 template <class T>
 static void row_dots_units(const RowDotsArgs& a, int64_t unit_begin, int64_t unit_end) {
   using R = typename ComputeType<T>::type;
-  alignas(64) R gs[kSegment], xs[kSegment], ys[kSegment], zs[kSegment];
+  using L = typename LoopType<T>::type;
+  alignas(64) L xs[kSegment], ys[kSegment];
+  alignas(64) R gs[kSegment], zs[kSegment];
   const Cut cut(a.batch.B, a.batch.D);
   for (int64_t u = unit_begin; u < unit_end; ++u) {
     const Unit unit = unit_at(a.batch, cut, u);
     const R* g = read<T>(a.batch, a.g, unit, gs);
-    const R* inputs[3] = {read<T>(a.batch, a.x, unit, xs), read<T>(a.batch, a.y, unit, ys),
-                          read_z<T>(a.batch, a.z, a.noise, unit, zs)};
+    const L* x = read<T>(a.batch, a.x, unit, xs);
+    const L* y = read<T>(a.batch, a.y, unit, ys);
+    const R* z = read_z<T>(a.batch, a.z, a.noise, unit, zs);
     for (int64_t r = 0; r < unit.rows; ++r) {
       const int64_t at = r * unit.length;
-      for (int k = 0; k < 3; ++k) a.sums[3 * (segment_of(cut, u) + r) + k] = dot(g + at, inputs[k] + at, unit.length);
+      double* sums = a.sums + 3 * (segment_of(cut, u) + r);
+      sums[0] = dot(x + at, g + at, unit.length);
+      sums[1] = dot(y + at, g + at, unit.length);
+      sums[2] = dot(z + at, g + at, unit.length);
     }
   }
 }
