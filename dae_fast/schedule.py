@@ -367,9 +367,11 @@ def table_of(
         name = f"{key} {dtype} {device}".replace(".", " ")  # Dynamo takes a dot for a path
         _make_table(schedule, op, place, name, coefficients)
         return getattr(schedule._traced, name)
-    if place not in schedule._tables:
+    table = schedule._tables.get(place)
+    if table is None:
         _make_table(schedule, op, place, "", coefficients)
-    return schedule._tables[place]
+        table = schedule._tables[place]
+    return table
 
 
 # Run, not traced: torch.compile then finds the table as an attribute, an input of its graph. An entry
