@@ -12,10 +12,9 @@
 
 namespace dae::cpu::DAE_ISA {
 
-constexpr int kLanes = 16;
-
+template <int N>
 struct alignas(64) Lanes {
-  uint32_t v[kLanes];
+  uint32_t v[N];
 };
 
 #if defined(__AVX512F__)
@@ -66,27 +65,40 @@ static inline void mulhilo(Vec a, Vec m, Vec& hi, Vec& lo) {
 #endif
 
 // In: counters in r[0] (low) and r[1] (high), the other two words zero. Out: the four words.
-static DAE_FN void philox16(const Lanes& key0, const Lanes& key1, Lanes (&r)[4]) {
+// Two vectors at a time: one alone waits for its multiplications.
+template <int N>
+static DAE_FN void philox(const Lanes<N>& key0, const Lanes<N>& key1, Lanes<N> (&r)[4]) {
   const Vec m0 = splat(kPhiloxM0), m1 = splat(kPhiloxM1), w0 = splat(kPhiloxW0), w1 = splat(kPhiloxW1);
-  for (int lane = 0; lane < kLanes; lane += kVecLanes) {
-    Vec k0 = load(key0.v + lane), k1 = load(key1.v + lane);
-    Vec a = load(r[0].v + lane), b = load(r[1].v + lane), c = splat(0), d = splat(0);
+  constexpr int kPair = N >= 2 * kVecLanes ? 2 : 1;
+  for (int lane = 0; lane < N; lane += kPair * kVecLanes) {
+    Vec k0[kPair], k1[kPair], a[kPair], b[kPair], c[kPair], d[kPair];
+    for (int p = 0; p < kPair; ++p) {
+      const int at = lane + p * kVecLanes;
+      k0[p] = load(key0.v + at), k1[p] = load(key1.v + at);
+      a[p] = load(r[0].v + at), b[p] = load(r[1].v + at), c[p] = splat(0), d[p] = splat(0);
+    }
 #pragma GCC unroll 10
     for (int round = 0; round < kPhiloxRounds; ++round) {
-      Vec hi0, lo0, hi1, lo1;
-      mulhilo(a, m0, hi0, lo0);
-      mulhilo(c, m1, hi1, lo1);
-      a = xor3(hi1, b, k0);
-      b = lo1;
-      c = xor3(hi0, d, k1);
-      d = lo0;
-      k0 = add(k0, w0);
-      k1 = add(k1, w1);
+#pragma GCC unroll 2
+      for (int p = 0; p < kPair; ++p) {
+        Vec hi0, lo0, hi1, lo1;
+        mulhilo(a[p], m0, hi0, lo0);
+        mulhilo(c[p], m1, hi1, lo1);
+        a[p] = xor3(hi1, b[p], k0[p]);
+        b[p] = lo1;
+        c[p] = xor3(hi0, d[p], k1[p]);
+        d[p] = lo0;
+        k0[p] = add(k0[p], w0);
+        k1[p] = add(k1[p], w1);
+      }
     }
-    store(r[0].v + lane, a);
-    store(r[1].v + lane, b);
-    store(r[2].v + lane, c);
-    store(r[3].v + lane, d);
+    for (int p = 0; p < kPair; ++p) {
+      const int at = lane + p * kVecLanes;
+      store(r[0].v + at, a[p]);
+      store(r[1].v + at, b[p]);
+      store(r[2].v + at, c[p]);
+      store(r[3].v + at, d[p]);
+    }
   }
 }
 
