@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from . import reference
 
@@ -28,12 +28,12 @@ def fold_in(seed: int, offset: int, data: int) -> tuple[int, int]:
     return reference.fold_in(seed, offset, data)
 
 
-def use_native(device: torch.device, op: str) -> bool:
-    """Whether `op` on `device` runs the native kernels; the reference runs it otherwise."""
+def use_native(x: Tensor, op: str) -> bool:
+    """Whether `op` on x's device runs the native kernels; the reference runs it otherwise."""
     if _forced is None:
-        return native_module is not None and device.type in ("cpu", "meta")
-    if _forced == "native" and device.type not in ("cpu", "meta"):
-        raise RuntimeError(f"{op}: backend 'native' runs on the CPU, the tensors are on {device}")
+        return native_module is not None and (x.is_cpu or x.is_meta)
+    if _forced == "native" and not (x.is_cpu or x.is_meta):
+        raise RuntimeError(f"{op}: backend 'native' runs on the CPU, the tensors are on {x.device}")
     return _forced == "native"
 
 
