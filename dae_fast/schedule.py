@@ -41,7 +41,7 @@ def _outside_modes() -> Iterator[None]:
         yield
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=16)
 def _constant_rows(columns: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Rows:
     with _outside_modes():
         table = torch.tensor([columns], dtype=torch.float64).to(dtype)

@@ -34,7 +34,7 @@ BLOCK = 10  # steps between two readings of the clock
 LEARNING_RATE = 7e-3  # 1e-2 trains a little better, but there a rounding can grow until the curves part
 
 Draw = Callable[[int], tuple[Tensor, Tensor]]  # step -> (t, eps)
-Step = Callable[[int], tuple[Tensor, Tensor]]  # step -> (loss, noise-MSE), to be logged
+Step = Callable[[int], tuple[float, float]]  # step -> (loss, noise-MSE), to be logged
 
 
 class Denoiser(nn.Module):
@@ -69,13 +69,13 @@ def fused_loop(net: nn.Module, x0: Tensor, noise: df.Noise, steps: int) -> Step:
     objective = df.nn.DenoisingLoss(SCHEDULE, predict="v")
     adam, rate = optimiser(net, steps)
 
-    def step(k: int) -> tuple[Tensor, Tensor]:
+    def step(k: int) -> tuple[float, float]:
         errors = objective(net, x0, noise.fold_in(k))
         adam.zero_grad()
         errors["loss"].backward()
         adam.step()
         rate.step()
-        return errors["loss"].detach(), errors["noise_mse"]  # errors["x0_mse"] is there too
+        return errors["loss"].item(), errors["noise_mse"].item()  # errors["x0_mse"] is there too
 
     return step
 
@@ -85,7 +85,7 @@ def plain_loop(net: nn.Module, x0: Tensor, draw: Draw, steps: int) -> Step:
     alphas, sigmas = SCHEDULE.alpha.float()[:, None], SCHEDULE.sigma.float()[:, None]
     adam, rate = optimiser(net, steps)
 
-    def step(k: int) -> tuple[Tensor, Tensor]:
+    def step(k: int) -> tuple[float, float]:
         t, eps = draw(k)
         alpha, sigma = alphas[t], sigmas[t]
         x_t = alpha * x0 + sigma * eps
@@ -98,7 +98,7 @@ def plain_loop(net: nn.Module, x0: Tensor, draw: Draw, steps: int) -> Step:
         with torch.no_grad():
             noise_mse = F.mse_loss(alpha * pred + sigma * x_t, eps)
             F.mse_loss(alpha * x_t - sigma * pred, x0)  # x0_mse
-        return loss.detach(), noise_mse
+        return loss.item(), noise_mse.item()
 
     return step
 
@@ -133,7 +133,7 @@ def train(images: Tensor, steps: int, seed: int) -> tuple[nn.Module, dict[str, T
         "plain": plain_loop(nets[1], x0, fresh_draw(x0, seed), steps),
         "same noise": plain_loop(nets[2], x0, same_draw(x0, noise), steps),
     }
-    curves: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in loops}
+    curves: dict[str, list[tuple[float, float]]] = {name: [] for name in loops}
     seconds: dict[str, list[float]] = {name: [] for name in loops}
     for start in track(range(0, steps, BLOCK), description=f"training, {steps} steps, three loops in turn"):
         block = range(start, min(start + BLOCK, steps))
