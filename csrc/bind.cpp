@@ -19,8 +19,10 @@ namespace {
 
 const Isa* g_isa = &best_isa();
 
-// One core, rough: streaming an operand, and making a normal (it costs several streams).
-constexpr double kNsPerElement = 0.25, kNsPerNormal = 1.25;
+// Of one core, for each element in cache: the map, the residual with its sum and gradient, a normal.
+constexpr double kNsMap = 0.12, kNsResidual = 0.22, kNsNormal = 0.7;
+// Above this much work the GIL is released: other Python threads may run meanwhile.
+constexpr double kReleaseGil = 20000;
 
 using Strides = std::vector<int64_t>;
 // Sizes of one row's dimensions and, for each operand in the order of the call, its strides with the
@@ -102,12 +104,11 @@ int64_t bad_level(const Table& t, int64_t B) {
 }
 
 template <class Args>
-void launch(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, bool makes_noise) {
+void launch(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, double ns_per_element) {
   const Cut cut(args.batch.B, args.batch.D);
-  const double work =
-      static_cast<double>(args.batch.B) * args.batch.D * (makes_noise ? kNsPerNormal : kNsPerElement);
+  const double work = static_cast<double>(args.batch.B) * static_cast<double>(args.batch.D) * ns_per_element;
   std::optional<py::gil_scoped_release> release;
-  if (work > 20000) release.emplace();  // other Python threads may run meanwhile
+  if (work > kReleaseGil) release.emplace();
   parallel_for(cut.units, work, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
@@ -125,7 +126,7 @@ int64_t affine(int dtype, int64_t B, int64_t D, uintptr_t x, uintptr_t y, uintpt
   a.clamped = clamp.has_value();
   if (clamp) std::tie(a.inner[0], a.inner[1], a.lo, a.hi) = *clamp;
   const int64_t bad = bad_level(a.table, B);
-  if (bad < 0) launch(g_isa->kernels->affine, a, a.noise.present);
+  if (bad < 0) launch(g_isa->kernels->affine, a, kNsMap + (a.noise.present ? kNsNormal : 0));
   return bad;
 }
 
@@ -156,7 +157,7 @@ int64_t residual(int dtype, int64_t B, int64_t D, uintptr_t pred, uintptr_t y, u
   std::vector<double> kept(B, static_cast<double>(D)), scale(B), sums(B * segments);
   if (mask) {
     std::vector<int64_t> counts(B * segments);
-    launch(g_isa->kernels->mask_count, MaskCountArgs{a.batch, a.mask, counts.data()}, false);
+    launch(g_isa->kernels->mask_count, MaskCountArgs{a.batch, a.mask, counts.data()}, kNsMap);
     for (int64_t b = 0; b < B; ++b) {
       kept[b] = 0;
       for (int64_t s = 0; s < segments; ++s) kept[b] += static_cast<double>(counts[b * segments + s]);
@@ -169,7 +170,7 @@ int64_t residual(int dtype, int64_t B, int64_t D, uintptr_t pred, uintptr_t y, u
   }
   a.scale = scale.data();
   a.sums = sums.data();
-  launch(g_isa->kernels->residual, a, a.noise.present);
+  launch(g_isa->kernels->residual, a, kNsResidual + (a.noise.present ? kNsNormal : 0));
 
   double total = 0;
   const auto write = a.batch.dtype == Dtype::f64 ? write_as<double> : write_as<float>;
@@ -195,7 +196,7 @@ void row_dots(int dtype, int64_t B, int64_t D, uintptr_t g, uintptr_t x, uintptr
   a.batch = shape.batch;
   a.noise = make_noise(noise);
   a.sums = sums.data();
-  launch(g_isa->kernels->row_dots, a, a.noise.present);
+  launch(g_isa->kernels->row_dots, a, kNsResidual + (a.noise.present ? kNsNormal : 0));
   for (int64_t b = 0; b < B; ++b)
     for (int k = 0; k < 3; ++k) {
       double sum = 0;
@@ -206,7 +207,7 @@ void row_dots(int dtype, int64_t B, int64_t D, uintptr_t g, uintptr_t x, uintptr
 
 void bits(int64_t B, int64_t D, const NoiseSpec& noise, uintptr_t out) {
   BitsArgs a{{B, D, 0, nullptr, Dtype::f32}, make_noise(noise), reinterpret_cast<int64_t*>(out)};
-  launch(g_isa->kernels->bits, a, true);
+  launch(g_isa->kernels->bits, a, kNsNormal);
 }
 
 std::pair<int64_t, int64_t> fold_in_key(int64_t seed, int64_t offset, int64_t data) {

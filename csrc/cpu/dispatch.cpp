@@ -55,8 +55,8 @@ const OpenMP& openmp() {
   return runtime;
 }
 
-// Waking a thread costs a few microseconds; less work than this for each is not shared.
-constexpr double kMinWorkPerThread = 4000;
+// Waking a thread costs several microseconds; less work than this for each is not shared.
+constexpr double kMinWorkPerThread = 15000;
 
 }  // namespace
 
