@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import dae_fast as df
+from benchmarks import readme_table
+from benchmarks.report import read_csv
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -79,3 +81,8 @@ def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in set(re.findall(r"`?make ([a-z]+)", TEXT)):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_the_table_is_that_of_the_committed_results() -> None:
+    (source,) = re.findall(r"\]\((benchmarks/results/.*?\.csv)\)", TEXT)
+    assert readme_table.replaced(TEXT, readme_table.markdown(*read_csv(ROOT / source))) == TEXT
