@@ -5,24 +5,25 @@ BIN := .venv/bin
 
 .PHONY: demo test bench clean
 
-demo: .venv/ready
+demo: .venv/demo
 	$(BIN)/python examples/train_digits.py
 
-test: .venv/ready
+test: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 	@echo "make test: all checks passed"
 
-bench: .venv/ready
+bench: .venv/test
 	$(BIN)/python -m benchmarks
 
-# torch first and by itself: a later "torch" requirement must find it installed.
-.venv/ready: pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
+# An environment with the extra of that name. torch first and by itself: a later "torch" requirement
+# must find it installed.
+.venv/%: pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[demo,test]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[$*]"
 	$(BIN)/python -m dae_fast info
 	touch $@
 
