@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -21,6 +22,13 @@ def to_signed(value: int) -> int:
         return value
     value &= 0xFFFF_FFFF_FFFF_FFFF
     return value - (value >> 63 << 64)
+
+
+def _index(expected: str, value: object) -> int:
+    """The int that a numpy integer, say, stands for."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{expected}, got {type(value).__name__}")
+    return operator.index(value)
 
 
 class Noise:
@@ -48,10 +56,10 @@ class Noise:
                     f"Noise: a key tensor must be int64 of shape (2,), got {seed.dtype} of {tuple(seed.shape)}"
                 )
             self._key_tensor = seed.contiguous()
-        elif isinstance(seed, int) and not isinstance(seed, bool):
-            self._seed = to_signed(seed)
         else:
-            raise TypeError(f"Noise: seed must be an int or an int64 tensor (2,), got {type(seed).__name__}")
+            self._seed = to_signed(
+                seed if type(seed) is int else _index("Noise: seed must be an int or an int64 tensor (2,)", seed)
+            )
         if sample is not None:
             if not isinstance(sample, Tensor) or sample.dtype != torch.int64 or sample.dim() != 1:
                 got = (
@@ -127,11 +135,11 @@ class Noise:
 
         data: int, or an int64 tensor of one element, which makes the new key a tensor on its device.
         """
+        if not isinstance(data, (int, Tensor)):
+            data = _index("Noise.fold_in: data must be an int or an int64 tensor", data)
         if isinstance(data, int) and self._key_tensor is None and not torch.compiler.is_compiling():
             seed, offset = backends.fold_in(self._seed, self._offset, to_signed(data))
             return Noise._make(seed, offset, None, self._sample, self._first_sample)
-        if not isinstance(data, (int, Tensor)):
-            raise TypeError(f"Noise.fold_in: data must be an int or an int64 tensor, got {type(data).__name__}")
         key = self._as_tensor()
         if isinstance(data, Tensor):
             if data.dtype != torch.int64 or data.numel() != 1:

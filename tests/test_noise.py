@@ -222,6 +222,10 @@ class TestSameBits:
         assert df.Noise(3).fold_in(-1).key == df.Noise(3).fold_in(2**64 - 1).key
 
 
+def test_numpy_integers_are_integers() -> None:
+    assert df.Noise(np.uint64(2**63 + 5)).fold_in(np.int64(-3)).key == df.Noise(2**63 + 5).fold_in(-3).key
+
+
 def test_from_generator_obeys_the_seed() -> None:
     torch.manual_seed(7)
     a, b = df.Noise.from_generator(), df.Noise.from_generator()
