@@ -17,12 +17,10 @@ const Isa* find_isa(const char* name);
 // How many threads a call may use now: torch.set_num_threads governs it; 1 without OpenMP.
 int max_threads();
 
-// Splits [0, units) over threads; each runs body(begin, end). `work` is the cost of the whole in
-// nanoseconds of one core, roughly: short work stays on the calling thread.
-template <class Body>
-void parallel_for(int64_t units, double work, const Body& body);
 void parallel_run(int64_t units, double work, void (*run)(const void*, int64_t, int64_t), const void* body);
 
+// Splits [0, units) over threads; each runs body(begin, end). `work` is the cost of the whole in
+// nanoseconds of one core, roughly: short work stays on the calling thread.
 template <class Body>
 void parallel_for(int64_t units, double work, const Body& body) {
   parallel_run(

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "args.h"
-#include "philox16.h"
+#include "philox.h"
 
 namespace dae::cpu::DAE_ISA {
 

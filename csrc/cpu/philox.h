@@ -1,4 +1,4 @@
-// Sixteen Philox blocks at once, each lane with its own key and counter.
+// Philox blocks by the vector, each lane with its own key and counter.
 //
 // Only the 32x32 -> 64 bit product is written per instruction set: compilers turn the plain loop
 // into 64-bit multiplies, which cost three times as much.
