@@ -1,17 +1,15 @@
 """Fused kernels for everything a diffusion or denoising loop does outside the network."""
 
 from . import nn, samplers
-from .backends import backend_names, native_module, use_backend
+from .backends import backend_names, use_backend
 from .info import info, package_version
 from .noise import Noise
+from .ops import library as library  # registers the torch.library ops
 from .ops.conversions import to_eps, to_score, to_v, to_x0
 from .ops.langevin import langevin_step
 from .ops.loss import noise_mse
 from .ops.noising import add_noise
 from .schedule import Level, Schedule
-
-if native_module is not None:
-    from .ops import library as library  # registers the torch.library ops
 
 __version__ = package_version()
 

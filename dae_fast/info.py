@@ -30,13 +30,10 @@ def info() -> dict[str, str]:
     from . import backends
 
     facts = {"dae_fast": package_version(), "torch": torch.__version__}
-    native = backends.native_module
-    if native is None:
-        facts["native"] = f"missing: {backends.native_missing}"
-        facts["default on CPU"] = "reference"
-    else:
-        facts["native"] = f"built; instruction set {native.isa()} of {', '.join(native.isas())}"
-        facts["default on CPU"] = "native"
-        facts["threads"] = f"{native.max_threads()} (torch.set_num_threads governs it)"
+    for name in backends.NAMES[1:]:
+        why = backends.missing(name)
+        facts[name] = f"missing: {why}" if why else backends.module(name).describe()
+    for device, what in (("cpu", "on CPU"), ("cuda", "on a GPU")):
+        facts[f"default {what}"] = backends.default_name(device)
     facts["default elsewhere"] = "reference"
     return facts

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .backends import native_module as native
-from .backends import reference
-from .backends.reference import fold_in_tensor
+from .backends import kernels, reference
 from .ops.routing import Route, route
 
 
@@ -140,17 +138,15 @@ class Noise:
         if isinstance(data, int) and self._key_tensor is None and not torch.compiler.is_compiling():
             seed, offset = backends.fold_in(self._seed, self._offset, to_signed(data))
             return Noise._make(seed, offset, None, self._sample, self._first_sample)
-        key = self._as_tensor()
         if isinstance(data, Tensor):
             if data.dtype != torch.int64 or data.numel() != 1:
                 raise ValueError(
                     f"Noise.fold_in: a tensor must be int64 with one element, got {data.dtype} of {tuple(data.shape)}"
                 )
-            key = key.to(data.device)
-            words = data.reshape(())
+            data = data.reshape(())
         else:
-            words = torch.tensor(to_signed(data), dtype=torch.int64, device=key.device)
-        return Noise._make(0, 0, _fold(key, words), self._sample, self._first_sample)
+            data = to_signed(data)
+        return Noise._make(0, 0, _fold(self, data), self._sample, self._first_sample)
 
     def normal(
         self, shape: Sequence[int], *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
@@ -174,13 +170,17 @@ class Noise:
         return f"Noise(key={self.key}{ids}{first})"
 
 
-def _fold(key: Tensor, data: Tensor) -> Tensor:
-    way = route("fold_in", key, data)
-    if way is Route.DISPATCHER:
-        return torch.ops.dae_fast.fold_in(key, data)
+def _fold(noise: Noise, data: Tensor | int) -> Tensor:
+    """The folded key, on data's device, or the key's for an int."""
+    place = data if isinstance(data, Tensor) else noise._as_tensor()
+    way = route("fold_in", place, noise._key_tensor)
     if way is Route.DIRECT:
-        return native.fold_in_tensor(key, data)
-    return fold_in_tensor(key, data)
+        return kernels(place, "fold_in").fold_in_tensor(noise, data)
+    if not isinstance(data, Tensor):
+        data = torch.full((), data, dtype=torch.int64, device=place.device)  # torch.tensor would wait for a copy
+    if way is Route.REFERENCE:
+        return reference.fold_in_tensor(noise, data)
+    return torch.ops.dae_fast.fold_in(noise._as_tensor().to(place.device), data)
 
 
 def fill(op: str, noise: Noise, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -191,13 +191,11 @@ def fill(op: str, noise: Noise, shape: tuple[int, ...], dtype: torch.dtype, devi
         raise TypeError(f"{op}: dtype must be float16, bfloat16, float32 or float64, got {dtype}")
     B, D = shape[0], math.prod(shape[1:])
     noise._check(op, B, device)
-    way = route(op, torch.empty(0, device=device), noise._key_tensor, noise._sample)
-    if way is Route.REFERENCE:
-        if op == "bits":
-            return reference.words(noise, B, D, device).reshape(shape)
-        return reference.normal(noise, B, D, device).to(dtype).reshape(shape)
-    if way is Route.DIRECT:
-        values = native.words(noise, B, D) if op == "bits" else native.normal(noise, B, D, dtype)
+    place = torch.empty(0, device=device)
+    way = route(op, place, noise._key_tensor, noise._sample)
+    if way is not Route.DISPATCHER:
+        module = reference if way is Route.REFERENCE else kernels(place, op)
+        values = module.words(noise, B, D, device) if op == "bits" else module.normal(noise, B, D, dtype, device)
         return values.reshape(shape)
     key, sample = noise._as_tensor().to(device), noise._sample
     flat: Tensor = torch.ops.dae_fast.fill(op, key, sample, noise._first_sample, B, D, dtype)

@@ -27,11 +27,10 @@ MAX_ULPS, NEAR_ZERO = 4, 2.0**-23
 def stream(kind: str, backend: str, seed: int, offset: int, n: int) -> torch.Tensor:
     """The first n elements of a key's own stream, no row folded in."""
     noise = df.Noise._make(*(torch.tensor([seed, offset], dtype=torch.uint64).view(torch.int64).tolist()))
-    if backend == "native":
-        made = native.words(noise, 1, n, False) if kind == "bits" else native.normal(noise, 1, n, torch.float32, False)
-    else:
-        made = (reference.words if kind == "bits" else reference.normal)(noise, 1, n, CPU, False)
-    return made[0]
+    module = df.backends.module(backend)
+    if kind == "bits":
+        return module.words(noise, 1, n, CPU, False)[0]
+    return module.normal(noise, 1, n, torch.float32, CPU, False)[0]
 
 
 def element(kind: str, backend: str, key: list[int], i: int) -> float:
@@ -53,10 +52,9 @@ class TestKnownAnswers:
     @pytest.mark.parametrize("case", VECTORS["fold_in"], ids=lambda c: f"{c['key']}-{c['data']}")
     def test_fold_in(self, backend: str, case: dict) -> None:
         key = torch.tensor(case["key"], dtype=torch.uint64).view(torch.int64)
-        module = native if backend == "native" else reference
         signed = torch.tensor(case["data"], dtype=torch.uint64).view(torch.int64).item()
-        got = module.fold_in(*key.tolist(), signed)
-        assert [w % 2**64 for w in got] == case["result"]
+        got = df.backends.module(backend).fold_in_tensor(df.Noise(key), torch.tensor(signed))
+        assert [w % 2**64 for w in got.tolist()] == case["result"]
         on_device = df.Noise(key).fold_in(case["data"]).key
         assert [w % 2**64 for w in on_device.tolist()] == case["result"]
         if case["key"][1] == 0:

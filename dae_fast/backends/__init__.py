@@ -1,40 +1,107 @@
-"""Which code runs an op: native kernels where they exist, plain torch elsewhere."""
+"""Which code runs an op: kernels where a device has them, plain torch elsewhere.
+
+A backend module has the functions of native.py; available() says what keeps it from running here ("" if nothing
+does) and supports(device) where it can.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import reference
 
-try:
-    from . import native
-except ImportError as error:
-    native_module: Any = None
-    native_missing = str(error)
-else:
-    native_module = native
-    native_missing = ""
-
-NAMES = ("reference", "native")
+NAMES = ("reference", "native", "cuda", "triton")
+_loaded: dict[str, tuple[ModuleType | None, str]] = {}
 _forced: str | None = None
+
+
+def _load(name: str) -> tuple[ModuleType | None, str]:
+    """The module, or why it cannot run here. Imported when first asked for: triton takes a second."""
+    if name not in _loaded:
+        try:
+            module = import_module(f"{__name__}.{name}")
+            missing: str = module.available()
+            _loaded[name] = (None, missing) if missing else (module, "")
+        except ImportError as error:
+            _loaded[name] = None, str(error)
+    return _loaded[name]
+
+
+def missing(name: str) -> str:
+    """Why a backend cannot run here; "" when it can."""
+    return _load(name)[1]
+
+
+def module(name: str) -> Any:
+    """A backend that can run here."""
+    return _load(name)[0]
+
+
+def default_name(device_type: str) -> str:
+    """The backend that runs where none is forced."""
+    return _default.get(device_type, "reference")
+
+
+def _defaults() -> dict[str, str]:
+    """The backend of each device type that has one. Not asked of triton itself, which is imported when used."""
+    chosen = {}
+    if not missing("native"):
+        chosen = {"cpu": "native", "meta": "native"}
+    if torch.version.cuda and not missing("cuda"):
+        chosen["cuda"] = "cuda"
+    elif (torch.version.cuda or torch.version.hip) and find_spec("triton"):
+        chosen["cuda"] = "triton"
+    return chosen
+
+
+def _choice(x: Tensor, op: str) -> str | None:
+    if _forced is None:
+        return _default.get(x.device.type)
+    if not x.is_meta and not supports(_forced, x.device):
+        raise RuntimeError(f"{op}: backend {_forced!r} does not run on {x.device}")
+    return _forced
+
+
+def supports(name: str, device: torch.device) -> bool:
+    """Whether a backend that can run here runs on `device`."""
+    module, _ = _loaded[name]
+    return module is not None and bool(module.supports(device))
+
+
+def has_kernels(x: Tensor, op: str) -> bool:
+    """Whether kernels run `op` on x's device, rather than plain torch."""
+    return _choice(x, op) not in (None, "reference")
+
+
+def kernels(x: Tensor, op: str) -> Any:
+    """The backend module that runs `op` on x's device, which has one."""
+    return _required(_choice(x, op), op, x.device)
+
+
+def kernels_of(device: torch.device, op: str) -> Any:
+    """What a traced op calls when it runs: there is no way back to plain torch by then."""
+    forced = _forced not in (None, "reference") and supports(str(_forced), device)
+    return _required(_forced if forced else _default.get(device.type), op, device)
+
+
+def _required(name: str | None, op: str, device: torch.device) -> Any:
+    module, why = _load(name) if name else (None, "none was built")
+    if module is None:
+        raise RuntimeError(f"{op}: no kernels for {device} in this process: {why}")
+    return module
 
 
 def fold_in(seed: int, offset: int, data: int) -> tuple[int, int]:
     """A host key folded: the same integers from every backend."""
-    if native_module is not None:
-        return native_module.fold_in(seed, offset, data)
-    return reference.fold_in(seed, offset, data)
-
-
-def use_native(x: Tensor, op: str) -> bool:
-    """Whether `op` on x's device runs the native kernels; the reference runs it otherwise."""
-    if _forced is None:
-        return native_module is not None and (x.is_cpu or x.is_meta)
-    if _forced == "native" and not (x.is_cpu or x.is_meta):
-        raise RuntimeError(f"{op}: backend 'native' runs on the CPU, the tensors are on {x.device}")
-    return _forced == "native"
+    native, _ = _load("native")
+    folded: tuple[int, int] = (native or reference).fold_in(seed, offset, data)
+    return folded
 
 
 class _Choice:
@@ -52,7 +119,7 @@ class _Choice:
 
 
 def use_backend(name: str | None) -> _Choice:
-    """Force one backend for every op, "reference" or "native"; None chooses by device again.
+    """Force one backend for every op: "reference", "native", "cuda" or "triton"; None chooses by device again.
 
     Takes effect at once, and as `with use_backend(...):` until the block ends. A forced backend never
     falls back: an op that it cannot run raises. Raises ValueError for an unknown name and RuntimeError
@@ -61,13 +128,16 @@ def use_backend(name: str | None) -> _Choice:
     global _forced
     if name is not None and name not in NAMES:
         raise ValueError(f"use_backend: name must be one of {', '.join(map(repr, NAMES))} or None, got {name!r}")
-    if name == "native" and native_module is None:
-        raise RuntimeError(f"use_backend: 'native' is not available: {native_missing}")
+    if name is not None and missing(name):
+        raise RuntimeError(f"use_backend: {name!r} is not available: {missing(name)}")
     choice = _Choice(_forced)
     _forced = name
     return choice
 
 
 def backend_names() -> tuple[str, ...]:
-    """The backends that can run here."""
-    return NAMES if native_module is not None else ("reference",)
+    """The backends that can run here, on one device or another."""
+    return tuple(name for name in NAMES if not missing(name))
+
+
+_default = _defaults()

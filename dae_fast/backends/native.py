@@ -24,6 +24,25 @@ except ImportError as error:
 if TYPE_CHECKING:
     from ..noise import Noise
 
+
+def available() -> str:
+    """What keeps this backend from running here: nothing, once the module has loaded."""
+    return ""
+
+
+def describe() -> str:
+    """For df.info()."""
+    return (
+        f"built; instruction set {isa()} of {', '.join(isas())}; "
+        f"{max_threads()} threads (torch.set_num_threads governs it)"
+    )
+
+
+def supports(device: torch.device) -> bool:
+    """The CPU's memory."""
+    return device.type == "cpu"
+
+
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _NO_NOISE = (0, 0, 0, 0, 0, 0)
 _ROWS, _RAW = 1, 2
@@ -131,20 +150,26 @@ def residual(
     columns: tuple[int, int],
     mask: Tensor | None,
     weight: Tensor | None,
-    upstream: float,
     reduction: int,
     want_loss: bool,
     want_grad: bool,
+    upstream: Tensor | None = None,
+    made: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One pass over pred: the unweighted mean of each sample, the weighted loss, its gradient.
 
-    weight: (B,) float64. reduction: 0 none, 1 mean, 2 sum. grad is upstream * d loss / d pred.
+    weight: (B,). reduction: 0 none, 1 mean, 2 sum. grad is upstream (), or 1, times d loss / d pred; `made` is
+    the one for 1, returned when that is what upstream turns out to be and written anew otherwise.
     """
     compute = compute_dtype(pred.dtype)
+    factor = 1.0 if upstream is None else upstream.item()
     B, D = _rows(pred)
     per_sample = torch.empty(B, dtype=compute, device="cpu")
     loss = torch.empty((), dtype=compute, device="cpu")
-    grad = torch.empty_like(pred) if want_grad else None
+    if made is not None and factor == 1.0:
+        return per_sample, loss, made
+    grad = torch.empty_like(pred) if want_grad and made is None else made
+    wide = None if weight is None else weight.double().contiguous()
     bad = _core.residual(
         _DTYPES[pred.dtype],
         B,
@@ -157,8 +182,8 @@ def residual(
         _noise(noise),
         _table(table, index),
         columns,
-        _ptr(weight),
-        upstream,
+        _ptr(wide),
+        factor,
         reduction,
         per_sample.data_ptr(),
         loss.data_ptr() if want_loss else 0,
@@ -188,13 +213,14 @@ def row_dots(g: Tensor, x: Tensor | None, y: Tensor | None, z: Tensor | None, no
     return out
 
 
-def fold_in_tensor(key: Tensor, data: Tensor) -> Tensor:
-    """key (2,) and data () int64 bits; returns the folded key (2,)."""
-    seed, offset = key.tolist()
+def fold_in_tensor(noise: Noise, data: Tensor | int) -> Tensor:
+    """The key (2,) of noise.fold_in(data), data an int64 tensor () or an int."""
+    key = noise._key_tensor
+    seed, offset = (noise._seed, noise._offset) if key is None else key.tolist()
     return torch.tensor(fold_in(seed, offset, int(data)), device="cpu")
 
 
-def normal(noise: Noise, B: int, D: int, dtype: torch.dtype, fold: bool = True) -> Tensor:
+def normal(noise: Noise, B: int, D: int, dtype: torch.dtype, device: torch.device, fold: bool = True) -> Tensor:
     """(B, D) normals; with fold=False every row is the raw stream of the key."""
     out = torch.empty(B, D, dtype=dtype, device="cpu")
     one = torch.ones(1, 1, dtype=compute_dtype(dtype), device="cpu")
@@ -216,7 +242,7 @@ def normal(noise: Noise, B: int, D: int, dtype: torch.dtype, fold: bool = True) 
     return out
 
 
-def words(noise: Noise, B: int, D: int, fold: bool = True) -> Tensor:
+def words(noise: Noise, B: int, D: int, device: torch.device, fold: bool = True) -> Tensor:
     """(B, D) words, int64 in [0, 2**32)."""
     out = torch.empty(B, D, dtype=torch.int64, device="cpu")
     _core.bits(B, D, _noise(noise, _ROWS if fold else _RAW), out.data_ptr())

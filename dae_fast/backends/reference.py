@@ -44,16 +44,18 @@ def block_at(seed: Tensor, offset: Tensor, n: Tensor) -> Words:
     return philox4x32_10((low, high, zero, zero), _low_high(seed))
 
 
-def fold_in_tensor(key: Tensor, data: Tensor) -> Tensor:
-    """key (2,) and data () int64 bits; returns the folded key (2,)."""
-    r0, r1, r2, r3 = block_at(key[0], key[1], data)
+def fold_in_tensor(noise: Noise, data: Tensor) -> Tensor:
+    """The key (2,) of noise.fold_in(data), data int64 bits ()."""
+    seed, offset = noise._as_tensor().to(data.device)
+    r0, r1, r2, r3 = block_at(seed, offset, data)
     return torch.stack((r0 | r1 << 32, r2 | r3 << 32))
 
 
 def fold_in(seed: int, offset: int, data: int) -> tuple[int, int]:
-    key, data_ = (torch.tensor(v, dtype=torch.int64, device="cpu") for v in ((seed, offset), data))
-    folded: list[int] = fold_in_tensor(key, data_).tolist()
-    return folded[0], folded[1]
+    """The same of a host key."""
+    words = block_at(*(torch.tensor(v, dtype=torch.int64, device="cpu") for v in (seed, offset, data)))
+    r0, r1, r2, r3 = (int(w) for w in words)
+    return tuple(w - (w >> 63 << 64) for w in (r0 | r1 << 32, r2 | r3 << 32))  # type: ignore[return-value]
 
 
 def words(noise: Noise, B: int, D: int, device: torch.device, fold: bool = True) -> Tensor:
@@ -70,15 +72,25 @@ def words(noise: Noise, B: int, D: int, device: torch.device, fold: bool = True)
     return torch.stack(block_at(seed, offset, n), -1).flatten(1)[:, :D]
 
 
-def normal(noise: Noise, B: int, D: int, device: torch.device, fold: bool = True) -> Tensor:
-    """(B, D) fp32: Box-Muller in fp64, rounded once."""
+def normal(noise: Noise, B: int, D: int, dtype: torch.dtype, device: torch.device, fold: bool = True) -> Tensor:
+    """(B, D): Box-Muller in fp64, rounded once to fp32, which is the master value of every dtype."""
     pairs = (D + 3) // 4 * 2
     w = words(noise, B, 2 * pairs, device, fold).double().reshape(B, pairs, 2)
     u = w * 2.0**-32 + 2.0**-33
     # ln u from the complement of the word where u is near 1, as the kernels do.
     log_u = torch.where(u > 0.5, torch.log1p(-((2.0**32 - 1 - w) * 2.0**-32 + 2.0**-33)), torch.log(u))[..., 0]
     s, angle = torch.sqrt(-2 * log_u), 2 * math.pi * u[..., 1]
-    return torch.stack((s * torch.cos(angle), s * torch.sin(angle)), -1).flatten(1)[:, :D].float()
+    return torch.stack((s * torch.cos(angle), s * torch.sin(angle)), -1).flatten(1)[:, :D].float().to(dtype)
+
+
+def available() -> str:
+    """What keeps this backend from running here: nothing ever does."""
+    return ""
+
+
+def supports(device: torch.device) -> bool:
+    """Plain torch runs everywhere."""
+    return True
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -88,8 +100,8 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def noise_like(noise: Noise, x: Tensor) -> Tensor:
     """The noise of x's shape and device, in x's compute dtype."""
     B = x.shape[0]
-    values = normal(noise, B, x[0].numel() if B else 0, x.device)
-    return values.reshape(x.shape).to(compute_dtype(x.dtype))
+    values = normal(noise, B, x[0].numel() if B else 0, compute_dtype(x.dtype), x.device)
+    return values.reshape(x.shape)
 
 
 def coefficients(table: Tensor, index: Tensor | None, op: str) -> Tensor:

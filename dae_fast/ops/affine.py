@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import native_module as native
-from ..backends import reference
+from ..backends import kernels, reference
 from ..noise import Noise
 from ..schedule import Rows
 from .flat import flatten, seen
@@ -52,7 +51,7 @@ def affine(
     if way is Route.DIRECT:
         if wants_grad(x, y, z, rows.table):
             return _tuple(_Affine.apply(x, y, z, rows.table, (rows.t, op, noise, columns)))
-        return native.affine(op, x, y, z, noise, *rows, columns, clamp)
+        return kernels(x, op).affine(op, x, y, z, noise, *rows, columns, clamp)
     call = torch.ops.dae_fast.affine if len(columns) == 3 else torch.ops.dae_fast.affine2
     return _tuple(call(x, y, z, *seen(rows), *flatten(noise), columns, op))
 
@@ -70,7 +69,7 @@ def affine_into(
     """The same with one output, written to `out`, which may be x, y or z. No gradient."""
     if route(op, out, x, y, z, rows.table) is not Route.DIRECT:
         return out.copy_(affine(op, x, y, z, noise, rows, columns)[0])
-    native.affine(op, x, y, z, noise, *rows, columns, out=out)
+    kernels(x, op).affine(op, x, y, z, noise, *rows, columns, out=out)
     if not out.is_inference():
         torch.autograd.graph.increment_version(out)
     return out
@@ -134,7 +133,7 @@ def _table_gradient(
 def row_dots(op: str, g: Tensor, x: Tensor | None, y: Tensor | None, z: Tensor | None, noise: Noise | None) -> Tensor:
     """(B, 3) sums over each sample of g*x, g*y, g*z."""
     if route(op, g, x, y, z) is Route.DIRECT and not wants_grad(g, x, y, z):
-        return native.row_dots(g, x, y, z, noise)
+        return kernels(g, op).row_dots(g, x, y, z, noise)
     compute = reference.compute_dtype(g.dtype)
     wide = g.to(compute)
     if noise is not None:
@@ -155,7 +154,7 @@ class _Affine(torch.autograd.Function):
         else:
             ctx.save_for_backward(table, index)
         ctx.rest = noise, columns, op
-        outputs = native.affine(op, x, y, z, noise, table, index, columns)
+        outputs = kernels(x, op).affine(op, x, y, z, noise, table, index, columns)
         return outputs if len(outputs) > 1 else outputs[0]
 
     @staticmethod

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
 from torch.library import Library
 
-from ..backends import native_module as native
+from ..backends import kernels_of
 from ..noise import Noise
 from ..schedule import Rows
 from .affine import _gradients as affine_gradients
@@ -52,7 +52,9 @@ def _noise(key: Tensor | None, sample: Tensor | None, first_sample: int) -> Nois
 def _affine2(
     x: Any, y: Any, z: Any, table: Any, index: Any, key: Any, sample: Any, first: Any, columns: Any, op: Any
 ) -> Any:
-    return native.affine(op, x, y, z, _noise(key, sample, first), *_dense(table, index), tuple(columns))
+    return kernels_of(x.device, op).affine(
+        op, x, y, z, _noise(key, sample, first), *_dense(table, index), tuple(columns)
+    )
 
 
 def _affine(*args: Any) -> Tensor:
@@ -65,8 +67,8 @@ def _sample_means(
 ) -> Tensor:
     noise = _noise(key, sample, first)
     number = REDUCTIONS.index("none")
-    means, _, _ = native.residual(
-        op, pred, y, z, noise, *_dense(table, index), COLUMNS[1:], mask, None, 1.0, number, False, False
+    means, _, _ = kernels_of(pred.device, op).residual(
+        op, pred, y, z, noise, *_dense(table, index), COLUMNS[1:], mask, None, number, False, False
     )
     return means
 
@@ -84,10 +86,9 @@ def _residual_grad(
     first: Any,
     op: Any,
 ) -> Tensor:
-    noise, weight = _noise(key, sample, first), upstream.double().contiguous()
-    number = REDUCTIONS.index("none")
-    _, _, grad = native.residual(
-        op, pred, y, z, noise, *_dense(table, index), COLUMNS[1:], mask, weight, 1.0, number, False, True
+    noise, number = _noise(key, sample, first), REDUCTIONS.index("none")
+    _, _, grad = kernels_of(pred.device, op).residual(
+        op, pred, y, z, noise, *_dense(table, index), COLUMNS[1:], mask, upstream, number, False, True
     )
     assert grad is not None
     return grad
@@ -96,7 +97,14 @@ def _residual_grad(
 def _fill(op: str, key: Tensor, sample: Tensor | None, first: int, B: int, D: int, dtype: torch.dtype) -> Tensor:
     noise = _noise(key, sample, first)
     assert noise is not None
-    return native.words(noise, B, D) if op == "bits" else native.normal(noise, B, D, dtype)
+    module = kernels_of(key.device, op)
+    return module.words(noise, B, D, key.device) if op == "bits" else module.normal(noise, B, D, dtype, key.device)
+
+
+def _fold_in(key: Tensor, data: Tensor) -> Tensor:
+    noise = _noise(key, None, 0)
+    folded: Tensor = kernels_of(key.device, "fold_in").fold_in_tensor(noise, data)
+    return folded
 
 
 def _fake_means(pred: Tensor, *_: Any) -> Tensor:
@@ -108,11 +116,12 @@ _KERNELS: dict[str, tuple[Any, Any]] = {
     "affine2": (_affine2, lambda x, *_: (torch.empty_like(x), torch.empty_like(x))),
     "sample_means": (_sample_means, _fake_means),
     "residual_grad": (_residual_grad, lambda _upstream, pred, *_: torch.empty_like(pred)),
-    "fold_in": (native.fold_in_tensor, lambda key, data: torch.empty_like(key)),
+    "fold_in": (_fold_in, lambda key, data: torch.empty_like(key)),
     "fill": (_fill, lambda op, key, sample, first, B, D, dtype: key.new_empty((B, D), dtype=dtype)),
 }
 for _name, (_kernel, _fake) in _KERNELS.items():
-    _library.impl(_name, _kernel, "CPU")
+    for _device in ("CPU", "CUDA"):
+        _library.impl(_name, _kernel, _device)
     torch.library.register_fake(f"dae_fast::{_name}", _fake, lib=_library)
 
 

@@ -10,8 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..backends import native_module as native
-from ..backends import reference
+from ..backends import kernels, reference
 from ..noise import Noise
 from ..schedule import Rows
 from .affine import ABSENT, Gradients, affine, row_dots
@@ -41,19 +40,17 @@ def residual_loss(
     number = REDUCTIONS.index(reduction)
     if route(op, pred, y, z, rows.table, weight, mask) is Route.DIRECT:
         if not wants_grad(pred, y, z, rows.table, weight):
-            wide = None if weight is None else weight.double().contiguous()
-            per_sample, loss, _ = native.residual(
-                op, pred, y, z, noise, *rows, COLUMNS[1:], mask, wide, 1.0, number, number > 0, False
+            per_sample, loss, _ = kernels(pred, op).residual(
+                op, pred, y, z, noise, *rows, COLUMNS[1:], mask, weight, number, number > 0, False
             )
             return (loss, per_sample) if number else (_weighted(per_sample, weight), per_sample)
         # fp16 is left to the lazy way: a loss scale must reach the gradient before it is rounded.
         if number and pred.dtype != torch.float16 and not wants_grad(y, z, rows.table, weight):
-            wide = None if weight is None else weight.double().contiguous()
             call = op, noise, rows.table, number
-            per_sample, loss, grad = native.residual(
-                op, pred, y, z, noise, *rows, COLUMNS[1:], mask, wide, 1.0, number, True, True
+            per_sample, loss, grad = kernels(pred, op).residual(
+                op, pred, y, z, noise, *rows, COLUMNS[1:], mask, weight, number, True, True
             )
-            return _Loss.apply(pred, (loss, grad), (y, z, rows.t, wide, mask), call), per_sample
+            return _Loss.apply(pred, (loss, grad), (y, z, rows.t, weight, mask), call), per_sample
     per_sample = sample_means(op, pred, y, z, noise, rows, mask)
     loss = _weighted(per_sample, weight)
     if reduction == "mean":
@@ -106,9 +103,8 @@ def _pred_gradient(
     """2 * upstream[b] / kept[b] * r, upstream (B,) being the gradient of the sample means."""
     way = route(op, pred, y, z, upstream)
     if way is Route.DIRECT and not torch.is_grad_enabled():
-        weight = upstream.double().contiguous()
-        _, _, grad = native.residual(
-            op, pred, y, z, noise, *rows, COLUMNS[1:], mask, weight, 1.0, REDUCTIONS.index("none"), False, True
+        _, _, grad = kernels(pred, op).residual(
+            op, pred, y, z, noise, *rows, COLUMNS[1:], mask, upstream, REDUCTIONS.index("none"), False, True
         )
         assert grad is not None
         return grad
@@ -159,8 +155,8 @@ class _SampleMeans(torch.autograd.Function):
         index, op, noise, mask = rest
         ctx.save_for_backward(pred, y, z, table, index, mask)
         ctx.rest = op, noise
-        per_sample, _, _ = native.residual(
-            op, pred, y, z, noise, table, index, COLUMNS[1:], mask, None, 1.0, REDUCTIONS.index("none"), False, False
+        per_sample, _, _ = kernels(pred, op).residual(
+            op, pred, y, z, noise, table, index, COLUMNS[1:], mask, None, REDUCTIONS.index("none"), False, False
         )
         return per_sample
 
@@ -186,18 +182,18 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     @batchable
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        pred, y, z, index, wide, mask = ctx.saved_tensors
+        pred, y, z, index, weight, mask = ctx.saved_tensors
         op, noise, table, reduction = ctx.call
         # Given away at its first use: held any longer, it would be copied into pred.grad.
         grad, ctx.grad = ctx.grad, None
         if torch.is_grad_enabled() or route(op, upstream, pred) is not Route.DIRECT:
             kept = _kept(pred, mask)
             each = upstream / pred.shape[0] if REDUCTIONS[reduction] == "mean" else upstream * kept
-            per_sample = each.expand(pred.shape[0]) if wide is None else each * wide.to(upstream.dtype)
+            per_sample = each.expand(pred.shape[0]) if weight is None else each * weight.to(upstream.dtype)
             grad = _pred_gradient(op, per_sample, pred, y, z, noise, Rows(table, index), mask)
-        elif grad is None or upstream.item() != 1.0:
-            # Made again, not multiplied: as many bytes, and one rounding.
-            _, _, grad = native.residual(
-                op, pred, y, z, noise, table, index, COLUMNS[1:], mask, wide, upstream.item(), reduction, False, True
+        else:
+            # Where upstream is not 1 it is made again, not multiplied: as many bytes, and one rounding.
+            _, _, grad = kernels(pred, op).residual(
+                op, pred, y, z, noise, table, index, COLUMNS[1:], mask, weight, reduction, False, True, upstream, grad
             )
         return grad, None, None, None

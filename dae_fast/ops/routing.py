@@ -24,7 +24,7 @@ class Route(Enum):
 
 
 def route(op: str, first: Tensor, *others: Tensor | None) -> Route:
-    if not backends.use_native(first, op):
+    if not backends.has_kernels(first, op):
         return Route.REFERENCE
     if torch.compiler.is_compiling():
         return Route.DISPATCHER
