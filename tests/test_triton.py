@@ -1,0 +1,414 @@
+"""The Triton backend: its kernels against the reference, in the interpreter or on a GPU, and its machine code.
+
+The shared tests run every op on it too; here is what only this backend has: tiles, lanes, layouts, tickets.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import dae_fast as df
+from dae_fast.backends import reference
+
+pytest.importorskip("triton")
+from dae_fast.backends import triton as backend
+
+if backend.available():
+    pytest.skip(backend.available(), allow_module_level=True)
+
+DEVICE = torch.device("cpu" if backend.INTERPRETED else "cuda")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Around the lanes of every element size, the short-row tiles and the long ones.
+LENGTHS = (1, 3, 4, 15, 16, 17, 63, 64, 65, 784, 1025, 4097)
+VECTORS = json.loads((Path(__file__).parent / "noise_vectors.json").read_text())
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype).to(DEVICE)
+
+
+def table_of(dtype: torch.dtype, rows: int = 7, columns: int = 5) -> Tensor:
+    return randn(rows, columns, dtype=reference.compute_dtype(dtype), seed=9)
+
+
+def levels(B: int, rows: int = 7) -> Tensor:
+    return (torch.arange(B) * 5 % rows).to(DEVICE)
+
+
+def normals(noise: df.Noise, like: Tensor) -> Tensor:
+    """As this backend makes them, for the judge to use: their bits are tested by themselves."""
+    B, D = like.shape[0], like[0].numel()
+    return backend.normal(noise, B, D, torch.float64, DEVICE).reshape(like.shape)
+
+
+def magnitude(tensors: tuple[Tensor | None, ...], table: Tensor) -> float:
+    return float(sum(t.abs().max() for t in tensors if t is not None) * table.nan_to_num().abs().max()) * 4
+
+
+def assert_close(got: Tensor, wanted: Tensor, scale: float) -> None:
+    """Within half a unit of got's dtype, and a few roundings of the compute type at the terms' magnitude."""
+    compute = torch.finfo(reference.compute_dtype(got.dtype)).eps
+    own = torch.finfo(got.dtype)
+    bound = wanted.abs() * own.eps / 2 + own.smallest_normal * own.eps + 2 * compute * scale
+    assert got.shape == wanted.shape
+    assert torch.equal(got.isnan(), wanted.isnan())
+    assert (((got.double() - wanted).abs() <= bound) | wanted.isnan()).all(), (got.double() - wanted).abs().max()
+
+
+def check_affine(x, y, z, noise, table, index, columns, clamp=None) -> None:
+    got = backend.affine("op", x, y, z, noise, table, index, columns, clamp)
+    wide = [None if t is None else t.double() for t in (x, y, z)]
+    if noise is not None:
+        wide[2] = normals(noise, x)
+    inside = None if index is None else (index >= 0) & (index < table.shape[0])
+    safe = None if index is None else torch.where(inside, index, 0)
+    wanted = reference.affine("op", *wide, None, table.double(), safe, columns, clamp)
+    for g, w in zip(got, wanted, strict=True):
+        assert g.dtype == x.dtype
+        if inside is not None:
+            w = torch.where(inside.reshape(-1, *[1] * (x.dim() - 1)), w, torch.nan)
+        assert_close(g, w, magnitude((*wide, torch.ones(1)), table) * max(1.0, float(table.nan_to_num().abs().max())))
+
+
+PATTERNS = {
+    "noise": ((0, -1, 1), None),
+    "two": ((0, 1, -1), None),
+    "three": ((0, 1, 2), None),
+    "scaled": ((1, -1, -1), None),
+    "second": ((-1, 1, -1), None),
+    "noise-and-target": ((0, -1, 1, 2, -1, 3), None),
+    "noise-itself": ((0, -1, 1, -1, -1, 3), None),
+    "tensor-and-target": ((0, 1, -1, 2, 3, -1), None),
+    "gradients": ((0, 2, -1, -1, 3, -1), None),
+    "clamp": ((-1, 1, -1), (2, 3, -1.0, 1.0)),
+    "clamp-both": ((0, 1, -1), (2, 3, -1 / 3, 0.7)),
+    "clamp-one": ((0, 1, -1), (-1, 3, -1.0, 1.0)),
+    "clamp-step": ((0, 1, 2), (3, 4, -1.0, 1.0)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_affine_columns(pattern: str, dtype: torch.dtype) -> None:
+    columns, clamp = PATTERNS[pattern]
+    x, y, z = (randn(3, 2, 12, dtype=dtype, seed=s) for s in range(3))
+    noise = df.Noise(5) if "noise" in pattern or pattern == "clamp-step" else None
+    check_affine(x, y, None if noise else z, noise, table_of(dtype), levels(3), columns, clamp)
+
+
+@pytest.mark.parametrize("D", LENGTHS)
+def test_affine_lengths(D: int) -> None:
+    x, y = randn(3, D), randn(3, D, seed=1)
+    check_affine(x, y, None, df.Noise(5), table_of(x.dtype), levels(3), (0, 1, 2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("D", (1, 3, 15, 65, 784))
+def test_affine_lengths_of_other_types(D: int, dtype: torch.dtype) -> None:
+    x = randn(2, D, dtype=dtype)
+    check_affine(x, None, None, df.Noise(5), table_of(dtype), levels(2), (0, -1, 1))
+
+
+def test_affine_programs_take_several_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_PROGRAMS", 4)
+    backend._plan.cache_clear()
+    for D in (1000, 5000):
+        x = randn(2, D)
+        check_affine(x, None, None, df.Noise(5), table_of(x.dtype), levels(2), (0, -1, 1))
+    backend._plan.cache_clear()
+
+
+def test_affine_many_short_rows() -> None:
+    x = randn(300, 2)
+    check_affine(x, None, None, df.Noise(5), table_of(x.dtype, rows=300), None, (0, -1, 1))
+
+
+LAYOUTS = {
+    "channels_last": lambda x: x.to(memory_format=torch.channels_last),
+    "sliced": lambda x: torch.cat((x, x), -1)[..., ::2],
+    "rows-apart": lambda x: torch.cat((x, x), 1)[:, : x.shape[1]],
+    "expanded": lambda x: x[:, :1].expand(x.shape),
+    "permuted": lambda x: x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)[:, :, ::1],
+    "expanded-batch": lambda x: x[:1].expand(x.shape),
+    "misaligned": lambda x: torch.cat((x.new_zeros(1), x.flatten()))[1:].reshape(x.shape),
+    "reversed": lambda x: x.transpose(2, 3),
+}
+
+
+@pytest.mark.parametrize("mixed", (False, True), ids=("alike", "mixed"))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_affine_layouts(layout: str, mixed: bool) -> None:
+    x, y = randn(2, 4, 6, 6), randn(2, 4, 6, 6, seed=1)
+    x, y = LAYOUTS[layout](x), y if mixed else LAYOUTS[layout](y)
+    table = table_of(x.dtype)
+    check_affine(x, y, None, df.Noise(5), table, levels(2), (0, 1, 2))
+    check_affine(x, y, None, None, table, levels(2), (0, 1, -1))
+
+
+@pytest.mark.parametrize("strided", ("x", "y"))
+def test_affine_video(strided: str) -> None:
+    """(B, T, C, H, W) read as (B, C, T, H, W); a row of four dimensions that do not merge is copied."""
+    video = {"x": randn(2, 3, 4, 6, 2).transpose(1, 2), "y": randn(2, 4, 3, 6, 2, seed=1)}
+    if strided == "y":
+        video["y"] = randn(2, 4, 6, 12, 4, seed=1)[:, :, ::2, ::2, ::2]
+        video["x"] = randn(2, 4, 3, 6, 2)
+    check_affine(video["x"], video["y"], None, df.Noise(5), table_of(torch.float32), levels(2), (0, 1, 2))
+
+
+@pytest.mark.parametrize("which", ("x", "y", "z", "other"))
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last", "sliced", "unmergeable"))
+def test_affine_out(which: str, layout: str) -> None:
+    if layout == "unmergeable":
+        operands = [randn(2, 4, 6, 12, 4, seed=s)[:, :, ::2, ::2, ::2] for s in range(4)]
+    else:
+        make = LAYOUTS.get(layout, lambda x: x)
+        operands = [make(randn(2, 4, 6, 6, seed=s)) for s in range(4)]
+    table = table_of(torch.float32)
+    x, y, z, other = operands
+    wanted = backend.affine("op", x, y, z, None, table, None, (0, 1, 2, 2, 1, 0))
+    wanted = [w.clone() for w in wanted]
+    out = {"x": x, "y": y, "z": z, "other": other}[which]
+    got = backend.affine("op", x, y, z, None, table, None, (0, 1, 2, 2, 1, 0), out=out)
+    assert got[0] is out
+    assert torch.equal(got[0], wanted[0])
+    assert torch.equal(got[1], wanted[1])
+
+
+def test_level_out_of_range_is_nan() -> None:
+    x = randn(5, 17)
+    for index in (torch.tensor([0, 7, 2, -1, 2**40]), torch.tensor([0, 7, 2, -1, -(2**31)], dtype=torch.int32)):
+        check_affine(x, x, None, None, table_of(x.dtype), index.to(DEVICE), (0, 1, -1))
+        assert (
+            backend.affine("op", x, x, None, None, table_of(x.dtype), index.to(DEVICE), (0, 1, -1))[0][1].isnan().all()
+        )
+
+
+def test_absent_inputs_are_not_read() -> None:
+    x, bad = randn(2, 8), torch.full((2, 8), torch.inf, device=DEVICE)
+    table = table_of(x.dtype)
+    assert backend.affine("op", x, bad, bad, None, table, None, (0, -1, -1))[0].isfinite().all()
+    two = backend.affine("op", bad, x, None, None, table, None, (-1, 1, -1, 0, 1, -1))
+    assert two[0].isfinite().all() and not two[1].isfinite().any()
+
+
+def test_coefficients_of_absent_inputs() -> None:
+    x = randn(2, 8)
+    check_affine(x, None, None, None, table_of(x.dtype), None, (0, 1, 2))
+    check_affine(x, None, None, df.Noise(1), table_of(x.dtype), None, (0, 1, 2))
+    check_residual(x, None, None, None, table_of(x.dtype), None, (1, 2))
+
+
+def test_nan_passes_the_clamp() -> None:
+    x = randn(2, 8)
+    x[0, 3] = torch.nan
+    (got,) = backend.affine("op", x, x, None, None, table_of(x.dtype), None, (-1, 1, -1), (2, 3, -1.0, 1.0))
+    assert got.isnan().sum() == 1 and got[0, 3].isnan()
+
+
+# Noise
+
+
+@pytest.mark.parametrize("D", LENGTHS)
+def test_words_are_the_reference_s(D: int) -> None:
+    noise = df.Noise(3, first_sample=2**33).fold_in(2)
+    assert torch.equal(backend.words(noise, 3, D, DEVICE), reference.words(noise, 3, D, DEVICE))
+
+
+@pytest.mark.parametrize("case", VECTORS["rows"], ids=lambda c: f"seed-{c['seed']}")
+def test_normals_of_the_vectors(case: dict) -> None:
+    """Within 4 units in the last place of the exact normal, or 2^-23 near zero."""
+    noise = df.Noise(case["seed"], sample=torch.tensor(case["sample"], device=DEVICE)).fold_in(case["fold_in"])
+    got = backend.normal(noise, len(case["sample"]), max(case["element"]) + 1, torch.float64, DEVICE)
+    wanted = torch.tensor(case["value"], dtype=torch.float64, device=DEVICE)
+    error = (got[:, case["element"]] - wanted).abs()
+    assert (error <= torch.clamp(wanted.abs() * 4 * 2.0**-24, min=2.0**-23)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_normals_have_the_bits_of_the_cpu(dtype: torch.dtype) -> None:
+    native = pytest.importorskip("dae_fast.backends.native")
+    noise = df.Noise(11).fold_in(1)
+    for B, D in ((3, 4096), (5, 65), (130, 2)):
+        here = backend.normal(noise, B, D, dtype, DEVICE).cpu()
+        assert torch.equal(here, native.normal(noise, B, D, dtype, torch.device("cpu")))
+
+
+def test_keys_and_samples() -> None:
+    seed, first = -(2**63), 2**40 + 3
+    noise = df.Noise(seed, first_sample=first).fold_in(7)
+    wanted = reference.words(noise, 4, 21, DEVICE)
+    ids = torch.arange(4, device=DEVICE) + first
+    for same in (
+        noise,
+        noise.to(DEVICE),
+        noise.to("cpu"),
+        df.Noise(seed, sample=ids).fold_in(7),
+        df.Noise(seed, sample=ids).fold_in(7).to(DEVICE),
+    ):
+        assert torch.equal(backend.words(same, 4, 21, DEVICE), wanted)
+    raw = backend.words(noise, 3, 21, DEVICE, fold=False)
+    assert torch.equal(raw, reference.words(noise, 3, 21, DEVICE, fold=False))
+    assert torch.equal(raw[0], raw[2])
+
+
+@pytest.mark.parametrize("data", (0, 1, 5, -1, 2**40, -(2**63)))
+def test_fold_in_tensor(data: int) -> None:
+    noise = df.Noise(12345).fold_in(3)
+    wanted = torch.tensor(reference.fold_in(noise._seed, noise._offset, data))
+    on_device = torch.tensor(data, device=DEVICE)
+    assert torch.equal(backend.fold_in_tensor(noise, on_device).cpu(), wanted)
+    assert torch.equal(backend.fold_in_tensor(noise.to(DEVICE), on_device).cpu(), wanted)
+    assert torch.equal(backend.fold_in_tensor(noise.to(DEVICE), data).cpu(), wanted)
+
+
+# Losses
+
+
+def judge_residual(pred, y, z, noise, table, index, columns, mask, weight, reduction):
+    wide = [None if t is None else t.double() for t in (pred, y, z)]
+    if noise is not None:
+        wide[2] = normals(noise, pred)
+    wide[0].requires_grad_()
+    sums, kept = reference.residual("op", *wide, None, table.double(), index, columns, mask)
+    means = sums / kept.clamp(min=1)
+    w = 1 if weight is None else weight.double()
+    loss = {0: (w * means).sum(), 1: (w * means).mean(), 2: (w * sums).sum()}[reduction]
+    (grad,) = torch.autograd.grad(loss, wide[0])
+    return means.detach(), loss.detach(), grad
+
+
+def check_residual(
+    pred, y, z, noise, table, index, columns, mask=None, weight=None, reduction=1, want=(True, True)
+) -> None:
+    call = "op", pred, y, z, noise, table, index, columns, mask, weight, reduction, *want
+    per_sample, loss, grad = backend.residual(*call)
+    means, wanted, wanted_grad = judge_residual(*call[1:-2])
+    compute = reference.compute_dtype(pred.dtype)
+    assert per_sample.dtype == loss.dtype == compute
+    # Sums of squares: relative, of the running sums in the compute type.
+    tolerance = {"rtol": 8 * torch.finfo(compute).eps, "atol": 0}
+    if want[0] or not want[1]:
+        torch.testing.assert_close(per_sample.double(), means, **tolerance)
+    if want[0] and reduction:
+        torch.testing.assert_close(loss.double(), wanted, **tolerance)
+    assert (grad is not None) == want[1]
+    if grad is not None:
+        assert_close(grad, wanted_grad, float(wanted_grad.abs().max()) + 1e-30)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", (0, 1, 2))
+def test_residual_reductions(reduction: int, dtype: torch.dtype) -> None:
+    pred = randn(5, 40, dtype=dtype)
+    weight = torch.rand(5, dtype=torch.float64, device=DEVICE).to(torch.float32 if reduction == 1 else torch.float64)
+    check_residual(pred, None, None, df.Noise(2), table_of(dtype), levels(5), (1, 2), None, weight, reduction)
+
+
+@pytest.mark.parametrize("want", ((True, False), (False, True), (False, False)), ids=("loss", "grad", "means"))
+@pytest.mark.parametrize("D", (40, 4097))
+def test_residual_parts(D: int, want: tuple[bool, bool]) -> None:
+    pred, y = randn(3, D), randn(3, D, seed=1)
+    check_residual(pred, y, None, None, table_of(pred.dtype, rows=1), None, (1, -1), want=want)
+
+
+@pytest.mark.parametrize("D", LENGTHS)
+def test_residual_lengths(D: int) -> None:
+    pred, z = randn(3, D), randn(3, D, seed=1)
+    check_residual(pred, None, z, None, table_of(pred.dtype), levels(3), (1, 2))
+
+
+@pytest.mark.parametrize("shape", ((3, 2, 33), (2, 4097), (130, 3)))
+@pytest.mark.parametrize("expanded", (False, True))
+@pytest.mark.parametrize("reduction", (1, 2))
+def test_residual_mask(shape: tuple[int, ...], expanded: bool, reduction: int) -> None:
+    pred, y = randn(*shape), randn(*shape, seed=1)
+    mask = randn(*shape, seed=2) < 0
+    if expanded:
+        mask = mask[:1].expand(shape)
+    else:
+        mask[1] = False  # nothing counts: mean 0, gradient 0
+    pred = torch.where(mask, pred, torch.nan)
+    table = table_of(pred.dtype)
+    index = levels(shape[0])
+    per_sample, loss, grad = backend.residual(
+        "op", pred, y, None, None, table, index, (1, -1), mask, None, reduction, True, True
+    )
+    clean = torch.where(mask, pred, 0.0)
+    means, wanted, wanted_grad = judge_residual(clean, y, None, None, table, index, (1, -1), mask, None, reduction)
+    torch.testing.assert_close(per_sample.double(), means, rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss.double(), wanted, rtol=1e-6, atol=0)
+    assert_close(grad, wanted_grad, float(wanted_grad.abs().max()))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_residual_layouts(layout: str) -> None:
+    pred, y = LAYOUTS[layout](randn(2, 4, 6, 6)), randn(2, 4, 6, 6, seed=1)
+    check_residual(pred, y, None, df.Noise(5), table_of(pred.dtype), levels(2), (1, 2))
+
+
+@pytest.mark.parametrize("shape", ((3, 16), (2, 4, 6, 6)))
+def test_residual_made(shape: tuple[int, ...]) -> None:
+    pred, y = randn(*shape), randn(*shape, seed=1)
+    table = table_of(pred.dtype)
+    call = "op", pred, y, None, None, table, levels(shape[0]), (1, -1), None, None, 1
+    made = backend.residual(*call, True, True)[2]
+    assert backend.residual(*call, False, True, None, made)[2] is made
+    poisoned = torch.full_like(made, torch.nan)
+    one = torch.ones((), device=DEVICE)
+    assert backend.residual(*call, False, True, one, poisoned)[2] is poisoned
+    assert poisoned.isnan().all(), "an upstream of 1 leaves the gradient alone"
+    assert backend.residual(*call, False, True, 2 * one, poisoned)[2] is poisoned
+    assert torch.equal(poisoned, 2 * made)
+    assert torch.equal(backend.residual(*call, False, True, 2 * one)[2], 2 * made)
+
+
+def test_residual_level_out_of_range_is_nan() -> None:
+    pred = randn(3, 16)
+    index = torch.tensor([0, 99, 1], device=DEVICE)
+    per_sample, loss, grad = backend.residual(
+        "op", pred, pred, None, None, table_of(pred.dtype), index, (1, -1), None, None, 1, True, True
+    )
+    assert per_sample.isnan().tolist() == [False, True, False]
+    assert loss.isnan()
+    assert grad.isnan().all(1).tolist() == [False, True, False]
+
+
+def test_residual_ticket_starts_again() -> None:
+    """The same bits from one call to the next, whoever finishes last."""
+    pred = randn(3, 5000)
+    results = [
+        backend.residual("op", pred, None, pred, None, table_of(pred.dtype), None, (-1, 1), None, None, 1, True, False)
+        for _ in range(3)
+    ]
+    assert all(torch.equal(r[1], results[0][1]) for r in results)
+
+
+def test_row_dots() -> None:
+    for shape in ((3, 5), (2, 4, 6, 6), (2, 4097)):
+        g, x, y = (randn(*shape, seed=s) for s in range(3))
+        noise = df.Noise(4)
+        got = backend.row_dots(g, x, y.flip(0).transpose(1, -1).transpose(1, -1), None, noise)
+        wide = [g.double() * t.double() for t in (x, y.flip(0), normals(noise, g))]
+        wanted = torch.stack([reference.per_sample_sum(t) for t in wide], -1)
+        bound = torch.stack([reference.per_sample_sum(t.abs()) for t in wide], -1)
+        assert got.dtype == torch.float64 and got.shape == (shape[0], 3)
+        # Running sums in fp32 of at most a few terms each, then fp64.
+        assert ((got - wanted).abs() <= 4 * torch.finfo(torch.float32).eps * bound).all()
+    assert torch.equal(backend.row_dots(g, None, y, None, None)[:, [0, 2]], torch.zeros(2, 2, device=DEVICE))
+
+
+@pytest.mark.parametrize("shape", ((0, 4), (3, 0), (0,)))
+def test_nothing_to_do(shape: tuple[int, ...]) -> None:
+    x = randn(*shape)
+    table = table_of(x.dtype)
+    assert backend.affine("op", x, x, None, None, table, None, (0, 1, -1))[0].shape == shape
+    per_sample, loss, grad = backend.residual("op", x, x, None, None, table, None, (1, -1), None, None, 2, True, True)
+    assert torch.equal(per_sample, torch.zeros(shape[0], device=DEVICE)) and loss == 0 and grad.shape == shape
+    assert torch.equal(backend.row_dots(x, x, None, None, None), x.new_zeros(shape[0], 3, dtype=torch.float64))
+    assert backend.normal(df.Noise(0), shape[0], 0, x.dtype, DEVICE).shape == (shape[0], 0)
