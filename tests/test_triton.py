@@ -199,9 +199,10 @@ def test_absent_inputs_are_not_read() -> None:
 
 def test_coefficients_of_absent_inputs() -> None:
     x = randn(2, 8)
-    check_affine(x, None, None, None, table_of(x.dtype), None, (0, 1, 2))
-    check_affine(x, None, None, df.Noise(1), table_of(x.dtype), None, (0, 1, 2))
-    check_residual(x, None, None, None, table_of(x.dtype), None, (1, 2))
+    table = table_of(x.dtype, rows=2)
+    check_affine(x, None, None, None, table, None, (0, 1, 2))
+    check_affine(x, None, None, df.Noise(1), table, None, (0, 1, 2))
+    check_residual(x, None, None, None, table, None, (1, 2))
 
 
 def test_nan_passes_the_clamp() -> None:

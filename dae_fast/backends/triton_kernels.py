@@ -9,7 +9,7 @@ An argument that is None does not exist for the compiled kernel. Names in capita
 """
 
 # mypy: ignore-errors
-# ruff: noqa: SIM102, SIM108
+# ruff: noqa: RET505, SIM102, SIM108
 # Triton's own language: without types, and one in which `if` at compile time and at run time are two things.
 
 from __future__ import annotations
@@ -118,7 +118,8 @@ def sqrt_rn(a, NVIDIA: tl.constexpr):
         y = tl.rsqrt(a)
         s = a * y
         return tl.fma(tl.fma(-s, s, a), 0.5 * y, s)
-    return tl.sqrt_rn(a)
+    else:
+        return tl.sqrt_rn(a)
 
 
 @triton.jit
@@ -198,7 +199,8 @@ def rows_of(B, ROWS: tl.constexpr):
     first = (tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * ROWS
     if ROWS == 1:
         return first, first
-    return first, tl.minimum(first + tl.arange(0, ROWS)[:, None], B - 1)
+    else:
+        return first, tl.minimum(first + tl.arange(0, ROWS)[:, None], B - 1)
 
 
 @triton.jit
@@ -220,14 +222,15 @@ def at(pointer, row, first, D, sizes, strides, LANES: tl.constexpr, V: tl.conste
     element = tl.arange(0, LANES * V)[None, :]
     if strides is None:
         return pointer + (row * D + first * V) + element
-    i = (first * V).to(tl.uint32) + element.to(tl.uint32)
-    n1 = sizes[0].to(tl.uint32)
-    n2 = sizes[1].to(tl.uint32)
-    rest = i // n2
-    i0 = (rest // n1).to(tl.int64)
-    i1 = (rest % n1).to(tl.int64)
-    i2 = (i % n2).to(tl.int64)
-    return pointer + (row * strides[0] + i0 * strides[1] + i1 * strides[2] + i2 * strides[3])
+    else:
+        i = (first * V).to(tl.uint32) + element.to(tl.uint32)
+        n1 = sizes[0].to(tl.uint32)
+        n2 = sizes[1].to(tl.uint32)
+        rest = i // n2
+        i0 = (rest // n1).to(tl.int64)
+        i1 = (rest % n1).to(tl.int64)
+        i2 = (i % n2).to(tl.int64)
+        return pointer + (row * strides[0] + i0 * strides[1] + i1 * strides[2] + i2 * strides[3])
 
 
 @triton.jit
@@ -239,9 +242,10 @@ def table_row(table, index, levels, row, K: tl.constexpr, SHARED: tl.constexpr):
     if index is not None:
         level = tl.load(index + row).to(tl.int64)
         return table + level * K, (level >= 0) & (level < levels)
-    if SHARED:
+    elif SHARED:
         return table, None
-    return table + row * K, None
+    else:
+        return table + row * K, None
 
 
 @triton.jit
@@ -249,9 +253,10 @@ def coefficient(address, inside, COLUMN: tl.constexpr):
     """NaN outside the table; None (0) for a negative column."""
     if COLUMN < 0:
         return None
-    if inside is None:
+    elif inside is None:
         return tl.load(address + COLUMN)
-    return tl.load(address + COLUMN, mask=inside, other=float("nan"))
+    else:
+        return tl.load(address + COLUMN, mask=inside, other=float("nan"))
 
 
 @triton.jit
@@ -259,9 +264,10 @@ def mul_add(a, b, c):
     """a*b + c, fused in fp32 and unfused in fp64, as csrc/math.h; c None: a*b."""
     if c is None:
         return a * b
-    if b.dtype == tl.float32:
+    elif b.dtype == tl.float32:
         return tl.fma(a, b, c)
-    return a * b + c
+    else:
+        return a * b + c
 
 
 @triton.jit
@@ -280,7 +286,7 @@ def affine(c0, x, c1, y, c2, z):
 @triton.jit
 def narrow(value, DTYPE: tl.constexpr):
     """Rounded to nearest."""
-    if INTERPRETED and tl.bfloat16 == DTYPE:
+    if INTERPRETED and DTYPE.is_bf16():
         bits = value.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
         value = tl.where(value == value, rounded, value)
@@ -387,7 +393,8 @@ def row_sums(lanes, ROWS: tl.constexpr, LANES: tl.constexpr, V: tl.constexpr):
     sums = tl.sum(tl.sum(tl.reshape(lanes, [ROWS, LANES, V]), 2).to(tl.float64), 1, keep_dims=True)
     if ROWS == 1:
         return tl.sum(sums)
-    return sums
+    else:
+        return sums
 
 
 @triton.jit
