@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .peers import BACKENDS, Setting, Tensors, results, this_step
+import dae_fast as df
+
+from .environment import CPU
+from .peers import Setting, Tensors, results, this_step
 
 
 class WrongResultError(Exception):
@@ -23,7 +27,7 @@ class Gate:
         self.usual = self._plain(wide=False)
 
     def _plain(self, *, wide: bool) -> Tensors:
-        setting = self.setting
+        setting = replace(self.setting, device=CPU)
         inputs, dtype = setting.inputs(wide=wide), torch.float64 if wide else setting.dtype
         eps = setting.case.eps(this_step(inputs), dtype)
         leaves = [inputs[name] for name in setting.leaves]
@@ -31,17 +35,18 @@ class Gate:
 
     def check(self, name: str, peer: Callable[[], Tensors]) -> Tensors:
         """The peer's results; raises WrongResultError if they are not right."""
-        got = peer()
+        outputs = peer()
+        got = tuple(output.detach().cpu() for output in outputs)
         if [g.shape for g in got] != [r.shape for r in self.right]:
             shapes = [tuple(g.shape) for g in got], [tuple(r.shape) for r in self.right]
             raise WrongResultError(f"{name}: {self.setting}: results of shapes {shapes[0]}, not {shapes[1]}")
         # Peers that draw their own noise can be held to its statistics only.
-        other_noise = self.setting.case.fresh and name not in BACKENDS
+        other_noise = self.setting.case.fresh and name not in df.backend_names()
         for k, (g, right, usual) in enumerate(zip(got, self.right, self.usual, strict=True)):
             wrong = self._moments_differ(g, right) if other_noise else self._elements_differ(g, right, usual)
             if wrong:
                 raise WrongResultError(f"{name}: {self.setting}: result {k} is wrong: {wrong}")
-        return got
+        return outputs
 
     def _elements_differ(self, got: Tensor, right: Tensor, usual: Tensor) -> str:
         """At most twice plain torch's error in the same dtype, and a few units in the last place.

@@ -1,6 +1,6 @@
-"""`python -m benchmarks.readme_table`: writes the main results between the markers of README.md.
+"""`python -m benchmarks.readme_table`: the README's table and pictures, from the CSV files alone.
 
-With --check nothing is written, and the command fails if the file and the CSV differ.
+With --check nothing is written, and the command fails if README.md, the pictures and the CSV files differ.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ from typing import Annotated
 
 import typer
 
-from .environment import ROOT, results_name
-from .peers import COMPILE, EAGER, OURS
-from .report import Row, by_setting, ratio, read_csv
-from .suite import MAIN
+from . import pictures
+from .environment import RESULTS, ROOT, results_name
+from .peers import CLONE, COMPILE, COPY_INTO, EAGER, RANDN
+from .report import Environment, Group, Row, by_setting, described, ratio, read_csv
+from .suite import FLAT, LATENT, MAIN
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
-SHOWN = "float32"  # the other dtypes are in the CSV
+SHOWN = "float32"  # the other dtypes and shapes are in the CSV
+SHAPES = tuple("x".join(map(str, shape)) for shape in (FLAT, LATENT))
 COLUMNS = (
     "op",
     "shape",
@@ -26,6 +28,7 @@ COLUMNS = (
     "dae_fast ms",
     "times eager",
     "times torch.compile",
+    "times others",
     "of copy bandwidth",
 )
 
@@ -34,34 +37,58 @@ class MarkerError(ValueError):
     """The file does not have the two markers, once each and in order."""
 
 
-def markdown(rows: Sequence[Row], environment: dict[str, str]) -> str:
+def markdown(rows: Sequence[Row], environment: Environment) -> str:
+    ours = environment["backend"]
     lines = [
-        "{device}, {threads} threads; dae_fast {dae_fast} at {commit}, torch {torch}, Python {python}; {date}. "
-        "Medians, float32; losses with the gradient of the prediction.".format(**environment),
+        *_picture(environment, "speedup"),
+        "",
+        f"{described(environment)}. Medians, float32; losses with the gradient of the prediction.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         f"|{' --- |' * 2}{' ---: |' * (len(COLUMNS) - 2)}",
     ]
     for (case, mode, shape, dtype), group in by_setting(rows).items():
-        if case in MAIN and dtype == SHOWN and mode in ("forward", "loss and gradient"):
-            ours = group.get(OURS)
+        if case in MAIN and shape in SHAPES and dtype == SHOWN and mode in ("forward", "loss and gradient"):
+            row = group.get(ours)
             cells = [
                 case,
                 shape,
-                *(_milliseconds(group.get(name)) for name in (EAGER, COMPILE, OURS)),
-                *(_times(ratio(group, name)) for name in (EAGER, COMPILE)),
-                f"{ours.copy_share:.0%}" if ours and ours.copy_share else "",
+                *(_milliseconds(group.get(name)) for name in (EAGER, COMPILE, ours)),
+                *(_times(ratio(group, name, ours)) for name in (EAGER, COMPILE)),
+                _others(group, ours),
+                f"{row.copy_share:.0%}" if row and row.copy_share else "",
             ]
             lines.append(f"| {' | '.join(cells)} |")
+    for name in pictures.PICTURES:
+        if name != "speedup":
+            lines += ["", *_picture(environment, name)]
     return "\n".join(lines)
 
 
-def replaced(text: str, table: str) -> str:
-    """`text` with `table` between its markers."""
+def replaced(text: str, block: str) -> str:
+    """`text` with `block` between its markers."""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
         raise MarkerError(f"the file must have {BEGIN} and, after it, {END}, once each")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+    return f"{before}{BEGIN}\n{block}\n{END}{after}"
+
+
+def outdated(source: Path) -> list[Path]:
+    """The pictures of a CSV that are missing or show other data."""
+    digest = pictures.Results(source).digest
+    expected = [pictures.picture_file(source, n, theme) for n in pictures.PICTURES for theme in pictures.THEMES]
+    return [path for path in expected if not path.exists() or pictures.shown_digest(path) != digest]
+
+
+def _picture(environment: Environment, name: str) -> list[str]:
+    stem = Path("benchmarks/results") / f"{environment['results']}.csv"
+    light, dark = (pictures.picture_file(stem, name, theme).as_posix() for theme in pictures.THEMES)
+    return [
+        "<picture>",
+        f'  <source media="(prefers-color-scheme: dark)" srcset="{dark}">',
+        f'  <img alt="{pictures.PICTURES[name][2]}" src="{light}">',
+        "</picture>",
+    ]
 
 
 def _milliseconds(row: Row | None) -> str:
@@ -74,25 +101,35 @@ def _times(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
 
 
+def _others(group: Group, ours: str) -> str:
+    """Libraries alone: the reference is ours, the copies and draws are no op."""
+    known = (EAGER, COMPILE, CLONE, COPY_INTO, RANDN, "reference", "native", "cuda", "triton")
+    found = ((name, ratio(group, name, ours)) for name in group if name not in known)
+    return ", ".join(f"{name} {_times(times) or 'wrong'}" for name, times in found)
+
+
 def main(
     source: Annotated[Path | None, typer.Option("--csv", help="Default: this device's file in results/.")] = None,
     readme: Annotated[Path, typer.Option(help="The file with the markers.")] = ROOT / "README.md",
-    check: Annotated[bool, typer.Option("--check", help="Write nothing; fail if the file is out of date.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; fail if anything is out of date.")] = False,
 ) -> None:
-    """Put the benchmark table of a CSV into a Markdown file."""
-    source = source or ROOT / "benchmarks" / "results" / results_name()
-    if not source.exists():
-        raise typer.BadParameter(f"{source} does not exist; `python -m benchmarks` writes it", param_hint="--csv")
+    """Put the benchmark table of a CSV into a Markdown file, and draw the pictures beside the CSV."""
+    source = source or RESULTS / f"{results_name()}.csv"
+    for needed, writer in ((source, "dae_fast bench"), (pictures.growth_file(source), "benchmarks.growth")):
+        if not needed.exists():
+            raise typer.BadParameter(f"{needed} does not exist; `python -m {writer}` writes it", param_hint="--csv")
     text = readme.read_text()
     try:
         new = replaced(text, markdown(*read_csv(source)))
     except MarkerError as error:
         raise typer.BadParameter(f"{readme}: {error}", param_hint="--readme") from None
-    if check and new != text:
-        typer.echo(f"{readme} does not show {source}; run `python -m benchmarks.readme_table`", err=True)
-        raise typer.Exit(1)
-    if not check:
-        readme.write_text(new)
+    if check:
+        old = [*([readme] if new != text else []), *outdated(source)]
+        for path in old:
+            typer.echo(f"{path} does not show {source}; run `python -m benchmarks.readme_table`", err=True)
+        raise typer.Exit(1 if old else 0)
+    readme.write_text(new)
+    pictures.draw_all(source)
 
 
 if __name__ == "__main__":
