@@ -1,0 +1,45 @@
+"""The machine code of the Triton kernels, for GPUs that are not here: compiled, disassembled and read."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Any:
+    """What triton_sass.py found, in a process without the interpreter that the other tests may have on."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.triton_sass", "--json"]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_streaming_loops(compiled: Any) -> None:
+    """128-bit loads and stores of every operand; nothing through shared memory or a stack; few instructions."""
+    assert len(compiled["nvidia"]) >= 24
+    for kernel in compiled["nvidia"]:
+        wanted = {
+            "wide_loads": kernel["loads"] * kernel["turns"],
+            "wide_stores": kernel["stores"] * kernel["turns"],
+            "moves": 0,
+            "spills": 0,
+            "stack": 0,
+        }
+        assert {key: kernel[key] for key in wanted} == wanted, kernel
+        assert kernel["instructions_a_value"] <= kernel["most"], kernel
+        assert kernel["registers"] <= 64, kernel  # half of an SM's threads at the least
+
+
+def test_amd_compiles(compiled: Any) -> None:
+    assert compiled["gfx942"] == {"add_noise": 0, "to_x0": 0, "noise_mse": 0}  # bytes of stack

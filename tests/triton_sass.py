@@ -1,0 +1,208 @@
+"""The Triton kernels' machine code, compiled without a GPU.
+
+`python -m tests.triton_sass [sm_80 sm_90 sm_100]` prints the instructions of each streaming loop;
+`--json` what test_triton.py asserts, from a process of its own: here the interpreter must be off.
+
+The calls are the ops' own; only the launch is replaced, by one that keeps what would have been launched.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported: the interpreter compiles nothing
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+import dae_fast as df
+from dae_fast.backends import triton as backend
+
+NVIDIA = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)}
+AMD = GPUTarget("hip", "gfx942", 64)
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+LONG, SHORT = (64, 4, 64, 64), (64, 784)
+NOISE = df.Noise(1)
+LEVELS = torch.arange(64)
+
+
+def table(dtype: torch.dtype, columns: int = 5) -> Tensor:
+    return torch.ones(64, columns, dtype=backend.compute_dtype(dtype))
+
+
+def _affine(columns: tuple[int, ...], inputs: int, noise: bool = False, clamp: Any = None) -> Callable[[Tensor], Any]:
+    def call(x: Tensor) -> Any:
+        y, z = x if inputs > 1 else None, x if inputs > 2 else None
+        return backend.affine("op", x, y, z, NOISE if noise else None, table(x.dtype), LEVELS, columns, clamp)
+
+    return call
+
+
+def _residual(tensor: bool, mask: bool = False) -> Callable[[Tensor], Any]:
+    def call(x: Tensor) -> Any:
+        y, noise = (x, None) if tensor else (None, NOISE)
+        kept = torch.ones_like(x, dtype=torch.bool) if mask else None
+        return backend.residual("op", x, y, None, noise, table(x.dtype), LEVELS, (1, 2), kept, None, 1, True, True)
+
+    return call
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    call: Callable[[Tensor], Any]
+    loads: int  # operands read, and written, by every element
+    stores: int
+    # Instructions a value in the streaming loop of the types up to fp32: a little above what was measured.
+    most: float
+    shape: tuple[int, ...] = LONG
+
+
+CASES = [
+    Case("add_noise", _affine((0, -1, 1), 1, noise=True), 1, 1, 46),
+    Case("add_noise, short rows", _affine((0, -1, 1), 1, noise=True), 1, 1, 48, SHORT),
+    Case("add_noise with target", _affine((0, -1, 1, 2, -1, 3), 1, noise=True), 1, 2, 50),
+    Case("langevin_step", _affine((0, 1, 2), 2, noise=True), 2, 1, 50),
+    Case("to_x0", _affine((0, 1, -1), 2), 2, 1, 10),
+    Case("to_eps with clamp", _affine((0, 1, -1), 2, clamp=(2, 3, -1.0, 1.0)), 2, 1, 16),
+    Case("noise_mse", _residual(tensor=False), 1, 1, 52),
+    Case("noise_mse, short rows", _residual(tensor=False), 1, 1, 53, SHORT),
+    Case("noise_mse on tensors", _residual(tensor=True), 2, 1, 13),
+    Case("noise_mse with mask", _residual(tensor=False, mask=True), 1, 1, 57),
+    Case("row_dots", lambda x: backend.row_dots(x, x, None, None, NOISE), 2, 0, 48),
+    Case("normal", lambda x: backend.normal(NOISE, len(x), x[0].numel(), x.dtype, "cpu"), 0, 1, 43),
+]
+
+
+# Every case where it counts most, then each other type and architecture once for each kind of loop.
+_TYPICAL = ("add_noise", "to_x0", "noise_mse")
+TESTED = [
+    *((case, dtype, "sm_90") for case in CASES for dtype in (torch.float32, torch.bfloat16)),
+    *((case, dtype, "sm_90") for case in CASES for dtype in (torch.float16, torch.float64) if case.name in _TYPICAL),
+    *((case, torch.bfloat16, arch) for case in CASES for arch in ("sm_80", "sm_100") if case.name in _TYPICAL),
+    *((case, torch.float32, arch) for case in CASES for arch in ("sm_80", "sm_100") if case.name in _TYPICAL),
+]
+
+
+@dataclass(frozen=True)
+class Code:
+    """A kernel's streaming loop, and its registers and bytes of stack.
+
+    turns: tiles that one turn of the loop handles. moves: instructions through shared or local memory.
+    """
+
+    instructions_a_value: float
+    turns: int
+    wide_loads: int
+    wide_stores: int
+    moves: int
+    spills: int
+    registers: int
+    stack: int
+
+
+def launched(case: Case, dtype: torch.dtype) -> tuple[Any, tuple[Any, ...]]:
+    """(kernel, arguments) of a call, on tensors that nothing reads."""
+    caught: list[tuple[Any, tuple[Any, ...]]] = []
+    launch, backend._launch = backend._launch, lambda kernel, key, device, grid, args: caught.append((kernel, args))
+    try:
+        case.call(torch.empty(case.shape, dtype=dtype))
+    finally:
+        backend._launch = launch
+    return caught[0]
+
+
+def compile_case(case: Case, dtype: torch.dtype, target: GPUTarget) -> Any:
+    kernel, args = launched(case, dtype)
+    if target.backend == "hip":
+        args = (*args[:-1], False)  # NVIDIA
+    return backend.compile_for(target, kernel, args)
+
+
+def tool(name: str, *options: str, cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([TOOLS / name, *options, file.name], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def streaming_loop(sass: str) -> list[str]:
+    """The instructions of the loop that walks a row's tiles: the first backward branch's."""
+    lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(\S.*?)\s*;", sass)]
+    for at, text in lines:
+        branch = re.search(r"\bBRA(?:\.\S+)? .*?0x([0-9a-f]+)", text)
+        if branch and int(branch[1], 16) < at:
+            return [t for a, t in lines if int(branch[1], 16) <= a <= at]
+    raise AssertionError("no loop found")
+
+
+def code(case: Case, dtype: torch.dtype, target: GPUTarget) -> Code:
+    cubin = compile_case(case, dtype, target).asm["cubin"]
+    sass = tool("cuobjdump", "-sass", cubin=cubin)
+    usage = tool("cuobjdump", "-res-usage", cubin=cubin)
+    loop = streaming_loop(sass)
+
+    def count(pattern: str) -> int:
+        return sum(bool(re.search(pattern, instruction)) for instruction in loop)
+
+    loads, stores = count(r"\bLDG\S*\.128"), count(r"\bSTG\S*\.128")
+    turns = max(1, (loads + stores) // (case.loads + case.stores))
+    return Code(
+        instructions_a_value=round(len(loop) / turns / backend._LANE[dtype], 1),
+        turns=turns,
+        wide_loads=loads,
+        wide_stores=stores,
+        moves=count(r"\b(LDS|STS|LDSM|STSM|LDL|STL|BAR)\b"),
+        spills=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        registers=int(re.findall(r"REG:(\d+)", usage)[0]),
+        stack=int(re.findall(r"STACK:(\d+)", usage)[0]),
+    )
+
+
+def amd_scratch(case: Case) -> int:
+    """Bytes of stack of the kernel for gfx942; what is asked of it there is that it compiles without."""
+    assembly = compile_case(case, torch.bfloat16, AMD).asm["amdgcn"]
+    return int(re.findall(r"ScratchSize: (\d+)", assembly)[0])
+
+
+def main() -> None:
+    if sys.argv[1:] == ["--json"]:
+        made = [
+            {
+                "case": f"{case.name} {dtype} {arch}",
+                "loads": case.loads,
+                "stores": case.stores,
+                "most": case.most * (2 if dtype == torch.float64 else 1),
+                **asdict(code(case, dtype, NVIDIA[arch])),
+            }
+            for case, dtype, arch in TESTED
+        ]
+        scratch = {case.name: amd_scratch(case) for case in CASES if case.name in _TYPICAL}
+        print(json.dumps({"nvidia": made, "gfx942": scratch}))
+        return
+    print(f"triton {triton.__version__}")
+    for arch in sys.argv[1:] or ["sm_90"]:
+        for case in CASES:
+            for dtype in (torch.float32, torch.bfloat16):
+                c = code(case, dtype, NVIDIA[arch])
+                kind = str(dtype).removeprefix("torch.")
+                values = f"{c.instructions_a_value:5} instructions a value, {c.registers} registers"
+                print(f"{arch:7}{case.name:24}{kind:9}{values}")
+
+
+if __name__ == "__main__":
+    main()
