@@ -117,11 +117,11 @@ def test_affine_lengths_of_other_types(D: int, dtype: torch.dtype) -> None:
 
 def test_affine_programs_take_several_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "_PROGRAMS", 4)
-    backend._plan.cache_clear()
+    backend._affine_call.cache_clear()
     for D in (1000, 5000):
         x = randn(2, D)
         check_affine(x, None, None, df.Noise(5), table_of(x.dtype), levels(2), (0, -1, 1))
-    backend._plan.cache_clear()
+    backend._affine_call.cache_clear()
 
 
 def test_affine_many_short_rows() -> None:

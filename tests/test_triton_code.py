@@ -43,3 +43,8 @@ def test_streaming_loops(compiled: Any) -> None:
 
 def test_amd_compiles(compiled: Any) -> None:
     assert compiled["gfx942"] == {"add_noise": 0, "to_x0": 0, "noise_mse": 0}  # bytes of stack
+
+
+def test_every_way_compiles(compiled: Any) -> None:
+    assert len(compiled["variants"]) >= 20
+    assert not any(compiled["variants"].values()), "bytes of stack"

@@ -29,6 +29,7 @@ from triton.backends.compiler import GPUTarget
 
 import dae_fast as df
 from dae_fast.backends import triton as backend
+from dae_fast.backends.reference import compute_dtype
 
 NVIDIA = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)}
 AMD = GPUTarget("hip", "gfx942", 64)
@@ -40,7 +41,7 @@ LEVELS = torch.arange(64)
 
 
 def table(dtype: torch.dtype, columns: int = 5) -> Tensor:
-    return torch.ones(64, columns, dtype=backend.compute_dtype(dtype))
+    return torch.ones(64, columns, dtype=compute_dtype(dtype))
 
 
 def _affine(columns: tuple[int, ...], inputs: int, noise: bool = False, clamp: Any = None) -> Callable[[Tensor], Any]:
@@ -76,6 +77,7 @@ CASES = [
     Case("add_noise, short rows", _affine((0, -1, 1), 1, noise=True), 1, 1, 48, SHORT),
     Case("add_noise with target", _affine((0, -1, 1, 2, -1, 3), 1, noise=True), 1, 2, 50),
     Case("langevin_step", _affine((0, 1, 2), 2, noise=True), 2, 1, 50),
+    Case("an input without a coefficient", _affine((-1, 1, -1), 2), 1, 1, 9),
     Case("to_x0", _affine((0, 1, -1), 2), 2, 1, 10),
     Case("to_eps with clamp", _affine((0, 1, -1), 2, clamp=(2, 3, -1.0, 1.0)), 2, 1, 16),
     Case("noise_mse", _residual(tensor=False), 1, 1, 52),
@@ -87,13 +89,62 @@ CASES = [
 ]
 
 
+def _variants() -> dict[str, Callable[[], Any]]:
+    """Calls that take the kernels' other ways; what is asked of them is that they compile, without a stack.
+
+    The interpreter runs these ways too, but takes Python that the compiler does not.
+    """
+    x = torch.empty(LONG)
+    short, odd, half = torch.empty(64, 2), torch.empty(64, 4097), torch.empty(64, 785, dtype=torch.bfloat16)
+    last = torch.empty(LONG).to(memory_format=torch.channels_last)
+    video = torch.empty(64, 3, 4, 8, 8).transpose(1, 2)
+    f32 = table(torch.float32, 3)
+    in_memory = df.Noise(1, sample=LEVELS).to("cpu")
+    mask = torch.ones(64, 1, 64, 64, dtype=torch.bool).expand(LONG)
+    one, weight = torch.ones(()), torch.ones(64, dtype=torch.float64)
+
+    def affine(x: Tensor, y: Tensor | None = None, index: Tensor | None = LEVELS, noise: Any = NOISE) -> Any:
+        return backend.affine("op", x, y, None, noise, f32, index, (0, 1, 2))
+
+    def residual(pred: Tensor, *rest: Any, noise: Any = NOISE, **options: Any) -> Any:
+        return backend.residual("op", pred, None, None, noise, f32, LEVELS, (1, 2), *rest, **options)
+
+    return {
+        "rows of 2": lambda: affine(short),
+        "rows of 4097": lambda: affine(odd, odd),
+        "bf16 rows of 785": lambda: affine(half),
+        "channels_last": lambda: affine(last, last),
+        "channels_last without noise": lambda: affine(last, x, noise=None),
+        "video": lambda: affine(video),
+        "misaligned": lambda: affine(torch.empty(x.numel() + 1)[1:].view(LONG)),
+        "int32 levels": lambda: affine(x, index=LEVELS.int()),
+        "a level for each row": lambda: affine(short, index=None),
+        "key and samples in memory": lambda: affine(x, noise=in_memory),
+        "loss of channels_last": lambda: residual(last, None, None, 1, True, True),
+        "loss of rows of 2": lambda: residual(short, None, weight, 1, True, True),
+        "loss with expanded mask": lambda: residual(x, mask, weight.float(), 1, True, True),
+        "sum with mask": lambda: residual(x, mask, weight, 2, True, True),
+        "means": lambda: residual(odd, None, None, 0, False, False),
+        "means of rows of 2": lambda: residual(short, None, None, 0, False, False),
+        "gradient for an upstream": lambda: residual(x, None, weight, 1, False, True, one),
+        "gradient made again": lambda: residual(x, None, None, 1, False, True, one, torch.empty(LONG)),
+        "row_dots of rows of 2": lambda: backend.row_dots(short, short, None, short, None),
+        "row_dots of channels_last": lambda: backend.row_dots(last, x, None, None, in_memory),
+        "words": lambda: backend.words(NOISE, 64, 785, "cpu", fold=False),
+        "normals": lambda: backend.normal(in_memory, 64, 2, torch.float16, "cpu"),
+        "fold_in": lambda: backend.fold_in_tensor(in_memory, 3),
+        "fold_in of a tensor": lambda: backend.fold_in_tensor(NOISE, LEVELS[0]),
+    }
+
+
+VARIANTS = _variants()
 # Every case where it counts most, then each other type and architecture once for each kind of loop.
-_TYPICAL = ("add_noise", "to_x0", "noise_mse")
+_TYPICAL = [case for case in CASES if case.name in ("add_noise", "to_x0", "noise_mse")]
 TESTED = [
     *((case, dtype, "sm_90") for case in CASES for dtype in (torch.float32, torch.bfloat16)),
-    *((case, dtype, "sm_90") for case in CASES for dtype in (torch.float16, torch.float64) if case.name in _TYPICAL),
-    *((case, torch.bfloat16, arch) for case in CASES for arch in ("sm_80", "sm_100") if case.name in _TYPICAL),
-    *((case, torch.float32, arch) for case in CASES for arch in ("sm_80", "sm_100") if case.name in _TYPICAL),
+    *((case, torch.float64, "sm_90") for case in _TYPICAL),
+    *((case, torch.bfloat16, arch) for case in _TYPICAL for arch in ("sm_80", "sm_100")),
+    (_TYPICAL[0], torch.float16, "sm_90"),
 ]
 
 
@@ -114,22 +165,29 @@ class Code:
     stack: int
 
 
-def launched(case: Case, dtype: torch.dtype) -> tuple[Any, tuple[Any, ...]]:
-    """(kernel, arguments) of a call, on tensors that nothing reads."""
+def launched(call: Callable[[], Any]) -> tuple[Any, tuple[Any, ...]]:
+    """(kernel, arguments) of what a call launches, on tensors that nothing reads."""
     caught: list[tuple[Any, tuple[Any, ...]]] = []
-    launch, backend._launch = backend._launch, lambda kernel, key, device, grid, args: caught.append((kernel, args))
+    launch, backend._launch = backend._launch, lambda call, args: caught.append((call.kernel, (*args, *call.fixed)))
     try:
-        case.call(torch.empty(case.shape, dtype=dtype))
+        call()
     finally:
         backend._launch = launch
-    return caught[0]
+    (one,) = caught
+    return one
 
 
 def compile_case(case: Case, dtype: torch.dtype, target: GPUTarget) -> Any:
-    kernel, args = launched(case, dtype)
+    kernel, args = launched(lambda: case.call(torch.empty(case.shape, dtype=dtype)))
     if target.backend == "hip":
         args = (*args[:-1], False)  # NVIDIA
     return backend.compile_for(target, kernel, args)
+
+
+def stack_of(call: Callable[[], Any]) -> int:
+    """Bytes of stack of what a call launches, on sm_90."""
+    usage = tool("cuobjdump", "-res-usage", cubin=backend.compile_for(NVIDIA["sm_90"], *launched(call)).asm["cubin"])
+    return int(re.findall(r"STACK:(\d+)", usage)[0])
 
 
 def tool(name: str, *options: str, cubin: bytes) -> str:
@@ -191,8 +249,9 @@ def main() -> None:
             }
             for case, dtype, arch in TESTED
         ]
-        scratch = {case.name: amd_scratch(case) for case in CASES if case.name in _TYPICAL}
-        print(json.dumps({"nvidia": made, "gfx942": scratch}))
+        scratch = {case.name: amd_scratch(case) for case in _TYPICAL}
+        stacks = {name: stack_of(call) for name, call in VARIANTS.items()}
+        print(json.dumps({"nvidia": made, "gfx942": scratch, "variants": stacks}))
         return
     print(f"triton {triton.__version__}")
     for arch in sys.argv[1:] or ["sm_90"]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import struct
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .reference import compute_dtype, per_sample_sum
+from .reference import per_sample_sum
 
 try:
     import triton
@@ -56,9 +57,12 @@ _LANE = {torch.float32: 4, torch.float64: 2, torch.bfloat16: 8, torch.float16: 8
 Key = tuple[Any, ...]
 Grid = tuple[int, int, int]
 Operands = tuple[Tensor | None, ...]
-# The last two of a row's three sizes, and the strides of the batch and of those three for each operand;
+# The last two of a row's three sizes, and for each operand the strides of the batch and of those three;
 # None where contiguous.
 Layout = tuple[tuple[int, int] | None, tuple[tuple[int, ...] | None, ...]]
+CONTIGUOUS: Layout = (None, (None,) * 5)
+# A row that does not merge to three dimensions (or is beyond 32-bit indices): its operands are copied.
+SCATTERED: Layout = (None, ())
 
 
 def available() -> str:
@@ -108,33 +112,57 @@ def compile_for(target: GPUTarget, kernel: Any, args: tuple[Any, ...]) -> Any:
     return triton.compile(source(kernel, args), target=target, options=options)
 
 
+class _Call:
+    """All of a launch that its tensors' types and shapes decide: made once for each, looked up by each call."""
+
+    __slots__ = ("compiled", "device", "fixed", "grid", "kernel", "key", "parts")
+
+    def __init__(
+        self,
+        kernel: Any,
+        device: torch.device,
+        grid: Grid,
+        types: Key,
+        runtime: tuple[Any, ...],
+        spec: Key,
+        parts: int = 0,
+    ) -> None:
+        self.kernel, self.device, self.grid = kernel, device, grid
+        self.fixed = (*runtime, *spec)  # the last of the kernel's arguments
+        self.key = kernel.__name__, device, types, spec  # what the code depends on
+        self.parts = parts  # doubles that the programs of a loss leave for the last one
+        self.compiled: Any = None
+
+
 _compiled: dict[Key, Any] = {}
 
 
-def _launch(kernel: Any, key: Key, device: torch.device, grid: Grid, args: tuple[Any, ...]) -> None:
-    """Runs kernel(*args) on the device's current stream. `key` says all that compiling depends on.
+def _launch(call: _Call, args: tuple[Any, ...]) -> None:
+    """Runs the kernel on the device's current stream.
 
-    Triton's own kernel[grid](...) looks at every argument again in each call.
+    Triton's own kernel[grid](...) would look at every argument again in each call.
     """
     if INTERPRETED:
-        kernel[grid](*args)
+        call.kernel[call.grid](*args, *call.fixed)
         return
-    index = device.index
+    index = call.device.index
     if torch.cuda.current_device() != index:
         with torch.cuda.device(index):
-            _launch(kernel, key, device, grid, args)
+            _launch(call, args)
         return
-    key = (kernel.__name__, index, key)
-    compiled = _compiled.get(key)
+    args = (*args, *call.fixed)
+    compiled = call.compiled
     if compiled is None:
-        target = triton.runtime.driver.active.get_current_target()
-        compiled = _compiled[key] = compile_for(target, kernel, args)
+        compiled = _compiled.get(call.key)
+        if compiled is None:
+            target = triton.runtime.driver.active.get_current_target()
+            compiled = _compiled[call.key] = compile_for(target, call.kernel, args)
+        call.compiled = compiled
     run = compiled.run  # loads the kernel, and so comes before compiled.function
     stream = torch._C._cuda_getCurrentRawStream(index)
-    run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *args)
+    run(*call.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *args)
 
 
-@functools.lru_cache(maxsize=1024)
 def _plan(B: int, D: int, V: int, most_steps: int) -> tuple[Grid, int, int, int]:
     """(grid, steps, ROWS, LANES): programs along a row, then row groups, in two numbers as each is 16 bits."""
     lanes = -(-D // V)
@@ -147,14 +175,16 @@ def _plan(B: int, D: int, V: int, most_steps: int) -> tuple[Grid, int, int, int]
     return (along, -(-groups // z), z), -(-tiles // along), ROWS, LANES
 
 
-@functools.lru_cache(maxsize=1024)
 def _bits(value: float) -> int:
     return int(struct.unpack("q", struct.pack("d", value))[0])
 
 
+_NO_KEY = 0, 0, None, None, 0
+
+
 def _noise(noise: Noise | None, device: torch.device) -> tuple[int, int, Tensor | None, Tensor | None, int]:
     if noise is None:
-        return 0, 0, None, None, 0
+        return _NO_KEY
     key = noise._key_tensor
     if key is not None and key.device != device:
         seed, offset = key.tolist()  # in host memory: nothing waits for a device
@@ -162,33 +192,40 @@ def _noise(noise: Noise | None, device: torch.device) -> tuple[int, int, Tensor 
     return noise._seed, noise._offset, key, noise._sample, noise._first_sample
 
 
-_CONTIGUOUS: Layout = (None, (None,) * 5)
-
-
-def _layout(operands: Operands, ordered: bool) -> Layout | None:
-    """How the operands lie; None where a row does not merge to three dimensions (or is beyond 32-bit indices).
+def _memory(operands: Operands, ordered: bool) -> tuple[bool, Layout]:
+    """How the operands lie, and whether every contiguous one is on 16 bytes.
 
     ordered: elements are told apart by their logical place (noise). Where they are not, operands that all
     lie densely in one other order (channels_last) are as good as contiguous.
     """
+    places = 0
+    strided = False
     for t in operands:
-        if t is not None and not t.is_contiguous():
-            return _strided(operands, ordered)
-    return _CONTIGUOUS
+        if t is not None:
+            if t.is_contiguous():
+                places |= t.data_ptr()
+            else:
+                strided = True
+    layout = CONTIGUOUS
+    if strided:
+        layout = _strided(operands, ordered)
+        if layout is CONTIGUOUS:  # dense in another order
+            places = functools.reduce(operator.or_, (t.data_ptr() for t in operands if t is not None))
+    return places & 15 == 0, layout
 
 
-def _strided(operands: Operands, ordered: bool) -> Layout | None:
+def _strided(operands: Operands, ordered: bool) -> Layout:
     given = [t for t in operands if t is not None]
     first = given[0]
     if not ordered and all(t.stride() == first.stride() for t in given):
         for memory_format, rank in ((torch.channels_last, 4), (torch.channels_last_3d, 5)):
             if first.dim() == rank and first.is_contiguous(memory_format=memory_format):
-                return _CONTIGUOUS
+                return CONTIGUOUS
     sizes = list(first.shape[1:])
     strides = [None if t is None or t.is_contiguous() else list(t.stride()) for t in operands]
     merge_dimensions(sizes, strides)
     if len(sizes) > 3 or math.prod(sizes) >= 2**31:
-        return None
+        return SCATTERED
     missing = 3 - len(sizes)
     sizes = [1] * missing + sizes
     return (sizes[1], sizes[2]), tuple(None if s is None else (s[0], *[0] * missing, *s[1:]) for s in strides)
@@ -211,18 +248,47 @@ def merge_dimensions(sizes: list[int], strides: list[list[int] | None]) -> None:
                 del s[d + 1]
 
 
-def _aligned(D: int, V: int, operands: Operands, layout: Layout) -> bool:
-    """Whether the lanes of every contiguous operand are whole, aligned 16 bytes (V of a mask)."""
-    if D % V:
-        return False
-    for t, strides in zip(operands, layout[1], strict=False):
-        if t is not None and strides is None and t.data_ptr() % 16:
-            return False
-    return True
-
-
-def _contiguous(operands: Operands) -> Operands:
+def _contiguous(*operands: Tensor | None) -> Operands:
     return tuple(None if t is None else t.contiguous() for t in operands)
+
+
+def _strided_ones(layout: Layout) -> Key:
+    return tuple(s is None for s in layout[1])
+
+
+@functools.lru_cache(maxsize=4096)
+def _affine_call(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    present: tuple[bool, ...],
+    index: torch.dtype | None,
+    table: tuple[int, int],
+    noise: int,
+    columns: tuple[int, ...],
+    clamp: tuple[int, int, float, float] | None,
+    aligned: bool,
+    layout: Layout,
+) -> _Call:
+    B, D, V = shape[0], math.prod(shape[1:]), _LANE[dtype]
+    grid, steps, ROWS, LANES = _plan(B, D, V, _STEPS_MAP)
+    levels, K = table
+    spec = (
+        columns,
+        None if clamp is None else clamp[:2],
+        K,
+        levels == 1 and index is None,
+        noise,
+        aligned and D % V == 0,
+        ROWS,
+        LANES,
+        V,
+        _NVIDIA,
+    )
+    low, high = (None, None) if clamp is None else (_bits(clamp[2]), _bits(clamp[3]))
+    sizes, strides = layout
+    runtime = levels, low, high, B, D, steps, sizes, *strides
+    return _Call(kernels.affine_kernel, device, grid, (dtype, present, index, _strided_ones(layout)), runtime, spec)
 
 
 def affine(
@@ -242,72 +308,78 @@ def affine(
         out = torch.empty_like(x)
     out2 = torch.empty_like(x) if len(columns) == 6 else None
     results = (out,) if out2 is None else (out, out2)
-    if not x.numel():
+    shape, device = x.shape, x.device
+    if 0 in shape:
         return results
-    B = x.shape[0]
-    D = x.numel() // B
-    dtype, device = x.dtype, x.device
-    # An input that no coefficient multiplies is not read.
-    used = columns if clamp is None else (*columns, clamp[0], -1, -1)
-    operands: Operands = (
-        x if max(used[::3]) >= 0 else None,
-        y if clamp is not None or max(used[1::3]) >= 0 else None,
-        z if max(used[2::3]) >= 0 else None,
-        out,
-        out2,
-    )
-    drawn = noise if max(used[2::3]) >= 0 else None
-    layout = _layout(operands, drawn is not None)
-    if layout is None:
-        y, z = _contiguous((y, z))
+    aligned, layout = _memory((x, y, z, out, out2), noise is not None)
+    if layout is SCATTERED:
+        y, z = _contiguous(y, z)
         made = affine(op, x.contiguous(), y, z, noise, table, index, columns, clamp)
         return (out.copy_(made[0]), *made[1:])
-    V = _LANE[dtype]
-    grid, steps, ROWS, LANES = _plan(B, D, V, _STEPS_MAP)
-    seed, offset, key, sample, first = _noise(drawn, device)
-    low, high = (None, None) if clamp is None else (_bits(clamp[2]), _bits(clamp[3]))
-    levels, K = table.shape
-    spec = (
+    seed, offset, key, sample, first = _noise(noise, device)
+    call = _affine_call(
+        shape,
+        x.dtype,
+        device,
+        (y is None, z is None, key is None, sample is None),
+        None if index is None else index.dtype,
+        table.shape,
+        _NO_NOISE if noise is None else _FOLDED,
         columns,
-        None if clamp is None else clamp[:2],
+        clamp,
+        aligned,
+        layout,
+    )
+    _launch(call, (x, y, z, out, out2, table, index, seed, offset, key, sample, first))
+    return results
+
+
+@functools.lru_cache(maxsize=4096)
+def _residual_call(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    present: tuple[bool, ...],
+    index: torch.dtype | None,
+    weight: torch.dtype | None,
+    table: tuple[int, int],
+    noise: int,
+    columns: tuple[int, int],
+    reduction: int,
+    made: bool,
+    masked: bool,
+    want_loss: bool,
+    want_grad: bool,
+    aligned: bool,
+    layout: Layout,
+) -> _Call:
+    B, D, V = shape[0], math.prod(shape[1:]), _LANE[dtype]
+    grid, steps, ROWS, LANES = _plan(B, D, V, _STEPS_SUM)
+    one_tile = grid[0] == 1
+    levels, K = table
+    # Of the gradient, without what differs from row to row.
+    factor = 2.0 / (B if reduction == _MEAN else 1) / (1 if reduction == _SUM or masked else D)
+    spec = (
+        *columns,
         K,
         levels == 1 and index is None,
-        _NO_NOISE if drawn is None else _FOLDED,
-        _aligned(D, V, operands, layout),
+        noise,
+        reduction,
+        made,
+        one_tile,
+        aligned and D % V == 0,
         ROWS,
         LANES,
         V,
         _NVIDIA,
     )
     sizes, strides = layout
-    which = None if sizes is None else tuple(s is None for s in strides)
-    present = operands[0] is None, operands[1] is None, operands[2] is None, key is None, sample is None
-    _launch(
-        kernels.affine_kernel,
-        (dtype, spec, present, None if index is None else index.dtype, which),
-        device,
-        grid,
-        (
-            *operands,
-            table,
-            index,
-            levels,
-            seed,
-            offset,
-            key,
-            sample,
-            first,
-            low,
-            high,
-            B,
-            D,
-            steps,
-            sizes,
-            *strides,
-            *spec,
-        ),
-    )
-    return results
+    types = dtype, present, index, weight, want_loss, want_grad, _strided_ones(layout)
+    parts = 0
+    if want_loss or not (want_grad or one_tile):
+        parts = -(-B // ROWS) if one_tile else B * grid[0]
+    runtime = levels, _bits(factor), B, D, steps, sizes, *strides
+    return _Call(kernels.residual_kernel, device, grid, types, runtime, spec, parts)
 
 
 def residual(
@@ -335,29 +407,19 @@ def residual(
     The means are left unwritten when only the gradient is wanted, the loss unless it is wanted.
     A mask costs a second launch: how many elements count must be known first.
     """
-    compute, dtype, device = compute_dtype(pred.dtype), pred.dtype, pred.device
-    B = pred.shape[0]
-    want_sums = want_loss or not want_grad
-    per_sample = torch.empty(B, dtype=compute, device=device)
+    shape, device = pred.shape, pred.device
+    compute = table.dtype
+    per_sample = torch.empty(shape[0], dtype=compute, device=device)
     loss = torch.empty((), dtype=compute, device=device)
     grad = (torch.empty_like(pred) if made is None else made) if want_grad else None
-    if grad is made is not None and upstream is None:
+    if made is not None and upstream is None:
         return per_sample, loss, made
-    if not pred.numel():
+    if 0 in shape:
         return per_sample.zero_(), loss.zero_(), grad
-    D = pred.numel() // B
-    operands: Operands = (
-        pred,
-        y if columns[0] >= 0 else None,
-        z if columns[1] >= 0 else None,
-        mask,
-        grad,
-    )
-    drawn = noise if columns[1] >= 0 else None
-    layout = _layout(operands, drawn is not None)
-    if layout is None:
-        y, z, mask, dense = _contiguous((y, z, mask, made))
-        per_sample, loss, new = residual(
+    aligned, layout = _memory((pred, y, z, mask, grad), noise is not None)
+    if layout is SCATTERED:
+        y, z, mask, dense = _contiguous(y, z, mask, made)
+        result = residual(
             op,
             pred.contiguous(),
             y,
@@ -374,56 +436,38 @@ def residual(
             upstream,
             dense,
         )
-        return per_sample, loss, new if made is None or new is None else made.copy_(new)
-    V = _LANE[dtype]
-    grid, steps, ROWS, LANES = _plan(B, D, V, _STEPS_SUM)
-    groups = -(-B // ROWS)
-    one_tile = grid[0] == 1
-    seed, offset, key, sample, first = _noise(drawn, device)
-    kept = None if mask is None else per_sample_sum(mask).to(torch.int64)
-    factor = 2.0 / (B if reduction == _MEAN else 1) / (1 if reduction == _SUM or kept is not None else D)
-    sums = ticket = None
-    if want_sums and (want_loss or not one_tile):
-        sums = torch.empty(groups if one_tile else B * grid[0], dtype=torch.float64, device=device)
-        ticket = _ticket(device)
-    levels, K = table.shape
-    spec = (
-        *columns,
-        K,
-        levels == 1 and index is None,
-        _NO_NOISE if drawn is None else _FOLDED,
+        return result if made is None or result[2] is None else (*result[:2], made.copy_(result[2]))
+    seed, offset, key, sample, first = _noise(noise, device)
+    call = _residual_call(
+        shape,
+        pred.dtype,
+        device,
+        (y is None, z is None, mask is None, upstream is None, key is None, sample is None),
+        None if index is None else index.dtype,
+        None if weight is None else weight.dtype,
+        table.shape,
+        _NO_NOISE if noise is None else _FOLDED,
+        columns,
         reduction,
         made is not None,
-        one_tile,
-        _aligned(D, V, operands, layout),
-        ROWS,
-        LANES,
-        V,
-        _NVIDIA,
-    )
-    sizes, strides = layout
-    which = None if sizes is None else tuple(s is None for s in strides)
-    present = (
-        operands[1] is None,
-        operands[2] is None,
-        mask is None,
-        upstream is None,
-        key is None,
-        sample is None,
+        mask is not None,
         want_loss,
         want_grad,
+        aligned,
+        layout,
     )
-    types = dtype, None if index is None else index.dtype, None if weight is None else weight.dtype
+    kept = None if mask is None else per_sample_sum(mask).to(torch.int64)
+    sums, ticket = _workspace(call) if call.parts else (None, None)
     _launch(
-        kernels.residual_kernel,
-        (types, spec, present, which),
-        device,
-        grid,
+        call,
         (
-            *operands,
+            pred,
+            y,
+            z,
+            mask,
+            grad,
             table,
             index,
-            levels,
             None if weight is None else weight.contiguous(),
             kept,
             upstream,
@@ -432,110 +476,113 @@ def residual(
             key,
             sample,
             first,
-            _bits(factor),
             sums,
             ticket,
-            per_sample if want_sums else None,
+            per_sample if want_loss or not want_grad else None,
             loss if want_loss else None,
-            B,
-            D,
-            steps,
-            sizes,
-            *strides,
-            *spec,
         ),
     )
     return per_sample, loss, grad
 
 
-_tickets: dict[tuple[int | None, int], Tensor] = {}
+Workspace = tuple[Tensor, Tensor]
+_workspaces: dict[tuple[torch.device, int], Workspace] = {}
 
 
-def _ticket(device: torch.device) -> Tensor:
-    """A zeroed int32 that the kernel leaves at zero; one for each stream, as two losses may run at once.
+def _workspace(call: _Call) -> Workspace:
+    """Room for the programs' sums, and the ticket: a zeroed int32 that the kernel leaves at zero.
 
-    A CUDA graph may be replayed on any stream, beside others: it gets one of its own.
+    One for each stream, whose losses run one after the other. A CUDA graph may be replayed on any
+    stream, beside others: it gets one of its own.
     """
-    if device.type != "cuda":
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    stream = device.index, torch._C._cuda_getCurrentRawStream(device.index)
-    ticket = _tickets.get(stream)
-    if ticket is None:
-        ticket = _tickets[stream] = torch.zeros(1, dtype=torch.int32, device=device)
-    return ticket
+    device = call.device
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return _new_workspace(device, call.parts)
+    stream = device, torch._C._cuda_getCurrentRawStream(device.index)
+    workspace = _workspaces.get(stream)
+    if workspace is None or len(workspace[0]) < call.parts:
+        workspace = _workspaces[stream] = _new_workspace(device, call.parts)
+    return workspace
+
+
+def _new_workspace(device: torch.device, parts: int) -> Workspace:
+    return (
+        torch.empty(triton.next_power_of_2(parts), dtype=torch.float64, device=device),
+        torch.zeros(1, dtype=torch.int32, device=device),
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _row_dots_call(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    present: tuple[bool, ...],
+    noise: int,
+    aligned: bool,
+    layout: Layout,
+) -> _Call:
+    B, D, V = shape[0], math.prod(shape[1:]), _LANE[dtype]
+    grid, steps, ROWS, LANES = _plan(B, D, V, _STEPS_SUM)
+    spec = noise, aligned and D % V == 0, ROWS, LANES, V, _NVIDIA
+    sizes, strides = layout
+    runtime = B, D, steps, sizes, *strides[:4]
+    types = dtype, present, _strided_ones(layout)
+    return _Call(kernels.row_dots_kernel, device, grid, types, runtime, spec)
 
 
 def row_dots(g: Tensor, x: Tensor | None, y: Tensor | None, z: Tensor | None, noise: Noise | None) -> Tensor:
     """(B, 3) fp64: the sums over each row of g*x, g*y and g*z."""
-    B, device = g.shape[0], g.device
-    operands: Operands = (g, x, y, z)
-    layout = _layout(operands, noise is not None)
-    if layout is None:
-        operands = _contiguous(operands)
-        layout = _CONTIGUOUS
-    if not g.numel():
-        return torch.zeros(B, 3, dtype=torch.float64, device=device)
-    D = g.numel() // B
-    V = _LANE[g.dtype]
-    grid, steps, ROWS, LANES = _plan(B, D, V, _STEPS_SUM)
+    shape, device = g.shape, g.device
+    if 0 in shape:
+        return torch.zeros(shape[0], 3, dtype=torch.float64, device=device)
+    aligned, layout = _memory((g, x, y, z), noise is not None)
+    if layout is SCATTERED:
+        x, y, z = _contiguous(x, y, z)
+        return row_dots(g.contiguous(), x, y, z, noise)
     seed, offset, key, sample, first = _noise(noise, device)
-    out = torch.zeros(B, grid[0], 3, dtype=torch.float64, device=device)
-    NOISE = _NO_NOISE if noise is None else _FOLDED
-    spec = NOISE, _aligned(D, V, operands, layout), ROWS, LANES, V, _NVIDIA
-    sizes, strides = layout
-    which = None if sizes is None else tuple(s is None for s in strides)
     present = x is None, y is None, z is None, key is None, sample is None
-    _launch(
-        kernels.row_dots_kernel,
-        (g.dtype, spec, present, which),
-        device,
-        grid,
-        (*operands, out, seed, offset, key, sample, first, B, D, steps, sizes, *strides[:4], *spec),
-    )
+    call = _row_dots_call(shape, g.dtype, device, present, _NO_NOISE if noise is None else _FOLDED, aligned, layout)
+    out = torch.zeros(shape[0], call.grid[0], 3, dtype=torch.float64, device=device)
+    _launch(call, (g, x, y, z, out, seed, offset, key, sample, first))
     return out.sum(1)
 
 
-def _fill(noise: Noise, B: int, D: int, dtype: torch.dtype, device: torch.device, fold: bool) -> Tensor:
-    out = torch.empty(B, D, dtype=dtype, device=device)
-    if not out.numel():
-        return out
+@functools.lru_cache(maxsize=4096)
+def _fill_call(
+    B: int, D: int, dtype: torch.dtype, device: torch.device, fold: bool, present: tuple[bool, ...]
+) -> _Call:
     V = _LANE[dtype]
     grid, steps, ROWS, LANES = _plan(B, D, V, _STEPS_MAP)
-    seed, offset, key, sample, first = _noise(noise, out.device)
     spec = _FOLDED if fold else _RAW, D % V == 0, ROWS, LANES, V, _NVIDIA
-    _launch(
-        kernels.fill_kernel,
-        (dtype, spec, key is None, sample is None),
-        out.device,
-        grid,
-        (out, seed, offset, key, sample, first, B, D, steps, *spec),
-    )
+    return _Call(kernels.fill_kernel, device, grid, (dtype, present), (B, D, steps), spec)
+
+
+def _fill(noise: Noise, B: int, D: int, dtype: torch.dtype, device: torch.device | str, fold: bool) -> Tensor:
+    out = torch.empty(B, D, dtype=dtype, device=device)
+    if out.numel():
+        seed, offset, key, sample, first = _noise(noise, out.device)
+        call = _fill_call(B, D, dtype, out.device, fold, (key is None, sample is None))
+        _launch(call, (out, seed, offset, key, sample, first))
     return out
 
 
 def normal(noise: Noise, B: int, D: int, dtype: torch.dtype, device: torch.device | str, fold: bool = True) -> Tensor:
     """(B, D) normals; with fold=False every row is the raw stream of the key."""
-    return _fill(noise, B, D, dtype, torch.device(device), fold)
+    return _fill(noise, B, D, dtype, device, fold)
 
 
 def words(noise: Noise, B: int, D: int, device: torch.device | str, fold: bool = True) -> Tensor:
     """(B, D) words, int64 in [0, 2**32)."""
-    return _fill(noise, B, D, torch.int64, torch.device(device), fold)
+    return _fill(noise, B, D, torch.int64, device, fold)
 
 
 def fold_in_tensor(noise: Noise, data: Tensor | int) -> Tensor:
     """The key (2,) of noise.fold_in(data), data an int64 tensor () or an int; one of them is on the device."""
-    key = data if isinstance(data, Tensor) else noise._key_tensor
-    assert key is not None
-    folded = torch.empty(2, dtype=torch.int64, device=key.device)
+    place = data if isinstance(data, Tensor) else noise._key_tensor
+    assert place is not None
+    folded = torch.empty(2, dtype=torch.int64, device=place.device)
     seed, offset, key, _, _ = _noise(noise, folded.device)
-    _launch(
-        kernels.fold_in_kernel,
-        (key is None, isinstance(data, int)),
-        folded.device,
-        (1, 1, 1),
-        (seed, offset, key, data, folded),
-    )
+    types = key is None, isinstance(data, int)
+    _launch(_Call(kernels.fold_in_kernel, folded.device, (1, 1, 1), types, (), ()), (seed, offset, key, data, folded))
     return folded
