@@ -1,7 +1,7 @@
-"""Builds dae_fast._core with ninja; metadata is in pyproject.toml.
+"""Builds dae_fast._core, and the CUDA library beside it, with ninja; metadata is in pyproject.toml.
 
-A machine without a C++ compiler still gets a working package: the reason is kept in
-dae_fast/_build.json, `python -m dae_fast info` shows it, and the reference backend runs.
+A machine without a compiler for one of them still gets a working package: the reason is kept in
+dae_fast/_build.json, `python -m dae_fast info` shows it, and other backends run.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 import pybind11
@@ -22,6 +23,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+CSRC = ROOT / "csrc"
 
 # The results must be the same on every instruction set: no contraction, no fast-math.
 CFLAGS = (
@@ -41,25 +43,57 @@ if platform.machine() in ("x86_64", "AMD64"):
     )
 
 
-def write_ninja(build: Path, target: Path) -> None:
+# Of the CUDA library: a binary for each, of those that nvcc knows, and PTX of the last for what comes after.
+CUDA_ARCHITECTURES = ("80", "90", "100", "120")
+CUDA_ELEMENTS = {"f32": "float", "f64": "double", "bf16": "__nv_bfloat16", "f16": "__half"}
+CUDA_FLAGS = "-std=c++17 -O3 -fmad=false -Xfatbin -compress-all -Xcompiler -fPIC,-fvisibility=hidden"
+
+
+def core_ninja(ninja: Writer, target: Path) -> None:
     includes = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
     extra = os.environ.get("CXXFLAGS", "")
+    ninja.variable("cxx", os.environ.get("CXX", "c++"))
+    ninja.variable("cflags", f"{CFLAGS} {includes} {extra}")
+    ninja.rule("compile", "$cxx -MMD -MF $out.d $cflags $isa -c $in -o $out", depfile="$out.d", deps="gcc")
+    ninja.rule("link", f"$cxx -shared {extra} {os.environ.get('LDFLAGS', '')} $in -ldl -o $out")
+    kernels = [(f"kernels_{isa}", "cpu/kernels.cpp", f"-DDAE_ISA={isa} {flags}") for isa, flags in ISAS.items()]
+    others = [
+        (Path(source).stem, source, "")
+        for source in ("cpu/dispatch.cpp", "cpu/run.cpp", "tensor.cpp", "plain.cpp", "bind.cpp")
+    ]
+    objects = [
+        ninja.build(f"{name}.o", "compile", str(CSRC / source), variables={"isa": flags})[0]
+        for name, source, flags in [*kernels, *others]
+    ]
+    ninja.build(str(target), "link", objects)
+
+
+def cuda_ninja(ninja: Writer, target: Path, nvcc: str) -> None:
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    architectures = [a for a in CUDA_ARCHITECTURES if f"sm_{a}" in known]
+    codes = [f"-gencode arch=compute_{a},code=sm_{a}" for a in architectures]
+    last = architectures[-1]
+    ninja.variable("nvflags", " ".join([CUDA_FLAGS, *codes, f"-gencode arch=compute_{last},code=compute_{last}"]))
+    ninja.rule("compile", f"{nvcc} -MD -MF $out.d $nvflags $element -c $in -o $out", depfile="$out.d", deps="gcc")
+    ninja.rule("link", f"{nvcc} -shared -cudart static $in -o $out")
+    kernels = [
+        (f"kernels_{name}", "kernels.cu", f"-DDAE_ELEMENT={element} -DDAE_KERNELS=kernels_{name}")
+        for name, element in CUDA_ELEMENTS.items()
+    ]
+    objects = [
+        ninja.build(f"{name}.o", "compile", str(CSRC / "cuda" / source), variables={"element": flags})[0]
+        for name, source, flags in [*kernels, ("api", "api.cu", "")]
+    ]
+    ninja.build(str(target), "link", objects)
+
+
+def run_ninja(what: str, build: Path, write: Callable[[Writer], None]) -> str | None:
+    """Returns why it failed, or None."""
+    build.mkdir(parents=True, exist_ok=True)
     with (build / "build.ninja").open("w") as stream:
-        ninja = Writer(stream, width=110)
-        ninja.variable("cxx", os.environ.get("CXX", "c++"))
-        ninja.variable("cflags", f"{CFLAGS} {includes} {extra}")
-        ninja.rule("compile", "$cxx -MMD -MF $out.d $cflags $isa -c $in -o $out", depfile="$out.d", deps="gcc")
-        ninja.rule("link", f"$cxx -shared {extra} {os.environ.get('LDFLAGS', '')} $in -ldl -o $out")
-        csrc = ROOT / "csrc"
-        objects = [
-            ninja.build(f"{name}.o", "compile", str(csrc / source), variables={"isa": flags})[0]
-            for name, source, flags in [
-                *((f"kernels_{isa}", "cpu/kernels.cpp", f"-DDAE_ISA={isa} {flags}") for isa, flags in ISAS.items()),
-                ("dispatch", "cpu/dispatch.cpp", ""),
-                ("bind", "bind.cpp", ""),
-            ]
-        ]
-        ninja.build(str(target), "link", objects)
+        write(Writer(stream, width=110))
+    run = subprocess.run([Path(BIN_DIR) / "ninja", "-C", build], capture_output=True, text=True)
+    return f"the {what} build failed:\n{run.stdout[-2000:]}{run.stderr[-2000:]}" if run.returncode else None
 
 
 def compile_core(build: Path, target: Path) -> str | None:
@@ -67,36 +101,54 @@ def compile_core(build: Path, target: Path) -> str | None:
     compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
     if not shutil.which(compiler):
         return f"no C++ compiler: {compiler!r} is not on the PATH; install one or set CXX, then reinstall"
-    write_ninja(build, target)
-    run = subprocess.run([Path(BIN_DIR) / "ninja", "-C", build], capture_output=True, text=True)
-    return f"the C++ build failed:\n{run.stdout[-2000:]}{run.stderr[-2000:]}" if run.returncode else None
+    return run_ninja("C++", build / "core", lambda ninja: core_ninja(ninja, target))
+
+
+def compile_cuda(build: Path, target: Path) -> str | None:
+    """Returns why it failed, or None. CUDACXX names the compiler, as for CMake."""
+    wanted = os.environ.get("CUDACXX", "nvcc")
+    toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"
+    nvcc = shutil.which(wanted) or shutil.which(wanted, path=toolkit)
+    if not nvcc:
+        return (
+            f"no CUDA compiler: {wanted!r} is neither on the PATH nor in {toolkit}; install the toolkit, then reinstall"
+        )
+    return run_ninja("CUDA", build / "cuda", lambda ninja: cuda_ninja(ninja, target, nvcc))
 
 
 class NinjaBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        target.parent.mkdir(parents=True, exist_ok=True)
+        core = Path(self.get_ext_fullpath(ext.name)).resolve()
+        core.parent.mkdir(parents=True, exist_ok=True)
         build = Path(self.build_temp).resolve()
-        build.mkdir(parents=True, exist_ok=True)
-        error = compile_core(build, target)
-        if error:
-            target.unlink(missing_ok=True)  # an older build must not pass for this one
-            self.warn(f"native CPU backend not built, the reference backend will run: {error}")
-        self.note.write_text(json.dumps({"native": error}, indent=1) + "\n")
+        notes = {}
+        for part, target, compile_part in (("native", core, compile_core), ("cuda", self.cuda, compile_cuda)):
+            notes[part] = error = compile_part(build, target.resolve())
+            if error:
+                target.unlink(missing_ok=True)  # an older build must not pass for this one
+                self.warn(f"{part} not built: {error}")
+        self.note.write_text(json.dumps(notes, indent=1) + "\n")
+
+    @property
+    def cuda(self) -> Path:
+        return Path(self.build_lib) / "dae_fast" / "_cuda.so"
 
     @property
     def note(self) -> Path:
         return Path(self.build_lib) / "dae_fast" / "_build.json"
 
     def get_outputs(self) -> list[str]:
-        return [path for path in [*super().get_outputs(), str(self.note)] if os.path.exists(path)]
+        paths = [*super().get_outputs(), str(self.cuda), str(self.note)]
+        return [path for path in paths if os.path.exists(path)]
 
     def copy_extensions_to_source(self) -> None:  # an editable install
         package = ROOT / "dae_fast"
-        for stale in package.glob("_core*.so"):
+        for stale in [*package.glob("_core*.so"), *package.glob("_cuda.so")]:
             stale.unlink()
         super().copy_extensions_to_source()
-        shutil.copy2(self.note, package)
+        for path in (self.cuda, self.note):
+            if path.exists():
+                shutil.copy2(path, package)
 
 
 setup(ext_modules=[Extension("dae_fast._core", sources=[], optional=True)], cmdclass={"build_ext": NinjaBuild})

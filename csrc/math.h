@@ -125,15 +125,24 @@ DAE_FN void sincos_2pi_u(uint32_t r, float& sine, float& cosine) {
   cosine = bits_as<float>(b ^ ((quarter + 0x40000000u) & 0x80000000u));
 }
 
+// IEEE sqrt of a number in [2^-32, 46]. On a GPU these are the instructions of sqrt.rn without its branch
+// for zeros, subnormals and infinities.
+DAE_FN float sqrt_rn(float a) {
+#if defined(__CUDA_ARCH__)
+  float rsqrt;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(rsqrt) : "f"(a));
+  const float s = a * rsqrt;
+  return fma32(fma32(-s, s, a), 0.5f * rsqrt, s);
+#else
+  return __builtin_sqrtf(a);
+#endif
+}
+
 // Box-Muller 1958: two normals from two words.
 DAE_FN void normal_pair(uint32_t radius, uint32_t angle, float& z0, float& z1) {
   float sine, cosine;
   sincos_2pi_u(angle, sine, cosine);
-#if defined(__CUDA_ARCH__)
-  const float s = __fsqrt_rn(neg2_log_u(radius));
-#else
-  const float s = __builtin_sqrtf(neg2_log_u(radius));
-#endif
+  const float s = sqrt_rn(neg2_log_u(radius));
   z0 = s * cosine;
   z1 = s * sine;
 }

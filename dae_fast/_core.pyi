@@ -1,55 +1,80 @@
-"""The pybind11 module of csrc/bind.cpp. Tensors are addresses; 0 is absent."""
+"""The extension module of csrc/bind.cpp. None is absent; tensors are checked by the caller."""
 
 from collections.abc import Sequence
+from typing import Any
 
-_Noise = tuple[int, int, int, int, int, int]
-_Table = tuple[int, int, int, int, bool]
-_Layout = tuple[Sequence[int], Sequence[Sequence[int]]] | None
+from torch import Tensor
+
+from .noise import Noise
 
 def affine(
-    dtype: int,
-    B: int,
-    D: int,
-    x: int,
-    y: int,
-    z: int,
-    out: int,
-    out2: int,
-    noise: _Noise,
-    table: _Table,
+    x: Tensor | None,
+    y: Tensor | None,
+    z: Tensor | None,
+    noise: Noise | None,
+    raw: bool,
+    table: Tensor,
+    index: Tensor | None,
     columns: Sequence[int],
     clamp: tuple[int, int, float, float] | None,
-    layout: _Layout,
+    out: Tensor,
+    out2: Tensor | None,
     /,
 ) -> int: ...
 def residual(
-    dtype: int,
-    B: int,
-    D: int,
-    pred: int,
-    y: int,
-    z: int,
-    mask: int,
-    grad: int,
-    noise: _Noise,
-    table: _Table,
+    pred: Tensor,
+    y: Tensor | None,
+    z: Tensor | None,
+    noise: Noise | None,
+    table: Tensor,
+    index: Tensor | None,
     columns: Sequence[int],
-    weight: int,
-    upstream: float,
+    mask: Tensor | None,
+    kept: Tensor | None,
+    weight: Tensor | None,
+    upstream: Tensor | None,
+    only_if_scaled: bool,
     reduction: int,
-    per_sample: int,
-    loss: int,
-    layout: _Layout,
+    per_sample: Tensor | None,
+    loss: Tensor | None,
+    grad: Tensor | None,
+    sums: Tensor | None,
+    counter: Tensor | None,
     /,
 ) -> int: ...
 def row_dots(
-    dtype: int, B: int, D: int, g: int, x: int, y: int, z: int, noise: _Noise, out: int, layout: _Layout, /
+    g: Tensor,
+    x: Tensor | None,
+    y: Tensor | None,
+    z: Tensor | None,
+    noise: Noise | None,
+    out: Tensor,
+    sums: Tensor | None,
+    counter: Tensor | None,
+    /,
 ) -> None: ...
-def bits(B: int, D: int, noise: _Noise, out: int, /) -> None: ...
+def mask_count(mask: Tensor, kept: Tensor, sums: Tensor | None, counter: Tensor | None, /) -> None: ...
+def bits(noise: Noise, raw: bool, out: Tensor, /) -> None: ...
 def fold_in(seed: int, offset: int, data: int, /) -> tuple[int, int]: ...
+def fold_in_tensor(noise: Noise, data: Tensor | int, out: Tensor, /) -> None: ...
+def scratch_doubles(B: int, D: int, columns: int, /) -> int: ...
 def philox4x32_10(counter: Sequence[int], key: Sequence[int], /) -> list[int]: ...
 def box_muller(radius: int, angle: int, z: int, n: int, /) -> None: ...
 def use_isa(name: str, /) -> None: ...
 def isa() -> str: ...
 def isas() -> list[str]: ...
 def max_threads() -> int: ...
+def load_cuda(path: str, /) -> int: ...
+def queue(tensor: Tensor, /) -> tuple[int, int] | None: ...
+def plain_affine(
+    columns: tuple[int, int, int],
+    x: Tensor,
+    y: Tensor | None,
+    z: Tensor | None,
+    noise: Noise | None,
+    name: str | None,
+    source: Any,
+    /,
+) -> Tensor | None: ...
+def use_plain(yes: bool, /) -> None: ...
+def pretend_gpu(yes: bool, /) -> None: ...

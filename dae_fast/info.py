@@ -7,12 +7,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
-def build_error() -> str | None:
-    """Why the native core was not built, or None."""
+def build_error(part: str) -> str | None:
+    """Why "native", the CPU core, or "cuda", its CUDA library, was not built; None when it was."""
     note = Path(__file__).with_name("_build.json")
     if not note.exists():
         return "the package was never built: run `pip install .`"
-    error: str | None = json.loads(note.read_text())["native"]
+    error: str | None = json.loads(note.read_text())[part]
     return error
 
 
@@ -33,6 +33,9 @@ def info() -> dict[str, str]:
     for name in backends.NAMES[1:]:
         why = backends.missing(name)
         facts[name] = f"missing: {why}" if why else backends.module(name).describe()
+    native = backends.module("native")
+    if native is not None:
+        facts["cuda"] = f"missing: {native.cuda_missing}" if native.cuda_missing else "built"
     for device, what in (("cpu", "on CPU"), ("cuda", "on a GPU")):
         facts[f"default {what}"] = backends.default_name(device)
     facts["default elsewhere"] = "reference"

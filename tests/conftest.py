@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import pytest
 import torch
 
@@ -9,13 +11,32 @@ import dae_fast as df
 
 BACKENDS = df.backend_names()
 ISAS = tuple(df.backends.native.isas()) if "native" in BACKENDS else ()
+CUDA_ON_CPU = "cuda on cpu"  # the native backend's CUDA code, compiled for the CPU
+GPU_CODE = (CUDA_ON_CPU, "triton")
 
 
-@pytest.fixture(params=BACKENDS)
+def module_of(backend: str) -> ModuleType:
+    return df.backends.module("native" if backend == CUDA_ON_CPU else backend)
+
+
+@pytest.fixture(scope="session")
+def cuda_on_cpu_library(tmp_path_factory: pytest.TempPathFactory):
+    from . import cuda_on_cpu
+
+    return cuda_on_cpu.build(tmp_path_factory.mktemp("cuda_on_cpu"))
+
+
+@pytest.fixture(params=[*BACKENDS, *[CUDA_ON_CPU] * ("native" in BACKENDS)])
 def backend(request: pytest.FixtureRequest):
     """Each backend that can run here, forced."""
-    with df.use_backend(request.param):
-        yield request.param
+    if request.param == CUDA_ON_CPU:
+        from . import cuda_on_cpu
+
+        with df.use_backend("native"), cuda_on_cpu.running(request.getfixturevalue("cuda_on_cpu_library")):
+            yield CUDA_ON_CPU
+    else:
+        with df.use_backend(request.param):
+            yield request.param
 
 
 @pytest.fixture

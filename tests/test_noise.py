@@ -15,7 +15,7 @@ from scipy import stats
 import dae_fast as df
 from dae_fast.backends import native, reference
 
-from .conftest import ISAS
+from .conftest import ISAS, module_of
 
 VECTORS = json.loads(Path(__file__).with_name("noise_vectors.json").read_text())
 CPU = torch.device("cpu")
@@ -27,7 +27,7 @@ MAX_ULPS, NEAR_ZERO = 4, 2.0**-23
 def stream(kind: str, backend: str, seed: int, offset: int, n: int) -> torch.Tensor:
     """The first n elements of a key's own stream, no row folded in."""
     noise = df.Noise._make(*(torch.tensor([seed, offset], dtype=torch.uint64).view(torch.int64).tolist()))
-    module = df.backends.module(backend)
+    module = module_of(backend)
     if kind == "bits":
         return module.words(noise, 1, n, CPU, False)[0]
     return module.normal(noise, 1, n, torch.float32, CPU, False)[0]
@@ -53,7 +53,7 @@ class TestKnownAnswers:
     def test_fold_in(self, backend: str, case: dict) -> None:
         key = torch.tensor(case["key"], dtype=torch.uint64).view(torch.int64)
         signed = torch.tensor(case["data"], dtype=torch.uint64).view(torch.int64).item()
-        got = df.backends.module(backend).fold_in_tensor(df.Noise(key), torch.tensor(signed))
+        got = module_of(backend).fold_in_tensor(df.Noise(key), torch.tensor(signed))
         assert [w % 2**64 for w in got.tolist()] == case["result"]
         on_device = df.Noise(key).fold_in(case["data"]).key
         assert [w % 2**64 for w in on_device.tolist()] == case["result"]

@@ -30,6 +30,20 @@ const Isa kIsas[] = {
     {"baseline", &kernels_baseline},
 };
 
+const Isa* find_isa(const char* name) {
+  for (const Isa& isa : kIsas)
+    if (!std::strcmp(isa.name, name) && processor_has(name)) return &isa;
+  return nullptr;
+}
+
+const Isa& best_isa() {
+  for (const Isa& isa : kIsas)
+    if (processor_has(isa.name)) return isa;
+  return kIsas[sizeof(kIsas) / sizeof(kIsas[0]) - 1];
+}
+
+const Isa* g_isa = &best_isa();
+
 // torch brings its own OpenMP runtime. A second copy would mean a second thread pool that
 // torch.set_num_threads does not govern, so nothing is linked: the one already loaded is looked up.
 struct OpenMP {
@@ -60,16 +74,14 @@ constexpr double kMinWorkPerThread = 15000;
 
 }  // namespace
 
-const Isa* find_isa(const char* name) {
-  for (const Isa& isa : kIsas)
-    if (!std::strcmp(isa.name, name) && processor_has(name)) return &isa;
-  return nullptr;
-}
+const Isa& isa() { return *g_isa; }
 
-const Isa& best_isa() {
-  for (const Isa& isa : kIsas)
-    if (processor_has(isa.name)) return isa;
-  return kIsas[sizeof(kIsas) / sizeof(kIsas[0]) - 1];
+bool has_isa(const char* name) { return find_isa(name) != nullptr; }
+
+bool use_isa(const char* name) {
+  const Isa* found = find_isa(name);
+  if (found) g_isa = found;
+  return found != nullptr;
 }
 
 int max_threads() { return openmp().present() ? openmp().max_threads() : 1; }

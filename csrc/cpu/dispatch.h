@@ -1,7 +1,7 @@
 // One instruction set for the process, and threads for its kernels.
 #pragma once
 
-#include "args.h"
+#include "units.h"
 
 namespace dae::cpu {
 
@@ -10,10 +10,11 @@ struct Isa {
   const Kernels* kernels;
 };
 
-// The best that this processor and this build have.
-const Isa& best_isa();
-// By name; nullptr when it is unknown, not in this build, or not in this processor.
-const Isa* find_isa(const char* name);
+// The one in use: the best that this processor and this build have, until another is chosen.
+const Isa& isa();
+// False when the name is unknown, not in this build, or not in this processor.
+bool has_isa(const char* name);
+bool use_isa(const char* name);
 // How many threads a call may use now: torch.set_num_threads governs it; 1 without OpenMP.
 int max_threads();
 

@@ -3,7 +3,7 @@
 // Nothing here may be a non-static inline or template from a shared header (the standard library's
 // included): the linker would keep one copy for all, perhaps the AVX-512 one. math.h forces inlining.
 
-#include "args.h"
+#include "units.h"
 #include "convert.h"
 #include "noise.h"
 #include "../ops.h"
@@ -209,7 +209,7 @@ static inline int64_t segment_of(const Cut& cut, int64_t u) {
 }
 
 template <class T>
-static void residual_units(const ResidualArgs& a, int64_t unit_begin, int64_t unit_end) {
+static void residual_units(const ResidualWork& a, int64_t unit_begin, int64_t unit_end) {
   using R = typename ComputeType<T>::type;
   using L = typename LoopType<T>::type;
   alignas(64) L preds[kSegment], ys[kSegment], grads[kSegment];
@@ -241,7 +241,7 @@ static void residual_units(const ResidualArgs& a, int64_t unit_begin, int64_t un
 }
 
 template <class T>
-static void row_dots_units(const RowDotsArgs& a, int64_t unit_begin, int64_t unit_end) {
+static void row_dots_units(const RowDotsWork& a, int64_t unit_begin, int64_t unit_end) {
   using R = typename ComputeType<T>::type;
   using L = typename LoopType<T>::type;
   alignas(64) L xs[kSegment], ys[kSegment];
@@ -263,7 +263,7 @@ static void row_dots_units(const RowDotsArgs& a, int64_t unit_begin, int64_t uni
   }
 }
 
-static void mask_count(const MaskCountArgs& a, int64_t unit_begin, int64_t unit_end) {
+static void mask_count(const MaskCountWork& a, int64_t unit_begin, int64_t unit_end) {
   alignas(64) uint8_t buffer[kSegment];
   const Cut cut(a.batch.B, a.batch.D);
   for (int64_t u = unit_begin; u < unit_end; ++u) {
@@ -296,8 +296,8 @@ static void bits(const BitsArgs& a, int64_t unit_begin, int64_t unit_end) {
     }                                                                           \
   }
 DAE_BY_DTYPE(affine, AffineArgs)
-DAE_BY_DTYPE(residual, ResidualArgs)
-DAE_BY_DTYPE(row_dots, RowDotsArgs)
+DAE_BY_DTYPE(residual, ResidualWork)
+DAE_BY_DTYPE(row_dots, RowDotsWork)
 #undef DAE_BY_DTYPE
 
 }  // namespace DAE_ISA

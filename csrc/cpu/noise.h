@@ -1,7 +1,7 @@
 // Noise of one unit of work, written to a contiguous block of floats.
 #pragma once
 
-#include "args.h"
+#include "units.h"
 #include "philox.h"
 
 namespace dae::cpu::DAE_ISA {

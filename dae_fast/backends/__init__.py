@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import reference
 
-NAMES = ("reference", "native", "cuda", "triton")
+NAMES = ("reference", "native", "triton")
 _loaded: dict[str, tuple[ModuleType | None, str]] = {}
 _forced: str | None = None
 
@@ -53,8 +53,8 @@ def _defaults() -> dict[str, str]:
     chosen = {}
     if not missing("native"):
         chosen = {"cpu": "native", "meta": "native"}
-    if torch.version.cuda and not missing("cuda"):
-        chosen["cuda"] = "cuda"
+    if chosen and not module("native").cuda_missing:
+        chosen["cuda"] = "native"
     elif (torch.version.cuda or torch.version.hip) and find_spec("triton"):
         chosen["cuda"] = "triton"
     return chosen
@@ -114,25 +114,30 @@ class _Choice:
         pass
 
     def __exit__(self, *_: object) -> None:
-        global _forced
-        _forced = self._previous
+        _force(self._previous)
 
 
 def use_backend(name: str | None) -> _Choice:
-    """Force one backend for every op: "reference", "native", "cuda" or "triton"; None chooses by device again.
+    """Force one backend for every op: "reference", "native" or "triton"; None chooses by device again.
 
     Takes effect at once, and as `with use_backend(...):` until the block ends. A forced backend never
     falls back: an op that it cannot run raises. Raises ValueError for an unknown name and RuntimeError
     for a backend that is not here, saying why.
     """
-    global _forced
     if name is not None and name not in NAMES:
         raise ValueError(f"use_backend: name must be one of {', '.join(map(repr, NAMES))} or None, got {name!r}")
     if name is not None and missing(name):
         raise RuntimeError(f"use_backend: {name!r} is not available: {missing(name)}")
     choice = _Choice(_forced)
-    _forced = name
+    _force(name)
     return choice
+
+
+def _force(name: str | None) -> None:
+    global _forced
+    _forced = name
+    if not missing("native"):
+        module("native").use_plain(name in (None, "native"))
 
 
 def backend_names() -> tuple[str, ...]:

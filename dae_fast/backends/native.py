@@ -1,4 +1,4 @@
-"""The CPU kernels of csrc/: tensors in, addresses out.
+"""The kernels of csrc/, for the CPU and, through the CUDA library, for NVIDIA GPUs.
 
 Functions here take checked tensors of one shape, dtype and device, and allocate the results.
 """
@@ -6,7 +6,8 @@ Functions here take checked tensors of one shape, dtype and device, and allocate
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,10 +20,41 @@ try:
 except ImportError as error:
     from dae_fast.info import build_error
 
-    raise ImportError(build_error() or f"the extension module did not load: {error}") from error
+    raise ImportError(build_error("native") or f"the extension module did not load: {error}") from error
 
 if TYPE_CHECKING:
     from ..noise import Noise
+
+fold_in = _core.fold_in
+isa = _core.isa
+isas = _core.isas
+use_isa = _core.use_isa
+max_threads = _core.max_threads
+philox4x32_10 = _core.philox4x32_10
+use_plain = _core.use_plain
+
+if (_wanted := os.environ.get("DAE_FAST_CPU_ISA")) is not None:
+    try:
+        use_isa(_wanted)
+    except ValueError as error:
+        raise RuntimeError(f"DAE_FAST_CPU_ISA={_wanted}: {error}; there are {', '.join(isas())}") from error
+
+
+def _load_cuda() -> str:
+    """What keeps the CUDA library from being used; "" when nothing does."""
+    from dae_fast.info import build_error
+
+    library = Path(__file__).parents[1] / "_cuda.so"
+    if not library.exists():
+        return build_error("cuda") or "the CUDA library was not built"
+    try:
+        return "" if _core.load_cuda(str(library)) else "no GPU"
+    except RuntimeError as error:
+        return str(error)
+
+
+# A torch without CUDA has no tensors for it.
+cuda_missing = _load_cuda() if torch.version.cuda else f"torch {torch.__version__} is not built for CUDA"
 
 
 def available() -> str:
@@ -39,71 +71,44 @@ def describe() -> str:
 
 
 def supports(device: torch.device) -> bool:
-    """The CPU's memory."""
-    return device.type == "cpu"
-
-
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_NO_NOISE = (0, 0, 0, 0, 0, 0)
-_ROWS, _RAW = 1, 2
-
-fold_in = _core.fold_in
-isa = _core.isa
-isas = _core.isas
-use_isa = _core.use_isa
-max_threads = _core.max_threads
-philox4x32_10 = _core.philox4x32_10
-
-if (_wanted := os.environ.get("DAE_FAST_CPU_ISA")) is not None:
-    try:
-        use_isa(_wanted)
-    except ValueError as error:
-        raise RuntimeError(f"DAE_FAST_CPU_ISA={_wanted}: {error}; there are {', '.join(isas())}") from error
-
-
-def _noise(noise: Noise | None, mode: int = _ROWS) -> tuple[int, int, int, int, int, int]:
-    if noise is None:
-        return _NO_NOISE
-    key, sample = noise._key_tensor, noise._sample
-    return (
-        mode,
-        noise._seed,
-        noise._offset,
-        0 if key is None else key.data_ptr(),
-        0 if sample is None else sample.data_ptr(),
-        noise._first_sample,
-    )
-
-
-def _table(table: Tensor, index: Tensor | None) -> tuple[int, int, int, int, bool]:
-    rows, columns = table.shape
-    if index is None:
-        return table.data_ptr(), rows, columns, 0, False
-    return table.data_ptr(), rows, columns, index.data_ptr(), index.dtype == torch.int64
-
-
-def _layout(*operands: Tensor | None) -> tuple[tuple[int, ...], list[tuple[int, ...]]] | None:
-    """None where all are contiguous, else a row's sizes and each operand's strides (() if contiguous)."""
-    for t in operands:
-        if t is not None and not t.is_contiguous():
-            sizes = tuple(t.shape[1:])
-            return sizes, [() if o is None or o.is_contiguous() else o.stride() for o in operands]
-    return None
-
-
-def _ptr(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
+    """The CPU, and NVIDIA GPUs where the CUDA library runs."""
+    return device.type == "cpu" or (device.type == "cuda" and not cuda_missing)
 
 
 def _rows(x: Tensor) -> tuple[int, int]:
-    """B and the elements of one row; a batch of no rows has D = 0, there being nothing to do."""
+    """B and the elements of one row."""
     B = x.shape[0]
     return B, x.numel() // B if B else 0
 
 
+def _walkable(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Copies where strides are more than a GPU's kernels walk: 8 dimensions and 2^31 elements to a row."""
+    first = next((t for t in tensors if t is not None), None)
+    if first is None or (first.dim() <= 9 and _rows(first)[1] < 2**31):
+        return tensors
+    return tuple(None if t is None else t.contiguous() for t in tensors)
+
+
+_counters: dict[tuple[int, int], Tensor] = {}
+
+
+def _scratch(x: Tensor, columns: int) -> tuple[Tensor | None, Tensor | None]:
+    """What a reduction on x's device needs: room for partial sums, and a counter that its kernels leave at 0."""
+    queue = _core.queue(x)
+    if queue is None:
+        return None, None
+    sums = torch.empty(_core.scratch_doubles(*_rows(x), columns), dtype=torch.float64, device=x.device)
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        # Graphs may be replayed side by side on several streams: each has its own.
+        return sums, torch.zeros(1, dtype=torch.int32, device=x.device)
+    if queue not in _counters:
+        _counters[queue] = torch.zeros(1, dtype=torch.int32, device=x.device)
+    return sums, _counters[queue]
+
+
 def affine(
     op: str,
-    x: Tensor,
+    x: Tensor | None,
     y: Tensor | None,
     z: Tensor | None,
     noise: Noise | None,
@@ -112,28 +117,17 @@ def affine(
     columns: tuple[int, ...],
     clamp: tuple[int, int, float, float] | None = None,
     out: Tensor | None = None,
+    raw: bool = False,
 ) -> tuple[Tensor, ...]:
     """As reference.affine, in one pass. `out` is written instead of a new tensor; it may be x, y or z."""
-    two = len(columns) == 6
+    x, y, z = _walkable(x, y, z)
     if out is None:
+        assert x is not None
         out = torch.empty_like(x)
-    out2 = torch.empty_like(x) if two else None
-    B, D = _rows(x)
-    bad = _core.affine(
-        _DTYPES[x.dtype],
-        B,
-        D,
-        x.data_ptr(),
-        0 if y is None else y.data_ptr(),
-        0 if z is None else z.data_ptr(),
-        out.data_ptr(),
-        0 if out2 is None else out2.data_ptr(),
-        _noise(noise),
-        _table(table, index),
-        columns if two else (*columns, -1, -1, -1),
-        clamp,
-        _layout(x, y, z, out, out2),
-    )
+    elif _walkable(out)[0] is not out:
+        return (out.copy_(affine(op, x, y, z, noise, table, index, columns, clamp)[0]),)
+    out2 = torch.empty_like(out) if len(columns) == 6 else None
+    bad = _core.affine(x, y, z, noise, raw, table, index, columns, clamp, out, out2)
     if bad >= 0 and index is not None:
         raise_bad_level(op, table, index, bad)
     return (out,) if out2 is None else (out, out2)
@@ -161,33 +155,38 @@ def residual(
     weight: (B,). reduction: 0 none, 1 mean, 2 sum. grad is upstream (), or 1, times d loss / d pred; `made` is
     the one for 1, returned when that is what upstream turns out to be and written anew otherwise.
     """
-    compute = compute_dtype(pred.dtype)
-    factor = 1.0 if upstream is None else upstream.item()
-    B, D = _rows(pred)
-    per_sample = torch.empty(B, dtype=compute, device="cpu")
-    loss = torch.empty((), dtype=compute, device="cpu")
-    if made is not None and factor == 1.0:
-        return per_sample, loss, made
+    pred, y, z, mask = _walkable(pred, y, z, mask)
+    compute, device = compute_dtype(pred.dtype), pred.device
+    per_sample = torch.empty(pred.shape[0], dtype=compute, device=device)
+    loss = torch.empty((), dtype=compute, device=device)
     grad = torch.empty_like(pred) if want_grad and made is None else made
-    wide = None if weight is None else weight.double().contiguous()
+    sums, counter = _scratch(pred, 1)
+    kept = None
+    if mask is not None:
+        kept = torch.empty(pred.shape[0], dtype=torch.float64, device=device)
+        _core.mask_count(mask, kept, sums, counter)
+    if weight is not None:
+        weight = (weight if weight.dtype in (torch.float32, torch.float64) else weight.float()).contiguous()
+    again = upstream is not None  # the sums are known by then
     bad = _core.residual(
-        _DTYPES[pred.dtype],
-        B,
-        D,
-        pred.data_ptr(),
-        _ptr(y),
-        _ptr(z),
-        _ptr(mask),
-        _ptr(grad),
-        _noise(noise),
-        _table(table, index),
+        pred,
+        y,
+        z,
+        noise,
+        table,
+        index,
         columns,
-        _ptr(wide),
-        factor,
+        mask,
+        kept,
+        weight,
+        upstream,
+        made is not None,
         reduction,
-        per_sample.data_ptr(),
-        loss.data_ptr() if want_loss else 0,
-        _layout(pred, y, z, mask, grad),
+        None if again else per_sample,
+        loss if want_loss else None,
+        grad,
+        sums,
+        counter,
     )
     if bad >= 0 and index is not None:
         raise_bad_level(op, table, index, bad)
@@ -196,54 +195,29 @@ def residual(
 
 def row_dots(g: Tensor, x: Tensor | None, y: Tensor | None, z: Tensor | None, noise: Noise | None) -> Tensor:
     """(B, 3) fp64: the sums over each row of g*x, g*y and g*z."""
-    B, D = _rows(g)
-    out = torch.zeros(B, 3, dtype=torch.float64, device="cpu")
-    _core.row_dots(
-        _DTYPES[g.dtype],
-        B,
-        D,
-        g.data_ptr(),
-        _ptr(x),
-        _ptr(y),
-        _ptr(z),
-        _noise(noise),
-        out.data_ptr(),
-        _layout(g, x, y, z),
-    )
+    g, x, y, z = _walkable(g, x, y, z)
+    out = torch.empty(g.shape[0], 3, dtype=torch.float64, device=g.device)
+    _core.row_dots(g, x, y, z, noise, out, *_scratch(g, 3))
     return out
 
 
 def fold_in_tensor(noise: Noise, data: Tensor | int) -> Tensor:
-    """The key (2,) of noise.fold_in(data), data an int64 tensor () or an int."""
-    key = noise._key_tensor
-    seed, offset = (noise._seed, noise._offset) if key is None else key.tolist()
-    return torch.tensor(fold_in(seed, offset, int(data)), device="cpu")
+    """The key (2,) of noise.fold_in(data), data an int64 tensor () or an int; on data's device, or the key's."""
+    place: Any = data if isinstance(data, Tensor) else noise._key_tensor
+    out = torch.empty(2, dtype=torch.int64, device=place.device)
+    _core.fold_in_tensor(noise, data, out)
+    return out
 
 
 def normal(noise: Noise, B: int, D: int, dtype: torch.dtype, device: torch.device, fold: bool = True) -> Tensor:
     """(B, D) normals; with fold=False every row is the raw stream of the key."""
-    out = torch.empty(B, D, dtype=dtype, device="cpu")
-    one = torch.ones(1, 1, dtype=compute_dtype(dtype), device="cpu")
-    _core.affine(
-        _DTYPES[dtype],
-        B,
-        D,
-        0,
-        0,
-        0,
-        out.data_ptr(),
-        0,
-        _noise(noise, _ROWS if fold else _RAW),
-        _table(one, None),
-        (-1, -1, 0, -1, -1, -1),
-        None,
-        None,
-    )
-    return out
+    one = torch.ones(1, 1, dtype=compute_dtype(dtype), device=device)
+    out = torch.empty(B, D, dtype=dtype, device=device)
+    return affine("normal", None, None, None, noise, one, None, (-1, -1, 0), None, out, not fold)[0]
 
 
 def words(noise: Noise, B: int, D: int, device: torch.device, fold: bool = True) -> Tensor:
     """(B, D) words, int64 in [0, 2**32)."""
-    out = torch.empty(B, D, dtype=torch.int64, device="cpu")
-    _core.bits(B, D, _noise(noise, _ROWS if fold else _RAW), out.data_ptr())
+    out = torch.empty(B, D, dtype=torch.int64, device=device)
+    _core.bits(noise, not fold, out)
     return out

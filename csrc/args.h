@@ -1,0 +1,124 @@
+// What a kernel is told, on the CPU and on a GPU. Filled in by bind.cpp.
+#pragma once
+
+#include <stdint.h>
+
+#include "math.h"
+
+namespace dae {
+
+enum class Dtype : int { f32, f64, bf16, f16 };
+
+// strides == nullptr: contiguous (B, D). Else strides[0] is the batch stride and strides[1..] go
+// with Batch::sizes, in elements; 0 for an expanded dimension.
+struct Operand {
+  void* data = nullptr;
+  const int64_t* strides = nullptr;
+};
+
+// B rows of D elements each; the sizes of a row's dimensions serve the strided operands.
+struct Batch {
+  int64_t B, D;
+  int ndim;
+  const int64_t* sizes;
+  Dtype dtype;
+};
+
+// Row b has key fold_in(key, sample[b]), or `key` itself when fold is false (a raw stream). A GPU reads
+// the key through key_at where that is set: a captured graph then sees new keys.
+struct Noise {
+  bool present = false, fold = true;
+  Key key{};
+  const Key* key_at = nullptr;
+  const int64_t* sample = nullptr;  // nullptr: first_sample + b
+  uint64_t first_sample = 0;
+};
+
+// (rows, columns) coefficients in the compute type. Row b reads table[index[b]], table[b], or
+// table[0] when there is one row.
+struct Table {
+  const void* data;
+  int64_t rows, columns;
+  const void* index;  // int64 or int32, or nullptr
+  bool index_is_int64;
+};
+
+constexpr int kAbsent = -1;  // a column number: this coefficient is 0
+
+// A row's dimensions, merged where they can be, are no more than this on a GPU.
+constexpr int kMaxDims = 8;
+
+struct AffineArgs {
+  Batch batch;
+  Operand x, y, z, out, out2;
+  Noise noise;  // takes z's place when present
+  Table table;
+  int columns[6];  // c0 c1 c2 of out, then of out2
+  bool clamped;
+  int inner[2];  // columns of a0, a1
+  double lo, hi;
+};
+
+// r = mask * (pred + n1*y + n2*z), its squares summed; when grad.data is set, grad = scale of the row * r.
+struct ResidualArgs {
+  Batch batch;
+  Operand pred, y, z, mask, grad;  // mask holds bytes
+  Noise noise;
+  Table table;
+  int columns[2];  // n1, n2
+};
+
+enum class Reduction : int { none, mean, sum };
+
+struct LossArgs {
+  Reduction reduction;
+  const void* weight;  // (B,) fp32 or fp64, or nullptr
+  bool weight_is_double;
+  const double* kept;    // (B,) where there is a mask
+  const void* upstream;  // one number of the compute type, or nullptr for 1
+  bool only_if_scaled;   // leave everything as it is when *upstream is 1
+  void *per_sample, *loss;  // of the compute type; nullptr: not wanted
+
+  DAE_FN double weight_of(int64_t row) const {
+    if (!weight) return 1;
+    return weight_is_double ? static_cast<const double*>(weight)[row]
+                            : static_cast<double>(static_cast<const float*>(weight)[row]);
+  }
+  DAE_FN double kept_of(int64_t row, int64_t D) const { return kept ? kept[row] : static_cast<double>(D); }
+  template <class R>
+  DAE_FN double upstream_as() const {
+    return upstream ? static_cast<double>(*static_cast<const R*>(upstream)) : 1;
+  }
+};
+
+// The gradient's scale, d loss / d r of one row.
+DAE_FN double gradient_scale(double weight, double upstream, double kept, Reduction reduction, int64_t B) {
+  const double each = reduction == Reduction::sum ? 1 : (kept > 0 ? 1 / kept : 0);
+  return 2 * weight * upstream * each / (reduction == Reduction::mean ? static_cast<double>(B) : 1);
+}
+
+// The mean of a row's squares, given their sum, and what they add to the loss.
+DAE_FN double row_mean(double sum, double kept) { return kept > 0 ? sum / kept : 0; }
+DAE_FN double loss_term(double weight, double sum, double mean, Reduction reduction) {
+  return weight * (reduction == Reduction::sum ? sum : mean);
+}
+
+// Sums over each row of g*x, g*y, g*z: the gradient of an affine map's coefficients.
+struct RowDotsArgs {
+  Batch batch;
+  Operand g, x, y, z;
+  Noise noise;
+};
+
+struct MaskArgs {
+  Batch batch;
+  Operand mask;
+};
+
+struct BitsArgs {
+  Batch batch;
+  Noise noise;
+  int64_t* out;  // (B, D) words
+};
+
+}  // namespace dae

@@ -1,0 +1,111 @@
+// The CPU's table of functions: cuts the work, shares it among threads, adds up what they found.
+
+#include <cstring>
+#include <vector>
+
+#include "../api.h"
+#include "dispatch.h"
+
+namespace dae::cpu {
+
+namespace {
+
+// Of one core, for each element in cache: the map, the residual with its sum and gradient, a normal.
+constexpr double kNsMap = 0.12, kNsResidual = 0.22, kNsNormal = 0.7;
+
+template <class Args>
+void launch(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, double ns_per_element) {
+  const Cut cut(args.batch.B, args.batch.D);
+  const double work = static_cast<double>(args.batch.B) * static_cast<double>(args.batch.D) * ns_per_element;
+  parallel_for(cut.units, work, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
+double of_noise(const Noise& noise) { return noise.present ? kNsNormal : 0; }
+
+// Calls done(row, sum of its segments).
+template <class N, class Done>
+void sum_rows(const std::vector<N>& sums, int64_t B, Done done) {
+  const int64_t segments = B ? static_cast<int64_t>(sums.size()) / B : 0;
+  for (int64_t b = 0; b < B; ++b) {
+    double sum = 0;
+    for (int64_t s = 0; s < segments; ++s) sum += static_cast<double>(sums[b * segments + s]);
+    done(b, sum);
+  }
+}
+
+const char* affine(const AffineArgs& a, Queue) {
+  launch(isa().kernels->affine, a, kNsMap + of_noise(a.noise));
+  return nullptr;
+}
+
+template <class R>
+void finish_loss(const std::vector<double>& sums, const ResidualArgs& a, const LossArgs& loss) {
+  const int64_t B = a.batch.B;
+  double total = 0;
+  sum_rows(sums, B, [&](int64_t b, double sum) {
+    const double mean = row_mean(sum, loss.kept_of(b, a.batch.D));
+    total += loss_term(loss.weight_of(b), sum, mean, loss.reduction);
+    if (loss.per_sample) static_cast<R*>(loss.per_sample)[b] = static_cast<R>(mean);
+  });
+  if (loss.reduction == Reduction::mean) total /= static_cast<double>(B);
+  if (loss.loss) *static_cast<R*>(loss.loss) = static_cast<R>(total);
+}
+
+const char* residual(const ResidualArgs& a, const LossArgs& loss, Scratch, Queue) {
+  const int64_t B = a.batch.B, D = a.batch.D;
+  const bool wide = a.batch.dtype == Dtype::f64;
+  const double upstream = wide ? loss.upstream_as<double>() : loss.upstream_as<float>();
+  if (loss.only_if_scaled && upstream == 1) return nullptr;
+  std::vector<double> scale(B), sums(B * Cut(B, D).segments_per_row);
+  for (int64_t b = 0; b < B; ++b)
+    scale[b] = gradient_scale(loss.weight_of(b), upstream, loss.kept_of(b, D), loss.reduction, B);
+  ResidualWork work{a, scale.data(), sums.data()};
+  launch(isa().kernels->residual, work, kNsResidual + of_noise(a.noise));
+  if (wide)
+    finish_loss<double>(sums, a, loss);
+  else
+    finish_loss<float>(sums, a, loss);
+  return nullptr;
+}
+
+const char* row_dots(const RowDotsArgs& a, double* out, Scratch, Queue) {
+  const int64_t B = a.batch.B, segments = Cut(B, a.batch.D).segments_per_row;
+  std::vector<double> sums(3 * B * segments);
+  RowDotsWork work{a, sums.data()};
+  launch(isa().kernels->row_dots, work, kNsResidual + of_noise(a.noise));
+  std::memset(out, 0, 3 * B * sizeof(double));
+  for (int64_t b = 0; b < B; ++b)
+    for (int64_t s = 0; s < segments; ++s)
+      for (int k = 0; k < 3; ++k) out[3 * b + k] += sums[3 * (b * segments + s) + k];
+  return nullptr;
+}
+
+const char* mask_count(const MaskArgs& a, double* kept, Scratch, Queue) {
+  const int64_t B = a.batch.B;
+  std::vector<int64_t> counts(B * Cut(B, a.batch.D).segments_per_row);
+  MaskCountWork work{a, counts.data()};
+  launch(isa().kernels->mask_count, work, kNsMap);
+  sum_rows(counts, B, [&](int64_t b, double sum) { kept[b] = sum; });
+  return nullptr;
+}
+
+const char* bits(const BitsArgs& a, Queue) {
+  launch(isa().kernels->bits, a, kNsNormal);
+  return nullptr;
+}
+
+const char* fold_in_key(const Noise& noise, uint64_t data, const uint64_t* data_at, Key* out, Queue) {
+  *out = fold_in(noise.key, data_at ? *data_at : data);
+  return nullptr;
+}
+
+const char* devices(int* count) {
+  *count = 1;
+  return nullptr;
+}
+
+}  // namespace
+
+const Api kApi = {affine, residual, row_dots, mask_count, bits, fold_in_key, devices};
+
+}  // namespace dae::cpu

@@ -1,0 +1,49 @@
+// How the CPU cuts work, and the kernels of one instruction set.
+#pragma once
+
+#include "../args.h"
+
+namespace dae::cpu {
+
+// Work is cut into segments: kSegment elements of a long row, or one whole short row. A unit is one
+// segment of a long row, or as many short rows as fit into kSegment. The cut depends on the shape
+// alone, so sums are the same for every number of threads.
+constexpr int64_t kSegment = 1024;
+constexpr int64_t kMaxRowsPerUnit = 256;
+
+struct Cut {
+  int64_t D, segments_per_row, rows_per_unit, units;
+  DAE_FN Cut(int64_t B, int64_t row_length) : D(row_length) {
+    const bool long_rows = D >= kSegment;
+    segments_per_row = long_rows ? (D + kSegment - 1) / kSegment : 1;
+    const int64_t fit = long_rows || D == 0 ? 1 : kSegment / D;
+    rows_per_unit = fit < kMaxRowsPerUnit ? fit : kMaxRowsPerUnit;
+    units = D == 0 ? 0 : (long_rows ? B * segments_per_row : (B + rows_per_unit - 1) / rows_per_unit);
+  }
+};
+
+struct ResidualWork : ResidualArgs {
+  const double* scale;  // (B,)
+  double* sums;         // one per segment
+};
+struct RowDotsWork : RowDotsArgs {
+  double* sums;  // three per segment
+};
+struct MaskCountWork : MaskArgs {
+  int64_t* counts;  // kept elements of each segment
+};
+
+struct Kernels {
+  void (*affine)(const AffineArgs&, int64_t unit_begin, int64_t unit_end);
+  void (*residual)(const ResidualWork&, int64_t unit_begin, int64_t unit_end);
+  void (*row_dots)(const RowDotsWork&, int64_t unit_begin, int64_t unit_end);
+  void (*mask_count)(const MaskCountWork&, int64_t unit_begin, int64_t unit_end);
+  void (*bits)(const BitsArgs&, int64_t unit_begin, int64_t unit_end);
+};
+
+// One table per instruction set; nullptr where this build has none.
+extern const Kernels kernels_baseline;
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+
+}  // namespace dae::cpu

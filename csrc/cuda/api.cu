@@ -1,0 +1,137 @@
+// The CUDA library's face: the device, the element type, and the kernels that know none.
+
+#include "kernels.h"
+#include "reduce.cuh"
+
+namespace dae::cuda {
+
+namespace {
+
+// Makes the tensors' device the current one for a launch.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    if (cudaGetDevice(&before_) != cudaSuccess) before_ = device;
+    if (before_ != device) cudaSetDevice(device);
+    changed_ = before_ != device;
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(before_);
+  }
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+Launch make_launch(const Queue& queue) {
+  int count = 0;
+  // A table look-up in the driver: cheaper to ask than to cache for each device.
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, queue.device);
+  return {static_cast<cudaStream_t>(queue.stream), std::max(count, 1)};
+}
+
+const Kernels& kernels_for(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::f64: return kernels_f64;
+    case Dtype::bf16: return kernels_bf16;
+    case Dtype::f16: return kernels_f16;
+    default: return kernels_f32;
+  }
+}
+
+const char* devices(int* count) {
+  const cudaError_t error = cudaGetDeviceCount(count);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+const char* affine(const AffineArgs& a, Queue queue) {
+  if (!a.batch.B || !a.batch.D) return nullptr;
+  const DeviceGuard guard(queue.device);
+  return kernels_for(a.batch.dtype).affine(a, make_launch(queue));
+}
+
+const char* residual(const ResidualArgs& a, const LossArgs& loss, Scratch scratch, Queue queue) {
+  const DeviceGuard guard(queue.device);
+  return kernels_for(a.batch.dtype).residual(a, loss, scratch, make_launch(queue));
+}
+
+const char* row_dots(const RowDotsArgs& a, double* out, Scratch scratch, Queue queue) {
+  const DeviceGuard guard(queue.device);
+  return kernels_for(a.batch.dtype).row_dots(a, out, scratch, make_launch(queue));
+}
+
+struct MaskParams {
+  Cut cut;
+  double* kept;
+  Scratch scratch;
+};
+
+template <class Access>
+__global__ void __launch_bounds__(kThreads)
+    mask_count_kernel(const __grid_constant__ MaskParams p, const __grid_constant__ Access access) {
+  constexpr int N = Access::template group<__half>;
+  __shared__ float groups[1][kMaxTile];
+  const Unit unit = unit_at(p.cut, blockIdx.x);
+  RowSums<float, 1> sums;
+  for (int g = threadIdx.x; g < unit.groups; g += kThreads) {
+    bool kept[N];
+    access.read_mask(0, p.cut, unit, g, kept);
+    float count[1] = {0};
+#pragma unroll
+    for (int i = 0; i < N; ++i) count[0] += kept[i] ? 1.0f : 0.0f;
+    sums.add(unit, g, count, groups);
+  }
+  sums.store(p.cut, unit, groups, p.scratch.sums);
+  if (is_last_block(p.scratch.counter))
+    sum_rows(
+        p.cut.B, p.cut.segments_per_row, [&](int64_t i) { return read_sum(p.scratch.sums, i); },
+        [&](int64_t row, double sum) { p.kept[row] = sum; });
+}
+
+const char* mask_count(const MaskArgs& a, double* kept, Scratch scratch, Queue queue) {
+  const DeviceGuard guard(queue.device);
+  const Launch how = make_launch(queue);
+  const Operand operands[] = {a.mask};
+  return how.with_access<__half>(a.batch, operands, [&](const auto& access, const Cut& cut) {
+    return launch(how.stream, cut.units, kThreads, mask_count_kernel<std::decay_t<decltype(access)>>,
+                  MaskParams{cut, kept, scratch}, access);
+  });
+}
+
+// A thread to each Philox block: four words of a row.
+__global__ void __launch_bounds__(kThreads) bits_kernel(const __grid_constant__ BitsArgs a, int64_t blocks_per_row) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= a.batch.B * blocks_per_row) return;
+  const int64_t row = i / blocks_per_row, block = i % blocks_per_row;
+  const Block b = block_at(row_key(a.noise, row), static_cast<uint64_t>(block));
+  int64_t* out = a.out + row * a.batch.D;
+#pragma unroll
+  for (int k = 0; k < 4; ++k)
+    if (4 * block + k < a.batch.D) out[4 * block + k] = b.r[k];
+}
+
+const char* bits(const BitsArgs& a, Queue queue) {
+  const int64_t blocks_per_row = (a.batch.D + 3) / 4, blocks = a.batch.B * blocks_per_row;
+  if (!blocks) return nullptr;
+  const DeviceGuard guard(queue.device);
+  return launch(static_cast<cudaStream_t>(queue.stream), (blocks + kThreads - 1) / kThreads, kThreads, bits_kernel, a,
+                blocks_per_row);
+}
+
+__global__ void fold_in_kernel(const __grid_constant__ Noise noise, uint64_t data, const uint64_t* data_at, Key* out) {
+  *out = fold_in(noise.key_at ? *noise.key_at : noise.key, data_at ? *data_at : data);
+}
+
+const char* fold_in_key(const Noise& noise, uint64_t data, const uint64_t* data_at, Key* out, Queue queue) {
+  const DeviceGuard guard(queue.device);
+  return launch(static_cast<cudaStream_t>(queue.stream), 1, 1, fold_in_kernel, noise, data, data_at, out);
+}
+
+constexpr Api kApi = {affine, residual, row_dots, mask_count, bits, fold_in_key, devices};
+
+}  // namespace
+
+}  // namespace dae::cuda
+
+extern "C" __attribute__((visibility("default"))) const dae::Api* dae_cuda_api() { return &dae::cuda::kApi; }

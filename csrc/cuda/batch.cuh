@@ -1,0 +1,202 @@
+// How a batch is cut among thread blocks, and where the values of one thread lie.
+#pragma once
+
+#include "../args.h"
+#include "elements.cuh"
+
+namespace dae::cuda {
+
+constexpr int kThreads = 256;
+constexpr int kMaxIterations = 4;  // groups that one thread handles, at most
+constexpr int kMaxTile = kThreads * kMaxIterations;
+constexpr int kMaxRows = 256;  // of one unit
+
+// Thread blocks that a multiprocessor must hold: as many as leave the registers that a thread needs, 48 to 80.
+template <class T, class Access>
+constexpr int kBlocks = sizeof(T) == 8 ? 3 : (sizeof(T) == 4 ? 5 : 4) - Access::kRagged;
+
+// A row is cut into groups, the values a thread handles at a time: 16 bytes, and whole Philox blocks. A
+// unit, the work of one thread block, is a stretch of one long row, or as many short rows as it holds.
+struct Cut {
+  int64_t B, D, groups_per_row;
+  uint32_t units, segments_per_row;  // units along a long row
+  int rows_per_unit, tile;           // groups of a unit, at most
+  uint32_t reciprocal;               // 2^20 / groups_per_row, rounded up: exact quotients of numbers below kMaxTile
+
+  Cut(int64_t B, int64_t D, int group, int iterations) : B(B), D(D), tile(kThreads * iterations) {
+    groups_per_row = (D + group - 1) / group;
+    segments_per_row = groups_per_row > tile ? static_cast<uint32_t>((groups_per_row + tile - 1) / tile) : 1;
+    const int64_t fit = groups_per_row ? tile / groups_per_row : kMaxRows;
+    rows_per_unit = segments_per_row > 1 ? 1 : static_cast<int>(fit < kMaxRows ? fit : kMaxRows);
+    const int64_t count = segments_per_row * ((B + rows_per_unit - 1) / rows_per_unit);
+    units = static_cast<uint32_t>(count ? count : 1);  // an empty batch has sums too
+    reciprocal = groups_per_row ? static_cast<uint32_t>(((1 << 20) + groups_per_row - 1) / groups_per_row) : 0;
+  }
+};
+
+struct Unit {
+  int64_t row, begin;  // first row; first group within the row, of a long one
+  int rows, groups;    // of all rows together
+};
+
+__device__ __forceinline__ Unit unit_at(const Cut& cut, uint32_t u) {
+  if (cut.segments_per_row > 1) {
+    const int64_t begin = static_cast<int64_t>(u % cut.segments_per_row) * cut.tile, left = cut.groups_per_row - begin;
+    return {u / cut.segments_per_row, begin, 1, static_cast<int>(left < cut.tile ? left : cut.tile)};
+  }
+  const int64_t row = static_cast<int64_t>(u) * cut.rows_per_unit, left = cut.B - row;
+  const int rows = static_cast<int>(left < cut.rows_per_unit ? left : cut.rows_per_unit);
+  return {row, 0, rows, rows * static_cast<int>(cut.groups_per_row)};
+}
+
+// The thread's group: a row of the unit and the group's number within it.
+struct Place {
+  int row;
+  int64_t group;
+};
+
+__device__ __forceinline__ Place place_of(const Cut& cut, const Unit& unit, int g) {
+  if (unit.rows == 1) return {0, unit.begin + g};
+  const int row = static_cast<int>(static_cast<uint32_t>(g) * cut.reciprocal >> 20);
+  return {row, g - row * static_cast<int>(cut.groups_per_row)};
+}
+
+// Contiguous operands whose rows are whole groups, 16-byte aligned: the unit is one stretch of memory.
+template <int K>
+struct Whole {
+  void* data[K];
+
+  template <class T>
+  static constexpr int group = sizeof(T) == 8 ? 4 : 16 / sizeof(T);
+  static constexpr bool kRagged = false;  // whether a row's last group may reach past its end
+
+  __device__ bool has(int k) const { return data[k] != nullptr; }
+
+  __device__ static int64_t element(const Place& at, int group_size) { return at.group * group_size; }
+
+  template <class T, int N>
+  __device__ T* address(int k, const Cut& cut, const Unit& unit, int g) const {
+    return static_cast<T*>(data[k]) + unit.row * cut.D + (unit.begin + g) * N;
+  }
+  template <class T, int N>
+  __device__ void read(int k, const Cut& cut, const Unit& unit, int g, Pack<T, N>& pack) const {
+    pack = load_pack<T, N>(address<T, N>(k, cut, unit, g));
+  }
+  template <class T, int N>
+  __device__ void write(int k, const Cut& cut, const Unit& unit, int g, const Pack<T, N>& pack) const {
+    store_pack(address<T, N>(k, cut, unit, g), pack);
+  }
+  // A mask's N bytes, each 0 or 1.
+  template <int N>
+  __device__ void read_mask(int k, const Cut& cut, const Unit& unit, int g, bool (&kept)[N]) const {
+    uint32_t words[N / 4];
+    const uint8_t* from = address<uint8_t, N>(k, cut, unit, g);
+    if constexpr (N == 8) {
+      const uint2 two = *reinterpret_cast<const uint2*>(from);
+      words[0] = two.x, words[1] = two.y;
+    } else {
+      words[0] = *reinterpret_cast<const uint32_t*>(from);
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) kept[i] = (words[i / 4] >> 8 * (i % 4) & 0xffu) != 0;
+  }
+};
+
+// Any strides. The host lists the dimensions in the order in which neighbouring threads take them. Grouped:
+// a group is four neighbours along the last dimension, `step` apart in memory (channels_last: threads go
+// along the channels). Not grouped: dimensions in logical order, and each element is looked up by itself.
+template <int K>
+struct Strided {
+  void* data[K];
+  int64_t batch_stride[K], strides[K][kMaxDims], step[K];
+  int64_t logical[kMaxDims];
+  uint32_t sizes[kMaxDims];
+  int ndim;
+  bool grouped;
+
+  template <class T>
+  static constexpr int group = 4;
+  static constexpr bool kRagged = true;
+
+  __device__ bool has(int k) const { return data[k] != nullptr; }
+
+  // 32 bits, because a division of 64 costs some hundred instructions.
+  __device__ int64_t locate(uint32_t index, const int64_t (&stride)[kMaxDims]) const {
+    int64_t at = 0;
+#pragma unroll 1
+    for (int d = 0; d < ndim; ++d) {
+      const uint32_t next = index / sizes[d];
+      at += (index - next * sizes[d]) * stride[d];
+      index = next;
+    }
+    return at;
+  }
+
+  // Of the group's first element, in the row.
+  __device__ int64_t element(const Place& at, int group_size) const {
+    return grouped ? locate(static_cast<uint32_t>(at.group), logical) : at.group * group_size;
+  }
+
+  template <class T, class Each>
+  __device__ void for_each(int k, const Cut& cut, const Unit& unit, int g, Each each) const {
+    const Place at = place_of(cut, unit, g);
+    T* row = static_cast<T*>(data[k]) + (unit.row + at.row) * batch_stride[k];
+    const uint32_t group = static_cast<uint32_t>(at.group);
+    const int64_t first = grouped ? locate(group, strides[k]) : 0;
+#pragma unroll
+    for (uint32_t i = 0; i < 4; ++i) {
+      if (grouped)
+        each(i, row + first + i * step[k]);
+      else if (4 * group + i < cut.D)
+        each(i, row + locate(4 * group + i, strides[k]));
+    }
+  }
+  template <class T, int N>
+  __device__ void read(int k, const Cut& cut, const Unit& unit, int g, Pack<T, N>& pack) const {
+#pragma unroll
+    for (int i = 0; i < N; ++i) pack.v[i] = T(0.0f);  // past the end of the row: adds nothing to a sum
+    for_each<T>(k, cut, unit, g, [&](int i, const T* from) { pack.v[i] = *from; });
+  }
+  template <class T, int N>
+  __device__ void write(int k, const Cut& cut, const Unit& unit, int g, const Pack<T, N>& pack) const {
+    for_each<T>(k, cut, unit, g, [&](int i, T* to) { *to = pack.v[i]; });
+  }
+  template <int N>
+  __device__ void read_mask(int k, const Cut& cut, const Unit& unit, int g, bool (&kept)[N]) const {
+#pragma unroll
+    for (int i = 0; i < N; ++i) kept[i] = false;
+    for_each<uint8_t>(k, cut, unit, g, [&](int i, const uint8_t* from) { kept[i] = *from != 0; });
+  }
+};
+
+__device__ __forceinline__ Key row_key(const Noise& noise, int64_t row) {
+  const Key key = noise.key_at ? *noise.key_at : noise.key;
+  if (!noise.fold) return key;
+  return fold_in(key, noise.sample ? static_cast<uint64_t>(noise.sample[row])
+                                   : noise.first_sample + static_cast<uint64_t>(row));
+}
+
+// The normals of elements element .. element + N of a row; element is a multiple of 4.
+template <int N>
+__device__ __forceinline__ void normals(Key key, int64_t element, float (&z)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i += 4) {
+    const Block b = block_at(key, static_cast<uint64_t>(element + i) >> 2);
+    normal_pair(b.r[0], b.r[1], z[i], z[i + 1]);
+    normal_pair(b.r[2], b.r[3], z[i + 2], z[i + 3]);
+  }
+}
+
+// Column `column` of row b; NaN where the level lies outside the table.
+template <class R>
+__device__ __forceinline__ R coefficient(const Table& table, int64_t b, int column) {
+  if (column == kAbsent) return R(0);
+  int64_t i = table.rows == 1 ? 0 : b;
+  if (table.index) {
+    i = table.index_is_int64 ? static_cast<const int64_t*>(table.index)[b] : static_cast<const int32_t*>(table.index)[b];
+    if (i < 0 || i >= table.rows) return static_cast<R>(bits_as<float>(0x7fc00000u));
+  }
+  return static_cast<const R*>(table.data)[i * table.columns + column];
+}
+
+}  // namespace dae::cuda

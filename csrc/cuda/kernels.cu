@@ -1,0 +1,283 @@
+// The CUDA kernels of one element type, DAE_ELEMENT; compiled once for each, with -fmad=false: fused where
+// math.h says so and nowhere else.
+
+#include "../ops.h"
+#include "kernels.h"
+#include "reduce.cuh"
+
+namespace dae::cuda {
+
+namespace {
+
+using T = DAE_ELEMENT;
+using R = ComputeType<T>::type;
+
+// What all kernels know of their rows.
+struct Rows {
+  Cut cut;
+  Noise noise;
+  Table table;
+};
+
+__device__ __forceinline__ Key to_key(const uint4& k) {
+  return {k.x | static_cast<uint64_t>(k.y) << 32, k.z | static_cast<uint64_t>(k.w) << 32};
+}
+
+// The last threads make the keys while the first ones fetch coefficients.
+__device__ __forceinline__ void prepare_keys(const Rows& p, const Unit& unit, uint4 (&keys)[kMaxRows]) {
+  for (int r = kThreads - 1 - static_cast<int>(threadIdx.x); r < unit.rows; r += kThreads) {
+    const Key key = row_key(p.noise, unit.row + r);
+    keys[r] = make_uint4(static_cast<uint32_t>(key.seed), static_cast<uint32_t>(key.seed >> 32),
+                         static_cast<uint32_t>(key.offset), static_cast<uint32_t>(key.offset >> 32));
+  }
+}
+
+template <int C>
+__device__ __forceinline__ void prepare_coefficients(const Rows& p, const Unit& unit, const int (&columns)[C],
+                                                     R (&c)[kMaxRows][C]) {
+  for (int i = threadIdx.x; i < unit.rows * C; i += kThreads)
+    c[i / C][i % C] = coefficient<R>(p.table, unit.row + i / C, columns[i % C]);
+}
+
+template <bool kFresh, int N, class Access>
+__device__ __forceinline__ void make_normals(const Access& access, const uint4 (&keys)[kFresh ? kMaxRows : 1],
+                                             const Place& at, R (&z)[N]) {
+  float master[N];
+  normals(to_key(keys[at.row]), access.element(at, N), master);
+#pragma unroll
+  for (int i = 0; i < N; ++i) z[i] = master[i];
+}
+
+enum { kX, kY, kZ, kOut, kOut2 };
+
+struct AffineParams : Rows {
+  int columns[8];  // c0 c1 c2 of out, of out2, then a0, a1
+  bool clamped;
+  R lo, hi;
+};
+
+// One output of a group; an absent column's input counts as 0, whatever it holds.
+template <int N>
+__device__ __forceinline__ Pack<T, N> map_group(const int* columns, const R* c, const R (&x)[N], const R (&y)[N],
+                                                const R (&z)[N]) {
+  const Affine<R> f = {c[0], c[1], c[2]};
+  R v[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+    v[i] = f(columns[0] == kAbsent ? R(0) : x[i], columns[1] == kAbsent ? R(0) : y[i],
+             columns[2] == kAbsent ? R(0) : z[i]);
+  Pack<T, N> out;
+  narrow(v, out);
+  return out;
+}
+
+template <bool kFresh, class Access>
+__global__ void __launch_bounds__(kThreads, (kBlocks<T, Access>))
+    affine_kernel(const __grid_constant__ AffineParams p, const __grid_constant__ Access access) {
+  constexpr int N = Access::template group<T>;
+  __shared__ R coefficients[kMaxRows][8];
+  __shared__ uint4 keys[kFresh ? kMaxRows : 1];
+  const Unit unit = unit_at(p.cut, blockIdx.x);
+  Pack<T, N> xs = {}, ys = {}, zs = {};
+  const auto fetch = [&](int g) {
+    if (access.has(kX)) access.read(kX, p.cut, unit, g, xs);
+    if (access.has(kY)) access.read(kY, p.cut, unit, g, ys);
+    if (!kFresh && access.has(kZ)) access.read(kZ, p.cut, unit, g, zs);
+  };
+  int g = threadIdx.x;
+  if (g < unit.groups) fetch(g);  // under way while the rows are prepared
+  prepare_coefficients(p, unit, p.columns, coefficients);
+  if constexpr (kFresh) prepare_keys(p, unit, keys);
+  __syncthreads();
+  while (g < unit.groups) {
+    R x[N], y[N], z[N];
+    widen(xs, x), widen(ys, y);
+    if constexpr (!kFresh) widen(zs, z);
+    const int next = g + kThreads;
+    if (next < unit.groups) fetch(next);
+    const Place at = place_of(p.cut, unit, g);
+    if constexpr (kFresh) make_normals<kFresh>(access, keys, at, z);
+    const R* c = coefficients[at.row];
+    if (p.clamped) {
+      const ClampedAffine<R> f = {{c[6], c[7], R(0)}, p.lo, p.hi};
+#pragma unroll
+      for (int i = 0; i < N; ++i) y[i] = f(p.columns[6] == kAbsent ? R(0) : x[i], y[i], R(0));
+    }
+    access.write(kOut, p.cut, unit, g, map_group(p.columns, c, x, y, z));
+    if (access.has(kOut2)) access.write(kOut2, p.cut, unit, g, map_group(p.columns + 3, c + 3, x, y, z));
+    g = next;
+  }
+}
+
+enum { kPred, kTargetY, kTargetZ, kMask, kGrad };
+
+struct ResidualParams : Rows {
+  int columns[2];
+  LossArgs loss;
+  Scratch scratch;
+};
+
+// The last thread block: means of the samples, and the loss.
+__device__ __forceinline__ void finish_loss(const ResidualParams& p) {
+  double total = 0;
+  sum_rows(
+      p.cut.B, p.cut.segments_per_row, [&](int64_t i) { return read_sum(p.scratch.sums, i); },
+      [&](int64_t row, double sum) {
+        const double mean = row_mean(sum, p.loss.kept_of(row, p.cut.D));
+        if (p.loss.per_sample) static_cast<R*>(p.loss.per_sample)[row] = static_cast<R>(mean);
+        total += loss_term(p.loss.weight_of(row), sum, mean, p.loss.reduction);
+      });
+  total = block_sum(total);
+  if (p.loss.loss && threadIdx.x == 0)
+    *static_cast<R*>(p.loss.loss) =
+        static_cast<R>(p.loss.reduction == Reduction::mean ? total / static_cast<double>(p.cut.B) : total);
+}
+
+template <bool kFresh, class Access>
+__global__ void __launch_bounds__(kThreads, (kBlocks<T, Access>))
+    residual_kernel(const __grid_constant__ ResidualParams p, const __grid_constant__ Access access) {
+  constexpr int N = Access::template group<T>;
+  __shared__ R coefficients[kMaxRows][2], scales[kMaxRows], groups[1][kMaxTile];
+  __shared__ uint4 keys[kFresh ? kMaxRows : 1];
+  if (p.loss.only_if_scaled && p.loss.upstream_as<R>() == 1) return;
+  const Unit unit = unit_at(p.cut, blockIdx.x);
+  Pack<T, N> preds = {}, ys = {}, zs = {};
+  const auto fetch = [&](int g) {
+    access.read(kPred, p.cut, unit, g, preds);
+    if (access.has(kTargetY)) access.read(kTargetY, p.cut, unit, g, ys);
+    if (!kFresh && access.has(kTargetZ)) access.read(kTargetZ, p.cut, unit, g, zs);
+  };
+  int g = threadIdx.x;
+  if (g < unit.groups) fetch(g);
+  prepare_coefficients(p, unit, p.columns, coefficients);
+  if (access.has(kGrad))
+    for (int r = threadIdx.x; r < unit.rows; r += kThreads)
+      scales[r] = static_cast<R>(gradient_scale(p.loss.weight_of(unit.row + r), p.loss.upstream_as<R>(),
+                                                p.loss.kept_of(unit.row + r, p.cut.D), p.loss.reduction, p.cut.B));
+  if constexpr (kFresh) prepare_keys(p, unit, keys);
+  __syncthreads();
+  RowSums<R, 1> sums;
+  while (g < unit.groups) {
+    R pred[N], y[N], z[N];
+    widen(preds, pred), widen(ys, y);
+    if constexpr (!kFresh) widen(zs, z);
+    const int next = g + kThreads;
+    if (next < unit.groups) fetch(next);
+    const Place at = place_of(p.cut, unit, g);
+    if constexpr (kFresh) make_normals<kFresh>(access, keys, at, z);
+    const Affine<R> f = {R(1), coefficients[at.row][0], coefficients[at.row][1]};
+    bool kept[N];
+    if (access.has(kMask)) access.read_mask(kMask, p.cut, unit, g, kept);
+    R gradient[N], squares[1] = {R(0)};
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      R r = f(pred[i], y[i], z[i]);
+      // Selects, not products: what is masked out may be NaN, and past the row's end there is noise.
+      if (access.has(kMask) && !kept[i]) r = R(0);
+      if (N * at.group + i >= p.cut.D && Access::kRagged) r = R(0);
+      squares[0] = mul_add(r, r, squares[0]);
+      gradient[i] = scales[at.row] * r;
+    }
+    sums.add(unit, g, squares, groups);
+    if (access.has(kGrad)) {
+      Pack<T, N> grad;
+      narrow(gradient, grad);
+      access.write(kGrad, p.cut, unit, g, grad);
+    }
+    g = next;
+  }
+  if (!p.loss.per_sample && !p.loss.loss) return;
+  sums.store(p.cut, unit, groups, p.scratch.sums);
+  if (is_last_block(p.scratch.counter)) finish_loss(p);
+}
+
+enum { kG, kDotX, kDotY, kDotZ };
+
+struct RowDotsParams : Rows {
+  double* out;  // (B, 3)
+  Scratch scratch;
+};
+
+template <bool kFresh, class Access>
+__global__ void __launch_bounds__(kThreads, (kBlocks<T, Access>))
+    row_dots_kernel(const __grid_constant__ RowDotsParams p, const __grid_constant__ Access access) {
+  constexpr int N = Access::template group<T>;
+  __shared__ R groups[3][kMaxTile];
+  __shared__ uint4 keys[kFresh ? kMaxRows : 1];
+  const Unit unit = unit_at(p.cut, blockIdx.x);
+  if constexpr (kFresh) prepare_keys(p, unit, keys);
+  __syncthreads();
+  RowSums<R, 3> sums;
+  for (int g = threadIdx.x; g < unit.groups; g += kThreads) {
+    Pack<T, N> gs, xs = {}, ys = {}, zs = {};
+    access.read(kG, p.cut, unit, g, gs);
+    if (access.has(kDotX)) access.read(kDotX, p.cut, unit, g, xs);
+    if (access.has(kDotY)) access.read(kDotY, p.cut, unit, g, ys);
+    if (!kFresh && access.has(kDotZ)) access.read(kDotZ, p.cut, unit, g, zs);
+    R v[N], other[3][N], dots[3] = {R(0), R(0), R(0)};
+    widen(gs, v), widen(xs, other[0]), widen(ys, other[1]);
+    if constexpr (kFresh)
+      make_normals<kFresh>(access, keys, place_of(p.cut, unit, g), other[2]);
+    else
+      widen(zs, other[2]);
+#pragma unroll
+    for (int k = 0; k < 3; ++k)
+#pragma unroll
+      for (int i = 0; i < N; ++i) dots[k] = mul_add(v[i], other[k][i], dots[k]);
+    sums.add(unit, g, dots, groups);
+  }
+  sums.store(p.cut, unit, groups, p.scratch.sums);
+  if (!is_last_block(p.scratch.counter)) return;
+  for (int k = 0; k < 3; ++k)
+    sum_rows(
+        p.cut.B, p.cut.segments_per_row,
+        [&](int64_t i) { return read_sum(p.scratch.sums, k * p.cut.B * p.cut.segments_per_row + i); },
+        [&](int64_t row, double sum) { p.out[3 * row + k] = sum; });
+}
+
+template <bool kFresh>
+const char* launch_affine(const AffineArgs& a, const Launch& how) {
+  const Operand operands[] = {a.x, a.y, a.z, a.out, a.out2};
+  return how.with_access<T>(a.batch, operands, [&](const auto& access, const Cut& cut) {
+    AffineParams p{{cut, a.noise, a.table}, {}, a.clamped, static_cast<R>(a.lo), static_cast<R>(a.hi)};
+    for (int i = 0; i < 6; ++i) p.columns[i] = a.columns[i];
+    for (int i = 0; i < 2; ++i) p.columns[6 + i] = a.clamped ? a.inner[i] : kAbsent;
+    return launch(how.stream, cut.units, kThreads, affine_kernel<kFresh, std::decay_t<decltype(access)>>, p, access);
+  });
+}
+
+template <bool kFresh>
+const char* launch_residual(const ResidualArgs& a, const LossArgs& loss, Scratch scratch, const Launch& how) {
+  const Operand operands[] = {a.pred, a.y, a.z, a.mask, a.grad};
+  return how.with_access<T>(a.batch, operands, [&](const auto& access, const Cut& cut) {
+    const ResidualParams p{{cut, a.noise, a.table}, {a.columns[0], a.columns[1]}, loss, scratch};
+    return launch(how.stream, cut.units, kThreads, residual_kernel<kFresh, std::decay_t<decltype(access)>>, p, access);
+  });
+}
+
+template <bool kFresh>
+const char* launch_row_dots(const RowDotsArgs& a, double* out, Scratch scratch, const Launch& how) {
+  const Operand operands[] = {a.g, a.x, a.y, a.z};
+  return how.with_access<T>(a.batch, operands, [&](const auto& access, const Cut& cut) {
+    const RowDotsParams p{{cut, a.noise, {}}, out, scratch};
+    return launch(how.stream, cut.units, kThreads, row_dots_kernel<kFresh, std::decay_t<decltype(access)>>, p, access);
+  });
+}
+
+}  // namespace
+
+const Kernels DAE_KERNELS = {
+    [](const AffineArgs& a, const Launch& how) {
+      return a.noise.present ? launch_affine<true>(a, how) : launch_affine<false>(a, how);
+    },
+    [](const ResidualArgs& a, const LossArgs& loss, Scratch scratch, const Launch& how) {
+      return a.noise.present ? launch_residual<true>(a, loss, scratch, how)
+                             : launch_residual<false>(a, loss, scratch, how);
+    },
+    [](const RowDotsArgs& a, double* out, Scratch scratch, const Launch& how) {
+      return a.noise.present ? launch_row_dots<true>(a, out, scratch, how)
+                             : launch_row_dots<false>(a, out, scratch, how);
+    },
+};
+
+}  // namespace dae::cuda

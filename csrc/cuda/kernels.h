@@ -1,0 +1,107 @@
+// Between the library's face (api.cu) and the kernels of each element type (kernels.cu).
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "../api.h"
+#include "batch.cuh"
+
+namespace dae::cuda {
+
+struct Launch {
+  cudaStream_t stream;
+  int multiprocessors;
+
+  // Calls run(access, cut) with what fits the operands: Whole where every one is contiguous, aligned and made
+  // of whole groups, else Strided.
+  template <class T, int K, class Run>
+  const char* with_access(const Batch& batch, const Operand (&operands)[K], Run run) const;
+};
+
+// As many groups to a thread as leave every multiprocessor several thread blocks.
+inline int iterations(const Batch& batch, int group, int multiprocessors) {
+  constexpr int kBlocksEach = 8;
+  const int64_t blocks = batch.B * ((batch.D + group - 1) / group) / kThreads;
+  return static_cast<int>(std::clamp<int64_t>(blocks / (kBlocksEach * multiprocessors), 1, kMaxIterations));
+}
+
+template <int K>
+bool is_whole(const Batch& batch, const Operand (&operands)[K], int group) {
+  for (const Operand& o : operands)
+    if (o.strides || reinterpret_cast<uintptr_t>(o.data) % 16) return false;
+  return batch.D % group == 0;
+}
+
+template <int K>
+Strided<K> make_strided(const Batch& batch, const Operand (&operands)[K]) {
+  Strided<K> s{};
+  const int64_t whole_row[] = {batch.D};
+  const int ndim = batch.ndim ? batch.ndim : 1;
+  const int64_t* sizes = batch.ndim ? batch.sizes : whole_row;
+  int64_t logical[kMaxDims], order[kMaxDims];
+  for (int64_t d = ndim - 1, next = 1; d >= 0; next *= sizes[d], --d) logical[d] = next;
+  const auto stride = [&](const Operand& o, int64_t d) {
+    return o.strides && batch.ndim ? o.strides[d + 1] : logical[d];
+  };
+  const Operand* guide = nullptr;  // memory order is that of the first strided operand
+  for (const Operand& o : operands)
+    if (o.strides && !guide) guide = &o;
+
+  s.ndim = ndim;
+  s.grouped = batch.D && sizes[ndim - 1] % 4 == 0;
+  for (int d = 0; d < ndim; ++d) order[d] = ndim - 1 - d;
+  // An expanded dimension has stride 0 and is no help to neighbouring threads: last.
+  const auto distance = [&](int64_t d) { return stride(*guide, d) ? stride(*guide, d) : INT64_MAX; };
+  if (s.grouped && guide)
+    std::stable_sort(order, order + ndim, [&](int64_t a, int64_t b) { return distance(a) < distance(b); });
+  for (int k = 0; k < K; ++k) {
+    s.data[k] = operands[k].data;
+    s.batch_stride[k] = operands[k].strides ? operands[k].strides[0] : batch.D;
+    s.step[k] = stride(operands[k], ndim - 1);
+  }
+  for (int i = 0; i < ndim; ++i) {
+    const int64_t d = order[i], group = s.grouped && d == ndim - 1 ? 4 : 1;
+    s.sizes[i] = static_cast<uint32_t>(sizes[d] / group);
+    s.logical[i] = logical[d] * group;
+    for (int k = 0; k < K; ++k) s.strides[k][i] = stride(operands[k], d) * group;
+  }
+  return s;
+}
+
+template <class T, int K, class Run>
+const char* Launch::with_access(const Batch& batch, const Operand (&operands)[K], Run run) const {
+  constexpr int kWholeGroup = Whole<K>::template group<T>, kStridedGroup = Strided<K>::template group<T>;
+  if (is_whole(batch, operands, kWholeGroup)) {
+    Whole<K> whole;
+    for (int k = 0; k < K; ++k) whole.data[k] = operands[k].data;
+    return run(whole, Cut(batch.B, batch.D, kWholeGroup, iterations(batch, kWholeGroup, multiprocessors)));
+  }
+  if (batch.ndim > kMaxDims || batch.D > INT32_MAX) return "a strided row of more than 8 dimensions or 2^31 elements";
+  return run(make_strided(batch, operands),
+             Cut(batch.B, batch.D, kStridedGroup, iterations(batch, kStridedGroup, multiprocessors)));
+}
+
+struct Kernels {
+  const char* (*affine)(const AffineArgs&, const Launch&);
+  const char* (*residual)(const ResidualArgs&, const LossArgs&, Scratch, const Launch&);
+  const char* (*row_dots)(const RowDotsArgs&, double* out, Scratch, const Launch&);
+};
+
+// One table per element type.
+extern const Kernels kernels_f32, kernels_f64, kernels_bf16, kernels_f16;
+
+// Not <<<>>>: this form is plain C++, so that the tests can compile it for the CPU.
+template <class... Parameters, class... Arguments>
+const char* launch(cudaStream_t stream, int64_t blocks, unsigned threads, void (*kernel)(Parameters...),
+                   const Arguments&... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(threads);
+  config.stream = stream;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace dae::cuda

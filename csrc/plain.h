@@ -1,0 +1,24 @@
+// Where a tensor's kernels are launched, and the plain eager call: from Python's objects to the kernel in one step.
+#pragma once
+
+#include <Python.h>
+
+#include "api.h"
+#include "tensor.h"
+
+namespace dae {
+
+// The CUDA library's functions, once it is loaded.
+const Api*& cuda_api();
+const Api& api_of(const Queue& queue);
+// torch's current stream of a GPU tensor's device.
+Queue queue_of(PyObject* tensor);
+
+Table read_table(PyObject* table, PyObject* index);
+// The first row whose level lies outside the table, or -1. Reads the index: on the CPU only.
+int64_t bad_level(const Table& table, int64_t B);
+
+// Adds plain_affine, use_plain and pretend_gpu to the module.
+void add_plain(PyObject* module);
+
+}  // namespace dae

@@ -1,0 +1,46 @@
+"""csrc/cuda compiled for the CPU, against the stand-in headers of this folder, so that its kernels run anywhere."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dae_fast.backends import native
+
+HERE = Path(__file__).parent
+SOURCES = HERE.parents[1] / "csrc" / "cuda"
+ELEMENTS = {"f32": "float", "f64": "double", "bf16": "__nv_bfloat16", "f16": "__half"}
+FLAGS = ("-x", "c++", "-std=c++20", "-O1", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", f"-I{HERE}")
+
+
+def build(place: Path) -> Path:
+    """The library, in `place`."""
+    cxx = shlex.split(os.environ.get("CXX", "c++"))
+    parts = {
+        name: ("kernels.cu", f"-DDAE_ELEMENT={element}", f"-DDAE_KERNELS=kernels_{name}")
+        for name, element in ELEMENTS.items()
+    }
+    parts["api"] = ("api.cu",)
+    running = [
+        subprocess.Popen([*cxx, *FLAGS, *options, "-c", SOURCES / source, "-o", place / f"{name}.o"])
+        for name, (source, *options) in parts.items()
+    ]
+    assert [process.wait() for process in running] == [0] * len(running)
+    library = place / "_cuda_on_cpu.so"
+    subprocess.run([*cxx, "-shared", *(place / f"{name}.o" for name in parts), "-o", library], check=True)
+    return library
+
+
+@contextmanager
+def running(library: Path) -> Iterator[None]:
+    """CPU tensors go through the CUDA code. Plain calls too, except where a test turns them off."""
+    native._core.load_cuda(str(library))
+    native._core.pretend_gpu(True)
+    try:
+        yield
+    finally:
+        native._core.pretend_gpu(False)

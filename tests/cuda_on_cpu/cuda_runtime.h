@@ -1,0 +1,158 @@
+// Enough of CUDA to run csrc/cuda on the CPU: one thread block at a time, its threads as coroutines that take
+// turns at barriers and shuffles. It finds wrong indexing, missing barriers' deadlocks and, under
+// AddressSanitizer, accesses out of bounds; it knows nothing of races between blocks.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+#include <ucontext.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __shared__ static
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulator {
+
+enum class State { ready, at_warp, at_block, done };
+
+struct Thread {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  State state = State::ready;
+};
+
+constexpr unsigned kWarp = 32;
+constexpr size_t kStack = 1 << 16;
+
+inline std::vector<Thread> threads;
+inline ucontext_t scheduler;
+inline unsigned current;
+inline std::function<void()> body;
+inline double slots[1024];  // of a shuffle
+
+inline void enter() {
+  body();
+  threads[current].state = State::done;
+  swapcontext(&threads[current].context, &scheduler);
+}
+
+inline void wait(State state) {
+  const unsigned self = current;
+  threads[self].state = state;
+  swapcontext(&threads[self].context, &scheduler);
+}
+
+// Releases a group whose living threads all wait for the same thing.
+inline bool release(unsigned begin, unsigned end, State state) {
+  for (unsigned i = begin; i < end; ++i)
+    if (threads[i].state != state && threads[i].state != State::done) return false;
+  bool any = false;
+  for (unsigned i = begin; i < end; ++i)
+    if (threads[i].state == state) threads[i].state = State::ready, any = true;
+  return any;
+}
+
+inline void run_block() {
+  const unsigned count = static_cast<unsigned>(threads.size());
+  for (Thread& t : threads) {
+    getcontext(&t.context);
+    if (!t.stack) t.stack = std::make_unique<char[]>(kStack);
+    t.context.uc_stack.ss_sp = t.stack.get();
+    t.context.uc_stack.ss_size = kStack;
+    t.context.uc_link = &scheduler;
+    makecontext(&t.context, enter, 0);
+    t.state = State::ready;
+  }
+  for (;;) {
+    bool progress = false, alive = false;
+    for (unsigned i = 0; i < count; ++i) {
+      if (threads[i].state == State::ready) {
+        current = i;
+        threadIdx.x = i;
+        swapcontext(&scheduler, &threads[i].context);
+        progress = true;
+      }
+      alive |= threads[i].state != State::done;
+    }
+    if (!alive) return;
+    for (unsigned w = 0; w < count; w += kWarp)
+      progress |= release(w, w + kWarp < count ? w + kWarp : count, State::at_warp);
+    progress |= release(0, count, State::at_block);
+    if (!progress) {
+      std::fprintf(stderr, "cuda_on_cpu: threads of one block wait at different barriers\n");
+      std::abort();
+    }
+  }
+}
+
+}  // namespace emulator
+
+inline void __syncthreads() { emulator::wait(emulator::State::at_block); }
+inline void __threadfence() {}
+inline double __shfl_xor_sync(unsigned, double value, int lanes) {
+  const unsigned self = emulator::current;
+  emulator::slots[self] = value;
+  emulator::wait(emulator::State::at_warp);
+  const double other = emulator::slots[self ^ static_cast<unsigned>(lanes)];
+  emulator::wait(emulator::State::at_warp);
+  return other;
+}
+inline uint32_t atomicAdd(uint32_t* at, uint32_t value) {
+  const uint32_t old = *at;
+  *at += value;
+  return old;
+}
+inline double __ldcg(const double* at) { return *at; }
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  cudaStream_t stream;
+};
+
+inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+// One multiprocessor: even small batches give a thread several groups.
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 1, cudaSuccess; }
+
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               const Arguments&... arguments) {
+  blockDim = config->blockDim;
+  gridDim = config->gridDim;
+  emulator::threads.resize(config->blockDim.x);
+  emulator::body = [&] { kernel(arguments...); };
+  for (unsigned b = 0; b < config->gridDim.x; ++b) {
+    blockIdx.x = b;
+    emulator::run_block();
+  }
+  return cudaSuccess;
+}
