@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import typer
 
 from . import suite
 from .__main__ import chosen_device, chosen_plan
@@ -20,15 +21,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     ):
         group.addoption(f"--{name}", action="append", help=f"{what}; repeatable")
     group.addoption("--device", default="cpu", help="cpu or cuda")
-    group.addoption("--full", action="store_true", help="every op, shape and dtype, with all gradients: an hour")
+    group.addoption("--full", action="store_true", help="every op, shape and dtype, with all gradients: twenty minutes")
 
 
 def _plan(config: pytest.Config) -> list[Measurement]:
-    device = chosen_device(config.getoption("--device"))
     full = config.getoption("--full")
     asked = [config.getoption(f"--{name}") for name in ("case", "shape", "dtype", "peer")]
-    if any(asked):
-        return chosen_plan(*asked, device, full=full)
+    try:
+        device = chosen_device(config.getoption("--device"))
+        if any(asked):
+            return chosen_plan(*asked, device, full=full)
+    except typer.BadParameter as error:
+        raise pytest.UsageError(f"{error.param_hint}: {error.message}") from None
     return suite.full(device) if full else suite.quick(device)
 
 

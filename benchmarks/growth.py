@@ -5,6 +5,7 @@ The growth with size is in the suite's own rows; `fit` puts a line through it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -84,15 +85,15 @@ def studies() -> Iterator[Study]:
 
 
 def _threads() -> Iterator[Study]:
-    cores = torch.get_num_threads()
+    usual = torch.get_num_threads()
     try:
-        for threads in range(1, cores + 1):
+        for threads in range(1, len(os.sched_getaffinity(0)) + 1):
             torch.set_num_threads(threads)
             for case in (c for c in CASES if c.name in THREADS_OF):
                 setting = Setting(case, LATENT, torch.float32, own_leaves(case))
                 yield case.name, "threads", threads, {name: peer(setting, name) for name in (EAGER, OURS)}
     finally:
-        torch.set_num_threads(cores)
+        torch.set_num_threads(usual)
 
 
 def _langevin() -> Iterator[Study]:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from .growth import OURS_COMPILED, Point, fit
+from .growth import CHAIN, FIXED_CHAINS, FIXED_STEPS, OURS_COMPILED, Point, fit
 from .peers import CLONE, COMPILE, COPY_INTO, EAGER
 from .report import Group, Row, by_setting, described, ratio, read_csv
 from .suite import FLAT, LATENT, MAIN
@@ -89,6 +89,7 @@ def _draw(results: Results, draw: Draw, size: tuple[float, float], theme: str, p
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.axisbelow": True,
+        "axes.facecolor": "none",
         "axes.grid": True,
         "grid.color": grid,
         "grid.linewidth": 0.6,
@@ -121,10 +122,9 @@ def _speedup(figure: Figure, results: Results) -> None:
                     continue
                 y, colour = cases.index(case) + offset, _OURS if times >= 1 else _LOSS
                 ax.barh(y, times - 1, height, left=1, color=colour, alpha=alpha)
-                side = {"ha": "left", "x": max(times, 1) * 1.06}
-                ax.text(y=y, s=f"{times:.1f}", va="center", fontsize=6.5, **side)  # type: ignore[arg-type]
+                ax.text(max(times, 1) * 1.06, y, f"{times:.1f}", va="center", fontsize=6.5)
         ax.set_xscale("log")
-        ax.set_xlim(0.3, 100)
+        ax.set_xlim(left=min(0.4, ax.get_xlim()[0]), right=2 * ax.get_xlim()[1])  # room for the last number
         ax.axvline(1, color=mpl.rcParams["axes.edgecolor"], linewidth=1)
         ax.set_title(title)
         ax.set_xticks([0.5, 1, 2, 5, 10, 50], ["½", "1", "2", "5", "10", "50"])
@@ -186,7 +186,7 @@ def _size(figure: Figure, results: Results) -> None:
                 line = fit(values, seconds)
                 ax.plot(values, [line.fixed + line.slope * v for v in values], ":", color=mpl.rcParams["text.color"])
                 ax.text(
-                    0.97, 0.04, f"{line.fixed * 1e6:.1f} µs + {line.slope * 1e9:.2f} ns/value", ha="right",
+                    0.97, 0.04, f"{line.fixed * 1e6:.3g} µs + {line.slope * 1e9:.2g} ns/value", ha="right",
                     transform=ax.transAxes, fontsize=8,
                 )  # fmt: skip
         ax.set(xscale="log", yscale="log", title=case)
@@ -207,9 +207,9 @@ def _is_of_size(row: Row, case: str, peer: str) -> bool:
 def _memory(figure: Figure, results: Results) -> None:
     """What one training step allocates at its peak."""
     ax = figure.subplots()
-    for peer, colour in _peers(results):
+    for peer, colour, label in _peers(results):
         points = _along(results.points, "training step", "batch", peer)
-        ax.plot([p.at for p in points], [(p.peak_bytes or 0) / 2**20 for p in points], "o-", color=colour, label=peer)
+        ax.plot([p.at for p in points], [(p.peak_bytes or 0) / 2**20 for p in points], "o-", color=colour, label=label)
     ax.set(
         xlabel="batch of 4x64x64 float32 latents", ylabel="MiB at the peak of a step", xlim=(0, None), ylim=(0, None)
     )
@@ -223,32 +223,42 @@ def _growth(figure: Figure, results: Results) -> None:
     points = results.points
     styles = ("-", "--", ":")
     for style, study in zip(styles, dict.fromkeys(p.study for p in points if p.along == "threads"), strict=False):
-        for peer, colour in _peers(results):
+        for peer, colour, label in _peers(results):
             along = _along(points, study, "threads", peer)
             if along:
                 gain = [along[0].median_ms / p.median_ms for p in along]
-                threads.plot([p.at for p in along], gain, f"o{style}", color=colour, label=f"{peer}, {study}")
+                threads.plot([p.at for p in along], gain, f"o{style}", color=colour, label=f"{label}, {study}")
     most = max(p.at for p in points if p.along == "threads")
     threads.plot([1, most], [1, most], color=mpl.rcParams["axes.edgecolor"], linewidth=0.6)
     threads.set(xlabel="threads", ylabel="times as fast as with one", title="Thread scaling")
     threads.set_xticks(range(1, most + 1))
     threads.legend(fontsize=6.5)
+    fixed = {
+        "chains": f"chains of {CHAIN} values, {FIXED_STEPS} steps",
+        "steps": f"steps of {FIXED_CHAINS}x{CHAIN} values",
+    }
     for ax, study, along in ((chains, "langevin", "chains"), (steps, "langevin", "steps"), (ddim, "ddim", "steps")):
-        for peer, colour in _peers(results):
+        for peer, colour, label in _peers(results):
             found = _along(points, study, along, peer)
             if found:
                 at, seconds = [p.at for p in found], [p.median_ms / 1e3 for p in found]
                 line = fit(at, seconds)
-                each = f"{line.fixed * 1e6:.0f} µs + {line.slope * 1e6:.1f} µs each"
-                ax.plot(at, seconds, "o", color=colour, label=f"{peer}: {each}")
+                each = f"{line.fixed * 1e6:.3g} µs + {line.slope * 1e6:.3g} µs each"
+                ax.plot(at, seconds, "o", color=colour, label=f"{label}: {each}")
                 ax.plot(at, [line.fixed + line.slope * a for a in at], ":", color=colour)
-        ax.set(xscale="log", yscale="log", xlabel=along, title=f"samplers.{study}")
+        ax.set(xscale="log", yscale="log", xlabel=fixed[along], title=f"samplers.{study}")
         ax.yaxis.set_major_formatter(FuncFormatter(_seconds))
         ax.legend(fontsize=7.5)
 
 
-def _peers(results: Results) -> tuple[tuple[str, str], ...]:
-    return (EAGER, _EAGER), (COMPILE, _COMPILE), (results.ours, _OURS), (OURS_COMPILED, _COMPILED_OURS)
+def _peers(results: Results) -> tuple[tuple[str, str, str], ...]:
+    """Peer, colour, label."""
+    return (
+        (EAGER, _EAGER, EAGER),
+        (COMPILE, _COMPILE, COMPILE),
+        (results.ours, _OURS, "dae_fast"),
+        (OURS_COMPILED, _COMPILED_OURS, "dae_fast in torch.compile"),
+    )
 
 
 def _along(points: Sequence[Point], study: str, along: str, peer: str) -> list[Point]:

@@ -154,7 +154,8 @@ def run(setting: Setting, names: Sequence[str], *, budget_s: float) -> list[Row]
             calls[name] = call
             facts[name] = {
                 "least_bytes": least,
-                "moved_bytes": compiled.count if name == COMPILE else moved_bytes(call, x.numel()),
+                # None where torch sees nothing of it, as in numpy.
+                "moved_bytes": (compiled.count if name == COMPILE else moved_bytes(call, x.numel())) or None,
                 "peak_bytes": used.peak_bytes,
                 "tensors_allocated": used.tensors,
                 "small_bytes_allocated": used.small_bytes,

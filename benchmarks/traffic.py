@@ -6,7 +6,6 @@ A count of what the kernels are given, not a reading of the memory's own counter
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -90,6 +89,7 @@ class CompiledBytes:
 @contextmanager
 def compiled_bytes() -> Iterator[CompiledBytes]:
     """By one call of the graphs that torch.compile compiles in this block, by inductor's own count."""
+    from torch._functorch import config as functorch_config
     from torch._inductor import compile_fx, config, metrics
 
     found, before = CompiledBytes(), metrics.num_bytes_accessed
@@ -99,8 +99,8 @@ def compiled_bytes() -> Iterator[CompiledBytes]:
     log.addFilter(silence)
     log.setLevel(logging.INFO)  # inductor counts for its log alone
     try:
-        with config.patch(force_disable_caches=True), warnings.catch_warnings():  # a graph from the cache has no count
-            warnings.filterwarnings("ignore", message="dynamo_pgo force disabled")
+        # A graph from a cache has no count.
+        with config.patch(fx_graph_cache=False), functorch_config.patch(enable_autograd_cache=False):
             yield found
     finally:
         log.setLevel(level)
