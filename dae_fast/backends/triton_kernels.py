@@ -234,29 +234,40 @@ def at(pointer, row, first, D, sizes, strides, LANES: tl.constexpr, V: tl.conste
 
 
 @triton.jit
-def table_row(table, index, levels, row, K: tl.constexpr, SHARED: tl.constexpr):
-    """Address of each row's coefficients, and whether its level lies inside the table (None: it does).
-
-    The level is index[row], or the row itself; SHARED: one level for all.
-    """
-    if index is not None:
-        level = tl.load(index + row).to(tl.int64)
-        return table + level * K, (level >= 0) & (level < levels)
-    elif SHARED:
-        return table, None
-    else:
-        return table + row * K, None
-
-
-@triton.jit
 def coefficient(address, inside, COLUMN: tl.constexpr):
-    """NaN outside the table; None (0) for a negative column."""
     if COLUMN < 0:
-        return None
+        return 0.0
     elif inside is None:
         return tl.load(address + COLUMN)
     else:
         return tl.load(address + COLUMN, mask=inside, other=float("nan"))
+
+
+@triton.jit
+def coefficients(
+    table,
+    index,
+    levels,
+    row,
+    K: tl.constexpr,
+    SHARED: tl.constexpr,
+    C0: tl.constexpr,
+    C1: tl.constexpr,
+    C2: tl.constexpr,
+):
+    """Three columns of each row's level: index[row], or the row itself, or (SHARED) one for all.
+
+    NaN for a level outside the table, of which nothing is read; 0 for a negative column. Read before the
+    loop: in it the compiler would have to read them again after every store.
+    """
+    inside = None
+    if index is not None:
+        level = tl.load(index + row).to(tl.int64)
+        inside = (level >= 0) & (level < levels)
+        table += level * K
+    elif not SHARED:
+        table += row * K
+    return coefficient(table, inside, C0), coefficient(table, inside, C1), coefficient(table, inside, C2)
 
 
 @triton.jit
@@ -271,14 +282,14 @@ def mul_add(a, b, c):
 
 
 @triton.jit
-def affine(c0, x, c1, y, c2, z):
-    """c0*x + c1*y + c2*z without the products of which a factor is None."""
+def affine(c0, x, c1, y, c2, z, C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr):
+    """c0*x + c1*y + c2*z without the products whose column is negative or whose input is None."""
     total = None
-    if c2 is not None and z is not None:
+    if C2 >= 0 and z is not None:
         total = c2 * z
-    if c1 is not None and y is not None:
+    if C1 >= 0 and y is not None:
         total = mul_add(c1, y, total)
-    if c0 is not None and x is not None:
+    if C0 >= 0 and x is not None:
         total = mul_add(c0, x, total)
     return total
 
@@ -344,20 +355,21 @@ def affine_kernel(
         D = D // V * V  # says that V divides D
     DTYPE: tl.constexpr = out.dtype.element_ty
     C: tl.constexpr = table.dtype.element_ty  # the compute type
-    address, inside = table_row(table, index, levels, row, K, SHARED)
     if NOISE != NO_NOISE:
         seed, offset = row_key(seed, offset, key, sample, first_sample, row, NOISE)
-    # Read here: in the loop the compiler would have to read them after every store again.
-    c0 = coefficient(address, inside, COLUMNS[0])
-    c1 = coefficient(address, inside, COLUMNS[1])
-    c2 = coefficient(address, inside, COLUMNS[2])
+    C0: tl.constexpr = COLUMNS[0]
+    C1: tl.constexpr = COLUMNS[1]
+    C2: tl.constexpr = COLUMNS[2]
+    c0, c1, c2 = coefficients(table, index, levels, row, K, SHARED, C0, C1, C2)
     if out2 is not None:
-        d0 = coefficient(address, inside, COLUMNS[3])
-        d1 = coefficient(address, inside, COLUMNS[4])
-        d2 = coefficient(address, inside, COLUMNS[5])
+        D0: tl.constexpr = COLUMNS[3]
+        D1: tl.constexpr = COLUMNS[4]
+        D2: tl.constexpr = COLUMNS[5]
+        d0, d1, d2 = coefficients(table, index, levels, row, K, SHARED, D0, D1, D2)
     if CLAMP is not None:
-        a0 = coefficient(address, inside, CLAMP[0])
-        a1 = coefficient(address, inside, CLAMP[1])
+        A0: tl.constexpr = CLAMP[0]
+        A1: tl.constexpr = CLAMP[1]
+        a0, a1, _ = coefficients(table, index, levels, row, K, SHARED, A0, A1, -1)
         low = as_double(low).to(C)
         high = as_double(high).to(C)
     begin = tl.program_id(0) * steps
@@ -377,13 +389,13 @@ def affine_kernel(
         if NOISE != NO_NOISE:
             zv = normals(seed, offset, first, ROWS, LANES, V, NVIDIA).to(C)
         if CLAMP is not None:
-            yv = affine(a0, xv, a1, yv, None, None)
+            yv = affine(a0, xv, a1, yv, 0.0, None, A0, A1, -1)
             # Comparisons, not minimum and maximum: NaN passes through.
             yv = tl.where(yv < low, low, tl.where(yv > high, high, yv))
         if out2 is not None:
-            v2 = affine(d0, xv, d1, yv, d2, zv)
+            v2 = affine(d0, xv, d1, yv, d2, zv, D0, D1, D2)
             tl.store(at(out2, row, first, D, sizes, out2_strides, LANES, V), narrow(v2, DTYPE), mask=live)
-        v = affine(c0, xv, c1, yv, c2, zv)
+        v = affine(c0, xv, c1, yv, c2, zv, C0, C1, C2)
         tl.store(at(out, row, first, D, sizes, out_strides, LANES, V), narrow(v, DTYPE), mask=live)
 
 
@@ -459,11 +471,9 @@ def residual_kernel(
     if ALIGNED:
         D = D // V * V  # says that V divides D
     C: tl.constexpr = table.dtype.element_ty  # the compute type
-    address, inside = table_row(table, index, levels, row, K, SHARED)
     if NOISE != NO_NOISE:
         seed, offset = row_key(seed, offset, key, sample, first_sample, row, NOISE)
-    n1 = coefficient(address, inside, N1)
-    n2 = coefficient(address, inside, N2)
+    _, n1, n2 = coefficients(table, index, levels, row, K, SHARED, -1, N1, N2)
     if grad is not None:
         scale = as_double(factor)
         if weight is not None:
@@ -488,9 +498,7 @@ def residual_kernel(
             zv = tl.load(at(z, row, first, D, sizes, z_strides, LANES, V), mask=live).to(C)
         if NOISE != NO_NOISE:
             zv = normals(seed, offset, first, ROWS, LANES, V, NVIDIA).to(C)
-        minus_target = affine(None, None, n1, yv, n2, zv)
-        if minus_target is not None:
-            r += minus_target
+        r = affine(1.0, r, n1, yv, n2, zv, 0, N1, N2)
         keep = live
         if mask is not None:
             keep = live & (tl.load(at(mask, row, first, D, sizes, mask_strides, LANES, V), mask=live, other=0) != 0)
