@@ -21,6 +21,9 @@ from dae_fast.backends import triton as backend
 if backend.available():
     pytest.skip(backend.available(), allow_module_level=True)
 
+gpu = pytest.mark.gpu
+on_a_gpu = pytest.mark.skipif(backend.INTERPRETED, reason="needs a GPU")
+
 DEVICE = torch.device("cpu" if backend.INTERPRETED else "cuda")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Around the lanes of every element size, the short-row tiles and the long ones.
@@ -413,3 +416,63 @@ def test_nothing_to_do(shape: tuple[int, ...]) -> None:
     assert torch.equal(per_sample, torch.zeros(shape[0], device=DEVICE)) and loss == 0 and grad.shape == shape
     assert torch.equal(backend.row_dots(x, x, None, None, None), x.new_zeros(shape[0], 3, dtype=torch.float64))
     assert backend.normal(df.Noise(0), shape[0], 0, x.dtype, DEVICE).shape == (shape[0], 0)
+
+
+# What only a GPU has
+
+
+@gpu
+@on_a_gpu
+def test_no_synchronisation_and_no_recompilation() -> None:
+    x, table = randn(64, 784), table_of(torch.float32, rows=64)
+    index = levels(64, 64)
+
+    def calls(seed: int) -> None:
+        backend.affine("op", x, None, None, df.Noise(seed), table, index, (0, -1, 1))
+        backend.residual("op", x, None, None, df.Noise(seed), table, index, (1, 2), None, None, 1, True, True)
+
+    calls(1)
+    compiled = len(backend._compiled)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for seed in (2, 16, 2**40):
+            calls(seed)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(backend._compiled) == compiled
+
+
+@gpu
+@on_a_gpu
+def test_graphs_replay_with_new_keys_on_two_streams() -> None:
+    x, table = randn(64, 784), table_of(torch.float32, rows=64)
+    keys = [torch.tensor([seed, 0], device=DEVICE) for seed in (1, 2)]
+
+    def loss(key: Tensor) -> Tensor:
+        return backend.residual("op", x, None, None, df.Noise(key), table, None, (1, 2), None, None, 1, True, True)[1]
+
+    loss(keys[0])
+    graphs, results = [], []
+    for key in keys:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results.append(loss(key))
+        graphs.append(graph)
+    for key in keys:
+        key += 5
+    torch.cuda.synchronize()
+    for graph in graphs:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            graph.replay()
+    torch.cuda.synchronize()
+    for key, result in zip(keys, results, strict=True):
+        assert torch.equal(result, loss(key))
+
+
+@gpu
+@on_a_gpu
+def test_losses_have_the_same_bits_every_run() -> None:
+    x = randn(256, 16384)
+    call = "op", x, None, None, df.Noise(1), table_of(x.dtype, rows=1), None, (1, 2), None, None, 1, True, False
+    wanted = backend.residual(*call)[1]
+    assert all(torch.equal(backend.residual(*call)[1], wanted) for _ in range(50))

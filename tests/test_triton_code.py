@@ -48,3 +48,8 @@ def test_amd_compiles(compiled: Any) -> None:
 def test_every_way_compiles(compiled: Any) -> None:
     assert len(compiled["variants"]) >= 20
     assert not any(compiled["variants"].values()), "bytes of stack"
+
+
+def test_values_do_not_recompile(compiled: Any) -> None:
+    """Neither a new seed nor another batch: integers are 64 bits wide, whatever they hold."""
+    assert compiled["compilations"] == 1

@@ -184,6 +184,29 @@ def compile_case(case: Case, dtype: torch.dtype, target: GPUTarget) -> Any:
     return backend.compile_for(target, kernel, args)
 
 
+def sources_of(calls: list[Callable[[], Any]]) -> int:
+    """How many compilations the calls make."""
+    return len({backend.source(*launched(call)).hash() for call in calls})
+
+
+def values_that_differ() -> list[Callable[[], Any]]:
+    """Calls alike in all but values: 1 and multiples of 16, which Triton would compile for, 32 bits and 64."""
+    x = torch.empty(LONG)
+    noises = [df.Noise(seed, first_sample=first) for seed, first in ((1, 1), (16, 0), (2**40, 2**40), (-1, 3))]
+    calls = [
+        lambda noise=noise: backend.affine("op", x, None, None, noise, table(x.dtype), LEVELS, (0, -1, 1))
+        for noise in noises
+    ]
+    for B, D in ((1, 4096), (16, 4096), (17, 8192), (64, 2**16)):
+        given = torch.empty(B, D), df.Noise(B), LEVELS[:1].expand(B)
+        calls.append(
+            lambda given=given: backend.affine(
+                "op", given[0], None, None, given[1], table(x.dtype), given[2], (0, -1, 1)
+            )
+        )
+    return calls
+
+
 def stack_of(call: Callable[[], Any]) -> int:
     """Bytes of stack of what a call launches, on sm_90."""
     usage = tool("cuobjdump", "-res-usage", cubin=backend.compile_for(NVIDIA["sm_90"], *launched(call)).asm["cubin"])
@@ -251,7 +274,16 @@ def main() -> None:
         ]
         scratch = {case.name: amd_scratch(case) for case in _TYPICAL}
         stacks = {name: stack_of(call) for name, call in VARIANTS.items()}
-        print(json.dumps({"nvidia": made, "gfx942": scratch, "variants": stacks}))
+        print(
+            json.dumps(
+                {
+                    "nvidia": made,
+                    "gfx942": scratch,
+                    "variants": stacks,
+                    "compilations": sources_of(values_that_differ()),
+                }
+            )
+        )
         return
     print(f"triton {triton.__version__}")
     for arch in sys.argv[1:] or ["sm_90"]:

@@ -408,9 +408,7 @@ def residual(
     A mask costs a second launch: how many elements count must be known first.
     """
     shape, device = pred.shape, pred.device
-    compute = table.dtype
-    per_sample = torch.empty(shape[0], dtype=compute, device=device)
-    loss = torch.empty((), dtype=compute, device=device)
+    per_sample, loss = table.new_empty(shape[0]), table.new_empty(())
     grad = (torch.empty_like(pred) if made is None else made) if want_grad else None
     if made is not None and upstream is None:
         return per_sample, loss, made
