@@ -37,7 +37,7 @@ class Results:
     def __init__(self, source: Path) -> None:
         self.files = [source, growth_file(source)]
         self.rows, self.environment = read_csv(source)
-        self.points, _ = read_csv(growth_file(source), Point)
+        self.points, self.growth_environment = read_csv(growth_file(source), Point)
         self.groups = by_setting(self.rows)
         self.ours = self.environment["backend"]
 
@@ -99,7 +99,8 @@ def _draw(results: Results, draw: Draw, size: tuple[float, float], theme: str, p
     with mpl.rc_context(style):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure, results)
-        figure.text(0.0, -0.005, described(results.environment), fontsize=6.5, va="top", alpha=0.8)
+        where = results.growth_environment if draw in (_memory, _growth) else results.environment
+        figure.text(0.0, -0.005, described(where), fontsize=6.5, va="top", alpha=0.8)
         metadata = {"Date": None, "Description": f"data {results.digest}"}
         figure.savefig(path, transparent=True, metadata=metadata, bbox_inches="tight")
 
@@ -209,7 +210,10 @@ def _memory(figure: Figure, results: Results) -> None:
     ax = figure.subplots()
     for peer, colour, label in _peers(results):
         points = _along(results.points, "training step", "batch", peer)
-        ax.plot([p.at for p in points], [(p.peak_bytes or 0) / 2**20 for p in points], "o-", color=colour, label=label)
+        # Two may lie on each other.
+        style = {"linestyle": "--", "markersize": 3} if peer == OURS_COMPILED else {"linestyle": "-", "markersize": 6}
+        peaks = [(p.peak_bytes or 0) / 2**20 for p in points]
+        ax.plot([p.at for p in points], peaks, "o", color=colour, label=label, **style)
     ax.set(
         xlabel="batch of 4x64x64 float32 latents", ylabel="MiB at the peak of a step", xlim=(0, None), ylim=(0, None)
     )

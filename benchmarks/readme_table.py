@@ -59,10 +59,11 @@ def markdown(rows: Sequence[Row], environment: Environment) -> str:
                 f"{row.copy_share:.0%}" if row and row.copy_share else "",
             ]
             lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "<details><summary>Limits, time over size, memory, threads and samplers</summary>"]
     for name in pictures.PICTURES:
         if name != "speedup":
-            lines += ["", *_picture(environment, name)]
-    return "\n".join(lines)
+            lines += ["", f"{pictures.PICTURES[name][2]}:", "", *_picture(environment, name)]
+    return "\n".join([*lines, "", "</details>"])
 
 
 def replaced(text: str, block: str) -> str:
