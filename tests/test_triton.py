@@ -224,14 +224,24 @@ def test_words_are_the_reference_s(D: int) -> None:
     assert torch.equal(backend.words(noise, 3, D, DEVICE), reference.words(noise, 3, D, DEVICE))
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("case", VECTORS["rows"], ids=lambda c: f"seed-{c['seed']}")
-def test_normals_of_the_vectors(case: dict) -> None:
+def test_normals_of_the_vectors(case: dict, dtype: torch.dtype) -> None:
     """Within 4 units in the last place of the exact normal, or 2^-23 near zero."""
     noise = df.Noise(case["seed"], sample=torch.tensor(case["sample"], device=DEVICE)).fold_in(case["fold_in"])
-    got = backend.normal(noise, len(case["sample"]), max(case["element"]) + 1, torch.float64, DEVICE)
+    got = backend.normal(noise, len(case["sample"]), max(case["element"]) + 1, dtype, DEVICE)
     wanted = torch.tensor(case["value"], dtype=torch.float64, device=DEVICE)
     error = (got[:, case["element"]] - wanted).abs()
     assert (error <= torch.clamp(wanted.abs() * 4 * 2.0**-24, min=2.0**-23)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_normals_are_those_of_fp32(dtype: torch.dtype) -> None:
+    """Each type has lanes of its own."""
+    noise = df.Noise(8)
+    for B, D in ((2, 1025), (5, 9)):
+        wanted = backend.normal(noise, B, D, torch.float32, DEVICE).to(dtype)
+        assert torch.equal(backend.normal(noise, B, D, dtype, DEVICE), wanted)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -383,14 +393,21 @@ def test_residual_level_out_of_range_is_nan() -> None:
     assert grad.isnan().all(1).tolist() == [False, True, False]
 
 
-def test_residual_ticket_starts_again() -> None:
-    """The same bits from one call to the next, whoever finishes last."""
-    pred = randn(3, 5000)
-    results = [
-        backend.residual("op", pred, None, pred, None, table_of(pred.dtype), None, (-1, 1), None, None, 1, True, False)
-        for _ in range(3)
-    ]
-    assert all(torch.equal(r[1], results[0][1]) for r in results)
+@pytest.mark.parametrize("D", (5000, 40))
+def test_residual_ticket_starts_again(D: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A workspace serves call after call, and only the last program reads it: here it is poisoned before each."""
+    pred = randn(300 if D < 100 else 3, D)
+    sums, ticket = backend._new_workspace(DEVICE, 4096)
+    monkeypatch.setattr(backend, "_workspace", lambda call: (sums, ticket))
+    losses = []
+    for _ in range(2):
+        sums.fill_(torch.nan)
+        table = table_of(pred.dtype, rows=1)
+        losses.append(
+            backend.residual("op", pred, None, pred, None, table, None, (-1, 1), None, None, 1, True, False)[1]
+        )
+        assert ticket == 0
+    assert torch.equal(losses[0], losses[1]) and losses[0].isfinite()
 
 
 def test_row_dots() -> None:
