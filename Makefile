@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench profile clean
 
 demo: .venv/demo
 	$(BIN)/python examples/train_digits.py
@@ -17,6 +17,10 @@ test: .venv/test
 
 bench: .venv/test
 	$(BIN)/python -m benchmarks
+
+# PROFILE="--task U-Net --steps 50", say. Nsight Systems where nsys is on the PATH, torch.profiler elsewhere.
+profile: .venv/test
+	$(BIN)/python -m benchmarks.profile $(PROFILE)
 
 # An environment with the extra of that name. torch first and by itself: a later "torch" requirement
 # must find it installed.

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sysconfig
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pybind11
@@ -49,8 +50,18 @@ CUDA_ELEMENTS = {"f32": "float", "f64": "double", "bf16": "__nv_bfloat16", "f16"
 CUDA_FLAGS = "-std=c++17 -O3 -fmad=false -Xfatbin -compress-all -Xcompiler -fPIC,-fvisibility=hidden"
 
 
+def nvtx_include() -> str:
+    """The compiler's flag for the NVTX headers, of the nvidia-nvtx wheel or of a CUDA toolkit; "" without them."""
+    nvidia = find_spec("nvidia")
+    wheels = [Path(place) / "cu13" for place in (nvidia.submodule_search_locations or ())] if nvidia else []
+    for home in (*wheels, Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))):
+        if (home / "include" / "nvtx3" / "nvToolsExt.h").exists():
+            return f"-isystem {home / 'include'}"
+    return ""
+
+
 def core_ninja(ninja: Writer, target: Path) -> None:
-    includes = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
+    includes = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')} {nvtx_include()}"
     extra = os.environ.get("CXXFLAGS", "")
     ninja.variable("cxx", os.environ.get("CXX", "c++"))
     ninja.variable("cflags", f"{CFLAGS} {includes} {extra}")

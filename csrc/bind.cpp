@@ -12,6 +12,7 @@
 
 #include "api.h"
 #include "cpu/dispatch.h"
+#include "nvtx.h"
 #include "plain.h"
 #include "tensor.h"
 
@@ -195,5 +196,9 @@ PYBIND11_MODULE(_core, m) {
     if (q.device < 0) return std::nullopt;
     return std::pair(q.device, reinterpret_cast<uintptr_t>(q.stream));
   });
+  m.attr("nvtx_built") = nvtx::kBuilt;
+  m.def("nvtx_listens", &nvtx::listens);
+  m.def("nvtx_push", &nvtx::push);
+  m.def("nvtx_pop", &nvtx::pop);
   add_plain(m.ptr());
 }

@@ -1,12 +1,15 @@
 #include "plain.h"
 
+#include "nvtx.h"
+
 namespace dae {
 
 namespace {
 
 // What is asked of torch at every call.
 struct TorchState {
-  PyObject *is_grad_enabled, *in_functorch, *dispatch_modes, *function_modes, *forward_ad, *current_stream, *empty_like;
+  PyObject *is_grad_enabled, *in_functorch, *dispatch_modes, *function_modes, *forward_ad, *profiling, *current_stream,
+      *empty_like;
   PyObject *current_level;  // the name of an attribute
 
   static PyObject* member(const char* module, const char* name) {
@@ -21,6 +24,7 @@ struct TorchState {
                       member("torch._C", "_len_torch_dispatch_stack"),
                       member("torch._C", "_is_torch_function_mode_enabled"),
                       member("torch.autograd", "forward_ad"),
+                      member("torch.autograd", "_profiler_enabled"),
                       nullptr,
                       member("torch", "empty_like"),
                       Owned(PyUnicode_InternFromString("_current_level")).release()};
@@ -38,10 +42,11 @@ bool g_pretend_gpu = false;
 
 bool asks_true(PyObject* function) { return is_true(Owned(PyObject_CallNoArgs(function))); }
 
-// No transform, mode or dual level around the call.
+// No transform, mode or dual level around the call, and nobody who wants its range (dae_fast/ranges.py).
 bool nothing_around(const TorchState& torch) {
-  return !asks_true(torch.in_functorch) && to_int(Owned(PyObject_CallNoArgs(torch.dispatch_modes))) == 0 &&
-         !asks_true(torch.function_modes) && to_int(attribute(torch.forward_ad, torch.current_level)) < 0;
+  return !nvtx::listens() && !asks_true(torch.profiling) && !asks_true(torch.in_functorch) &&
+         to_int(Owned(PyObject_CallNoArgs(torch.dispatch_modes))) == 0 && !asks_true(torch.function_modes) &&
+         to_int(attribute(torch.forward_ad, torch.current_level)) < 0;
 }
 
 // A dense tensor that kernels read as it lies in memory.

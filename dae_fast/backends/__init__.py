@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ranges import Named, listening
 from . import reference
 
 NAMES = ("reference", "native", "triton")
@@ -81,13 +82,15 @@ def has_kernels(x: Tensor, op: str) -> bool:
 
 def kernels(x: Tensor, op: str) -> Any:
     """The backend module that runs `op` on x's device, which has one."""
-    return _required(_choice(x, op), op, x.device)
+    module = _required(_choice(x, op), op, x.device)
+    return Named(module, op) if listening() else module
 
 
-def kernels_of(device: torch.device, op: str) -> Any:
+def kernels_of(x: Tensor, op: str) -> Any:
     """What a traced op calls when it runs: there is no way back to plain torch by then."""
-    forced = _forced not in (None, "reference") and supports(str(_forced), device)
-    return _required(_forced if forced else _default.get(device.type), op, device)
+    forced = _forced not in (None, "reference") and supports(str(_forced), x.device)
+    module = _required(_forced if forced else _default.get(x.device.type), op, x.device)
+    return Named(module, op) if listening() else module
 
 
 def _required(name: str | None, op: str, device: torch.device) -> Any:

@@ -32,6 +32,7 @@ use_isa = _core.use_isa
 max_threads = _core.max_threads
 philox4x32_10 = _core.philox4x32_10
 use_plain = _core.use_plain
+nvtx_built = _core.nvtx_built
 
 if (_wanted := os.environ.get("DAE_FAST_CPU_ISA")) is not None:
     try:

@@ -52,9 +52,7 @@ def _noise(key: Tensor | None, sample: Tensor | None, first_sample: int) -> Nois
 def _affine2(
     x: Any, y: Any, z: Any, table: Any, index: Any, key: Any, sample: Any, first: Any, columns: Any, op: Any
 ) -> Any:
-    return kernels_of(x.device, op).affine(
-        op, x, y, z, _noise(key, sample, first), *_dense(table, index), tuple(columns)
-    )
+    return kernels_of(x, op).affine(op, x, y, z, _noise(key, sample, first), *_dense(table, index), tuple(columns))
 
 
 def _affine(*args: Any) -> Tensor:
@@ -67,7 +65,7 @@ def _sample_means(
 ) -> Tensor:
     noise = _noise(key, sample, first)
     number = REDUCTIONS.index("none")
-    means, _, _ = kernels_of(pred.device, op).residual(
+    means, _, _ = kernels_of(pred, op).residual(
         op, pred, y, z, noise, *_dense(table, index), COLUMNS[1:], mask, None, number, False, False
     )
     return means
@@ -87,7 +85,7 @@ def _residual_grad(
     op: Any,
 ) -> Tensor:
     noise, number = _noise(key, sample, first), REDUCTIONS.index("none")
-    _, _, grad = kernels_of(pred.device, op).residual(
+    _, _, grad = kernels_of(pred, op).residual(
         op, pred, y, z, noise, *_dense(table, index), COLUMNS[1:], mask, upstream, number, False, True
     )
     assert grad is not None
@@ -97,13 +95,13 @@ def _residual_grad(
 def _fill(op: str, key: Tensor, sample: Tensor | None, first: int, B: int, D: int, dtype: torch.dtype) -> Tensor:
     noise = _noise(key, sample, first)
     assert noise is not None
-    module = kernels_of(key.device, op)
+    module = kernels_of(key, op)
     return module.words(noise, B, D, key.device) if op == "bits" else module.normal(noise, B, D, dtype, key.device)
 
 
 def _fold_in(key: Tensor, data: Tensor) -> Tensor:
     noise = _noise(key, None, 0)
-    folded: Tensor = kernels_of(key.device, "fold_in").fold_in_tensor(noise, data)
+    folded: Tensor = kernels_of(key, "fold_in").fold_in_tensor(noise, data)
     return folded
 
 
