@@ -187,7 +187,7 @@ def _size(figure: Figure, results: Results) -> None:
                 line = fit(values, seconds)
                 ax.plot(values, [line.fixed + line.slope * v for v in values], ":", color=mpl.rcParams["text.color"])
                 ax.text(
-                    0.97, 0.04, f"{line.fixed * 1e6:.3g} µs + {line.slope * 1e9:.2g} ns/value", ha="right",
+                    0.03, 0.93, f"{line.fixed * 1e6:.3g} µs + {line.slope * 1e9:.2g} ns/value", va="top",
                     transform=ax.transAxes, fontsize=8,
                 )  # fmt: skip
         ax.set(xscale="log", yscale="log", title=case)
@@ -280,7 +280,7 @@ def _seconds(value: float, _: object) -> str:
 PICTURES: dict[str, tuple[Draw, tuple[float, float], str]] = {
     "speedup": (_speedup, (10, 6), "How many times as fast as eager PyTorch and torch.compile every op is"),
     "roofline": (_roofline, (7.5, 4.2), "Values per second over bytes moved per value, against the measured limits"),
-    "size": (_size, (10, 4.6), "Time of the main ops from 32 values to 67 million"),
+    "size": (_size, (10, 4.6), "Time of the main ops over the number of values, tiny to large"),
     "memory": (_memory, (6, 3.4), "Peak memory of a training step over the batch size"),
     "growth": (_growth, (9, 6), "Thread scaling, and the samplers over chains and steps"),
 }
