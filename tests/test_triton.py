@@ -208,6 +208,16 @@ def test_coefficients_of_absent_inputs() -> None:
     check_residual(x, None, None, None, table, None, (1, 2))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_coefficient_gives_zeros(dtype: torch.dtype) -> None:
+    """The gradient of an input that only one of two outputs reads, or none."""
+    x = randn(2, 8, dtype=dtype)
+    for columns in ((-1, -1, -1), (-1, -1, -1, 1, -1, -1), (1, -1, -1, -1, -1, -1)):
+        got = backend.affine("op", x, None, None, None, table_of(dtype), None, columns)
+        for k, o in enumerate(got):
+            assert (o == 0).all() == (columns[3 * k] < 0)
+
+
 def test_nan_passes_the_clamp() -> None:
     x = randn(2, 8)
     x[0, 3] = torch.nan

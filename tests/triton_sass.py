@@ -130,6 +130,7 @@ def _variants() -> dict[str, Callable[[], Any]]:
         "gradient made again": lambda: residual(x, None, None, 1, False, True, one, torch.empty(LONG)),
         "row_dots of rows of 2": lambda: backend.row_dots(short, short, None, short, None),
         "row_dots of channels_last": lambda: backend.row_dots(last, x, None, None, in_memory),
+        "no coefficient": lambda: backend.affine("op", x, None, None, None, f32, None, (-1, -1, -1, 0, -1, -1)),
         "words": lambda: backend.words(NOISE, 64, 785, "cpu", fold=False),
         "normals": lambda: backend.normal(in_memory, 64, 2, torch.float16, "cpu"),
         "fold_in": lambda: backend.fold_in_tensor(in_memory, 3),

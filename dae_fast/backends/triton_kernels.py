@@ -283,7 +283,7 @@ def mul_add(a, b, c):
 
 @triton.jit
 def affine(c0, x, c1, y, c2, z, C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr):
-    """c0*x + c1*y + c2*z without the products whose column is negative or whose input is None."""
+    """c0*x + c1*y + c2*z without the products whose column is negative or whose input is None; 0 without any."""
     total = None
     if C2 >= 0 and z is not None:
         total = c2 * z
@@ -291,6 +291,8 @@ def affine(c0, x, c1, y, c2, z, C0: tl.constexpr, C1: tl.constexpr, C2: tl.const
         total = mul_add(c1, y, total)
     if C0 >= 0 and x is not None:
         total = mul_add(c0, x, total)
+    if total is None:
+        total = tl.zeros([1, 1], tl.float32)
     return total
 
 
@@ -299,7 +301,7 @@ def narrow(value, DTYPE: tl.constexpr):
     """Rounded to nearest."""
     if INTERPRETED and DTYPE.is_bf16():
         bits = value.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
         value = tl.where(value == value, rounded, value)
     return value.to(DTYPE)
 
