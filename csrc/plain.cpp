@@ -80,23 +80,22 @@ class PlainAffine {
     x_ = a[1];
     if (!is_plain_tensor(x_) || !read_dtype(x_, args_.batch.dtype)) return false;
     device_ = device_number(x_);
-    if (device_ < 0 ? !is_true(attribute(x_, names().is_cpu)) : !is_true(attribute(x_, names().is_cuda)) || !cuda_api())
-      return false;
+    if (!is_on_device(x_) || (device_ >= 0 && !cuda_api())) return false;
     const Owned shape = attribute(x_, names().shape), dtype = attribute(x_, names().dtype);
     if (!read_shape(shape.get())) return false;
     const bool grad = asks_true(torch.is_grad_enabled);
+    for (int i = 0; i < 6; ++i)
+      args_.columns[i] = i < 3 ? static_cast<int>(PyLong_AsLong(PyTuple_GET_ITEM(a[0], i))) : kAbsent;
     Operand* operands[] = {&args_.x, &args_.y, &args_.z};
     for (int k = 0; k < 3; ++k) {
       PyObject* t = a[1 + k];
       if (t == Py_None) continue;
-      if (k && !(is_plain_tensor(t) && attribute(t, names().dtype).get() == dtype.get() && device_number(t) == device_ &&
+      if (k && !(is_plain_tensor(t) && attribute(t, names().dtype).get() == dtype.get() && is_on_device(t) &&
                  PyObject_RichCompareBool(attribute(t, names().shape).get(), shape.get(), Py_EQ) == 1))
         return false;
       if (grad && is_true(attribute(t, names().requires_grad))) return false;
-      operands[k]->data = address(t);
+      if (args_.columns[k] != kAbsent) operands[k]->data = address(t);
     }
-    for (int i = 0; i < 6; ++i)
-      args_.columns[i] = i < 3 ? static_cast<int>(PyLong_AsLong(PyTuple_GET_ITEM(a[0], i))) : kAbsent;
     return read_its_noise(a[4]) && read_source(a[5], a[6], grad);
   }
 
@@ -109,15 +108,20 @@ class PlainAffine {
     return args_.batch.B && args_.batch.D;
   }
 
+  // Of the CPU, number -1, or of a GPU; there are others with the same numbers.
+  bool is_on_device(PyObject* t) const {
+    return device_number(t) == device_ && is_true(attribute(t, device_ < 0 ? names().is_cpu : names().is_cuda));
+  }
+
   bool is_of_samples(PyObject* t) const {
-    return first_size(t) == args_.batch.B && device_number(t) == device_ && is_plain_tensor(t);
+    return first_size(t) == args_.batch.B && is_on_device(t) && is_plain_tensor(t);
   }
 
   bool read_its_noise(PyObject* noise) {
     if (noise == Py_None) return true;
     const Owned sample = attribute(noise, names().sample), key = attribute(noise, names().key_tensor);
     if (sample.get() != Py_None && !is_of_samples(sample.get())) return false;
-    if (key.get() != Py_None && (!is_plain_tensor(key.get()) || device_number(key.get()) != device_)) return false;
+    if (key.get() != Py_None && !(is_plain_tensor(key.get()) && is_on_device(key.get()))) return false;
     args_.noise = read_noise(noise, false);
     return true;
   }

@@ -19,6 +19,13 @@ def module_of(backend: str) -> ModuleType:
     return df.backends.module("native" if backend == CUDA_ON_CPU else backend)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 @pytest.fixture(scope="session")
 def cuda_on_cpu_library(tmp_path_factory: pytest.TempPathFactory):
     from . import cuda_on_cpu

@@ -7,6 +7,8 @@ import torch
 
 import dae_fast as df
 
+from .conftest import GPU_CODE
+
 NOISE = df.Noise(0)
 LEVEL = df.Level(0.6, 0.8)
 SCHEDULE = df.Schedule.linear(1000)
@@ -234,8 +236,13 @@ CALLS = {
 }
 
 
+READ_ON_THE_CPU = ("level above", "level below", "level above, in a gradient")
+
+
 @pytest.mark.parametrize("name", CALLS)
-def test_message(name: str) -> None:
+def test_message(backend: str, name: str) -> None:
+    if backend in GPU_CODE and name in READ_ON_THE_CPU:
+        pytest.skip("on a GPU nobody looks at the levels: test_schedule.py finds NaN")
     call, error, message = CALLS[name]
     with pytest.raises(error, match=message):
         call()
@@ -274,8 +281,10 @@ def test_interleaved_targets_are_accepted() -> None:
     assert torch.equal(df.langevin_step(x, X, 0.1, NOISE, out=out), expected)
 
 
-def test_nothing_is_written_when_a_level_is_bad() -> None:
+def test_nothing_is_written_when_a_level_is_bad(backend: str) -> None:
     """The check comes before the first store."""
+    if backend in GPU_CODE:
+        pytest.skip("on a GPU nobody looks at the levels: test_schedule.py finds NaN")
     x = torch.randn(8, 4).requires_grad_()
     with pytest.raises(ValueError, match="level must be in"):
         df.add_noise(x, NOISE, SCHEDULE[torch.full((8,), 5000)])
@@ -283,5 +292,5 @@ def test_nothing_is_written_when_a_level_is_bad() -> None:
 
 
 def test_unknown_backend() -> None:
-    with pytest.raises(ValueError, match="use_backend: name must be one of .* 'triton' or None, got 'gpu'"):
+    with pytest.raises(ValueError, match=r"use_backend: name must be one of .* 'triton' or None, got 'gpu'"):
         df.use_backend("gpu")

@@ -70,13 +70,15 @@ struct MaskParams {
 template <class Access>
 __global__ void __launch_bounds__(kThreads)
     mask_count_kernel(const __grid_constant__ MaskParams p, const __grid_constant__ Access access) {
-  constexpr int N = Access::template group<__half>;
+  using Memory = typename Access::template InUnit<__half>;
+  constexpr int N = Memory::N;
   __shared__ float groups[1][kMaxTile];
   const Unit unit = unit_at(p.cut, blockIdx.x);
+  const Memory memory(access, p.cut, unit);
   RowSums<float, 1> sums;
   for (int g = threadIdx.x; g < unit.groups; g += kThreads) {
     bool kept[N];
-    access.read_mask(0, p.cut, unit, g, kept);
+    memory.read_mask(0, g, kept);
     float count[1] = {0};
 #pragma unroll
     for (int i = 0; i < N; ++i) count[0] += kept[i] ? 1.0f : 0.0f;

@@ -11,9 +11,9 @@ constexpr int kMaxIterations = 4;  // groups that one thread handles, at most
 constexpr int kMaxTile = kThreads * kMaxIterations;
 constexpr int kMaxRows = 256;  // of one unit
 
-// Thread blocks that a multiprocessor must hold: as many as leave the registers that a thread needs, 48 to 80.
+// Thread blocks that a multiprocessor must hold: as many as leave the registers that a thread needs, 64 or 80.
 template <class T, class Access>
-constexpr int kBlocks = sizeof(T) == 8 ? 3 : (sizeof(T) == 4 ? 5 : 4) - Access::kRagged;
+constexpr int kBlocks = sizeof(T) == 8 || Access::kRagged ? 3 : 4;
 
 // A row is cut into groups, the values a thread handles at a time: 16 bytes, and whole Philox blocks. A
 // unit, the work of one thread block, is a stretch of one long row, or as many short rows as it holds.
@@ -72,34 +72,40 @@ struct Whole {
 
   __device__ bool has(int k) const { return data[k] != nullptr; }
 
-  __device__ static int64_t element(const Place& at, int group_size) { return at.group * group_size; }
+  // The operands of one unit.
+  template <class T>
+  class InUnit {
+   public:
+    static constexpr int N = group<T>;
 
-  template <class T, int N>
-  __device__ T* address(int k, const Cut& cut, const Unit& unit, int g) const {
-    return static_cast<T*>(data[k]) + unit.row * cut.D + (unit.begin + g) * N;
-  }
-  template <class T, int N>
-  __device__ void read(int k, const Cut& cut, const Unit& unit, int g, Pack<T, N>& pack) const {
-    pack = load_pack<T, N>(address<T, N>(k, cut, unit, g));
-  }
-  template <class T, int N>
-  __device__ void write(int k, const Cut& cut, const Unit& unit, int g, const Pack<T, N>& pack) const {
-    store_pack(address<T, N>(k, cut, unit, g), pack);
-  }
-  // A mask's N bytes, each 0 or 1.
-  template <int N>
-  __device__ void read_mask(int k, const Cut& cut, const Unit& unit, int g, bool (&kept)[N]) const {
-    uint32_t words[N / 4];
-    const uint8_t* from = address<uint8_t, N>(k, cut, unit, g);
-    if constexpr (N == 8) {
-      const uint2 two = *reinterpret_cast<const uint2*>(from);
-      words[0] = two.x, words[1] = two.y;
-    } else {
-      words[0] = *reinterpret_cast<const uint32_t*>(from);
-    }
+    __device__ __forceinline__ InUnit(const Whole& whole, const Cut& cut, const Unit& unit) : whole_(whole) {
+      first_ = unit.row * cut.D + unit.begin * N;
 #pragma unroll
-    for (int i = 0; i < N; ++i) kept[i] = (words[i / 4] >> 8 * (i % 4) & 0xffu) != 0;
-  }
+      for (int k = 0; k < K; ++k) at_[k] = static_cast<T*>(whole.data[k]) + first_;
+    }
+    // Of the group's first element, in its row.
+    __device__ __forceinline__ int64_t element(const Place& at) const { return at.group * N; }
+    __device__ __forceinline__ void read(int k, int g, Pack<T, N>& pack) const { pack = load_pack<T, N>(at_[k] + g * N); }
+    __device__ __forceinline__ void write(int k, int g, const Pack<T, N>& pack) const { store_pack(at_[k] + g * N, pack); }
+    // A mask's N bytes, each 0 or 1.
+    __device__ __forceinline__ void read_mask(int k, int g, bool (&kept)[N]) const {
+      const uint8_t* from = static_cast<const uint8_t*>(whole_.data[k]) + first_ + g * N;
+      uint32_t words[N / 4];
+      if constexpr (N == 8) {
+        const uint2 two = *reinterpret_cast<const uint2*>(from);
+        words[0] = two.x, words[1] = two.y;
+      } else {
+        words[0] = *reinterpret_cast<const uint32_t*>(from);
+      }
+#pragma unroll
+      for (int i = 0; i < N; ++i) kept[i] = (words[i / 4] >> 8 * (i % 4) & 0xffu) != 0;
+    }
+
+   private:
+    const Whole& whole_;
+    int64_t first_;
+    T* at_[K];
+  };
 };
 
 // Any strides. The host lists the dimensions in the order in which neighbouring threads take them. Grouped:
@@ -132,41 +138,49 @@ struct Strided {
     return at;
   }
 
-  // Of the group's first element, in the row.
-  __device__ int64_t element(const Place& at, int group_size) const {
-    return grouped ? locate(static_cast<uint32_t>(at.group), logical) : at.group * group_size;
-  }
+  template <class T>
+  class InUnit {
+   public:
+    static constexpr int N = group<T>;
 
-  template <class T, class Each>
-  __device__ void for_each(int k, const Cut& cut, const Unit& unit, int g, Each each) const {
-    const Place at = place_of(cut, unit, g);
-    T* row = static_cast<T*>(data[k]) + (unit.row + at.row) * batch_stride[k];
-    const uint32_t group = static_cast<uint32_t>(at.group);
-    const int64_t first = grouped ? locate(group, strides[k]) : 0;
-#pragma unroll
-    for (uint32_t i = 0; i < 4; ++i) {
-      if (grouped)
-        each(i, row + first + i * step[k]);
-      else if (4 * group + i < cut.D)
-        each(i, row + locate(4 * group + i, strides[k]));
+    __device__ InUnit(const Strided& strided, const Cut& cut, const Unit& unit) : s_(strided), cut_(cut), unit_(unit) {}
+    __device__ int64_t element(const Place& at) const {
+      return s_.grouped ? s_.locate(static_cast<uint32_t>(at.group), s_.logical) : at.group * N;
     }
-  }
-  template <class T, int N>
-  __device__ void read(int k, const Cut& cut, const Unit& unit, int g, Pack<T, N>& pack) const {
+    __device__ void read(int k, int g, Pack<T, N>& pack) const {
 #pragma unroll
-    for (int i = 0; i < N; ++i) pack.v[i] = T(0.0f);  // past the end of the row: adds nothing to a sum
-    for_each<T>(k, cut, unit, g, [&](int i, const T* from) { pack.v[i] = *from; });
-  }
-  template <class T, int N>
-  __device__ void write(int k, const Cut& cut, const Unit& unit, int g, const Pack<T, N>& pack) const {
-    for_each<T>(k, cut, unit, g, [&](int i, T* to) { *to = pack.v[i]; });
-  }
-  template <int N>
-  __device__ void read_mask(int k, const Cut& cut, const Unit& unit, int g, bool (&kept)[N]) const {
+      for (int i = 0; i < N; ++i) pack.v[i] = T(0.0f);  // past the end of the row: adds nothing to a sum
+      for_each<T>(k, g, [&](int i, const T* from) { pack.v[i] = *from; });
+    }
+    __device__ void write(int k, int g, const Pack<T, N>& pack) const {
+      for_each<T>(k, g, [&](int i, T* to) { *to = pack.v[i]; });
+    }
+    __device__ void read_mask(int k, int g, bool (&kept)[N]) const {
 #pragma unroll
-    for (int i = 0; i < N; ++i) kept[i] = false;
-    for_each<uint8_t>(k, cut, unit, g, [&](int i, const uint8_t* from) { kept[i] = *from != 0; });
-  }
+      for (int i = 0; i < N; ++i) kept[i] = false;
+      for_each<uint8_t>(k, g, [&](int i, const uint8_t* from) { kept[i] = *from != 0; });
+    }
+
+   private:
+    template <class Element, class Each>
+    __device__ __forceinline__ void for_each(int k, int g, Each each) const {
+      const Place at = place_of(cut_, unit_, g);
+      Element* row = static_cast<Element*>(s_.data[k]) + (unit_.row + at.row) * s_.batch_stride[k];
+      const uint32_t group = static_cast<uint32_t>(at.group);
+      const int64_t first = s_.grouped ? s_.locate(group, s_.strides[k]) : 0;
+#pragma unroll
+      for (uint32_t i = 0; i < N; ++i) {
+        if (s_.grouped)
+          each(i, row + first + i * s_.step[k]);
+        else if (N * group + i < cut_.D)
+          each(i, row + s_.locate(N * group + i, s_.strides[k]));
+      }
+    }
+
+    const Strided& s_;
+    const Cut& cut_;
+    const Unit& unit_;
+  };
 };
 
 __device__ __forceinline__ Key row_key(const Noise& noise, int64_t row) {

@@ -23,13 +23,14 @@ struct alignas(16) Pack {
   T v[N];
 };
 
+// Past the multiprocessor's own cache: nothing is read twice.
 template <class T, int N>
 __device__ __forceinline__ Pack<T, N> load_pack(const T* from) {
   static_assert(sizeof(Pack<T, N>) % 16 == 0, "whole 16-byte accesses");
   Pack<T, N> pack;
   uint4 chunk[sizeof(pack) / 16];
 #pragma unroll
-  for (int i = 0; i < static_cast<int>(sizeof(pack) / 16); ++i) chunk[i] = reinterpret_cast<const uint4*>(from)[i];
+  for (int i = 0; i < static_cast<int>(sizeof(pack) / 16); ++i) chunk[i] = __ldcg(reinterpret_cast<const uint4*>(from) + i);
   memcpy(&pack, chunk, sizeof(pack));
   return pack;
 }
@@ -39,7 +40,7 @@ __device__ __forceinline__ void store_pack(T* to, const Pack<T, N>& pack) {
   uint4 chunk[sizeof(pack) / 16];
   memcpy(chunk, &pack, sizeof(pack));
 #pragma unroll
-  for (int i = 0; i < static_cast<int>(sizeof(pack) / 16); ++i) reinterpret_cast<uint4*>(to)[i] = chunk[i];
+  for (int i = 0; i < static_cast<int>(sizeof(pack) / 16); ++i) __stcg(reinterpret_cast<uint4*>(to) + i, chunk[i]);
 }
 
 // Two at a time where the hardware converts so.

@@ -39,13 +39,41 @@ __device__ __forceinline__ void prepare_coefficients(const Rows& p, const Unit& 
     c[i / C][i % C] = coefficient<R>(p.table, unit.row + i / C, columns[i % C]);
 }
 
-template <bool kFresh, int N, class Access>
-__device__ __forceinline__ void make_normals(const Access& access, const uint4 (&keys)[kFresh ? kMaxRows : 1],
-                                             const Place& at, R (&z)[N]) {
+template <int N, class Memory>
+__device__ __forceinline__ void make_normals(const Memory& memory, const Key& key, const Place& at, R (&z)[N]) {
   float master[N];
-  normals(to_key(keys[at.row]), access.element(at, N), master);
+  normals(key, memory.element(at), master);
 #pragma unroll
   for (int i = 0; i < N; ++i) z[i] = master[i];
+}
+
+// What a thread knows of its group.
+template <int C>
+struct InRow {
+  Place at;
+  const R* c;  // the row's coefficients
+  Key key;
+};
+
+// Calls walk(place), place(g) being the InRow of group g. A unit within one row has a loop of its own, which
+// keeps key and coefficients in registers.
+template <bool kOwnLoop, int C, int K, class Walk>
+__device__ __forceinline__ void walk_rows(const Cut& cut, const Unit& unit, const R (&coefficients)[kMaxRows][C],
+                                          const uint4 (&keys)[K], Walk walk) {
+  constexpr bool kFresh = K == kMaxRows;
+  if constexpr (kOwnLoop) {
+    if (unit.rows == 1) {
+      R c[C];
+#pragma unroll
+      for (int i = 0; i < C; ++i) c[i] = coefficients[0][i];
+      const Key key = kFresh ? to_key(keys[0]) : Key{};
+      return walk([&](int g) { return InRow<C>{{0, unit.begin + g}, c, key}; });
+    }
+  }
+  walk([&](int g) {
+    const Place at = place_of(cut, unit, g);
+    return InRow<C>{at, coefficients[at.row], kFresh ? to_key(keys[at.row]) : Key{}};
+  });
 }
 
 enum { kX, kY, kZ, kOut, kOut2 };
@@ -56,57 +84,66 @@ struct AffineParams : Rows {
   R lo, hi;
 };
 
-// One output of a group; an absent column's input counts as 0, whatever it holds.
-template <int N>
+// One output of a group. Where operands have other uses too, one whose column is absent counts as 0 here,
+// whatever it holds.
+template <bool kSeveralUses, int N>
 __device__ __forceinline__ Pack<T, N> map_group(const int* columns, const R* c, const R (&x)[N], const R (&y)[N],
                                                 const R (&z)[N]) {
+  const auto used = [&](int k, R v) { return kSeveralUses && columns[k] == kAbsent ? R(0) : v; };
   const Affine<R> f = {c[0], c[1], c[2]};
   R v[N];
 #pragma unroll
-  for (int i = 0; i < N; ++i)
-    v[i] = f(columns[0] == kAbsent ? R(0) : x[i], columns[1] == kAbsent ? R(0) : y[i],
-             columns[2] == kAbsent ? R(0) : z[i]);
+  for (int i = 0; i < N; ++i) v[i] = f(used(0, x[i]), used(1, y[i]), used(2, z[i]));
   Pack<T, N> out;
   narrow(v, out);
   return out;
 }
 
-template <bool kFresh, class Access>
+// kInputs: how many of x, y, z are read, x first, with one output and no clamp; kAnyInputs: everything else.
+constexpr int kAnyInputs = -1;
+
+template <bool kFresh, int kInputs, class Access>
 __global__ void __launch_bounds__(kThreads, (kBlocks<T, Access>))
     affine_kernel(const __grid_constant__ AffineParams p, const __grid_constant__ Access access) {
-  constexpr int N = Access::template group<T>;
+  using Memory = typename Access::template InUnit<T>;
+  constexpr int N = Memory::N;
+  constexpr bool kGeneral = kInputs == kAnyInputs;
   __shared__ R coefficients[kMaxRows][8];
   __shared__ uint4 keys[kFresh ? kMaxRows : 1];
   const Unit unit = unit_at(p.cut, blockIdx.x);
+  const Memory memory(access, p.cut, unit);
+  const auto reads = [&](int k) { return kGeneral ? access.has(k) : k < kInputs; };
   Pack<T, N> xs = {}, ys = {}, zs = {};
   const auto fetch = [&](int g) {
-    if (access.has(kX)) access.read(kX, p.cut, unit, g, xs);
-    if (access.has(kY)) access.read(kY, p.cut, unit, g, ys);
-    if (!kFresh && access.has(kZ)) access.read(kZ, p.cut, unit, g, zs);
+    if (reads(kX)) memory.read(kX, g, xs);
+    if (reads(kY)) memory.read(kY, g, ys);
+    if (!kFresh && reads(kZ)) memory.read(kZ, g, zs);
   };
-  int g = threadIdx.x;
-  if (g < unit.groups) fetch(g);  // under way while the rows are prepared
+  if (threadIdx.x < unit.groups) fetch(threadIdx.x);  // under way while the rows are prepared
   prepare_coefficients(p, unit, p.columns, coefficients);
   if constexpr (kFresh) prepare_keys(p, unit, keys);
   __syncthreads();
-  while (g < unit.groups) {
-    R x[N], y[N], z[N];
-    widen(xs, x), widen(ys, y);
-    if constexpr (!kFresh) widen(zs, z);
-    const int next = g + kThreads;
-    if (next < unit.groups) fetch(next);
-    const Place at = place_of(p.cut, unit, g);
-    if constexpr (kFresh) make_normals<kFresh>(access, keys, at, z);
-    const R* c = coefficients[at.row];
-    if (p.clamped) {
-      const ClampedAffine<R> f = {{c[6], c[7], R(0)}, p.lo, p.hi};
+
+  const auto walk = [&](auto place) {
+#pragma unroll 1
+    for (int g = threadIdx.x, next; g < unit.groups; g = next) {
+      R x[N], y[N], z[N];
+      widen(xs, x), widen(ys, y);
+      if constexpr (!kFresh) widen(zs, z);
+      next = g + kThreads;
+      if (next < unit.groups) fetch(next);
+      const auto [at, c, key] = place(g);
+      if constexpr (kFresh) make_normals(memory, key, at, z);
+      if (kGeneral && p.clamped) {
+        const ClampedAffine<R> f = {{c[6], c[7], R(0)}, p.lo, p.hi};
 #pragma unroll
-      for (int i = 0; i < N; ++i) y[i] = f(p.columns[6] == kAbsent ? R(0) : x[i], y[i], R(0));
+        for (int i = 0; i < N; ++i) y[i] = f(p.columns[6] == kAbsent ? R(0) : x[i], y[i], R(0));
+      }
+      memory.write(kOut, g, map_group<kGeneral>(p.columns, c, x, y, z));
+      if (kGeneral && access.has(kOut2)) memory.write(kOut2, g, map_group<true>(p.columns + 3, c + 3, x, y, z));
     }
-    access.write(kOut, p.cut, unit, g, map_group(p.columns, c, x, y, z));
-    if (access.has(kOut2)) access.write(kOut2, p.cut, unit, g, map_group(p.columns + 3, c + 3, x, y, z));
-    g = next;
-  }
+  };
+  walk_rows<!kGeneral>(p.cut, unit, coefficients, keys, walk);
 }
 
 enum { kPred, kTargetY, kTargetZ, kMask, kGrad };
@@ -136,19 +173,20 @@ __device__ __forceinline__ void finish_loss(const ResidualParams& p) {
 template <bool kFresh, class Access>
 __global__ void __launch_bounds__(kThreads, (kBlocks<T, Access>))
     residual_kernel(const __grid_constant__ ResidualParams p, const __grid_constant__ Access access) {
-  constexpr int N = Access::template group<T>;
+  using Memory = typename Access::template InUnit<T>;
+  constexpr int N = Memory::N;
   __shared__ R coefficients[kMaxRows][2], scales[kMaxRows], groups[1][kMaxTile];
   __shared__ uint4 keys[kFresh ? kMaxRows : 1];
   if (p.loss.only_if_scaled && p.loss.upstream_as<R>() == 1) return;
   const Unit unit = unit_at(p.cut, blockIdx.x);
+  const Memory memory(access, p.cut, unit);
   Pack<T, N> preds = {}, ys = {}, zs = {};
   const auto fetch = [&](int g) {
-    access.read(kPred, p.cut, unit, g, preds);
-    if (access.has(kTargetY)) access.read(kTargetY, p.cut, unit, g, ys);
-    if (!kFresh && access.has(kTargetZ)) access.read(kTargetZ, p.cut, unit, g, zs);
+    memory.read(kPred, g, preds);
+    if (access.has(kTargetY)) memory.read(kTargetY, g, ys);
+    if (!kFresh && access.has(kTargetZ)) memory.read(kTargetZ, g, zs);
   };
-  int g = threadIdx.x;
-  if (g < unit.groups) fetch(g);
+  if (threadIdx.x < unit.groups) fetch(threadIdx.x);
   prepare_coefficients(p, unit, p.columns, coefficients);
   if (access.has(kGrad))
     for (int r = threadIdx.x; r < unit.rows; r += kThreads)
@@ -157,35 +195,46 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<T, Access>))
   if constexpr (kFresh) prepare_keys(p, unit, keys);
   __syncthreads();
   RowSums<R, 1> sums;
-  while (g < unit.groups) {
-    R pred[N], y[N], z[N];
-    widen(preds, pred), widen(ys, y);
-    if constexpr (!kFresh) widen(zs, z);
-    const int next = g + kThreads;
-    if (next < unit.groups) fetch(next);
-    const Place at = place_of(p.cut, unit, g);
-    if constexpr (kFresh) make_normals<kFresh>(access, keys, at, z);
-    const Affine<R> f = {R(1), coefficients[at.row][0], coefficients[at.row][1]};
-    bool kept[N];
-    if (access.has(kMask)) access.read_mask(kMask, p.cut, unit, g, kept);
-    R gradient[N], squares[1] = {R(0)};
+  const auto walk = [&](auto place) {
+#pragma unroll 1
+    for (int g = threadIdx.x, next; g < unit.groups; g = next) {
+      R pred[N], y[N], z[N];
+      widen(preds, pred), widen(ys, y);
+      if constexpr (!kFresh) widen(zs, z);
+      next = g + kThreads;
+      if (next < unit.groups) fetch(next);
+      const auto [at, c, key] = place(g);
+      if constexpr (kFresh) make_normals(memory, key, at, z);
+      const Affine<R> f = {R(1), c[0], c[1]};
+      R r[N], squares[1] = {R(0)};
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      R r = f(pred[i], y[i], z[i]);
+      for (int i = 0; i < N; ++i) r[i] = f(pred[i], y[i], z[i]);
       // Selects, not products: what is masked out may be NaN, and past the row's end there is noise.
-      if (access.has(kMask) && !kept[i]) r = R(0);
-      if (N * at.group + i >= p.cut.D && Access::kRagged) r = R(0);
-      squares[0] = mul_add(r, r, squares[0]);
-      gradient[i] = scales[at.row] * r;
+      if (access.has(kMask)) {
+        bool kept[N];
+        memory.read_mask(kMask, g, kept);
+#pragma unroll
+        for (int i = 0; i < N; ++i) r[i] = kept[i] ? r[i] : R(0);
+      }
+      if constexpr (Access::kRagged) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) r[i] = N * at.group + i < p.cut.D ? r[i] : R(0);
+      }
+#pragma unroll
+      for (int i = 0; i < N; ++i) squares[0] = mul_add(r[i], r[i], squares[0]);
+      sums.add(unit, g, squares, groups);
+      if (access.has(kGrad)) {
+        const R scale = scales[at.row];
+        R gradient[N];
+#pragma unroll
+        for (int i = 0; i < N; ++i) gradient[i] = scale * r[i];
+        Pack<T, N> grad;
+        narrow(gradient, grad);
+        memory.write(kGrad, g, grad);
+      }
     }
-    sums.add(unit, g, squares, groups);
-    if (access.has(kGrad)) {
-      Pack<T, N> grad;
-      narrow(gradient, grad);
-      access.write(kGrad, p.cut, unit, g, grad);
-    }
-    g = next;
-  }
+  };
+  walk_rows<!Access::kRagged>(p.cut, unit, coefficients, keys, walk);
   if (!p.loss.per_sample && !p.loss.loss) return;
   sums.store(p.cut, unit, groups, p.scratch.sums);
   if (is_last_block(p.scratch.counter)) finish_loss(p);
@@ -201,24 +250,28 @@ struct RowDotsParams : Rows {
 template <bool kFresh, class Access>
 __global__ void __launch_bounds__(kThreads, (kBlocks<T, Access>))
     row_dots_kernel(const __grid_constant__ RowDotsParams p, const __grid_constant__ Access access) {
-  constexpr int N = Access::template group<T>;
+  using Memory = typename Access::template InUnit<T>;
+  constexpr int N = Memory::N;
   __shared__ R groups[3][kMaxTile];
   __shared__ uint4 keys[kFresh ? kMaxRows : 1];
   const Unit unit = unit_at(p.cut, blockIdx.x);
+  const Memory memory(access, p.cut, unit);
   if constexpr (kFresh) prepare_keys(p, unit, keys);
   __syncthreads();
   RowSums<R, 3> sums;
   for (int g = threadIdx.x; g < unit.groups; g += kThreads) {
     Pack<T, N> gs, xs = {}, ys = {}, zs = {};
-    access.read(kG, p.cut, unit, g, gs);
-    if (access.has(kDotX)) access.read(kDotX, p.cut, unit, g, xs);
-    if (access.has(kDotY)) access.read(kDotY, p.cut, unit, g, ys);
-    if (!kFresh && access.has(kDotZ)) access.read(kDotZ, p.cut, unit, g, zs);
+    memory.read(kG, g, gs);
+    if (access.has(kDotX)) memory.read(kDotX, g, xs);
+    if (access.has(kDotY)) memory.read(kDotY, g, ys);
+    if (!kFresh && access.has(kDotZ)) memory.read(kDotZ, g, zs);
     R v[N], other[3][N], dots[3] = {R(0), R(0), R(0)};
     widen(gs, v), widen(xs, other[0]), widen(ys, other[1]);
     if constexpr (kFresh)
-      make_normals<kFresh>(access, keys, place_of(p.cut, unit, g), other[2]);
-    else
+    {
+      const Place at = place_of(p.cut, unit, g);
+      make_normals(memory, to_key(keys[at.row]), at, other[2]);
+    } else
       widen(zs, other[2]);
 #pragma unroll
     for (int k = 0; k < 3; ++k)
@@ -237,12 +290,26 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<T, Access>))
 
 template <bool kFresh>
 const char* launch_affine(const AffineArgs& a, const Launch& how) {
-  const Operand operands[] = {a.x, a.y, a.z, a.out, a.out2};
+  Operand operands[] = {a.x, a.y, a.z, a.out, a.out2};
+  for (int k = 0; k < 3; ++k)  // not read where no coefficient wants it
+    if (!a.clamped && a.columns[k] == kAbsent && a.columns[3 + k] == kAbsent) operands[k] = {};
   return how.with_access<T>(a.batch, operands, [&](const auto& access, const Cut& cut) {
     AffineParams p{{cut, a.noise, a.table}, {}, a.clamped, static_cast<R>(a.lo), static_cast<R>(a.hi)};
     for (int i = 0; i < 6; ++i) p.columns[i] = a.columns[i];
     for (int i = 0; i < 2; ++i) p.columns[6 + i] = a.clamped ? a.inner[i] : kAbsent;
-    return launch(how.stream, cut.units, kThreads, affine_kernel<kFresh, std::decay_t<decltype(access)>>, p, access);
+    using Access = std::decay_t<decltype(access)>;
+    const auto with = [&](auto kernel) { return launch(how.stream, cut.units, kThreads, kernel, p, access); };
+    // Strides cost more than a few selects: there the general kernel is the only one.
+    if constexpr (!Access::kRagged) {
+      const bool x = access.data[kX], y = access.data[kY], z = access.data[kZ];
+      if (!a.clamped && !a.out2.data && x) {
+        if (!y && !z) return with(affine_kernel<kFresh, 1, Access>);
+        if (y && !z) return with(affine_kernel<kFresh, 2, Access>);
+        if constexpr (!kFresh)
+          if (y) return with(affine_kernel<kFresh, 3, Access>);
+      }
+    }
+    return with(affine_kernel<kFresh, kAnyInputs, Access>);
   });
 }
 

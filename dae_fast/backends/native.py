@@ -31,6 +31,7 @@ isas = _core.isas
 use_isa = _core.use_isa
 max_threads = _core.max_threads
 philox4x32_10 = _core.philox4x32_10
+plain_affine = _core.plain_affine
 use_plain = _core.use_plain
 nvtx_built = _core.nvtx_built
 

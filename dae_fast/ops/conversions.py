@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ..backends.reference import compute_dtype
 from ..schedule import Coefficients, Level
 from .affine import ABSENT, Clamp, affine
 from .checks import level_for, like, promote, samples
-from .parameterisation import check_name, conversion
+from .parameterisation import MIXES, check_name, conversion
+from .routing import plain_affine
 
 Bounds = float | tuple[float, float]
 
@@ -56,6 +58,12 @@ def to_v(x_t: Tensor, pred: Tensor, level: Level, *, predict: str = "eps", clamp
 
 
 def _convert(op: str, to: str, x_t: Tensor, pred: Tensor, level: Level, predict: str, clamp: Bounds | None) -> Tensor:
+    plain = _PLAIN.get((predict, to))
+    if plain and clamp is None and type(level) is Level and not is_compiling():
+        columns, name = plain
+        converted = plain_affine(columns, x_t, pred, None, None, name, level)
+        if converted is not None:
+            return converted
     samples(op, "x_t", x_t)
     like(op, "pred", pred, "x_t", x_t)
     level_for(op, level)
@@ -66,10 +74,11 @@ def _convert(op: str, to: str, x_t: Tensor, pred: Tensor, level: Level, predict:
     if clamp is None:
         if predict == to:
             return pred
-        rows = level._rows(op, f"{predict} to {to}", conversion(predict, to), x_t, compute)
-        if {predict, to} == {"eps", "score"}:  # a multiple of pred; x_t is not read
+        columns, name = _PLAIN[predict, to]
+        rows = level._rows(op, name, conversion(predict, to), x_t, compute)
+        if columns[0] == ABSENT:  # x_t is neither read nor given a gradient
             return affine(op, pred, None, None, None, rows, (1, ABSENT, ABSENT))[0]
-        return affine(op, x_t, pred, None, None, rows, (0, 1, ABSENT))[0]
+        return affine(op, x_t, pred, None, None, rows, columns)[0]
     low, high = bounds(op, clamp)
     if predict == "x0" and to == "x0":
         return pred.clamp(low, high)
@@ -77,6 +86,15 @@ def _convert(op: str, to: str, x_t: Tensor, pred: Tensor, level: Level, predict:
     inner: Clamp = (2, 3, low, high) if predict != "x0" else (ABSENT, 3, low, high)
     outer = (0, 1, ABSENT) if to != "x0" else (ABSENT, 1, ABSENT)
     return affine(op, x_t, pred, None, None, rows, outer, inner)[0]
+
+
+# Columns and the table's name of each conversion. Between eps and score x_t has no part.
+_PLAIN = {
+    (predict, to): ((ABSENT if {predict, to} == {"eps", "score"} else 0, 1, ABSENT), f"{predict} to {to}")
+    for predict in MIXES
+    for to in MIXES
+    if predict != to
+}
 
 
 def _by_x0(predict: str, to: str) -> Coefficients:

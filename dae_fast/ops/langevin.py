@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ..backends.reference import compute_dtype
 from ..noise import Noise
@@ -10,7 +13,7 @@ from ..schedule import can_read, check_per_sample, stack_rows
 from .affine import affine, affine_into
 from .checks import like, noise_for, promote, samples
 from .memory import check_out
-from .routing import wants_grad
+from .routing import plain_affine, wants_grad
 
 
 def langevin_step(
@@ -33,6 +36,13 @@ def langevin_step(
     partly overlaps an input. Welling and Teh 2011; Song and Ermon 2019, algorithm 1.
     """
     op = "langevin_step"
+    numbers = type(step_size) is type(noise_scale) is float
+    if numbers and step_size >= 0 and out is None and isinstance(x, Tensor) and not is_compiling():
+        rows = stack_rows(op, _coefficients(step_size, noise_scale), x, compute_dtype(x.dtype))
+        tensor, generated = (None, noise) if type(noise) is Noise else (noise, None)
+        stepped = plain_affine(_COLUMNS, x, score, tensor, generated, None, rows.table)
+        if stepped is not None:
+            return stepped
     samples(op, "x", x)
     like(op, "score", score, "x", x)
     tensor, generated = noise_for(op, noise, x, "x")
@@ -50,10 +60,17 @@ def langevin_step(
         if out is x:
             raise ValueError(f"{op}: in place, score and noise must be {x.dtype} like x")
         x, score, tensor = promote(x, score, tensor)
-    rows = stack_rows(op, (1.0, step_size, noise_scale * (2 * step_size) ** 0.5), x, compute_dtype(x.dtype))
+    rows = stack_rows(op, _coefficients(step_size, noise_scale), x, compute_dtype(x.dtype))
     if out is None:
-        return affine(op, x, score, tensor, generated, rows, (0, 1, 2))[0]
+        return affine(op, x, score, tensor, generated, rows, _COLUMNS)[0]
     check_out(op, out, x=x, score=score, noise=tensor)
     if wants_grad(x, score, tensor, rows.table, out):
         raise ValueError(f"{op}: out= has no gradient; call it under torch.no_grad() or without out")
-    return affine_into(op, out, x, score, tensor, generated, rows, (0, 1, 2))
+    return affine_into(op, out, x, score, tensor, generated, rows, _COLUMNS)
+
+
+_COLUMNS = (0, 1, 2)  # of x, score and noise
+
+
+def _coefficients(step_size: Any, noise_scale: Any) -> tuple[Any, Any, Any]:
+    return 1.0, step_size, noise_scale * (2 * step_size) ** 0.5

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ..backends.reference import compute_dtype
 from ..noise import Noise
@@ -12,6 +13,7 @@ from ..schedule import Level
 from .affine import ABSENT, affine
 from .checks import level_for, noise_for, promote, samples
 from .parameterisation import MIXES, check_name
+from .routing import plain_affine
 
 
 def add_noise(
@@ -29,16 +31,22 @@ def add_noise(
     Ho et al. 2020, eq. 4.
     """
     op = "add_noise"
+    if target is None and type(level) is Level and not is_compiling():
+        fresh = type(noise) is Noise
+        columns, y, z = (_FRESH, None, noise) if fresh else (_READ, noise, None)
+        x_t = plain_affine(columns, x0, y, None, z, op, level)
+        if x_t is not None:
+            return x_t
     samples(op, "x0", x0)
     level_for(op, level)
     z, generated = noise_for(op, noise, x0, "x0")
     if z is not None and z.dtype != x0.dtype:
         x0, z = promote(x0, z)
     if target is None:
-        rows = level._rows(op, "add_noise", _noising, x0, compute_dtype(x0.dtype))
+        rows = level._rows(op, op, _noising, x0, compute_dtype(x0.dtype))
         if z is not None:
-            return affine(op, x0, z, None, None, rows, (0, 1, ABSENT))[0]
-        return affine(op, x0, None, None, generated, rows, (0, ABSENT, 1))[0]
+            return affine(op, x0, z, None, None, rows, _READ)[0]
+        return affine(op, x0, None, None, generated, rows, _FRESH)[0]
     check_name(op, "target", target)
     if target == "x0":
         return add_noise(x0, noise, level), x0  # type: ignore[return-value]
@@ -47,6 +55,9 @@ def add_noise(
     columns = (0, 1, ABSENT, of_x0, 3, ABSENT) if z is not None else (0, ABSENT, 1, of_x0, ABSENT, 3)
     x_t, wanted = affine(op, x0, z, None, generated, rows, columns)
     return x_t, wanted
+
+
+_READ, _FRESH = (0, 1, ABSENT), (0, ABSENT, 1)  # noise as the second operand, or made in the third's place
 
 
 def _noising(alpha: Any, sigma: Any) -> tuple[Any, Any]:

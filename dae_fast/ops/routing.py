@@ -17,6 +17,16 @@ from .. import backends
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
+def _no_core(*_: Any) -> None:
+    """Where there is no native core no call is plain."""
+
+
+# A plain call, straight from Python's objects to the kernel: the result, or None for everything else. Guard it with
+# torch.compiler.is_compiling(), which cannot look inside.
+_native = backends.module("native")
+plain_affine: Callable[..., Tensor | None] = _no_core if _native is None else _native.plain_affine
+
+
 class Route(Enum):
     REFERENCE = 0  # plain torch
     DIRECT = 1  # straight to the kernels

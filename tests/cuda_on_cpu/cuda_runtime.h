@@ -126,7 +126,14 @@ inline uint32_t atomicAdd(uint32_t* at, uint32_t value) {
   *at += value;
   return old;
 }
-inline double __ldcg(const double* at) { return *at; }
+template <class T>
+T __ldcg(const T* at) {
+  return *at;
+}
+template <class T>
+void __stcg(T* at, T value) {
+  *at = value;
+}
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess };
