@@ -85,7 +85,7 @@ def _sampler_step(op: str, eta: float, clamp: float) -> Call:
 def _at_step(x: Tensor) -> tuple[Tensor, ...]:
     """alpha and sigma before and after the step, as a loop written by hand keeps them ready."""
     levels = [STEP_LEVEL, STEP_LEVEL - 1]
-    return tuple(value for t in levels for value in (table[t] for table in TABLES[x.dtype]))
+    return tuple(value for t in levels for value in (table[t] for table in TABLES[x.dtype, x.device.type]))
 
 
 def _plain_ddpm(i: Inputs, eps: Tensor) -> Tensor:

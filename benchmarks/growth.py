@@ -117,7 +117,7 @@ def _langevin() -> Iterator[Study]:
 
 def _ddim() -> Iterator[Study]:
     """The exact eps of Gaussian data; deterministic steps, whose noise nobody draws."""
-    alphas, sigmas = TABLES[torch.float32]
+    alphas, sigmas = TABLES[torch.float32, "cpu"]
 
     def net(x: Tensor, t: Tensor) -> Tensor:
         return 0.5 * x
@@ -139,7 +139,7 @@ def _ddim() -> Iterator[Study]:
 def _training_step() -> Iterator[Study]:
     """Noising, one convolution for the network, the loss, the backward pass: what the step allocates."""
     net = torch.nn.Conv2d(LATENT[1], LATENT[1], 3, padding=1)
-    alphas, sigmas = TABLES[torch.float32]
+    alphas, sigmas = TABLES[torch.float32, "cpu"]
 
     def plain(x0: Tensor, t: Tensor) -> Tensor:
         eps = torch.randn_like(x0)

@@ -17,8 +17,13 @@ import dae_fast as df
 
 SCHEDULE = df.Schedule.linear(1000)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# alpha and sigma of every level in the samples' dtype, as a loop written by hand keeps them ready.
-TABLES = {dtype: (SCHEDULE.alpha.to(dtype), SCHEDULE.sigma.to(dtype)) for dtype in DTYPES}
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+# alpha and sigma of every level in the samples' dtype and place, as a loop written by hand keeps them ready.
+TABLES = {
+    (dtype, device): tuple(t.to(device, dtype) for t in (SCHEDULE.alpha, SCHEDULE.sigma))
+    for dtype in DTYPES
+    for device in DEVICES
+}
 
 Inputs = dict[str, Any]
 Result = Tensor | tuple[Tensor, ...]
@@ -42,15 +47,17 @@ class Case:
     def __str__(self) -> str:
         return self.name
 
-    def inputs(self, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Inputs:
+    def inputs(self, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> Inputs:
+        """The same values on every device."""
         g = torch.Generator().manual_seed(seed)
         B = shape[0]
         made: Inputs = {n: torch.randn(shape, generator=g, dtype=torch.float64).to(dtype) for n in self.tensors}
         made["t"] = torch.randint(len(SCHEDULE), (B,), generator=g)
+        self.extra(made, g)
+        made = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in made.items()}
         made["level"] = SCHEDULE[made["t"]]
         if self.fresh:
             made["noise"] = df.Noise(seed).fold_in(7)
-        self.extra(made, g)
         return made
 
     def first(self, inputs: Inputs) -> Tensor:
@@ -61,7 +68,8 @@ class Case:
         """The noise that `plain` needs, as a tensor; None where there is none."""
         if not self.fresh:
             return inputs.get("noise")
-        return inputs["noise"].normal(self.first(inputs).shape, dtype=dtype)
+        first = self.first(inputs)
+        return inputs["noise"].normal(first.shape, dtype=dtype, device=first.device)
 
 
 def widen(inputs: Inputs) -> Inputs:
@@ -74,7 +82,7 @@ def column(values: Tensor, like: Tensor) -> Tensor:
 
 
 def alpha_sigma(i: Inputs, like: Tensor) -> tuple[Tensor, Tensor]:
-    alpha, sigma = TABLES[like.dtype]
+    alpha, sigma = TABLES[like.dtype, like.device.type]
     return column(alpha[i["t"]], like), column(sigma[i["t"]], like)
 
 
