@@ -88,7 +88,7 @@ def cuda_ninja(ninja: Writer, target: Path, nvcc: str) -> None:
     ninja.rule("compile", f"{nvcc} -MD -MF $out.d $nvflags $element -c $in -o $out", depfile="$out.d", deps="gcc")
     ninja.rule("link", f"{nvcc} -shared -cudart static $in -o $out")
     kernels = [
-        (f"kernels_{name}", "kernels.cu", f"-DDAE_ELEMENT={element} -DDAE_KERNELS=kernels_{name}")
+        (f"kernels_{name}", "kernels.cu", f"-DDAE_ELEMENT={element} -DDAE_NAME={name}")
         for name, element in CUDA_ELEMENTS.items()
     ]
     objects = [

@@ -9,7 +9,7 @@ import torch
 
 import dae_fast as df
 
-BACKENDS = df.backend_names()
+BACKENDS = tuple(name for name in df.backend_names() if df.backends.supports(name, torch.device("cpu")))
 ISAS = tuple(df.backends.native.isas()) if "native" in BACKENDS else ()
 CUDA_ON_CPU = "cuda on cpu"  # the native backend's CUDA code, compiled for the CPU
 GPU_CODE = (CUDA_ON_CPU, "triton")

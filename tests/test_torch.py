@@ -570,3 +570,15 @@ def test_default_device(device: str, backend: str) -> None:
             assert other.alpha.device.type == other.sigma.device.type == "cpu"
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_negated_views(backend: str) -> None:
+    """The imaginary part of a conjugate: torch negates it when it is read."""
+    x0 = torch.randn(6, 8, dtype=torch.complex64).conj().imag
+    assert x0.is_neg()
+    noise, level = df.Noise(0), df.Level(0.6, 0.8)
+    dense = x0.clone()
+    for a, b in ((x0, dense), (x0.contiguous(), dense)):
+        assert torch.equal(df.add_noise(a, noise, level), df.add_noise(b, noise, level))
+        assert torch.equal(df.add_noise(dense, a, level), df.add_noise(dense, b, level))
+        assert torch.equal(df.langevin_step(a, b, 0.1, noise), df.langevin_step(b, b, 0.1, noise))

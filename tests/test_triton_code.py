@@ -53,3 +53,16 @@ def test_every_way_compiles(compiled: Any) -> None:
 def test_values_do_not_recompile(compiled: Any) -> None:
     """Neither a new seed nor another batch: integers are 64 bits wide, whatever they hold."""
     assert compiled["compilations"] == 1
+
+
+def test_in_the_interpreter() -> None:
+    """The shared cases, forward and gradient, and this backend's own tests, where there is no GPU to run them."""
+    wanted = "test_triton or (triton and (test_forward or test_gradient) and not channels_last and not 1.0)"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-k", wanted, "tests/test_triton.py", "tests/test_ops.py"],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout

@@ -1,13 +1,18 @@
-// The CUDA kernels of one element type, DAE_ELEMENT; compiled once for each, with -fmad=false: fused where
-// math.h says so and nowhere else.
+// The CUDA kernels of one element type, DAE_ELEMENT, in a namespace DAE_NAME of their own; compiled once for
+// each, with -fmad=false: fused where math.h says so and nowhere else.
+
+#include <utility>
 
 #include "../ops.h"
 #include "kernels.h"
 #include "reduce.cuh"
 
+#define DAE_JOIN_(a, b) a##b
+#define DAE_JOIN(a, b) DAE_JOIN_(a, b)
+
 namespace dae::cuda {
 
-namespace {
+namespace DAE_NAME {
 
 using T = DAE_ELEMENT;
 using R = ComputeType<T>::type;
@@ -170,8 +175,9 @@ __device__ __forceinline__ void finish_loss(const ResidualParams& p) {
         static_cast<R>(p.loss.reduction == Reduction::mean ? total / static_cast<double>(p.cut.B) : total);
 }
 
-template <bool kFresh, class Access>
-__global__ void __launch_bounds__(kThreads, (kBlocks<T, Access>))
+// kInputs: how many of pred, y, z are read, in that order; kAnyInputs: asked for each.
+template <bool kFresh, int kInputs, class Access>
+__global__ void __launch_bounds__(kThreads, 3)
     residual_kernel(const __grid_constant__ ResidualParams p, const __grid_constant__ Access access) {
   using Memory = typename Access::template InUnit<T>;
   constexpr int N = Memory::N;
@@ -180,11 +186,12 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<T, Access>))
   if (p.loss.only_if_scaled && p.loss.upstream_as<R>() == 1) return;
   const Unit unit = unit_at(p.cut, blockIdx.x);
   const Memory memory(access, p.cut, unit);
+  const auto reads = [&](int k) { return kInputs == kAnyInputs ? access.has(k) : k < kInputs; };
   Pack<T, N> preds = {}, ys = {}, zs = {};
   const auto fetch = [&](int g) {
     memory.read(kPred, g, preds);
-    if (access.has(kTargetY)) memory.read(kTargetY, g, ys);
-    if (!kFresh && access.has(kTargetZ)) memory.read(kTargetZ, g, zs);
+    if (reads(kTargetY)) memory.read(kTargetY, g, ys);
+    if (!kFresh && reads(kTargetZ)) memory.read(kTargetZ, g, zs);
   };
   if (threadIdx.x < unit.groups) fetch(threadIdx.x);
   prepare_coefficients(p, unit, p.columns, coefficients);
@@ -315,10 +322,21 @@ const char* launch_affine(const AffineArgs& a, const Launch& how) {
 
 template <bool kFresh>
 const char* launch_residual(const ResidualArgs& a, const LossArgs& loss, Scratch scratch, const Launch& how) {
-  const Operand operands[] = {a.pred, a.y, a.z, a.mask, a.grad};
+  Operand operands[] = {a.pred, a.y, a.z, a.mask, a.grad};
+  int columns[] = {a.columns[0], a.columns[1]};
+  if (!kFresh && !a.y.data) {  // the same sum with z in y's place
+    std::swap(operands[kTargetY], operands[kTargetZ]);
+    std::swap(columns[0], columns[1]);
+  }
   return how.with_access<T>(a.batch, operands, [&](const auto& access, const Cut& cut) {
-    const ResidualParams p{{cut, a.noise, a.table}, {a.columns[0], a.columns[1]}, loss, scratch};
-    return launch(how.stream, cut.units, kThreads, residual_kernel<kFresh, std::decay_t<decltype(access)>>, p, access);
+    using Access = std::decay_t<decltype(access)>;
+    const ResidualParams p{{cut, a.noise, a.table}, {columns[0], columns[1]}, loss, scratch};
+    const auto with = [&](auto kernel) { return launch(how.stream, cut.units, kThreads, kernel, p, access); };
+    if constexpr (Access::kRagged) return with(residual_kernel<kFresh, kAnyInputs, Access>);
+    // With fresh noise z is not read; without, something is.
+    constexpr int kLeast = kFresh ? 1 : 2;
+    const bool more = access.data[kFresh ? kTargetY : kTargetZ];
+    return more ? with(residual_kernel<kFresh, kLeast + 1, Access>) : with(residual_kernel<kFresh, kLeast, Access>);
   });
 }
 
@@ -331,17 +349,20 @@ const char* launch_row_dots(const RowDotsArgs& a, double* out, Scratch scratch, 
   });
 }
 
-}  // namespace
+}  // namespace DAE_NAME
 
-const Kernels DAE_KERNELS = {
+const Kernels DAE_JOIN(kernels_, DAE_NAME) = {
     [](const AffineArgs& a, const Launch& how) {
+      using namespace DAE_NAME;
       return a.noise.present ? launch_affine<true>(a, how) : launch_affine<false>(a, how);
     },
     [](const ResidualArgs& a, const LossArgs& loss, Scratch scratch, const Launch& how) {
+      using namespace DAE_NAME;
       return a.noise.present ? launch_residual<true>(a, loss, scratch, how)
                              : launch_residual<false>(a, loss, scratch, how);
     },
     [](const RowDotsArgs& a, double* out, Scratch scratch, const Launch& how) {
+      using namespace DAE_NAME;
       return a.noise.present ? launch_row_dots<true>(a, out, scratch, how)
                              : launch_row_dots<false>(a, out, scratch, how);
     },

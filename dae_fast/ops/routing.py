@@ -44,10 +44,9 @@ def route(op: str, first: Tensor, *others: Tensor | None) -> Route:
         return Route.DISPATCHER
     if torch._C._len_torch_dispatch_stack() or torch._C._is_torch_function_mode_enabled() or first.is_meta:
         return Route.DISPATCHER
-    if type(first) not in _PLAIN:
-        return Route.DISPATCHER
-    for t in others:
-        if t is not None and type(t) not in _PLAIN:
+    for t in (first, *others):
+        # A negated view (of a conjugate's imaginary part) does not hold what lies in its memory.
+        if t is not None and (type(t) not in _PLAIN or t.is_neg()):
             return Route.DISPATCHER
     return Route.DIRECT
 

@@ -1,0 +1,124 @@
+"""The CUDA library's machine code: `python -m tests.cuda_sass` prints the instructions of its streaming loops."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import dae_fast as df
+
+LIBRARY = Path(df.__file__).with_name("_cuda.so")
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+GROUP = {"f32": 4, "f64": 4, "bf16": 8, "f16": 8}  # values of one thread at a time
+# The kernels that stream contiguous tensors: the inputs and outputs of every element, by template arguments.
+STREAMS = {
+    "affine_kernel<fresh, 1>": (1, 1),
+    "affine_kernel<fresh, 2>": (2, 1),
+    "affine_kernel<read, 1>": (1, 1),
+    "affine_kernel<read, 2>": (2, 1),
+    "affine_kernel<read, 3>": (3, 1),
+    "affine_kernel<fresh, any>": (2, 2),
+    "affine_kernel<read, any>": (3, 2),
+    "residual_kernel<fresh, 1>": (1, 1),
+    "residual_kernel<fresh, 2>": (2, 1),
+    "residual_kernel<read, 2>": (2, 1),
+    "residual_kernel<read, 3>": (3, 1),
+    "row_dots_kernel<fresh>": (3, 0),
+    "row_dots_kernel<read>": (4, 0),
+}
+
+
+@dataclass(frozen=True)
+class Loop:
+    """One that streams 16 bytes a thread: a turn may handle several groups."""
+
+    instructions: int
+    wide_loads: int
+    wide_stores: int
+    narrow_loads: int
+
+
+@dataclass(frozen=True)
+class Kernel:
+    name: str  # such as affine_kernel<fresh, 1>
+    element: str
+    access: str  # Whole or Strided
+    registers: int
+    stack: int
+    through_local_memory: int
+    loops: tuple[Loop, ...]
+
+
+def tool(name: str) -> Path:
+    """NVIDIA's disassembler comes with triton."""
+    import triton
+
+    return Path(triton.__file__).parent / "backends/nvidia/bin" / name
+
+
+@lru_cache
+def kernels(architecture: str) -> tuple[Kernel, ...]:
+    def run(*options: str) -> str:
+        command = [tool("cuobjdump"), "-arch", architecture, *options, LIBRARY]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    usage = dict(re.findall(r"Function (\w+):\s+(REG:.*)", run("-res-usage")))
+    found = []
+    for function in run("-sass").split("Function : ")[1:]:
+        mangled, code = function.split(maxsplit=1)
+        described = _describe(mangled)
+        if described is None:
+            continue
+        lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(\S.*?)\s*;", code)]
+        registers, stack = (int(re.findall(rf"{key}:(\d+)", usage[mangled])[0]) for key in ("REG", "STACK"))
+        local = sum(bool(re.search(r"\b(LDL|STL)\b", text)) for _, text in lines)
+        found.append(Kernel(*described, registers, stack, local, _streaming_loops(lines)))
+    return tuple(found)
+
+
+def _describe(mangled: str) -> tuple[str, str, str] | None:
+    """Name, element type and access; None for a kernel that streams nothing."""
+    match = re.search(r"cuda\d(f32|f64)|cuda\d(bf16|f16)", mangled)
+    kernel = re.search(r"(affine|residual|row_dots)_kernelILb([01])E(?:Lin?(\d+)E)?NS\w*?(Whole|Strided)", mangled)
+    if not match or not kernel:
+        return None
+    name, fresh, inputs, access = kernel.groups()
+    arguments = ["fresh" if fresh == "1" else "read"]
+    if inputs:
+        arguments.append("any" if "Lin" in kernel[0] else inputs)
+    return f"{name}_kernel<{', '.join(arguments)}>", match[1] or match[2], access
+
+
+def _streaming_loops(lines: list[tuple[int, str]]) -> tuple[Loop, ...]:
+    loops = []
+    for at, text in lines:
+        branch = re.search(r"\bBRA.*?0x([0-9a-f]+)", text)
+        if not branch or int(branch[1], 16) >= at:
+            continue
+        body = [t for a, t in lines if int(branch[1], 16) <= a <= at]
+
+        def count(pattern: str, body: list[str] = body) -> int:
+            return sum(bool(re.search(pattern, t)) for t in body)
+
+        wide = count(r"\bLDG\S*\.128")
+        if wide:
+            loops.append(Loop(len(body), wide, count(r"\bSTG\S*\.128"), count(r"\bLDG\b") - wide))
+    return tuple(loops)
+
+
+def main() -> None:
+    for architecture in ARCHITECTURES:
+        for kernel in sorted(kernels(architecture), key=lambda k: (k.access, k.element, k.name)):
+            loads, _ = STREAMS[kernel.name]
+            values = [f"{loop.instructions / GROUP[kernel.element] * loads / loop.wide_loads:.1f}" for loop in kernel.loops]
+            print(
+                f"{architecture:7}{kernel.name:28}{kernel.element:5}{kernel.access:8}{kernel.registers:4} registers  "
+                f"instructions a value: {', '.join(values) or '-'}"
+            )
+
+
+if __name__ == "__main__":
+    main()
