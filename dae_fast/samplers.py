@@ -3,6 +3,13 @@
 They run without gradients, leave a start given as a tensor as it is, and keep its dtype: what the
 network returns is cast to it. Row b of the result depends on the noise's id of sample b alone, so a
 batch sampled in parts (Noise(seed, first_sample=...)) is the batch sampled at once.
+
+graph=True runs the whole loop as one CUDA graph, with the same result and no work of the host between
+the steps. The first call of a kind (network, shape, dtype, schedule, options) runs the network once more
+and captures; later calls, with whatever x and noise, replay. The capture lives as long as the network
+object: keep one, as a lambda written in the call is a new network each time. The network must not wait
+for the device (.item(), copies from or to the host); parameters updated in place, or replaced, are seen,
+but what it does in Python besides is done at capture alone.
 """
 
 from __future__ import annotations
@@ -15,13 +22,14 @@ import torch
 from torch import Tensor
 
 from .backends.reference import compute_dtype
+from .graphs import replayed, start_device
 from .noise import Noise
-from .ops.affine import ABSENT, affine
+from .ops.affine import ABSENT, affine, affine_into
 from .ops.checks import like, noise_for, samples
-from .ops.conversions import Bounds, bounds, to_x0
-from .ops.langevin import langevin_step
+from .ops.conversions import Bounds, bounds
+from .ops.langevin import _coefficients, langevin_step
 from .ops.parameterisation import check_name, conversion
-from .schedule import Rows, Schedule
+from .schedule import Rows, Schedule, stack_rows
 
 Network = Callable[[Tensor, Tensor], Tensor]
 Step = TypeVar("Step")
@@ -37,12 +45,14 @@ def langevin(
     *,
     noise_scale: float | Tensor = 1.0,
     progress: bool = False,
+    graph: bool = False,
 ) -> Tensor:
     """`steps` unadjusted Langevin updates of all rows of x: x + h*score(x) + noise_scale*sqrt(2h)*eps.
 
     score(x): grad log p, like x      x: (B, ...) fp16/bf16/fp32/fp64, the chains' starts
     step_size: h >= 0, a float or a tensor () or (B,)      noise_scale: the same; 0 is gradient ascent
     noise: Noise; step k uses noise.fold_in(k)      progress: show a bar      returns: like x
+    graph: replay the loop as a CUDA graph; x must be on a CUDA device
     With a unit Gaussian the chain settles at variance 1/(1 - h/2): the bias of the discrete step.
     Raises ValueError on a negative step size or a score of another shape. Welling and Teh 2011.
     """
@@ -50,10 +60,23 @@ def langevin(
     _check_start(op, x, noise)
     if steps < 0:
         raise ValueError(f"{op}: steps must not be negative, got {steps}")
-    x = x.clone()
-    for k in _steps(range(steps), progress, op):
-        langevin_step(x, _output(op, "the score", score(x), x), step_size, noise.fold_in(k), noise_scale, out=x)
-    return x
+
+    def chain(x: Tensor, noise: Noise, step_size: float | Tensor, noise_scale: float | Tensor) -> Tensor:
+        for k in _steps(range(steps), progress, op):
+            langevin_step(x, _output(op, "the score", score(x), x), step_size, noise.fold_in(k), noise_scale, out=x)
+        return x
+
+    if not graph:
+        return chain(x.clone(), noise, step_size, noise_scale)
+
+    def coefficients() -> Rows | None:
+        """Of numbers they lie in a cache, which may drop them."""
+        if isinstance(step_size, Tensor) or isinstance(noise_scale, Tensor):
+            return None
+        return stack_rows(op, _coefficients(float(step_size), float(noise_scale)), x, compute_dtype(x.dtype))
+
+    given = step_size, noise_scale
+    return replayed(op, score, chain, x, noise, progress, arguments=given, options=steps, keep=coefficients)
 
 
 @torch.no_grad()
@@ -67,6 +90,7 @@ def annealed_langevin(
     steps_per_level: int = 100,
     denoise: bool = True,
     progress: bool = False,
+    graph: bool = False,
 ) -> Tensor:
     """NCSN sampling: Langevin at each level from the noisiest down, h_t = step_size/2 * (sigma_t/sigma_0)^2.
 
@@ -74,6 +98,7 @@ def annealed_langevin(
     schedule: variance exploding, Schedule.geometric      step_size: the paper's epsilon
     noise: Noise; step k of level t uses noise.fold_in(t*steps_per_level + k)
     denoise: end with Tweedie's step x + sigma_0^2 * score      progress: show a bar
+    graph: replay the loop as a CUDA graph; x must be on a CUDA device
     returns: like x. Raises ValueError for a schedule with alpha != 1 or sigma = 0.
     Song and Ermon 2019, algorithm 1; the last step is Jolicoeur-Martineau et al. 2021.
     """
@@ -85,12 +110,27 @@ def annealed_langevin(
         )
     if steps_per_level < 1:
         raise ValueError(f"{op}: steps_per_level must be positive, got {steps_per_level}")
-    h = (0.5 * step_size * (schedule.sigma / schedule.sigma[0]).square()).tolist()
+    if not 0 <= step_size < math.inf:
+        raise ValueError(f"{op}: step_size must be finite and not negative, got {step_size}")
+    h = 0.5 * step_size * (schedule.sigma / schedule.sigma[0]).square()
+    # One row for each level, and the last for Tweedie's step.
+    table = torch.stack((torch.ones_like(h), h, (2 * h).sqrt()), -1)
+    table = torch.cat((table, table.new_tensor([[1.0, float(schedule.sigma[0].square()), 0.0]])))
+    table = table.to(compute_dtype(x.dtype))
     plan = [(t, k) for t in reversed(range(len(schedule))) for k in range(steps_per_level)]
-    x = x.clone()
-    for t, k in _steps(plan, progress, op):
-        langevin_step(x, _at(op, "the score", score, x, t), h[t], noise.fold_in(t * steps_per_level + k), out=x)
-    return to_x0(x, _at(op, "the score", score, x, 0), schedule[0], predict="score") if denoise else x
+
+    def descend(x: Tensor, noise: Noise, table: Tensor) -> Tensor:
+        for t, k in _steps(plan, progress, op):
+            pred, fresh = _at(op, "the score", score, x, t), noise.fold_in(t * steps_per_level + k)
+            affine_into(op, x, x, pred, None, fresh, Rows(table[t : t + 1], None), (0, 1, 2))
+        if denoise:
+            pred = _at(op, "the score", score, x, 0)
+            affine_into(op, x, x, pred, None, None, Rows(table[-1:], None), (0, 1, ABSENT))
+        return x
+
+    if graph:
+        return replayed(op, score, descend, x, noise, progress, table=table, options=(steps_per_level, denoise))
+    return descend(x.clone(), noise, table.to(x.device))
 
 
 @torch.no_grad()
@@ -104,17 +144,18 @@ def ddpm(
     clamp: Bounds | None = None,
     variance: str = "small",
     progress: bool = False,
+    graph: bool = False,
 ) -> Tensor:
     """Ancestral sampling, one step per level.
 
     net(x_t, t): the network, like x_t, at levels t (B,) int64
     x: x_T (B, ...) fp16/bf16/fp32/fp64, or a shape: then noise.fold_in(T).normal(shape), fp32 on the CPU
-       (times sigma_T when the schedule is not variance preserving)
+       (with graph on the current CUDA device; times sigma_T when the schedule is not variance preserving)
     noise: Noise; the step from level t uses noise.fold_in(t)
     predict: what net predicts, "eps", "x0", "v", "score" or "flow"
     clamp: c or (low, high), the limits of the x0 estimate in every step
     variance: of the step, "small" (the posterior's) or "large" (that of q(x_t | x_{t-1}), beta_t)
-    progress: show a bar      returns: like x_T
+    progress: show a bar      graph: replay the loop as a CUDA graph      returns: like x_T
     Raises ValueError for a shape mismatch or a level from which `predict` gives no step: eps where
     alpha = 0 (predict v there). Ho et al. 2020, algorithm 2.
     """
@@ -122,7 +163,7 @@ def ddpm(
         raise ValueError(f"ddpm: variance must be 'small' or 'large', got {variance!r}")
     levels = list(reversed(range(len(schedule))))
     table = _reverse_table("ddpm", schedule, levels, predict, 1.0, variance == "large")
-    return _reverse("ddpm", net, x, schedule, noise, levels, table, clamp, progress)
+    return _reverse("ddpm", net, x, schedule, noise, levels, table, clamp, progress, graph)
 
 
 @torch.no_grad()
@@ -137,6 +178,7 @@ def ddim(
     predict: str = "eps",
     clamp: Bounds | None = None,
     progress: bool = False,
+    graph: bool = False,
 ) -> Tensor:
     """Denoising diffusion implicit sampling over `steps` evenly spaced levels, the noisiest first.
 
@@ -149,7 +191,7 @@ def ddim(
         raise ValueError(f"ddim: eta must be in [0, 1], got {eta}")
     levels = torch.linspace(len(schedule) - 1, 0, steps, dtype=torch.float64).round().long().tolist()
     table = _reverse_table("ddim", schedule, levels, predict, eta, False)
-    return _reverse("ddim", net, x, schedule, noise, levels, table, clamp, progress)
+    return _reverse("ddim", net, x, schedule, noise, levels, table, clamp, progress, graph)
 
 
 def _reverse(
@@ -162,19 +204,26 @@ def _reverse(
     table: Tensor,
     clamp: Bounds | None,
     progress: bool,
+    graph: bool,
 ) -> Tensor:
     """x_s = c_x * x_t + c_m * x0_hat + c_z * z down the levels: one fused launch each."""
     limits = (-math.inf, math.inf) if clamp is None else bounds(op, clamp)
     if not isinstance(x, Tensor):
-        x = _start(op, x, schedule, noise)
+        x = _start(op, x, schedule, noise, start_device(op) if graph else torch.device("cpu"))
     _check_start(op, x, noise)
     noisy = (table[:, 2] > 0).tolist()
-    table = table.to(x.device, compute_dtype(x.dtype))
-    for i, t in enumerate(_steps(levels, progress, op)):
-        pred = _at(op, "the network's output", net, x, t)
-        fresh, columns = (noise.fold_in(t), (0, 1, 2)) if noisy[i] else (None, (0, 1, ABSENT))
-        (x,) = affine(op, x, pred, None, fresh, Rows(table[i : i + 1], None), columns, (3, 4, *limits))
-    return x
+    table = table.to(compute_dtype(x.dtype))
+
+    def descend(x: Tensor, noise: Noise, table: Tensor) -> Tensor:
+        for i, t in enumerate(_steps(levels, progress, op)):
+            pred = _at(op, "the network's output", net, x, t)
+            fresh, columns = (noise.fold_in(t), (0, 1, 2)) if noisy[i] else (None, (0, 1, ABSENT))
+            (x,) = affine(op, x, pred, None, fresh, Rows(table[i : i + 1], None), columns, (3, 4, *limits))
+        return x
+
+    if graph:
+        return replayed(op, net, descend, x, noise, progress, table=table, options=(*levels, *limits))
+    return descend(x, noise, table.to(x.device))
 
 
 def _reverse_table(op: str, schedule: Schedule, levels: list[int], predict: str, eta: float, large: bool) -> Tensor:
@@ -201,13 +250,13 @@ def _reverse_table(op: str, schedule: Schedule, levels: list[int], predict: str,
     return table
 
 
-def _start(op: str, shape: Sequence[int], schedule: Schedule, noise: Noise) -> Tensor:
+def _start(op: str, shape: Sequence[int], schedule: Schedule, noise: Noise, device: torch.device) -> Tensor:
     """x_T of `shape`: pure noise, of the last level's size where the schedule adds it to the data."""
     if not isinstance(shape, Sequence) or isinstance(shape, str):
         raise TypeError(f"{op}: x must be a tensor or a shape (B, ...), got {type(shape).__name__}")
     if not isinstance(noise, Noise):
         raise TypeError(f"{op}: noise must be a Noise, got {type(noise).__name__}")
-    z = noise.fold_in(len(schedule)).normal(shape)
+    z = noise.fold_in(len(schedule)).normal(shape, device=device)
     return z if schedule.variance_preserving else z * float(schedule.sigma[-1])
 
 
