@@ -154,6 +154,10 @@ _captured: WeakKeyDictionary[object, OrderedDict[Hashable, _Captured]] = WeakKey
 _lock = threading.RLock()  # from filling a graph's buffers to its launch, and while capturing
 
 
+_VALUES = int, float, str, torch.dtype
+_LEAVES = *_VALUES, Tensor, torch.nn.Module, MethodType, partial, FunctionType
+
+
 def _layout(t: Tensor) -> Hashable:
     return t.shape, t.stride(), t.dtype, t.device
 
@@ -170,7 +174,7 @@ def _read_through(held: object, seen: set[int]) -> Iterator[Hashable]:
         yield tuple(module.training for module in held.modules())
         for t in (*held.parameters(), *held.buffers()):
             yield t.data_ptr(), _layout(t)
-    elif isinstance(held, (bool, int, float, str, torch.dtype)):
+    elif isinstance(held, _VALUES):
         yield type(held), held
     elif id(held) not in seen:
         seen.add(id(held))
@@ -190,5 +194,5 @@ def _parts(held: object) -> tuple[object, ...]:
         return *(held.__defaults__ or ()), *named.nonlocals.values(), *variables
     if isinstance(held, (type, ModuleType)):
         return ()
-    leaves = Tensor, torch.nn.Module, bool, int, float, str, torch.dtype, MethodType, partial, FunctionType
-    return tuple(v for v in getattr(held, "__dict__", {}).values() if isinstance(v, leaves))
+    # Not through every object: a network may hold its trainer.
+    return tuple(v for v in getattr(held, "__dict__", {}).values() if isinstance(v, _LEAVES))
