@@ -198,9 +198,10 @@ def test_dtypes_and_ids(run, dtype, tapes):
         got = run(net, x, noise, graph=True)
         assert got.dtype == dtype and torch.equal(got, wanted)
     assert len(tapes) == 1
-    noise = df.Noise(4, first_sample=6)
-    assert torch.equal(run(net, x, noise, graph=True), run(net, x, noise))
-    assert len(tapes) == 2
+    for first in (0, 6):
+        noise = df.Noise(4, first_sample=first)
+        assert torch.equal(run(net, x, noise, graph=True), run(net, x, noise))
+    assert len(tapes) == 3
 
 
 @each_sampler
@@ -296,7 +297,19 @@ def in_a_lambda(net):
 
 
 def in_a_partial(net):
-    return partial(lambda scale, x, t: net(x, t) * scale, 0.5)
+    return partial(lambda x, t: net(x, t))
+
+
+def in_an_argument(net):
+    return partial(lambda net, x, t: net(x, t) * 0.5, net)
+
+
+def in_a_keyword(net):
+    return partial(lambda x, t, net: net(x, t) * 0.5, net=net)
+
+
+def in_a_default(net):
+    return lambda x, t, net=net: net(x, t)
 
 
 def in_a_method(net):
@@ -322,7 +335,18 @@ def in_a_method_of_an_object(net):
 
 
 @pytest.mark.parametrize(
-    "wrap", [lambda net: net, in_a_lambda, in_a_partial, in_a_method, in_an_object, in_a_method_of_an_object]
+    "wrap",
+    [
+        lambda net: net,
+        in_a_lambda,
+        in_a_partial,
+        in_an_argument,
+        in_a_keyword,
+        in_a_default,
+        in_a_method,
+        in_an_object,
+        in_a_method_of_an_object,
+    ],
 )
 def test_parameters_that_change(wrap, tapes):
     inner = Net()
@@ -437,7 +461,8 @@ def test_autocast(tapes):
     assert not torch.equal(check(), first)
     assert len(tapes) == 1
     with torch.autocast("cpu", torch.bfloat16):  # and what runs after a capture does not read casts made in it
-        ddpm(net, x[:2], LINEAR, df.Noise(0), graph=True)
+        with pytest.raises(RuntimeError, match="could not capture"):
+            ddpm(lambda x, t: waits(net(x, t)), x, LINEAR, df.Noise(0), graph=True)
         after = ddpm(net, x, LINEAR, df.Noise(0))
     assert torch.equal(after, check())
     assert not torch.equal(ddpm(net, x, LINEAR, df.Noise(0), graph=True), after)  # without autocast: another loop
