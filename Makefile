@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: demo test bench profile clean
+.PHONY: demo test bench profile gpu-check clean
 
 demo: .venv/demo
 	$(BIN)/python examples/train_digits.py
@@ -21,6 +21,10 @@ bench: .venv/test
 # PROFILE="--task U-Net --steps 50", say. Nsight Systems where nsys is on the PATH, torch.profiler elsewhere.
 profile: .venv/test
 	$(BIN)/python -m benchmarks.profile $(PROFILE)
+
+# On a machine with a GPU, offline: into the Python that has torch, not into .venv.
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check
 
 # An environment with the extra of that name. torch first and by itself: a later "torch" requirement
 # must find it installed.
