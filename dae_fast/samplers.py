@@ -99,7 +99,7 @@ def annealed_langevin(
     noise: Noise; step k of level t uses noise.fold_in(t*steps_per_level + k)
     denoise: end with Tweedie's step x + sigma_0^2 * score      progress: show a bar
     graph: replay the loop as a CUDA graph; x must be on a CUDA device
-    returns: like x. Raises ValueError for a schedule with alpha != 1 or sigma = 0.
+    returns: like x. Raises ValueError for a schedule with alpha != 1 or sigma = 0, or a negative step size.
     Song and Ermon 2019, algorithm 1; the last step is Jolicoeur-Martineau et al. 2021.
     """
     op = "annealed_langevin"

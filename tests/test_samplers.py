@@ -631,6 +631,11 @@ THREE_IDS = df.Noise(0, sample=torch.zeros(3, dtype=torch.int64))
         (bad_chain(noise=X), TypeError, "langevin: noise must be a Noise, .*got a tensor"),
         (bad(annealed_langevin), ValueError, "schedule must be variance exploding .* got Schedule.linear"),
         (bad(annealed_langevin, schedule=VE, net=lambda x, t: x[:1]), ValueError, "the score must have shape"),
+        (
+            bad(annealed_langevin, schedule=VE, step_size=-1e-5),
+            ValueError,
+            "annealed_langevin: step_size must be finite and not negative, got -1e-05",
+        ),
         (bad(annealed_langevin, schedule=VE, steps_per_level=0), ValueError, "steps_per_level must be positive, got 0"),
     ],
 )
