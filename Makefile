@@ -16,11 +16,16 @@ test: .venv/test
 	@echo "make test: all checks passed"
 
 bench: .venv/test
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m dae_fast bench
+	$(BIN)/python -m benchmarks.growth
+	$(BIN)/python -m benchmarks.readme_table
 
 # PROFILE="--task U-Net --steps 50", say. Nsight Systems where nsys is on the PATH, torch.profiler elsewhere.
 profile: .venv/test
 	$(BIN)/python -m benchmarks.profile $(PROFILE)
+
+# The CUDA library takes a minute to compile and the demo has no use for it.
+.venv/demo: export CUDACXX = none
 
 # On a machine with a GPU, offline: into the Python that has torch, not into .venv.
 gpu-check:
@@ -36,4 +41,4 @@ gpu-check:
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info dae_fast/_core*.so dae_fast/_build.json
+	rm -rf .venv build dist *.egg-info dae_fast/_core*.so dae_fast/_cuda.so dae_fast/_build.json

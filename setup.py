@@ -134,7 +134,8 @@ class NinjaBuild(build_ext):
         build = Path(self.build_temp).resolve()
         notes = {}
         for part, target, compile_part in (("native", core, compile_core), ("cuda", self.cuda, compile_cuda)):
-            notes[part] = error = compile_part(build, target.resolve())
+            without = part == "cuda" and notes["native"]  # nothing would load it
+            notes[part] = error = "the native core is missing" if without else compile_part(build, target.resolve())
             if error:
                 target.unlink(missing_ok=True)  # an older build must not pass for this one
                 self.warn(f"{part} not built: {error}")

@@ -108,12 +108,12 @@ def peer(setting: Setting, name: str) -> Callable[[], Tensors]:
     case, buffers = setting.case, setting.buffers()
     if name in (EAGER, COMPILE):
         calls = _plain(case, buffers, compiled=name == COMPILE)
-    elif name == default_backend(setting.device):
-        calls = [lambda inputs=inputs: case.ours(this_step(inputs)) for inputs in buffers]
     else:
-        calls = [_forced(case, inputs, name) for inputs in buffers]
+        calls = [lambda inputs=inputs: case.ours(this_step(inputs)) for inputs in buffers]
     leaves = [[inputs[leaf] for leaf in setting.leaves] for inputs in buffers]
-    return in_turn([results(call, of, setting.dtype) for call, of in zip(calls, leaves, strict=True)])
+    found = [results(call, of, setting.dtype) for call, of in zip(calls, leaves, strict=True)]
+    forced = name not in (EAGER, COMPILE, default_backend(setting.device))
+    return in_turn([_forced(call, name) for call in found] if forced else found)
 
 
 def in_turn(calls: Sequence[Callable[[], Tensors]]) -> Callable[[], Tensors]:
@@ -185,9 +185,11 @@ def _plain(case: Case, buffers: Sequence[Inputs], *, compiled: bool = False) -> 
     return [lambda of=of: function(*of) for of in values]  # type: ignore[misc]
 
 
-def _forced(case: Case, inputs: Inputs, backend: str) -> Callable[[], Result]:
-    def call() -> Result:
-        with df.use_backend(backend):
-            return case.ours(this_step(inputs))
+def _forced(call: Callable[[], Tensors], backend: str) -> Callable[[], Tensors]:
+    """Forward and backward on one backend."""
 
-    return call
+    def forced() -> Tensors:
+        with df.use_backend(backend):
+            return call()
+
+    return forced

@@ -191,11 +191,7 @@ PYBIND11_MODULE(_core, m) {
   });
   m.def("max_threads", &cpu::max_threads);
   m.def("load_cuda", &load_cuda);
-  m.def("queue", [](const py::object& tensor) -> std::optional<std::pair<int, uintptr_t>> {
-    const Queue q = queue_of(tensor.ptr());
-    if (q.device < 0) return std::nullopt;
-    return std::pair(q.device, reinterpret_cast<uintptr_t>(q.stream));
-  });
+  m.def("on_gpu", [](const py::object& tensor) { return queue_of(tensor.ptr()).device >= 0; });
   m.attr("nvtx_built") = nvtx::kBuilt;
   m.def("nvtx_listens", &nvtx::listens);
   m.def("nvtx_push", &nvtx::push);

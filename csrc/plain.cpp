@@ -63,50 +63,42 @@ int64_t first_size(PyObject* t) {
   return PyTuple_GET_SIZE(shape.get()) ? PyLong_AsLongLong(PyTuple_GET_ITEM(shape.get(), 0)) : -1;
 }
 
-// One call, as far as it has been read: the arguments and the result of the first thing that is not plain.
-class PlainAffine {
- public:
-  // (columns, x, y, z, noise, name, source); source is a Level whose schedule has a table of that name, or a
-  // table of one row or of one for each sample.
-  static PyObject* run(PyObject* const* arguments) {
-    PlainAffine call;
-    return call.read(arguments) ? call.launch() : Py_NewRef(Py_None);
-  }
-
- private:
-  bool read(PyObject* const* a) {
+// What every plain call reads; each step says whether the call is still plain.
+class PlainCall {
+ protected:
+  bool read_first(PyObject* x) {
     const TorchState& torch = TorchState::get();
     if (!g_plain || !nothing_around(torch)) return false;
-    x_ = a[1];
-    if (!is_plain_tensor(x_) || !read_dtype(x_, args_.batch.dtype)) return false;
+    x_ = x;
+    if (!is_plain_tensor(x_) || !read_dtype(x_, batch_.dtype)) return false;
     device_ = device_number(x_);
     if (!is_on_device(x_) || (device_ >= 0 && !cuda_api())) return false;
-    const Owned shape = attribute(x_, names().shape), dtype = attribute(x_, names().dtype);
-    if (!read_shape(shape.get())) return false;
-    const bool grad = asks_true(torch.is_grad_enabled);
-    for (int i = 0; i < 6; ++i)
-      args_.columns[i] = i < 3 ? static_cast<int>(PyLong_AsLong(PyTuple_GET_ITEM(a[0], i))) : kAbsent;
-    Operand* operands[] = {&args_.x, &args_.y, &args_.z};
-    for (int k = 0; k < 3; ++k) {
-      PyObject* t = a[1 + k];
-      if (t == Py_None) continue;
-      if (k && !(is_plain_tensor(t) && attribute(t, names().dtype).get() == dtype.get() && is_on_device(t) &&
-                 PyObject_RichCompareBool(attribute(t, names().shape).get(), shape.get(), Py_EQ) == 1))
-        return false;
-      if (grad && is_true(attribute(t, names().requires_grad))) return false;
-      if (args_.columns[k] != kAbsent) operands[k]->data = address(t);
-    }
-    return read_its_noise(a[4]) && read_source(a[5], a[6], grad);
+    grad_ = asks_true(torch.is_grad_enabled);
+    const Owned shape = attribute(x_, names().shape);
+    const Py_ssize_t ndim = PyTuple_GET_SIZE(shape.get());
+    if (!ndim) return false;
+    batch_.B = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.get(), 0));
+    batch_.D = 1;
+    for (Py_ssize_t d = 1; d < ndim; ++d) batch_.D *= PyLong_AsLongLong(PyTuple_GET_ITEM(shape.get(), d));
+    return batch_.B && batch_.D;
   }
 
-  bool read_shape(PyObject* shape) {
-    const Py_ssize_t ndim = PyTuple_GET_SIZE(shape);
-    if (!ndim) return false;
-    args_.batch.B = PyLong_AsLongLong(PyTuple_GET_ITEM(shape, 0));
-    args_.batch.D = 1;
-    for (Py_ssize_t d = 1; d < ndim; ++d) args_.batch.D *= PyLong_AsLongLong(PyTuple_GET_ITEM(shape, d));
-    return args_.batch.B && args_.batch.D;
+  // None, or a tensor like the first.
+  bool read_another(PyObject* t, Operand& operand) const {
+    if (t == Py_None) return true;
+    if (!is_plain_tensor(t) || attribute(t, names().dtype).get() != attribute(x_, names().dtype).get() ||
+        !is_on_device(t) || !has_shape_of_first(t) || wants_grad(t))
+      return false;
+    operand.data = address(t);
+    return true;
   }
+
+  bool has_shape_of_first(PyObject* t) const {
+    const Owned shape = attribute(t, names().shape), first = attribute(x_, names().shape);
+    return PyObject_RichCompareBool(shape.get(), first.get(), Py_EQ) == 1;
+  }
+
+  bool wants_grad(PyObject* t) const { return grad_ && is_true(attribute(t, names().requires_grad)); }
 
   // Of the CPU, number -1, or of a GPU; there are others with the same numbers.
   bool is_on_device(PyObject* t) const {
@@ -114,28 +106,86 @@ class PlainAffine {
   }
 
   bool is_of_samples(PyObject* t) const {
-    return first_size(t) == args_.batch.B && is_on_device(t) && is_plain_tensor(t);
+    return first_size(t) == batch_.B && is_on_device(t) && is_plain_tensor(t);
   }
 
-  bool read_its_noise(PyObject* noise) {
+  bool read_its_noise(PyObject* noise, Noise& read) const {
     if (noise == Py_None) return true;
     const Owned sample = attribute(noise, names().sample), key = attribute(noise, names().key_tensor);
     if (sample.get() != Py_None && !is_of_samples(sample.get())) return false;
     if (key.get() != Py_None && !(is_plain_tensor(key.get()) && is_on_device(key.get()))) return false;
-    args_.noise = read_noise(noise, false);
+    read = read_noise(noise, false);
     return true;
   }
 
-  bool read_source(PyObject* name, PyObject* source, bool grad) {
+  PyObject* compute_dtype() const { return batch_.dtype == Dtype::f64 ? dae::torch().f64 : dae::torch().f32; }
+
+  PyObject* empty_like_first() const {
+    PyObject* const given[] = {x_};
+    return PyObject_Vectorcall(TorchState::get().empty_like, given, 1, nullptr);
+  }
+
+  // Without the GIL where it takes long; raises what went wrong.
+  template <class Launch>
+  void launch(Launch kernel) const {
+    const Queue queue = queue_of(x_);
+    const Api& api = api_of(queue);
+    const char* error;
+    if (queue.device < 0 && batch_.B * batch_.D > kReleaseGil) {
+      Py_BEGIN_ALLOW_THREADS;
+      error = kernel(api, queue);
+      Py_END_ALLOW_THREADS;
+    } else {
+      error = kernel(api, queue);
+    }
+    if (!error) return;
+    PyErr_Format(PyExc_RuntimeError, "dae_fast: CUDA error: %s", error);
+    throw PythonError();
+  }
+
+  PyObject* x_ = nullptr;
+  Batch batch_{};
+  int64_t device_ = -1;
+  bool grad_ = false;
+};
+
+// (columns, x, y, z, noise, name, source); source is a Level whose schedule has a table of that name, or without
+// a name a table of one row or of one for each sample. The result is a new tensor.
+class PlainAffine : PlainCall {
+ public:
+  static constexpr Py_ssize_t kArguments = 7;
+  static constexpr const char* kName = "plain_affine";
+
+  PyObject* run(PyObject* const* a) {
+    if (!read_first(a[1]) || wants_grad(a[1])) return Py_NewRef(Py_None);
+    AffineArgs args{};
+    for (int i = 0; i < 6; ++i)
+      args.columns[i] = i < 3 ? static_cast<int>(PyLong_AsLong(PyTuple_GET_ITEM(a[0], i))) : kAbsent;
+    args.x.data = address(a[1]);
+    if (!read_another(a[2], args.y) || !read_another(a[3], args.z) || !read_its_noise(a[4], args.noise) ||
+        !read_source(a[5], a[6], args.table))
+      return Py_NewRef(Py_None);
+    args.batch = batch_;
+    Operand* const operands[] = {&args.x, &args.y, &args.z};
+    for (int k = 0; k < 3; ++k)  // checked, and not read
+      if (args.columns[k] == kAbsent) operands[k]->data = nullptr;
+    Owned out(empty_like_first());
+    args.out.data = address(out.get());
+    launch([&](const Api& api, Queue queue) { return api.affine(args, queue); });
+    return out.release();
+  }
+
+ private:
+  bool read_source(PyObject* name, PyObject* source, Table& read) const {
     if (name == Py_None) {
-      if (grad && is_true(attribute(source, names().requires_grad))) return false;
-      args_.table = read_table(source, Py_None);
+      if (wants_grad(source)) return false;
+      read = read_table(source, Py_None);
       return true;
     }
     const Owned schedule = attribute(source, names().schedule);
     if (schedule.get() == Py_None) return false;
     const Owned tables = attribute(schedule.get(), names().tables), device = attribute(x_, names().device);
-    const Owned place(PyTuple_Pack(3, name, args_.batch.dtype == Dtype::f64 ? dae::torch().f64 : dae::torch().f32, device.get()));
+    const Owned place(PyTuple_Pack(3, name, compute_dtype(), device.get()));
     PyObject* table = PyDict_GetItemWithError(tables.get(), place.get());
     if (!table) {
       if (PyErr_Occurred()) throw PythonError();
@@ -143,51 +193,69 @@ class PlainAffine {
     }
     const Owned t = attribute(source, names().t);
     if (PyLong_Check(t.get())) {
-      args_.table = read_table(table, Py_None);
-      const int64_t size = args_.batch.dtype == Dtype::f64 ? sizeof(double) : sizeof(float);
-      args_.table.data = static_cast<const char*>(args_.table.data) + to_int(t) * args_.table.columns * size;
-      args_.table.rows = 1;
+      read = read_table(table, Py_None);
+      const int64_t size = batch_.dtype == Dtype::f64 ? sizeof(double) : sizeof(float);
+      read.data = static_cast<const char*>(read.data) + to_int(t) * read.columns * size;
+      read.rows = 1;
       return true;
     }
     if (!is_of_samples(t.get())) return false;
-    args_.table = read_table(table, t.get());
-    return device_ >= 0 || bad_level(args_.table, args_.batch.B) < 0;
+    read = read_table(table, t.get());
+    return device_ >= 0 || bad_level(read, batch_.B) < 0;
   }
-
-  PyObject* launch() {
-    PyObject* const given[] = {x_};
-    Owned out(PyObject_Vectorcall(TorchState::get().empty_like, given, 1, nullptr));
-    args_.out.data = address(out.get());
-    const Queue queue = queue_of(x_);
-    const char* error;
-    if (queue.device < 0 && args_.batch.B * args_.batch.D > kReleaseGil) {
-      Py_BEGIN_ALLOW_THREADS;
-      error = api_of(queue).affine(args_, queue);
-      Py_END_ALLOW_THREADS;
-    } else {
-      error = api_of(queue).affine(args_, queue);
-    }
-    if (error) {
-      PyErr_Format(PyExc_RuntimeError, "dae_fast: CUDA error: %s", error);
-      throw PythonError();
-    }
-    return out.release();
-  }
-
-  AffineArgs args_{};
-  PyObject* x_ = nullptr;
-  int64_t device_ = -1;
 };
 
-constexpr Py_ssize_t kArguments = 7;
+// (pred, z, noise, table, reduction, empty, scratch): the loss of pred against z or noise, without weights or mask.
+// The result is (loss, its gradient or None if pred wants none). empty(dtype, device) makes a () tensor,
+// scratch(pred, 1) what a GPU's reduction needs.
+class PlainLoss : PlainCall {
+ public:
+  static constexpr Py_ssize_t kArguments = 7;
+  static constexpr const char* kName = "plain_loss";
 
-PyObject* plain_affine(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  if (count != kArguments) return PyErr_Format(PyExc_TypeError, "plain_affine takes %zd arguments", kArguments);
+  PyObject* run(PyObject* const* a) {
+    ResidualArgs args{};
+    if (!read_first(a[0]) || !read_another(a[1], args.z) || !read_its_noise(a[2], args.noise))
+      return Py_NewRef(Py_None);
+    const bool wanted = wants_grad(a[0]);
+    if (wanted && batch_.dtype == Dtype::f16) return Py_NewRef(Py_None);  // its scale is not known yet
+    args.batch = batch_;
+    args.pred.data = address(a[0]);
+    args.table = read_table(a[3], Py_None);
+    args.columns[0] = 1, args.columns[1] = 2;
+
+    const Owned device = attribute(x_, names().device);
+    const Owned loss(PyObject_CallFunctionObjArgs(a[5], compute_dtype(), device.get(), nullptr));
+    const Owned grad(wanted ? empty_like_first() : Py_NewRef(Py_None));
+    if (wanted) args.grad.data = address(grad.get());
+    LossArgs of_loss{};
+    of_loss.reduction = static_cast<Reduction>(PyLong_AsLong(a[4]));
+    of_loss.loss = address(loss.get());
+    const Owned scratch(PyObject_CallFunctionObjArgs(a[6], x_, nullptr));
+    PyObject *sums = PyTuple_GET_ITEM(scratch.get(), 0), *counter = PyTuple_GET_ITEM(scratch.get(), 1);
+    const Scratch room{sums == Py_None ? nullptr : static_cast<double*>(address(sums)),
+                       counter == Py_None ? nullptr : static_cast<uint32_t*>(address(counter))};
+    launch([&](const Api& api, Queue queue) { return api.residual(args, of_loss, room, queue); });
+    return PyTuple_Pack(2, loss.get(), grad.get());
+  }
+};
+
+template <class Call>
+PyObject* plain(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != Call::kArguments)
+    return PyErr_Format(PyExc_TypeError, "%s takes %zd arguments", Call::kName, Call::kArguments);
   try {
-    return PlainAffine::run(arguments);
+    return Call().run(arguments);
   } catch (const PythonError&) {
     return nullptr;
   }
+}
+
+template <class Call>
+PyMethodDef plain_method() {
+  PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t) = plain<Call>;
+  return {Call::kName, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL,
+          "None where the call is not plain: gradients, strides, modes, or bad input."};
 }
 
 PyObject* use_plain(PyObject*, PyObject* yes) {
@@ -201,8 +269,8 @@ PyObject* pretend_gpu(PyObject*, PyObject* yes) {
 }
 
 PyMethodDef g_methods[] = {
-    {"plain_affine", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(plain_affine)), METH_FASTCALL,
-     "A new tensor, or None where the call is not plain: gradients, strides, modes, or bad input."},
+    plain_method<PlainAffine>(),
+    plain_method<PlainLoss>(),
     {"use_plain", use_plain, METH_O, "Whether plain calls are taken at all."},
     {"pretend_gpu", pretend_gpu, METH_O, "Sends CPU tensors to a CUDA library that was compiled for the CPU, to test it."},
     {nullptr, nullptr, 0, nullptr},

@@ -1,8 +1,9 @@
 """The extension module of csrc/bind.cpp. None is absent; tensors are checked by the caller."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .noise import Noise
@@ -65,7 +66,7 @@ def isa() -> str: ...
 def isas() -> list[str]: ...
 def max_threads() -> int: ...
 def load_cuda(path: str, /) -> int: ...
-def queue(tensor: Tensor, /) -> tuple[int, int] | None: ...
+def on_gpu(tensor: Tensor, /) -> bool: ...
 def plain_affine(
     columns: tuple[int, int, int],
     x: Tensor,
@@ -76,6 +77,16 @@ def plain_affine(
     source: Any,
     /,
 ) -> Tensor | None: ...
+def plain_loss(
+    pred: Tensor,
+    z: Tensor | None,
+    noise: Noise | None,
+    table: Tensor,
+    reduction: int,
+    empty: Callable[[torch.dtype, torch.device], Tensor],
+    scratch: Callable[[Tensor], tuple[Tensor | None, Tensor | None]],
+    /,
+) -> tuple[Tensor, Tensor | None] | None: ...
 def use_plain(yes: bool, /) -> None: ...
 def pretend_gpu(yes: bool, /) -> None: ...
 

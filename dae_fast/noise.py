@@ -190,8 +190,9 @@ def fill(op: str, noise: Noise, shape: tuple[int, ...], dtype: torch.dtype, devi
     if op == "normal" and dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise TypeError(f"{op}: dtype must be float16, bfloat16, float32 or float64, got {dtype}")
     B, D = shape[0], math.prod(shape[1:])
-    noise._check(op, B, device)
     place = torch.empty(0, device=device)
+    device = place.device  # "cuda" with its number
+    noise._check(op, B, device)
     way = route(op, place, noise._key_tensor, noise._sample)
     if way is not Route.DISPATCHER:
         module = reference if way is Route.REFERENCE else kernels(place, op)

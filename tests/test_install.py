@@ -23,7 +23,8 @@ NEEDS_NATIVE = pytest.mark.skipif("native" not in df.backend_names(), reason="ne
 
 def run(*command, cwd, timeout=300, **environment):
     """With only what the tests mean to set of the variables that matter here."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("CXX", "CXXFLAGS", "DAE_FAST_CPU_ISA", "PYTHONPATH")}
+    ours = ("CXX", "CUDACXX", "CXXFLAGS", "DAE_FAST_CPU_ISA", "PYTHONPATH")
+    kept = {k: v for k, v in os.environ.items() if k not in ours}
     return subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=cwd,
@@ -141,7 +142,10 @@ def test_without_a_compiler_native_is_refused(without_compiler, tmp_path):
 
 def test_without_a_compiler_the_files(without_compiler):
     package = without_compiler / "dae_fast"
-    assert json.loads((package / "_build.json").read_text()) == {"native": WHY}
+    assert json.loads((package / "_build.json").read_text()) == {
+        "native": WHY,
+        "cuda": "the native core is missing",
+    }
     assert list(package.glob("_core*.so")) == []
     assert (package / "py.typed").exists() and (package / "_core.pyi").exists()
 
@@ -163,9 +167,12 @@ def test_a_compiler_that_fails(tmp_path):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """A wheel built as usual: one compilation."""
+    """A wheel built as usual: one compilation. That of the CUDA library, which takes a minute, fails."""
     place = tmp_path_factory.mktemp("wheel")
-    pip("wheel", copy_sources(place / "source"), "--wheel-dir", place / "dist", cwd=place)
+    nvcc = place / "nvcc"
+    nvcc.write_text("#!/bin/sh\ncase $1 in --list-gpu-code) echo sm_90;; *) echo 'no such thing' >&2; exit 1;; esac\n")
+    nvcc.chmod(0o755)
+    pip("wheel", copy_sources(place / "source"), "--wheel-dir", place / "dist", cwd=place, CUDACXX=nvcc)
     (path,) = (place / "dist").glob("dae_fast-*.whl")
     with zipfile.ZipFile(path) as archive:
         archive.extractall(place / "site")
@@ -183,7 +190,9 @@ def test_what_a_wheel_holds(wheel):
     rest = {n for n in names if ".dist-info/" not in n} - modules - {library}
     assert rest == {"dae_fast/py.typed", "dae_fast/_core.pyi", "dae_fast/_build.json"}
     assert any(n.endswith(".dist-info/licenses/LICENSE") for n in names)
-    assert json.loads((site / "dae_fast" / "_build.json").read_text()) == {"native": None}
+    notes = json.loads((site / "dae_fast" / "_build.json").read_text())
+    assert notes["native"] is None
+    assert notes["cuda"].startswith("the CUDA build failed:") and "no such thing" in notes["cuda"]
 
 
 @NEEDS_COMPILER

@@ -407,7 +407,8 @@ def test_residual_level_out_of_range_is_nan() -> None:
 def test_residual_ticket_starts_again(D: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A workspace serves call after call, and only the last program reads it: here it is poisoned before each."""
     pred = randn(300 if D < 100 else 3, D)
-    sums, ticket = backend._new_workspace(DEVICE, 4096)
+    sums = torch.empty(4096, dtype=torch.float64, device=DEVICE)
+    ticket = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     monkeypatch.setattr(backend, "_workspace", lambda call: (sums, ticket))
     losses = []
     for _ in range(2):

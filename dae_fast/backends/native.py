@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .reference import compute_dtype, raise_bad_level
+from .tickets import ticket
 
 try:
     # torch first: it loads the OpenMP runtime that the kernels look up.
@@ -91,21 +92,23 @@ def _walkable(*tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(None if t is None else t.contiguous() for t in tensors)
 
 
-_counters: dict[tuple[int, int], Tensor] = {}
+def plain_loss(
+    pred: Tensor, z: Tensor | None, noise: Noise | None, table: Tensor, reduction: int
+) -> tuple[Tensor, Tensor | None] | None:
+    """(loss, gradient of pred or None) of a plain call with table (1, n1, n2); None for everything else."""
+    return _core.plain_loss(pred, z, noise, table, reduction, _scalar, _scratch)
 
 
-def _scratch(x: Tensor, columns: int) -> tuple[Tensor | None, Tensor | None]:
+def _scalar(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty((), dtype=dtype, device=device)
+
+
+def _scratch(x: Tensor, columns: int = 1) -> tuple[Tensor | None, Tensor | None]:
     """What a reduction on x's device needs: room for partial sums, and a counter that its kernels leave at 0."""
-    queue = _core.queue(x)
-    if queue is None:
+    if not _core.on_gpu(x):
         return None, None
     sums = torch.empty(_core.scratch_doubles(*_rows(x), columns), dtype=torch.float64, device=x.device)
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        # Graphs may be replayed side by side on several streams: each has its own.
-        return sums, torch.zeros(1, dtype=torch.int32, device=x.device)
-    if queue not in _counters:
-        _counters[queue] = torch.zeros(1, dtype=torch.int32, device=x.device)
-    return sums, _counters[queue]
+    return sums, ticket(x.device)
 
 
 def affine(
@@ -151,16 +154,17 @@ def residual(
     want_grad: bool,
     upstream: Tensor | None = None,
     made: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Any, Any, Tensor | None]:
     """One pass over pred: the unweighted mean of each sample, the weighted loss, its gradient.
 
-    weight: (B,). reduction: 0 none, 1 mean, 2 sum. grad is upstream (), or 1, times d loss / d pred; `made` is
+    weight: (B,). reduction: 0 none, 1 mean, 2 sum. With upstream () only the gradient, times upstream; `made` is
     the one for 1, returned when that is what upstream turns out to be and written anew otherwise.
     """
     pred, y, z, mask = _walkable(pred, y, z, mask)
     compute, device = compute_dtype(pred.dtype), pred.device
-    per_sample = torch.empty(pred.shape[0], dtype=compute, device=device)
-    loss = torch.empty((), dtype=compute, device=device)
+    again = upstream is not None  # for a gradient alone
+    per_sample = None if again else torch.empty(pred.shape[0], dtype=compute, device=device)
+    loss = None if again else torch.empty((), dtype=compute, device=device)
     grad = torch.empty_like(pred) if want_grad and made is None else made
     sums, counter = _scratch(pred, 1)
     kept = None
@@ -169,7 +173,6 @@ def residual(
         _core.mask_count(mask, kept, sums, counter)
     if weight is not None:
         weight = (weight if weight.dtype in (torch.float32, torch.float64) else weight.float()).contiguous()
-    again = upstream is not None  # the sums are known by then
     bad = _core.residual(
         pred,
         y,
@@ -184,7 +187,7 @@ def residual(
         upstream,
         made is not None,
         reduction,
-        None if again else per_sample,
+        per_sample,
         loss if want_loss else None,
         grad,
         sums,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .reference import per_sample_sum
+from .tickets import ticket
 
 try:
     import triton
@@ -483,31 +484,10 @@ def residual(
     return per_sample, loss, grad
 
 
-Workspace = tuple[Tensor, Tensor]
-_workspaces: dict[tuple[torch.device, int], Workspace] = {}
-
-
-def _workspace(call: _Call) -> Workspace:
-    """Room for the programs' sums, and the ticket: a zeroed int32 that the kernel leaves at zero.
-
-    One for each stream, whose losses run one after the other. A CUDA graph may be replayed on any
-    stream, beside others: it gets one of its own.
-    """
-    device = call.device
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return _new_workspace(device, call.parts)
-    stream = device, torch._C._cuda_getCurrentRawStream(device.index)
-    workspace = _workspaces.get(stream)
-    if workspace is None or len(workspace[0]) < call.parts:
-        workspace = _workspaces[stream] = _new_workspace(device, call.parts)
-    return workspace
-
-
-def _new_workspace(device: torch.device, parts: int) -> Workspace:
-    return (
-        torch.empty(triton.next_power_of_2(parts), dtype=torch.float64, device=device),
-        torch.zeros(1, dtype=torch.int32, device=device),
-    )
+def _workspace(call: _Call) -> tuple[Tensor, Tensor]:
+    """Room for the programs' sums, and the ticket: a zeroed int32 that the kernel leaves at zero."""
+    sums = torch.empty(triton.next_power_of_2(call.parts), dtype=torch.float64, device=call.device)
+    return sums, ticket(call.device)
 
 
 @functools.lru_cache(maxsize=4096)

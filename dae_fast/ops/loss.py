@@ -6,13 +6,14 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ..backends.reference import coefficients, compute_dtype
 from ..noise import Noise
 from ..schedule import Level, Schedule, check_per_sample, stack_rows
 from .checks import level_for, noise_for, promote, samples
 from .parameterisation import error_ratio
-from .residual import REDUCTIONS, Reduction, residual_loss
+from .residual import MINUS_TARGET, REDUCTIONS, Reduction, plain_residual_loss, residual_loss
 
 
 @overload
@@ -66,13 +67,18 @@ def noise_mse(
     Ho et al. 2020, eq. 14.
     """
     op = "noise_mse"
+    options = any(v is not None for v in (weight, level, level_weight, mask)) or return_x0_mse
+    if not options and not is_compiling():
+        loss = plain_residual_loss(op, pred, noise, reduction)
+        if loss is not None:
+            return loss
     samples(op, "pred", pred)
     z, generated = noise_for(op, noise, pred, "pred")
     if z is not None and z.dtype != pred.dtype:
         pred, z = promote(pred, z)
     if level is not None:
         level_for(op, level)
-    rows = stack_rows(op, (1.0, -1.0, -1.0), pred, compute_dtype(pred.dtype))
+    rows = stack_rows(op, MINUS_TARGET, pred, compute_dtype(pred.dtype))
     weight = loss_weight(op, pred, level, weight, level_weight)
     loss, mse = residual_loss(
         op, pred, z, None, generated, rows, weight, loss_mask(op, pred, mask), check(op, pred, reduction)

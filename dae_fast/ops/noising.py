@@ -52,8 +52,8 @@ def add_noise(
         return add_noise(x0, noise, level), x0  # type: ignore[return-value]
     rows = level._rows(op, f"add_noise {target}", _noising_and(target), x0, compute_dtype(x0.dtype))
     of_x0 = ABSENT if target in ("eps", "score") else 2
-    columns = (0, 1, ABSENT, of_x0, 3, ABSENT) if z is not None else (0, ABSENT, 1, of_x0, ABSENT, 3)
-    x_t, wanted = affine(op, x0, z, None, generated, rows, columns)
+    both = (0, 1, ABSENT, of_x0, 3, ABSENT) if z is not None else (0, ABSENT, 1, of_x0, ABSENT, 3)
+    x_t, wanted = affine(op, x0, z, None, generated, rows, both)
     return x_t, wanted
 
 

@@ -12,14 +12,28 @@ from torch import Tensor
 
 from ..backends import kernels, reference
 from ..noise import Noise
-from ..schedule import Rows
+from ..schedule import Rows, stack_rows
 from .affine import ABSENT, Gradients, affine, row_dots
 from .flat import flatten, seen
-from .routing import Route, batchable, route, wants_grad
+from .routing import Route, batchable, plain_loss, route, wants_grad
 
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS = ("none", "mean", "sum")  # a reduction's place here is its number in the native core
+MINUS_TARGET = (1.0, -1.0, -1.0)  # a table's row for pred - y, pred - z and pred - noise
 COLUMNS = (0, 1, 2)  # a table holds (1, n1, n2): r = 1*pred + n1*y + n2*z
+
+
+def plain_residual_loss(op: str, pred: Tensor, target: Noise | Tensor, reduction: str) -> Tensor | None:
+    """The loss of a plain call, pred - target unweighted; None where residual_loss has to look."""
+    if reduction not in REDUCTIONS[1:] or not isinstance(pred, Tensor):
+        return None
+    z, noise = (None, target) if type(target) is Noise else (target, None)
+    number = REDUCTIONS.index(reduction)
+    table, _ = stack_rows(op, MINUS_TARGET, pred, reference.compute_dtype(pred.dtype))
+    made = plain_loss(pred, z, noise, table, number)
+    if made is None or made[1] is None:
+        return made and made[0]
+    return _Loss.apply(pred, made, (None, z, None, None, None), (op, noise, table, number))
 
 
 def residual_loss(

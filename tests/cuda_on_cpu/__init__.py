@@ -21,8 +21,7 @@ def build(place: Path) -> Path:
     """The library, in `place`."""
     cxx = shlex.split(os.environ.get("CXX", "c++"))
     parts = {
-        name: ("kernels.cu", f"-DDAE_ELEMENT={element}", f"-DDAE_NAME={name}")
-        for name, element in ELEMENTS.items()
+        name: ("kernels.cu", f"-DDAE_ELEMENT={element}", f"-DDAE_NAME={name}") for name, element in ELEMENTS.items()
     }
     parts["api"] = ("api.cu",)
     running = [
