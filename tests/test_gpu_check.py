@@ -153,9 +153,8 @@ class TestWhatIsRun:
             assert done.stderr.strip() == "missing: cuda, triton"
 
     def test_make_runs_it_with_the_given_python(self) -> None:
-        done = subprocess.run(
-            ["make", "-n", "gpu-check", "PYTHON=some-python"], cwd=ROOT, capture_output=True, text=True, check=True
-        )
+        command = ["make", "-n", "--no-print-directory", "gpu-check", "PYTHON=some-python"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         assert done.stdout.strip() == "some-python -m benchmarks.gpu_check"
 
 
