@@ -14,7 +14,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 from .growth import CHAIN, FIXED_CHAINS, FIXED_STEPS, OURS_COMPILED, Point, fit
 from .peers import CLONE, COMPILE, COPY_INTO, EAGER
@@ -192,6 +192,7 @@ def _size(figure: Figure, results: Results) -> None:
                 )  # fmt: skip
         ax.set(xscale="log", yscale="log", title=case)
         ax.yaxis.set_major_formatter(FuncFormatter(_seconds))
+        ax.yaxis.set_minor_formatter(NullFormatter())
     spare = axes.flat[-1]
     spare.axis("off")
     handles, _ = axes.flat[0].get_legend_handles_labels()
@@ -252,6 +253,7 @@ def _growth(figure: Figure, results: Results) -> None:
                 ax.plot(at, [line.fixed + line.slope * a for a in at], ":", color=colour)
         ax.set(xscale="log", yscale="log", xlabel=fixed[along], title=f"samplers.{study}")
         ax.yaxis.set_major_formatter(FuncFormatter(_seconds))
+        ax.yaxis.set_minor_formatter(NullFormatter())
         ax.legend(fontsize=7.5)
 
 
