@@ -20,8 +20,8 @@ from torch import Tensor
 import dae_fast as df
 from dae_fast.backends.reference import compute_dtype
 from dae_fast.ops.affine import ABSENT, affine
+from dae_fast.rows import Rows
 from dae_fast.samplers import _reverse_table
-from dae_fast.schedule import Rows
 from tests.cases import DTYPES, SCHEDULE, TABLES, Case, Inputs, Result, alpha_sigma
 
 if TYPE_CHECKING:

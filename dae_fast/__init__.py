@@ -3,13 +3,14 @@
 from . import nn, samplers
 from .backends import backend_names, use_backend
 from .info import info, package_version
+from .level import Level
 from .noise import Noise
 from .ops import library as library  # registers the torch.library ops
 from .ops.conversions import to_eps, to_score, to_v, to_x0
 from .ops.langevin import langevin_step
 from .ops.loss import noise_mse
 from .ops.noising import add_noise
-from .schedule import Level, Schedule
+from .schedule import Schedule
 
 __version__ = package_version()
 

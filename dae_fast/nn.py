@@ -15,7 +15,8 @@ from .ops.loss import check, check_level_weight, loss_mask, loss_weight
 from .ops.noising import add_noise
 from .ops.parameterisation import MIXES, check_name, error_ratio
 from .ops.residual import residual_loss
-from .schedule import Coefficients, Schedule, stack_rows, table_of
+from .rows import Coefficients, stack_rows, table_of
+from .schedule import Schedule
 
 # Levels are drawn from a stream of their own, so that they are independent of the noise they scale.
 LEVEL_TAG = 0x6C6576656C  # "level"

@@ -29,7 +29,8 @@ from .ops.checks import like, noise_for, samples
 from .ops.conversions import Bounds, bounds
 from .ops.langevin import _coefficients, langevin_step
 from .ops.parameterisation import check_name, conversion
-from .schedule import Rows, Schedule, stack_rows
+from .rows import Rows, stack_rows
+from .schedule import Schedule
 
 Network = Callable[[Tensor, Tensor], Tensor]
 Step = TypeVar("Step")

@@ -1,211 +1,20 @@
-"""Noise schedules and levels: x_t = alpha * x0 + sigma * eps."""
+"""Noise schedules: x_t = alpha * x0 + sigma * eps at every level t."""
 
 from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import lru_cache, partial
+from collections.abc import Iterator, Sequence
+from functools import partial
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.utils._python_dispatch import _disable_current_modes
 
 from .backends.reference import coefficients as look_up
-
-# Coefficients of an op from (alpha, sigma): works on floats and on float64 tensors alike.
-Coefficients = Callable[[Any, Any], tuple[Any, ...]]
-Place = tuple[str, torch.dtype, torch.device]  # of a table in a schedule's cache
-
-
-class Rows(NamedTuple):
-    """Coefficients of a batch: row b is table[t[b]], or without t table[b], or table[0] when there is one."""
-
-    table: Tensor
-    t: Tensor | None
-
-
-@contextmanager
-def _outside_modes() -> Iterator[None]:
-    """What is cached must be a plain tensor, whatever traces, transforms or infers around the call."""
-    with (
-        torch.inference_mode(False),
-        temporarily_clear_interpreter_stack(),
-        _disable_current_modes(),
-        torch._C.DisableTorchFunction(),
-    ):
-        yield
-
-
-@lru_cache(maxsize=16)
-def _constant_rows(columns: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Rows:
-    with _outside_modes():
-        table = torch.tensor([columns], dtype=torch.float64).to(dtype)
-        if not table.isfinite().all():
-            raise ValueError(f"coefficients must be finite in {dtype}, got {columns}")
-        return Rows(table.to(device), None)
-
-
-def stack_rows(op: str, columns: tuple[Any, ...], x: Tensor, dtype: torch.dtype) -> Rows:
-    """Rows from columns that are floats, () tensors or (B,) tensors, worked out in float64."""
-    if not any(isinstance(c, Tensor) for c in columns) and not torch.compiler.is_compiling():
-        try:
-            return _constant_rows(columns, dtype, x.device)
-        except ValueError as error:
-            raise ValueError(f"{op}: {error}") from None
-    # As a factor, a float that changes is an input of a compiled graph; in torch.tensor it is a constant.
-    one = torch.ones((), dtype=torch.float64, device=x.device)
-    wide = [c.double() if isinstance(c, Tensor) else one * c for c in columns]
-    return Rows(torch.stack(torch.broadcast_tensors(*wide), -1).reshape(-1, len(columns)).to(dtype), None)
-
-
-def check_per_sample(op: str, name: str, value: float | Tensor, x: Tensor) -> float | Tensor:
-    """A number (returned as a float), a () tensor, or one entry per sample."""
-    if isinstance(value, Tensor):
-        if not value.is_floating_point():
-            raise TypeError(f"{op}: {name} must be floating, got {value.dtype}")
-        if value.dim() and value.shape != x.shape[:1]:
-            raise ValueError(
-                f"{op}: {name} must be a float or have shape ({x.shape[0]},), one per sample, got {tuple(value.shape)}"
-            )
-        if value.device != x.device:
-            raise ValueError(f"{op}: {name} must be on {x.device} like the samples, got {value.device}")
-        return value
-    return _number(op, name, value)
-
-
-def _number(op: str, name: str, value: Any) -> float:
-    """int, float or a numpy scalar."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{op}: {name} must be a float or a tensor, got {type(value).__name__}")
-    return float(value)
-
-
-def can_read(value: Tensor) -> bool:
-    """Whether looking at the values costs nothing: on the CPU, outside tracing and transforms."""
-    return (
-        value.device.type == "cpu"
-        and type(value) in (Tensor, torch.nn.Parameter)
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-    )
-
-
-class Level:
-    """The pair (alpha, sigma) of each sample: x_t = alpha * x0 + sigma * eps.
-
-    alpha, sigma: floats, or tensors () or (B,); gradients reach tensors that require them. A classical
-    denoising autoencoder is Level(alpha=1.0, sigma=0.5). `schedule[t]` makes the other kind, a lazy
-    look-up: nothing is computed until an op needs it.
-    Raises TypeError for anything else and ValueError for values that are negative, infinite or NaN
-    (looked at on the CPU alone).
-    """
-
-    __slots__ = ("_alpha", "_schedule", "_sigma", "_t")
-
-    def __init__(self, alpha: float | Tensor = 1.0, sigma: float | Tensor = 0.0) -> None:
-        self._alpha = _checked("alpha", alpha)
-        self._sigma = _checked("sigma", sigma)
-        self._schedule: Schedule | None = None
-        self._t: int | Tensor = 0
-
-    @classmethod
-    def _of(cls, schedule: Schedule, t: int | Tensor) -> Level:
-        level = cls.__new__(cls)
-        level._schedule, level._t = schedule, t
-        level._alpha = level._sigma = 0.0
-        return level
-
-    @property
-    def t(self) -> int | Tensor | None:
-        """The index into the schedule, or None for a level made by hand."""
-        return None if self._schedule is None else self._t
-
-    @property
-    def alpha(self) -> float | Tensor:
-        """The factor of the data: as given, or looked up: a float, or (B,) fp32 on t's device."""
-        return self._alpha if self._schedule is None else self._schedule._gather("alpha", self._t)
-
-    @property
-    def sigma(self) -> float | Tensor:
-        """The factor of the noise, as alpha."""
-        return self._sigma if self._schedule is None else self._schedule._gather("sigma", self._t)
-
-    def _check(self, op: str, x: Tensor) -> None:
-        """An index tensor has one entry per sample, on their device."""
-        t = self._t
-        if isinstance(t, Tensor):
-            if t.shape[0] != x.shape[0]:
-                raise ValueError(f"{op}: level must have one entry per sample ({x.shape[0]}), got {t.shape[0]}")
-            if t.device != x.device:
-                raise ValueError(f"{op}: level must be on {x.device} like the samples, got {t.device}")
-
-    def _rows(self, op: str, key: str, coefficients: Coefficients, x: Tensor, dtype: torch.dtype) -> Rows:
-        """The op's coefficients for batch x in `dtype`; `key` names the function in the table cache."""
-        if self._schedule is not None:
-            table = table_of(self._schedule, op, key, coefficients, dtype, x.device)
-            t = self._t
-            if isinstance(t, int):
-                return Rows(table[t : t + 1], None)
-            self._check(op, x)
-            return Rows(table, t.contiguous())
-        alpha, sigma = self._alpha, self._sigma
-        if not isinstance(alpha, Tensor) and not isinstance(sigma, Tensor):
-            try:
-                return stack_rows(op, coefficients(alpha, sigma), x, dtype)
-            except (ZeroDivisionError, ValueError):
-                raise ValueError(singular(op, f"alpha = {alpha}, sigma = {sigma}")) from None
-        check_per_sample(op, "level.alpha", alpha, x)
-        check_per_sample(op, "level.sigma", sigma, x)
-        wide = [
-            v.double() if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64, device=x.device)
-            for v in (alpha, sigma)
-        ]
-        rows = stack_rows(op, coefficients(*wide), x, dtype)
-        if can_read(rows.table):
-            finite = torch.isfinite(rows.table.detach()).all(1)
-            if not finite.all():
-                b = int((~finite).nonzero()[0, 0])
-                a, s = (float(v.reshape(-1)[b if v.dim() else 0]) for v in wide)
-                raise ValueError(singular(op, f"sample {b}, alpha = {a}, sigma = {s}"))
-            return rows
-        return Rows(torch.where(torch.isinf(rows.table), torch.nan, rows.table), None)
-
-    def __repr__(self) -> str:
-        if self._schedule is None:
-            return f"Level(alpha={self._alpha}, sigma={self._sigma})"
-        return f"{self._schedule!r}[{self._t}]"
-
-
-def _checked(name: str, value: float | Tensor) -> float | Tensor:
-    """Of a Level: a number or a floating tensor () or (B,), finite and not negative."""
-    if not isinstance(value, Tensor):
-        value = _number("Level", name, value)
-        if not 0 <= value < math.inf:
-            raise ValueError(f"Level: {name} must be finite and not negative, got {value}")
-    elif not value.is_floating_point() or value.dim() > 1:
-        raise ValueError(
-            f"Level: {name} must be a float or a floating tensor () or (B,), got {value.dtype} of {tuple(value.shape)}"
-        )
-    elif can_read(value):
-        good = (value >= 0) & (value < math.inf)
-        if not good.all():
-            b = int((~good).reshape(-1).nonzero()[0, 0])
-            raise ValueError(
-                f"Level: {name} must be finite and not negative, got {float(value.reshape(-1)[b])} for sample {b}"
-            )
-    return value
-
-
-def singular(op: str, where: str) -> str:
-    return (
-        f"{op}: has no finite value at {where}; x0 from eps needs alpha > 0, eps or score from x0 need sigma > 0: "
-        "use predict='v', which is defined everywhere, or leave that level out"
-    )
+from .level import Level, singular
+from .rows import Place, table_of
 
 
 class Schedule:
@@ -356,42 +165,6 @@ class Schedule:
         op = f"Level.{column}"
         table = table_of(self, op, column, lambda a, s: (a if column == "alpha" else s,), torch.float32, t.device)
         return look_up(table, t, op)[:, 0]
-
-
-def table_of(
-    schedule: Schedule, op: str, key: str, coefficients: Coefficients, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """(T, K), made once. Raises ValueError where a level has no finite coefficients."""
-    place = (key, dtype, device)
-    if torch.compiler.is_dynamo_compiling():
-        name = f"{key} {dtype} {device}".replace(".", " ")  # Dynamo takes a dot for a path
-        _make_table(schedule, op, place, name, coefficients)
-        return getattr(schedule._traced, name)
-    table = schedule._tables.get(place)
-    if table is None:
-        _make_table(schedule, op, place, "", coefficients)
-        table = schedule._tables[place]
-    return table
-
-
-# Run, not traced: torch.compile then finds the table as an attribute, an input of its graph. An entry
-# that a dict gained while tracing it would not see.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _make_table(schedule: Schedule, op: str, place: Place, name: str, coefficients: Coefficients) -> None:
-    if place not in schedule._tables:
-        schedule._tables[place] = _build_table(schedule, op, place, coefficients)
-    if name:
-        setattr(schedule._traced, name, schedule._tables[place])
-
-
-def _build_table(schedule: Schedule, op: str, place: Place, coefficients: Coefficients) -> Tensor:
-    with _outside_modes():
-        columns = coefficients(schedule.alpha, schedule.sigma)
-        wide = [c if isinstance(c, Tensor) else torch.full_like(schedule.alpha, c) for c in columns]
-        _, dtype, device = place
-        table = torch.stack(wide, -1).to(dtype)
-        schedule._require_finite(op, table, range(len(schedule)))
-        return table.to(device)
 
 
 def _levels(name: str, T: int) -> int:

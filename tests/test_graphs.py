@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import dae_fast as df
-from dae_fast import graphs, schedule
+from dae_fast import graphs, rows
 from dae_fast.ops import langevin as langevin_op
 from dae_fast.samplers import annealed_langevin, ddim, ddpm, langevin
 
@@ -234,9 +234,9 @@ def test_nothing_is_read_that_may_go(run, tapes):
     held = {*net.parameters(), *captured.tables}
     places = {t.untyped_storage().data_ptr() for t in (*held, *tree_leaves(captured.kept)) if t is not None}
     assert {t.untyped_storage().data_ptr() for t in tapes[0].outside()} <= places
-    hits = schedule._constant_rows.cache_info().misses
+    hits = rows._constant_rows.cache_info().misses
     tapes[0].replay()
-    assert schedule._constant_rows.cache_info().misses == hits
+    assert rows._constant_rows.cache_info().misses == hits
 
 
 @pytest.mark.parametrize("sampler", [ddpm, partial(ddim, steps=3)])
@@ -595,7 +595,7 @@ def test_gpu_results_outlive_caches_and_memory_pressure(run):
     net, x = Net().cuda(), start(3, 5, device="cuda")
     wanted = run(net, x, df.Noise(0))
     run(net, x, df.Noise(0), graph=True)
-    schedule._constant_rows.cache_clear()
+    rows._constant_rows.cache_clear()
     gc.collect()
     torch.cuda.empty_cache()
     junk = [torch.full((n,), float("nan"), device="cuda") for n in (1, 3, 5, 16, 128, 4096, 1 << 20)]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..backends import kernels, reference
 from ..noise import Noise
-from ..schedule import Rows
+from ..rows import Rows
 from .flat import flatten, seen
 from .routing import Route, batchable, route, wants_grad
 

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from ..backends.reference import compute_dtype
-from ..schedule import Coefficients, Level
+from ..level import Level
+from ..rows import Coefficients
 from .affine import ABSENT, Clamp, affine
 from .checks import level_for, like, promote, samples
 from .parameterisation import MIXES, check_name, conversion

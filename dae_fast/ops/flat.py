@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..noise import Noise
-from ..schedule import Rows
+from ..rows import Rows
 
 
 class FlatNoise(NamedTuple):

@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from ..backends.reference import compute_dtype
+from ..level import can_read, check_per_sample
 from ..noise import Noise
-from ..schedule import can_read, check_per_sample, stack_rows
+from ..rows import stack_rows
 from .affine import affine, affine_into
 from .checks import like, noise_for, promote, samples
 from .memory import check_out

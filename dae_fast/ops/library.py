@@ -15,7 +15,7 @@ from torch.library import Library
 
 from ..backends import kernels_of
 from ..noise import Noise
-from ..schedule import Rows
+from ..rows import Rows
 from .affine import _gradients as affine_gradients
 from .batching import rule
 from .flat import unflatten

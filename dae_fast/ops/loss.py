@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from ..backends.reference import coefficients, compute_dtype
+from ..level import Level, check_per_sample
 from ..noise import Noise
-from ..schedule import Level, Schedule, check_per_sample, stack_rows
+from ..rows import stack_rows
+from ..schedule import Schedule
 from .checks import level_for, noise_for, promote, samples
 from .parameterisation import error_ratio
 from .residual import MINUS_TARGET, REDUCTIONS, Reduction, plain_residual_loss, residual_loss

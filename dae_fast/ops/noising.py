@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from ..backends.reference import compute_dtype
+from ..level import Level
 from ..noise import Noise
-from ..schedule import Level
 from .affine import ABSENT, affine
 from .checks import level_for, noise_for, promote, samples
 from .parameterisation import MIXES, check_name

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
-from ..schedule import Coefficients
+from ..rows import Coefficients
 
 Parameterisation = Literal["eps", "x0", "v", "score", "flow"]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..backends import kernels, reference
 from ..noise import Noise
-from ..schedule import Rows, stack_rows
+from ..rows import Rows, stack_rows
 from .affine import ABSENT, Gradients, affine, row_dots
 from .flat import flatten, seen
 from .routing import Route, batchable, plain_loss, route, wants_grad

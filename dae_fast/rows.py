@@ -1,0 +1,96 @@
+"""Coefficients of a batch: rows of a small table, worked out in float64 and rounded once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils._python_dispatch import _disable_current_modes
+
+if TYPE_CHECKING:
+    from .schedule import Schedule
+
+Coefficients = Callable[[Any, Any], tuple[Any, ...]]
+Place = tuple[str, torch.dtype, torch.device]  # of a table in a schedule's cache
+
+
+class Rows(NamedTuple):
+    """Coefficients of a batch: row b is table[t[b]], or without t table[b], or table[0] when there is one."""
+
+    table: Tensor
+    t: Tensor | None
+
+
+@contextmanager
+def outside_modes() -> Iterator[None]:
+    """What is cached must be a plain tensor, whatever traces, transforms or infers around the call."""
+    with (
+        torch.inference_mode(False),
+        temporarily_clear_interpreter_stack(),
+        _disable_current_modes(),
+        torch._C.DisableTorchFunction(),
+    ):
+        yield
+
+
+@lru_cache(maxsize=16)
+def _constant_rows(columns: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Rows:
+    with outside_modes():
+        table = torch.tensor([columns], dtype=torch.float64).to(dtype)
+        if not table.isfinite().all():
+            raise ValueError(f"coefficients must be finite in {dtype}, got {columns}")
+        return Rows(table.to(device), None)
+
+
+def stack_rows(op: str, columns: tuple[Any, ...], x: Tensor, dtype: torch.dtype) -> Rows:
+    """Rows from columns that are floats, () tensors or (B,) tensors, worked out in float64."""
+    if not any(isinstance(c, Tensor) for c in columns) and not torch.compiler.is_compiling():
+        try:
+            return _constant_rows(columns, dtype, x.device)
+        except ValueError as error:
+            raise ValueError(f"{op}: {error}") from None
+    # As a factor, a float that changes is an input of a compiled graph; in torch.tensor it is a constant.
+    one = torch.ones((), dtype=torch.float64, device=x.device)
+    wide = [c.double() if isinstance(c, Tensor) else one * c for c in columns]
+    return Rows(torch.stack(torch.broadcast_tensors(*wide), -1).reshape(-1, len(columns)).to(dtype), None)
+
+
+def table_of(
+    schedule: Schedule, op: str, key: str, coefficients: Coefficients, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """(T, K), made once. Raises ValueError where a level has no finite coefficients."""
+    place = (key, dtype, device)
+    if torch.compiler.is_dynamo_compiling():
+        name = f"{key} {dtype} {device}".replace(".", " ")  # Dynamo takes a dot for a path
+        _make_table(schedule, op, place, name, coefficients)
+        return getattr(schedule._traced, name)
+    table = schedule._tables.get(place)
+    if table is None:
+        _make_table(schedule, op, place, "", coefficients)
+        table = schedule._tables[place]
+    return table
+
+
+# Run, not traced: torch.compile then finds the table as an attribute, an input of its graph. An entry
+# that a dict gained while tracing it would not see.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _make_table(schedule: Schedule, op: str, place: Place, name: str, coefficients: Coefficients) -> None:
+    if place not in schedule._tables:
+        schedule._tables[place] = _build_table(schedule, op, place, coefficients)
+    if name:
+        setattr(schedule._traced, name, schedule._tables[place])
+
+
+def _build_table(schedule: Schedule, op: str, place: Place, coefficients: Coefficients) -> Tensor:
+    with outside_modes():
+        columns = coefficients(schedule.alpha, schedule.sigma)
+        wide = [c if isinstance(c, Tensor) else torch.full_like(schedule.alpha, c) for c in columns]
+        _, dtype, device = place
+        table = torch.stack(wide, -1).to(dtype)
+        schedule._require_finite(op, table, range(len(schedule)))
+        return table.to(device)
