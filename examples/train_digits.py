@@ -16,10 +16,10 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 import typer
+from digits import load
 from digits_report import Judgement, Results, draw_figure, failures, print_table
 from rich.console import Console
 from rich.progress import track
-from sklearn.datasets import load_digits
 from sklearn.neural_network import MLPClassifier
 from torch import Tensor, nn
 
@@ -27,7 +27,6 @@ import dae_fast as df
 
 SCHEDULE = df.Schedule.linear(1000)
 T = len(SCHEDULE)
-N_TRAIN = 1500
 STEPS = 1200
 DRAWS = 6  # noise levels at which every image is seen in each step
 BLOCK = 10  # steps between two readings of the clock
@@ -219,10 +218,8 @@ def main(
 ) -> None:
     """Denoising digits with dae_fast and with plain PyTorch."""
     begin = time.perf_counter()
-    digits = load_digits()
-    order = torch.randperm(len(digits.data), generator=torch.Generator().manual_seed(0))
-    images, labels = torch.tensor(digits.data / 8 - 1, dtype=torch.float32)[order], digits.target[order]
-    training, held_out = images[:N_TRAIN], images[N_TRAIN:]
+    digits = load()
+    training, held_out = digits.train, digits.test
 
     net, curves, seconds = train(training, steps, seed)
     network_mse, linear_mse = test_mse(net, LinearDenoiser(training), held_out, df.Noise(seed).fold_in(steps))
@@ -230,7 +227,7 @@ def main(
     shape, noise = tuple(held_out.shape), df.Noise(seed + 1)
     ddim = df.samplers.ddim(net, shape, SCHEDULE, noise, steps=100, predict="v", clamp=1.0)
     langevin = langevin_samples(net, shape, noise)
-    classifier = MLPClassifier((64,), alpha=1.0, max_iter=500, random_state=0).fit(training.numpy(), labels[:N_TRAIN])
+    classifier = MLPClassifier((64,), alpha=1.0, max_iter=500, random_state=0).fit(training, digits.train_labels)
     judged = {
         "real, held out": held_out,
         "DDIM": ddim,

@@ -1,0 +1,125 @@
+"""What the small examples share: the digits, a network, the denoising loss, training, a probe, tiles, the last line.
+
+Each of them is a script of its own, run as `python examples/NAME.py`, which puts this folder on the path.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import matplotlib
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor, nn
+
+import dae_fast as df
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+INK, MUTED, BLUE, ORANGE = "#222222", "#9a9a9a", "#1f5fa8", "#e07b1a"
+plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+
+
+@dataclass(frozen=True)
+class Digits:
+    """1797 handwritten digits of 8x8 pixels (scikit-learn's, from UCI), in a fixed random order."""
+
+    train: Tensor  # (1500, 64) fp32, -1 paper to 1 ink
+    train_labels: Tensor  # (1500,) int64, 0 to 9
+    test: Tensor  # (297, 64)
+    test_labels: Tensor
+
+
+def load(n_train: int = 1500) -> Digits:
+    data = load_digits()
+    order = torch.randperm(len(data.data), generator=torch.Generator().manual_seed(0))
+    images, labels = torch.tensor(data.data / 8 - 1, dtype=torch.float32)[order], torch.tensor(data.target)[order]
+    return Digits(images[:n_train], labels[:n_train], images[n_train:], labels[n_train:])
+
+
+def mlp(*widths: int) -> nn.Sequential:
+    """Linear layers of these widths with SiLU between them."""
+    layers = [layer for D, H in pairwise(widths) for layer in (nn.Linear(D, H), nn.SiLU())]
+    return nn.Sequential(*layers[:-1])
+
+
+def denoising_loss(
+    net: Callable[[Tensor], Tensor], x0: Tensor, noise: df.Noise, level: df.Level, *, reduction: str = "mean"
+) -> Tensor:
+    """A denoising autoencoder's |f(x_t) - x0|^2 over sigma^2 / alpha^2: the error in eps that its x0 implies.
+
+    1 is what f(x_t) = x_t / alpha, no denoising at all, has at every level. x0: (B, ...)
+    returns: the mean over the batch, or (B,) with reduction="none". Vincent et al. 2010.
+    """
+    x_t = df.add_noise(x0, noise, level)
+    return df.noise_mse(df.to_eps(x_t, net(x_t), level, predict="x0"), noise, reduction=reduction)
+
+
+def train(net: nn.Module, loss: Callable[[int], Tensor], steps: int, rate: float = 5e-3, *, title: str) -> None:
+    """Adam on loss(step), the rate warmed up over the first tenth of the steps and then lowered to nothing."""
+    adam = torch.optim.Adam(net.parameters(), rate, fused=True)
+    rates = torch.optim.lr_scheduler.OneCycleLR(adam, rate, total_steps=steps, pct_start=0.1, cycle_momentum=False)
+    for step in track(range(steps), title, transient=True, console=Console(stderr=True)):
+        adam.zero_grad()
+        loss(step).backward()
+        adam.step()
+        rates.step()
+
+
+def label_draws(labels: Tensor, per_class: int, draws: int, seed: int) -> list[Tensor]:
+    """Indices of `per_class` random samples of every class, `draws` times."""
+    g = torch.Generator().manual_seed(seed)
+    of_class = [(labels == c).nonzero()[:, 0] for c in labels.unique()]
+    return [torch.cat([i[torch.randperm(len(i), generator=g)[:per_class]] for i in of_class]) for _ in range(draws)]
+
+
+def probe(
+    train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, chosen: list[Tensor], C: float = 1.0
+) -> Tensor:
+    """Test accuracy of a linear classifier trained on each choice of labelled samples, (draws,).
+
+    The features (N, H) are centred and brought to unit mean variance by the unlabelled training set, so that
+    C, the inverse strength of the penalty, means the same for all.
+    """
+    mean, scale = train.mean(0), train.var(0).mean().sqrt()
+    train, test = (train - mean) / scale, (test - mean) / scale
+    fitted = (LogisticRegression(C=C, max_iter=2000).fit(train[i], labels[i]) for i in chosen)
+    return torch.tensor([classifier.score(test, test_labels) for classifier in fitted])
+
+
+def tiles(images: Tensor, columns: int, margin: float = -1.0) -> Tensor:
+    """Square images (N, side*side) laid out in rows of `columns`, which divides N, a pixel of margin around each."""
+    side = math.isqrt(images.shape[1])
+    squares = nn.functional.pad(images.reshape(-1, columns, side, side), (1, 1, 1, 1), value=margin)
+    return squares.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
+
+
+def show_tiles(axis: plt.Axes, images: Tensor, columns: int, title: str = "", cmap: str = "gray_r") -> None:
+    """Images with values from -1 to 1; in cmap="RdBu", say, the margin is the colour of 0."""
+    axis.imshow(tiles(images, columns, -1.0 if cmap == "gray_r" else 0.0), cmap=cmap, vmin=-1, vmax=1)
+    axis.axis("off")
+    axis.set_title(title)
+
+
+def save(figure: plt.Figure, out: Path) -> None:
+    figure.savefig(out, dpi=130)
+    plt.close(figure)
+
+
+def finish(name: str, problems: list[str], begin: float, out: Path) -> None:
+    """The verdict: what does not hold and exit status 1, or the last line."""
+    for problem in problems:
+        Console(stderr=True).print(f"{name}: FAILED: {problem}", style="red")
+    if problems:
+        raise typer.Exit(1)
+    typer.echo(f"{name}: done in {time.perf_counter() - begin:.0f} s; picture in {out}")
