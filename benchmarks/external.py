@@ -75,9 +75,9 @@ def _sampler_step(op: str, eta: float, clamp: float) -> Call:
 
     def step(i: Inputs) -> Tensor:
         x, noise = i["x"], i.get("noise")
-        columns = (0, 1, ABSENT if noise is None else 2)
+        columns = (0, 1, ABSENT if noise is None else 2, ABSENT)
         row = Rows(rows[x.dtype].to(x.device), None)
-        return affine(op, x, i["pred"], None, noise, row, columns, (3, 4, -clamp, clamp))[0]
+        return affine(op, x, i["pred"], None, noise, row, columns, (3, 4, ABSENT, -clamp, clamp))[0]
 
     return step
 

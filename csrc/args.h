@@ -43,6 +43,9 @@ struct Table {
   bool index_is_int64;
 };
 
+// rho(r): r^2, |r|, Huber's, or 2 delta (sqrt(r^2 + delta^2) - delta).
+enum class Penalty : int { mse, l1, huber, pseudo_huber };
+
 constexpr int kAbsent = -1;  // a column number: this coefficient is 0
 
 // A row's dimensions, merged where they can be, are no more than this on a GPU.
@@ -50,22 +53,52 @@ constexpr int kMaxDims = 8;
 
 struct AffineArgs {
   Batch batch;
-  Operand x, y, z, out, out2;
+  Operand x, y, z, w, out, out2;
   Noise noise;  // takes z's place when present
   Table table;
-  int columns[6];  // c0 c1 c2 of out, then of out2
+  int columns[8];  // c0 c1 c2 c3 of out, then of out2
   bool clamped;
-  int inner[2];  // columns of a0, a1
+  int inner[3];  // columns of a0, a1, a3
   double lo, hi;
 };
 
-// r = mask * (pred + n1*y + n2*z), its squares summed; when grad.data is set, grad = scale of the row * r.
+// Elements chosen by the words of a noise stream: word < thresholds[row][0], and word < thresholds[row][1].
+// No stream: nothing is chosen so.
+struct Choice {
+  Noise noise;
+  const int64_t* thresholds = nullptr;  // (rows, 2), in [0, 2^32]
+  int64_t rows = 1;
+  bool keeps = false;  // of a mask: what counts are the elements that are left
+
+  DAE_FN const int64_t* of_row(int64_t row) const { return thresholds + (rows == 1 ? 0 : 2 * row); }
+  DAE_FN bool counts(uint32_t word, int64_t second) const { return (word < second) != keeps; }
+};
+
+// A mask in memory, as bytes, or drawn.
+struct MaskArgs {
+  Batch batch;
+  Operand mask;
+  Choice choice;
+};
+
+// r = pred + n1*y + n2*z where the mask has it, else 0; rho(r) summed; when grad.data is set,
+// grad = scale of the row * rho'(r) / 2.
 struct ResidualArgs {
   Batch batch;
   Operand pred, y, z, mask, grad;  // mask holds bytes
+  Choice choice;                   // takes mask's place when present
   Noise noise;
   Table table;
-  int columns[2];  // n1, n2
+  int columns[3];  // n1, n2, delta
+  Penalty penalty;
+};
+
+// x, or `low` below a row's first threshold, or `high` below its second.
+struct CorruptArgs {
+  Batch batch;
+  Operand x, out;
+  Choice choice;
+  double low, high;
 };
 
 enum class Reduction : int { none, mean, sum };
@@ -91,13 +124,13 @@ struct LossArgs {
   }
 };
 
-// The gradient's scale, d loss / d r of one row.
+// The gradient's scale, 2 d loss / d rho of one row.
 DAE_FN double gradient_scale(double weight, double upstream, double kept, Reduction reduction, int64_t B) {
   const double each = reduction == Reduction::sum ? 1 : (kept > 0 ? 1 / kept : 0);
   return 2 * weight * upstream * each / (reduction == Reduction::mean ? static_cast<double>(B) : 1);
 }
 
-// The mean of a row's squares, given their sum, and what they add to the loss.
+// The mean of a row's rho(r), given their sum, and what they add to the loss.
 DAE_FN double row_mean(double sum, double kept) { return kept > 0 ? sum / kept : 0; }
 DAE_FN double loss_term(double weight, double sum, double mean, Reduction reduction) {
   return weight * (reduction == Reduction::sum ? sum : mean);
@@ -108,11 +141,6 @@ struct RowDotsArgs {
   Batch batch;
   Operand g, x, y, z;
   Noise noise;
-};
-
-struct MaskArgs {
-  Batch batch;
-  Operand mask;
 };
 
 struct BitsArgs {

@@ -40,18 +40,29 @@ void run(const Queue& queue, const Batch& batch, Function Api::*function, const 
   throw std::runtime_error(std::string("dae_fast: CUDA error: ") + error);
 }
 
-using Clamp = std::optional<std::tuple<int, int, double, double>>;
+using Bounds = std::optional<std::tuple<int, int, int, double, double>>;
 
-int64_t affine(const py::object& x, const py::object& y, const py::object& z,
+// thresholds: (1 or B, 2) int64; noise None: nothing is chosen so.
+Choice read_choice(const py::object& noise, const py::object& thresholds, bool keeps) {
+  Choice choice;
+  if (noise.is_none()) return choice;
+  choice.noise = read_noise(noise.ptr(), false);
+  choice.thresholds = static_cast<const int64_t*>(address(thresholds.ptr()));
+  choice.rows = read_ints(attribute(thresholds.ptr(), names().shape))[0];
+  choice.keeps = keeps;
+  return choice;
+}
+
+int64_t affine(const py::object& x, const py::object& y, const py::object& z, const py::object& w,
                const py::object& noise, bool raw, const py::object& table, const py::object& index,
-               const std::vector<int>& columns, const Clamp& clamp, const py::object& out, const py::object& out2) {
-  const Operands operands(out.ptr(), {x.ptr(), y.ptr(), z.ptr(), out.ptr(), out2.ptr()}, !noise.is_none());
-  AffineArgs a{operands.batch, operands[0], operands[1], operands[2], operands[3], operands[4]};
+               const std::vector<int>& columns, const Bounds& clamp, const py::object& out, const py::object& out2) {
+  const Operands operands(out.ptr(), {x.ptr(), y.ptr(), z.ptr(), w.ptr(), out.ptr(), out2.ptr()}, !noise.is_none());
+  AffineArgs a{operands.batch, operands[0], operands[1], operands[2], operands[3], operands[4], operands[5]};
   a.noise = read_noise(noise.ptr(), raw);
   a.table = read_table(table.ptr(), index.ptr());
-  for (size_t i = 0; i < 6; ++i) a.columns[i] = i < columns.size() ? columns[i] : kAbsent;
+  for (size_t i = 0; i < 8; ++i) a.columns[i] = i < columns.size() ? columns[i] : kAbsent;
   a.clamped = clamp.has_value();
-  if (clamp) std::tie(a.inner[0], a.inner[1], a.lo, a.hi) = *clamp;
+  if (clamp) std::tie(a.inner[0], a.inner[1], a.inner[2], a.lo, a.hi) = *clamp;
   const Queue q = queue_of(out.ptr());
   const int64_t bad = q.device < 0 ? bad_level(a.table, a.batch.B) : kNoBadLevel;
   if (bad == kNoBadLevel) run(q, a.batch, &Api::affine, a, q);
@@ -62,15 +73,19 @@ int64_t affine(const py::object& x, const py::object& y, const py::object& z,
 // are written where they are given.
 int64_t residual(const py::object& pred, const py::object& y, const py::object& z,
                  const py::object& noise, const py::object& table, const py::object& index,
-                 const std::array<int, 2>& columns, const py::object& mask, const py::object& kept,
+                 const std::array<int, 3>& columns, int kind, const py::object& mask, const py::object& mask_noise,
+                 const py::object& thresholds, bool keeps, const py::object& kept,
                  const py::object& weight, const py::object& upstream, bool only_if_scaled, int reduction,
                  const py::object& per_sample, const py::object& loss, const py::object& grad,
                  const py::object& sums, const py::object& counter) {
-  const Operands operands(pred.ptr(), {pred.ptr(), y.ptr(), z.ptr(), mask.ptr(), grad.ptr()}, !noise.is_none());
+  const Operands operands(pred.ptr(), {pred.ptr(), y.ptr(), z.ptr(), mask.ptr(), grad.ptr()},
+                          !noise.is_none() || !mask_noise.is_none());
   ResidualArgs a{operands.batch, operands[0], operands[1], operands[2], operands[3], operands[4]};
+  a.choice = read_choice(mask_noise, thresholds, keeps);
+  a.penalty = static_cast<Penalty>(kind);
   a.noise = read_noise(noise.ptr(), false);
   a.table = read_table(table.ptr(), index.ptr());
-  a.columns[0] = columns[0], a.columns[1] = columns[1];
+  for (size_t i = 0; i < columns.size(); ++i) a.columns[i] = columns[i];
   Dtype weight_dtype = Dtype::f32;
   if (!weight.is_none()) read_dtype(weight.ptr(), weight_dtype);
   const LossArgs args{static_cast<Reduction>(reduction),
@@ -99,14 +114,24 @@ void row_dots(const py::object& g, const py::object& x, const py::object& y,
   run(q, a.batch, &Api::row_dots, a, static_cast<double*>(address(out.ptr())), scratch, q);
 }
 
-// kept: (B,) doubles, how many elements of each row the mask keeps.
-void mask_count(const py::object& mask, const py::object& kept, const py::object& sums,
-                const py::object& counter) {
-  const Operands operands(mask.ptr(), {mask.ptr()}, false);
+// kept: (B,) doubles, how many elements of each row the mask keeps; a drawn one has the shape of `mask`.
+void mask_count(const py::object& mask, const py::object& mask_noise, const py::object& thresholds, bool keeps,
+                const py::object& kept, const py::object& sums, const py::object& counter) {
+  const bool drawn = !mask_noise.is_none();
+  const Operands operands(mask.ptr(), {drawn ? Py_None : mask.ptr()}, drawn);
   const Scratch scratch{static_cast<double*>(address_or_null(sums)), static_cast<uint32_t*>(address_or_null(counter))};
   const Queue q = queue_of(mask.ptr());
-  run(q, operands.batch, &Api::mask_count, MaskArgs{operands.batch, operands[0]},
+  run(q, operands.batch, &Api::mask_count, MaskArgs{operands.batch, operands[0], read_choice(mask_noise, thresholds, keeps)},
       static_cast<double*>(address(kept.ptr())), scratch, q);
+}
+
+// x where its word leaves it, else low or high.
+void corrupt(const py::object& x, const py::object& noise, const py::object& thresholds, double low, double high,
+             const py::object& out) {
+  const Operands operands(x.ptr(), {x.ptr(), out.ptr()}, true);
+  const CorruptArgs a{operands.batch, operands[0], operands[1], read_choice(noise, thresholds, false), low, high};
+  const Queue q = queue_of(x.ptr());
+  run(q, a.batch, &Api::corrupt, a, q);
 }
 
 // out: (B, D) int64 words.
@@ -175,6 +200,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("residual", &residual);
   m.def("row_dots", &row_dots);
   m.def("mask_count", &mask_count);
+  m.def("corrupt", &corrupt);
   m.def("bits", &bits);
   m.def("fold_in", &fold_in_key);
   m.def("fold_in_tensor", &fold_in_tensor);

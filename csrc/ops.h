@@ -1,9 +1,25 @@
 // The functors: what happens to one element. CPU and CUDA drivers feed them.
 #pragma once
 
-#include "math.h"
+#include "args.h"
 
 namespace dae {
+
+// IEEE, of any argument.
+DAE_FN float square_root(float a) {
+#if defined(__CUDA_ARCH__)
+  return __fsqrt_rn(a);
+#else
+  return __builtin_sqrtf(a);
+#endif
+}
+DAE_FN double square_root(double a) {
+#if defined(__CUDA_ARCH__)
+  return __dsqrt_rn(a);
+#else
+  return __builtin_sqrt(a);
+#endif
+}
 
 // c0*x + c1*y + c2*z: noising, Tweedie conversions, Langevin, DDPM and DDIM steps.
 template <class R>
@@ -12,14 +28,39 @@ struct Affine {
   DAE_FN R operator()(R x, R y, R z) const { return mul_add(c0, x, mul_add(c1, y, c2 * z)); }
 };
 
-// clamp(c0*x + c1*y, lo, hi): the clipped x0 estimate. NaN compares false and so passes through.
+// ... + c3*w: guidance, multistep solvers.
 template <class R>
-struct ClampedAffine {
-  Affine<R> map;
+struct Affine4 {
+  R c0, c1, c2, c3;
+  DAE_FN R operator()(R x, R y, R z, R w) const { return mul_add(c0, x, mul_add(c1, y, mul_add(c2, z, c3 * w))); }
+};
+
+// The clipped x0 estimate. NaN compares false and so passes through.
+template <class R>
+struct Clamp {
   R lo, hi;
-  DAE_FN R operator()(R x, R y, R z) const {
-    const R v = map(x, y, z);
-    return v < lo ? lo : (v > hi ? hi : v);
+  DAE_FN R operator()(R v) const { return v < lo ? lo : (v > hi ? hi : v); }
+};
+
+// rho(r) and half its derivative. The pseudo-Huber 2 delta (sqrt(r^2 + delta^2) - delta) in a form that does not cancel.
+template <Penalty kPenalty, class R>
+struct Rho {
+  R delta;
+  DAE_FN R value(R r) const {
+    const R size = r < 0 ? -r : r;
+    if constexpr (kPenalty == Penalty::mse) return r * r;
+    if constexpr (kPenalty == Penalty::l1) return size;
+    if constexpr (kPenalty == Penalty::huber)
+      return size > delta ? delta * (size - R(0.5) * delta) : R(0.5) * (r * r);
+    if constexpr (kPenalty == Penalty::pseudo_huber)
+      return 2 * delta * (r * r / (square_root(mul_add(r, r, delta * delta)) + delta));
+  }
+  DAE_FN R half_slope(R r) const {
+    if constexpr (kPenalty == Penalty::mse) return r;
+    if constexpr (kPenalty == Penalty::l1) return r > 0 ? R(0.5) : (r < 0 ? R(-0.5) : r);
+    if constexpr (kPenalty == Penalty::huber) return R(0.5) * Clamp<R>{-delta, delta}(r);
+    if constexpr (kPenalty == Penalty::pseudo_huber)
+      return delta * (r / square_root(mul_add(r, r, delta * delta)));
   }
 };
 

@@ -159,7 +159,7 @@ class PlainAffine : PlainCall {
   PyObject* run(PyObject* const* a) {
     if (!read_first(a[1]) || wants_grad(a[1])) return Py_NewRef(Py_None);
     AffineArgs args{};
-    for (int i = 0; i < 6; ++i)
+    for (int i = 0; i < 8; ++i)
       args.columns[i] = i < 3 ? static_cast<int>(PyLong_AsLong(PyTuple_GET_ITEM(a[0], i))) : kAbsent;
     args.x.data = address(a[1]);
     if (!read_another(a[2], args.y) || !read_another(a[3], args.z) || !read_its_noise(a[4], args.noise) ||
@@ -222,7 +222,7 @@ class PlainLoss : PlainCall {
     args.batch = batch_;
     args.pred.data = address(a[0]);
     args.table = read_table(a[3], Py_None);
-    args.columns[0] = 1, args.columns[1] = 2;
+    args.columns[0] = 1, args.columns[1] = 2, args.columns[2] = kAbsent;
 
     const Owned device = attribute(x_, names().device);
     const Owned loss(PyObject_CallFunctionObjArgs(a[5], compute_dtype(), device.get(), nullptr));

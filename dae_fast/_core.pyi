@@ -12,12 +12,13 @@ def affine(
     x: Tensor | None,
     y: Tensor | None,
     z: Tensor | None,
+    w: Tensor | None,
     noise: Noise | None,
     raw: bool,
     table: Tensor,
     index: Tensor | None,
     columns: Sequence[int],
-    clamp: tuple[int, int, float, float] | None,
+    clamp: tuple[int, int, int, float, float] | None,
     out: Tensor,
     out2: Tensor | None,
     /,
@@ -30,7 +31,11 @@ def residual(
     table: Tensor,
     index: Tensor | None,
     columns: Sequence[int],
+    kind: int,
     mask: Tensor | None,
+    mask_noise: Noise | None,
+    thresholds: Tensor | None,
+    keeps: bool,
     kept: Tensor | None,
     weight: Tensor | None,
     upstream: Tensor | None,
@@ -54,7 +59,17 @@ def row_dots(
     counter: Tensor | None,
     /,
 ) -> None: ...
-def mask_count(mask: Tensor, kept: Tensor, sums: Tensor | None, counter: Tensor | None, /) -> None: ...
+def mask_count(
+    mask: Tensor,
+    mask_noise: Noise | None,
+    thresholds: Tensor | None,
+    keeps: bool,
+    kept: Tensor,
+    sums: Tensor | None,
+    counter: Tensor | None,
+    /,
+) -> None: ...
+def corrupt(x: Tensor, noise: Noise, thresholds: Tensor, low: float, high: float, out: Tensor, /) -> None: ...
 def bits(noise: Noise, raw: bool, out: Tensor, /) -> None: ...
 def fold_in(seed: int, offset: int, data: int, /) -> tuple[int, int]: ...
 def fold_in_tensor(noise: Noise, data: Tensor | int, out: Tensor, /) -> None: ...
@@ -68,7 +83,7 @@ def max_threads() -> int: ...
 def load_cuda(path: str, /) -> int: ...
 def on_gpu(tensor: Tensor, /) -> bool: ...
 def plain_affine(
-    columns: tuple[int, int, int],
+    columns: tuple[int, int, int, int],
     x: Tensor,
     y: Tensor | None,
     z: Tensor | None,

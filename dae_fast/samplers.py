@@ -123,10 +123,10 @@ def annealed_langevin(
     def descend(x: Tensor, noise: Noise, table: Tensor) -> Tensor:
         for t, k in _steps(plan, progress, op):
             pred, fresh = _at(op, "the score", score, x, t), noise.fold_in(t * steps_per_level + k)
-            affine_into(op, x, x, pred, None, fresh, Rows(table[t : t + 1], None), (0, 1, 2))
+            affine_into(op, x, x, pred, None, fresh, Rows(table[t : t + 1], None), (0, 1, 2, ABSENT))
         if denoise:
             pred = _at(op, "the score", score, x, 0)
-            affine_into(op, x, x, pred, None, None, Rows(table[-1:], None), (0, 1, ABSENT))
+            affine_into(op, x, x, pred, None, None, Rows(table[-1:], None), (0, 1, ABSENT, ABSENT))
         return x
 
     if graph:
@@ -218,8 +218,8 @@ def _reverse(
     def descend(x: Tensor, noise: Noise, table: Tensor) -> Tensor:
         for i, t in enumerate(_steps(levels, progress, op)):
             pred = _at(op, "the network's output", net, x, t)
-            fresh, columns = (noise.fold_in(t), (0, 1, 2)) if noisy[i] else (None, (0, 1, ABSENT))
-            (x,) = affine(op, x, pred, None, fresh, Rows(table[i : i + 1], None), columns, (3, 4, *limits))
+            fresh, columns = (noise.fold_in(t), (0, 1, 2, ABSENT)) if noisy[i] else (None, (0, 1, ABSENT, ABSENT))
+            (x,) = affine(op, x, pred, None, fresh, Rows(table[i : i + 1], None), columns, (3, 4, ABSENT, *limits))
         return x
 
     if graph:

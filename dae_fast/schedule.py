@@ -14,7 +14,11 @@ from torch import Tensor
 
 from .backends.reference import coefficients as look_up
 from .level import Level, singular
+from .noise import Noise
 from .rows import Place, table_of
+
+# Levels and times are drawn from a stream of their own, so that they are independent of the noise they scale.
+LEVEL_TAG = 0x6C6576656C  # "level"
 
 
 class Schedule:
@@ -24,16 +28,21 @@ class Schedule:
     the masters once per op and device, in float64, and rounded once to float32 (float64 for fp64 samples).
     An int level out of range raises ValueError here; one in a tensor raises it in the op, or on a GPU
     becomes NaN there. Schedule(alpha, sigma) takes columns (T,) of one's own, finite and not negative.
+    times: (T,) float64, the continuous times of the levels where ContinuousSchedule.discretise made them,
+    for a network that was trained on those; else None.
     """
 
-    def __init__(self, alpha: Tensor, sigma: Tensor, *, name: str = "Schedule") -> None:
+    def __init__(self, alpha: Tensor, sigma: Tensor, *, name: str = "Schedule", times: Tensor | None = None) -> None:
         for column, values in (("alpha", alpha), ("sigma", sigma)):
             if values.dim() != 1 or values.shape != alpha.shape or not values.numel():
                 raise ValueError(f"{name}: {column} must have shape (T,), T > 0, got {tuple(values.shape)}")
             if not (torch.isfinite(values).all() and (values >= 0).all()):
                 raise ValueError(f"{name}: {column} must be finite and not negative")
+        if times is not None and times.shape != alpha.shape:
+            raise ValueError(f"{name}: times must have shape {tuple(alpha.shape)}, got {tuple(times.shape)}")
         self.alpha = alpha.detach().to("cpu", torch.float64, copy=True)
         self.sigma = sigma.detach().to("cpu", torch.float64, copy=True)
+        self.times = None if times is None else times.detach().to("cpu", torch.float64, copy=True)
         self._name = name
         self._tables: dict[Place, Tensor] = {}
         self._traced = SimpleNamespace()
@@ -57,13 +66,13 @@ class Schedule:
     @classmethod
     def linear(cls, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
         """DDPM: betas evenly spaced (Ho et al. 2020, section 4)."""
-        name = f"Schedule.linear({_levels('linear', T)}, {beta_start}, {beta_end})"
+        name = f"Schedule.linear({levels('Schedule.linear', T)}, {beta_start}, {beta_end})"
         return cls.from_betas(torch.linspace(beta_start, beta_end, T, dtype=torch.float64, device="cpu"), name=name)
 
     @classmethod
     def scaled_linear(cls, T: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> Schedule:
         """Latent diffusion: square roots of the betas evenly spaced (Rombach et al. 2022)."""
-        name = f"Schedule.scaled_linear({_levels('scaled_linear', T)}, {beta_start}, {beta_end})"
+        name = f"Schedule.scaled_linear({levels('Schedule.scaled_linear', T)}, {beta_start}, {beta_end})"
         if beta_start < 0 or beta_end < 0:
             raise ValueError(f"{name}: betas must lie in [0, 1]")
         roots = torch.linspace(beta_start**0.5, beta_end**0.5, T, dtype=torch.float64, device="cpu")
@@ -72,19 +81,98 @@ class Schedule:
     @classmethod
     def cosine(cls, T: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> Schedule:
         """alpha_bar(t) = cos^2((t/T + s)/(1 + s) * pi/2), betas clipped (Nichol and Dhariwal 2021, eq. 17)."""
-        name = f"Schedule.cosine({_levels('cosine', T)}, {s}, {max_beta})"
+        name = f"Schedule.cosine({levels('Schedule.cosine', T)}, {s}, {max_beta})"
         u = torch.arange(T + 1, dtype=torch.float64, device="cpu") / T
         bar = torch.cos((u + s) / (1 + s) * (math.pi / 2)).square()
         return cls.from_betas((1 - bar[1:] / bar[:-1]).clamp(max=max_beta), name=name)
 
     @classmethod
+    def sigmoid(
+        cls, T: int = 1000, start: float = -3.0, end: float = 3.0, tau: float = 1.0, max_beta: float = 0.999
+    ) -> Schedule:
+        """alpha_bar(u) = (S(end) - S(start + u (end - start))) / (S(end) - S(start)), S(x) = sigmoid(x / tau).
+
+        u = t/T from 0 to 1; betas clipped at max_beta      start < end, tau > 0: a smaller tau adds noise earlier
+        and later less evenly. Raises ValueError for other values, TypeError for what is no number.
+        Jabri, Fleet and Chen 2022; Chen 2023, algorithm 1.
+        """
+        finite_numbers("Schedule.sigmoid", start=start, end=end, tau=tau, max_beta=max_beta)
+        name = f"Schedule.sigmoid({levels('Schedule.sigmoid', T)}, {start}, {end}, {tau}, {max_beta})"
+        if not (start < end and tau > 0):
+            raise ValueError(f"{name}: needs start < end and tau > 0")
+        x = (start + (end - start) * torch.arange(T + 1, dtype=torch.float64, device="cpu") / T) / tau
+        tail = torch.sigmoid(-x)  # S(end) - S(x) from the complements, which keep their digits near the end
+        bar = tail - tail[-1]
+        return cls.from_betas((1 - bar[1:] / bar[:-1]).clamp(max=max_beta), name=name)
+
+    @classmethod
     def geometric(cls, sigma_min: float = 0.01, sigma_max: float = 1.0, T: int = 10) -> Schedule:
         """NCSN: alpha = 1, sigmas in geometric progression, level T-1 the largest (Song and Ermon 2019)."""
-        name = f"Schedule.geometric({sigma_min}, {sigma_max}, {_levels('geometric', T)})"
+        name = f"Schedule.geometric({sigma_min}, {sigma_max}, {levels('Schedule.geometric', T)})"
         if not 0 < sigma_min <= sigma_max < math.inf:
             raise ValueError(f"{name}: needs 0 < sigma_min <= sigma_max")
         sigma = torch.logspace(math.log10(sigma_min), math.log10(sigma_max), T, dtype=torch.float64, device="cpu")
         return cls(torch.ones(T, dtype=torch.float64, device="cpu"), sigma, name=name)
+
+    @classmethod
+    def karras(cls, sigma_min: float = 0.002, sigma_max: float = 80.0, T: int = 18, rho: float = 7.0) -> Schedule:
+        """EDM: alpha = 1, sigma^(1/rho) evenly spaced, level T-1 the largest (Karras et al. 2022, eq. 5).
+
+        0 < sigma_min <= sigma_max; rho > 0: 1 is even spacing, more puts more levels at little noise.
+        T = 1 is sigma_max. Raises ValueError for other values, TypeError for what is no number.
+        """
+        finite_numbers("Schedule.karras", sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
+        name = f"Schedule.karras({sigma_min}, {sigma_max}, {levels('Schedule.karras', T)}, {rho})"
+        if not (0 < sigma_min <= sigma_max and rho > 0):
+            raise ValueError(f"{name}: needs 0 < sigma_min <= sigma_max and rho > 0")
+        sigma = karras_spacing(unit_grid(T), sigma_min, sigma_max, rho)
+        return cls(torch.ones_like(sigma), sigma, name=name)
+
+    @classmethod
+    def laplace(cls, T: int = 1000, mu: float = 0.0, b: float = 0.5) -> Schedule:
+        """Variance preserving, logSNR = mu - b * sign(1/2 - t) * log(1 - 2|t - 1/2|) (Hang et al. 2024).
+
+        mu: the logSNR where the levels are densest      b: > 0, how far they spread
+        t = (i + 1/2) / T, the middles of T equal parts, so that every prediction is defined at every level;
+        the last one keeps some signal, an SNR of e^mu / T^b: sample from pure noise with zero_terminal_snr().
+        Raises ValueError for other values, TypeError for what is no number.
+        """
+        finite_numbers("Schedule.laplace", mu=mu, b=b)
+        name = f"Schedule.laplace({levels('Schedule.laplace', T)}, {mu}, {b})"
+        if not b > 0:
+            raise ValueError(f"{name}: needs b > 0")
+        log_snr = laplace_log_snr((torch.arange(T, dtype=torch.float64, device="cpu") + 0.5) / T, mu, b)
+        return cls(alpha_from_log_snr(log_snr), alpha_from_log_snr(-log_snr), name=name)
+
+    @classmethod
+    def flow(cls, T: int = 1000, shift: float = 1.0) -> Schedule:
+        """Rectified flow: alpha = 1 - t, sigma = t on t = 1/T, 2/T, ..., 1 (Liu et al. 2022; Lipman et al. 2023).
+
+        shift: > 0, moves the grid to t' = shift * t / (1 + (shift - 1) * t), towards the noise where it is
+        more than 1, as larger images need (Esser et al. 2024, eq. 23).
+        The last level is pure noise, from which eps says nothing about x0: predict "flow" (or v, x0).
+        Raises ValueError for other values, TypeError for what is no number.
+        """
+        finite_numbers("Schedule.flow", shift=shift)
+        name = f"Schedule.flow({levels('Schedule.flow', T)}, {shift})"
+        if not shift > 0:
+            raise ValueError(f"{name}: needs shift > 0")
+        t = shifted_time(torch.arange(1, T + 1, dtype=torch.float64, device="cpu") / T, shift)
+        return cls(1 - t, t, name=name)
+
+    def shifted(self, shift: float) -> Schedule:
+        """The SNR of every level divided by shift^2: logSNR - 2 log(shift), variance preserving as before.
+
+        shift: > 0; d/64 for images of size d whose noise was tuned at 64 (Hoogeboom et al. 2023, section 3.1).
+        Raises ValueError for other values or a schedule that is not variance preserving.
+        """
+        self._require_variance_preserving("shifted")
+        finite_numbers(f"{self._name}.shifted", shift=shift)
+        if not shift > 0:
+            raise ValueError(f"{self._name}.shifted: shift must be positive, got {shift}")
+        sigma = shift * self.sigma  # sigmoid(logSNR - 2 log(shift)) = alpha^2 / (alpha^2 + shift^2 sigma^2)
+        total = torch.hypot(self.alpha, sigma)
+        return Schedule(self.alpha / total, sigma / total, name=f"{self._name}.shifted({shift})")
 
     def zero_terminal_snr(self) -> Schedule:
         """sqrt(alpha_bar) shifted and scaled: the last level is pure noise and the first stays as it is.
@@ -98,6 +186,15 @@ class Schedule:
             raise ValueError(f"{self._name}.zero_terminal_snr: the last level must be the noisiest of two or more")
         alpha = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
         return Schedule.from_alpha_bar(alpha.square(), name=f"{self._name}.zero_terminal_snr()")
+
+    def draw(self, noise: Noise, B: int, *, device: torch.device | str = "cpu") -> Tensor:
+        """(B,) int64 levels to train at, uniform: a function of the noise's key and sample ids alone.
+
+        Entry b is floor(w T / 2^32), w word 0 of sample b in the stream noise.fold_in(LEVEL_TAG).
+        Raises TypeError unless noise is a Noise, ValueError where its sample ids are not (B,).
+        """
+        words = level_stream(f"{self._name}.draw", noise).bits((B,), device=device)
+        return (words * len(self)) >> 32
 
     @property
     def variance_preserving(self) -> bool:
@@ -146,7 +243,7 @@ class Schedule:
         return (self[t] for t in range(len(self)))
 
     def __reduce__(self) -> Any:
-        return partial(Schedule, name=self._name), (self.alpha, self.sigma)
+        return partial(Schedule, name=self._name, times=self.times), (self.alpha, self.sigma)
 
     def __repr__(self) -> str:
         return self._name
@@ -167,7 +264,48 @@ class Schedule:
         return look_up(table, t, op)[:, 0]
 
 
-def _levels(name: str, T: int) -> int:
+def levels(what: str, T: int | None) -> int:
     if isinstance(T, bool) or not isinstance(T, int) or T < 1:
-        raise ValueError(f"Schedule.{name}: T must be a positive int, got {T!r}")
+        raise ValueError(f"{what}: T must be a positive int, got {T!r}")
     return T
+
+
+def finite_numbers(what: str, **arguments: float) -> None:
+    for argument, value in arguments.items():
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{what}: {argument} must be a number, got {type(value).__name__}")
+        if not math.isfinite(value):
+            raise ValueError(f"{what}: {argument} must be finite, got {value}")
+
+
+def unit_grid(T: int) -> Tensor:
+    """(T,) from 0 to 1; a single level is the noisiest."""
+    return torch.linspace(1, 0, T, dtype=torch.float64, device="cpu").flip(0)
+
+
+def karras_spacing(u: Tensor, low: float, high: float, rho: float) -> Tensor:
+    """From low at u = 0 to high at u = 1, evenly spaced in the rho-th root (Karras et al. 2022, eq. 5)."""
+    first, last = low ** (1 / rho), high ** (1 / rho)
+    return ((first + u * (last - first)) ** rho).where(u > 0, low).where(u < 1, high)
+
+
+def shifted_time(t: Tensor, shift: float) -> Tensor:
+    """t' = s t / (1 + (s - 1) t) (Esser et al. 2024, eq. 23), which keeps 0 and 1."""
+    return shift * t / ((1 - t) + shift * t)
+
+
+def laplace_log_snr(t: Tensor, mu: float, b: float) -> Tensor:
+    """mu - b * sign(1/2 - t) * log(1 - 2|t - 1/2|) (Hang et al. 2024), with its derivative at t = 1/2 too."""
+    return mu - b * torch.where(t < 0.5, torch.log(2 * t), -torch.log(2 * (1 - t)))
+
+
+def alpha_from_log_snr(log_snr: Tensor) -> Tensor:
+    """Of a variance-preserving schedule; sigma is that of -log_snr."""
+    return torch.sigmoid(log_snr).sqrt()
+
+
+def level_stream(what: str, noise: Noise) -> Noise:
+    """What levels are drawn from: words or normals of the key folded with LEVEL_TAG, one row for each sample."""
+    if not isinstance(noise, Noise):
+        raise TypeError(f"{what}: noise must be a Noise, got {type(noise).__name__}")
+    return noise.fold_in(LEVEL_TAG)

@@ -313,12 +313,13 @@ def affine_arguments(**given: Any) -> list[Any]:
         "x": x,
         "y": None,
         "z": None,
+        "w": None,
         "table": torch.rand(2, 6),
         "index": None,
         "key": None,
         "sample": None,
         "first_sample": 0,
-        "columns": [0, 1, 2],
+        "columns": [0, 1, 2, -1],
         "op": "affine",
     }
     return list({**named, **given}.values())
@@ -335,6 +336,7 @@ def means_arguments(**given: Any) -> list[Any]:
         "key": None,
         "sample": None,
         "first_sample": 0,
+        "kind": 0,
         "op": "noise_mse",
     }
     return list({**named, **given}.values())
@@ -349,10 +351,14 @@ def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 MASK = torch.rand(2, 3, 4) < 0.5
 OP_CALLS: dict[str, tuple[str, list[Any]]] = {
-    "affine": ("affine", affine_arguments(columns=[0, -1, -1])),
+    "affine": ("affine", affine_arguments(columns=[0, -1, -1, -1])),
     "affine noise": ("affine", affine_arguments(x=leaf(), key=KEY, first_sample=7)),
     "affine ids": ("affine", affine_arguments(x=leaf(), key=KEY, sample=IDS, index=INDEX)),
     "affine three tensors": ("affine", affine_arguments(x=leaf(), y=leaf(), z=leaf(), index=INDEX.int())),
+    "affine four tensors": (
+        "affine",
+        affine_arguments(x=leaf(), y=leaf(), z=leaf(), w=leaf(), table=leaf(2, 6), columns=[0, 1, 2, 4]),
+    ),
     "affine learned": (
         "affine",
         affine_arguments(x=leaf(), y=leaf(), key=KEY, table=leaf(2, 3)),
@@ -366,10 +372,10 @@ OP_CALLS: dict[str, tuple[str, list[Any]]] = {
         "affine",
         affine_arguments(x=leaf(dtype=torch.float64), key=KEY, table=torch.rand(2, 3).double()),
     ),
-    "affine2": ("affine2", affine_arguments(x=leaf(), key=KEY, columns=[0, -1, 1, 2, -1, 3])),
+    "affine2": ("affine2", affine_arguments(x=leaf(), key=KEY, columns=[0, -1, 1, -1, 2, -1, 3, -1])),
     "affine2 learned": (
         "affine2",
-        affine_arguments(x=leaf(), y=leaf(), table=leaf(5, 6), index=INDEX, columns=[0, 1, -1, 3, 4, -1]),
+        affine_arguments(x=leaf(), y=leaf(), table=leaf(5, 6), index=INDEX, columns=[0, 1, -1, -1, 3, 4, -1, -1]),
     ),
     "sample_means": ("sample_means", means_arguments(key=KEY)),
     "sample_means tensors": ("sample_means", means_arguments(pred=leaf(), y=leaf(), z=leaf())),
@@ -377,6 +383,14 @@ OP_CALLS: dict[str, tuple[str, list[Any]]] = {
     "sample_means learned": (
         "sample_means",
         means_arguments(pred=leaf(), y=leaf(), key=KEY, index=INDEX, table=leaf(4, 3)),
+    ),
+    "sample_means huber": (
+        "sample_means",
+        means_arguments(pred=leaf(), y=leaf(), key=KEY, table=torch.rand(2, 4), kind=2),
+    ),
+    "residual_grad pseudo-huber": (
+        "residual_grad",
+        [torch.rand(2), *means_arguments(y=torch.randn(2, 3, 4), table=torch.rand(2, 4), kind=3)],
     ),
     "residual_grad": ("residual_grad", [torch.rand(2), *means_arguments(key=KEY, mask=MASK)]),
     "residual_grad tensors": ("residual_grad", [torch.rand(2), *means_arguments(y=torch.randn(2, 3, 4))]),

@@ -108,7 +108,7 @@ def test_affine_columns(pattern: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("D", LENGTHS)
 def test_affine_lengths(D: int) -> None:
     x, y = randn(3, D), randn(3, D, seed=1)
-    check_affine(x, y, None, df.Noise(5), table_of(x.dtype), levels(3), (0, 1, 2))
+    check_affine(x, y, None, df.Noise(5), table_of(x.dtype), levels(3), (0, 1, 2, -1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
@@ -150,7 +150,7 @@ def test_affine_layouts(layout: str, mixed: bool) -> None:
     x, y = randn(2, 4, 6, 6), randn(2, 4, 6, 6, seed=1)
     x, y = LAYOUTS[layout](x), y if mixed else LAYOUTS[layout](y)
     table = table_of(x.dtype)
-    check_affine(x, y, None, df.Noise(5), table, levels(2), (0, 1, 2))
+    check_affine(x, y, None, df.Noise(5), table, levels(2), (0, 1, 2, -1))
     check_affine(x, y, None, None, table, levels(2), (0, 1, -1))
 
 
@@ -161,7 +161,7 @@ def test_affine_video(strided: str) -> None:
     if strided == "y":
         video["y"] = randn(2, 4, 6, 12, 4, seed=1)[:, :, ::2, ::2, ::2]
         video["x"] = randn(2, 4, 3, 6, 2)
-    check_affine(video["x"], video["y"], None, df.Noise(5), table_of(torch.float32), levels(2), (0, 1, 2))
+    check_affine(video["x"], video["y"], None, df.Noise(5), table_of(torch.float32), levels(2), (0, 1, 2, -1))
 
 
 @pytest.mark.parametrize("which", ("x", "y", "z", "other"))
@@ -203,8 +203,8 @@ def test_absent_inputs_are_not_read() -> None:
 def test_coefficients_of_absent_inputs() -> None:
     x = randn(2, 8)
     table = table_of(x.dtype, rows=2)
-    check_affine(x, None, None, None, table, None, (0, 1, 2))
-    check_affine(x, None, None, df.Noise(1), table, None, (0, 1, 2))
+    check_affine(x, None, None, None, table, None, (0, 1, 2, -1))
+    check_affine(x, None, None, df.Noise(1), table, None, (0, 1, 2, -1))
     check_residual(x, None, None, None, table, None, (1, 2))
 
 
@@ -212,10 +212,10 @@ def test_coefficients_of_absent_inputs() -> None:
 def test_no_coefficient_gives_zeros(dtype: torch.dtype) -> None:
     """The gradient of an input that only one of two outputs reads, or none."""
     x = randn(2, 8, dtype=dtype)
-    for columns in ((-1, -1, -1), (-1, -1, -1, 1, -1, -1), (1, -1, -1, -1, -1, -1)):
+    for columns in ((-1,) * 4, (-1, -1, -1, -1, 1, -1, -1, -1), (1, *[-1] * 7)):
         got = backend.affine("op", x, None, None, None, table_of(dtype), None, columns)
         for k, o in enumerate(got):
-            assert (o == 0).all() == (columns[3 * k] < 0)
+            assert (o == 0).all() == (columns[4 * k] < 0)
 
 
 def test_nan_passes_the_clamp() -> None:

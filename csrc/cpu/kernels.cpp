@@ -103,6 +103,23 @@ __attribute__((noinline)) static void generate_normal(const Noise& noise, const 
   generate<ToNormal>(noise, unit, out);
 }
 
+__attribute__((noinline)) static void generate_words(const Noise& noise, const Unit& unit, uint32_t* out) {
+  generate<ToWord<uint32_t>>(noise, unit, out);
+}
+
+// Which elements count: the mask's bytes, or those that words choose.
+static inline const uint8_t* read_mask(const Batch& batch, const Operand& mask, const Choice& choice, const Unit& unit,
+                                       uint8_t* buffer) {
+  if (!choice.noise.present) return read<uint8_t>(batch, mask, unit, buffer);
+  alignas(64) uint32_t words[kSegment];
+  generate_words(choice.noise, unit, words);
+  for (int64_t r = 0; r < unit.rows; ++r) {
+    const int64_t at = r * unit.length, second = choice.of_row(unit.row + r)[1];
+    for (int64_t i = 0; i < unit.length; ++i) buffer[at + i] = choice.counts(words[at + i], second);
+  }
+  return buffer;
+}
+
 // The third operand: generated, or read.
 template <class T, class R>
 static inline const R* read_z(const Batch& batch, const Operand& z, const Noise& noise, const Unit& unit, R* buffer) {
@@ -147,19 +164,36 @@ static inline const T* zeros() {
 
 // One row through the map that `columns` names. An input whose coefficient is absent is not read: it
 // may hold an infinity, and 0 times that is not 0.
-template <class R, class X, class Y, class Out>
+template <class R, class X, class Y, class W, class Out>
 static inline void apply_columns(const Coefficients<R>& c, const int* columns, const X* x, const Y* y, const R* z,
-                                 Out* out, int64_t n) {
-  const Affine<R> f = {c[columns[0]], c[columns[1]], c[columns[2]]};
-  apply(f, columns[0] == kAbsent ? zeros<X>() : x, columns[1] == kAbsent ? zeros<Y>() : y,
-        columns[2] == kAbsent ? zeros<R>() : z, out, n);
+                                 const W* w, Out* out, int64_t n) {
+  if (columns[0] == kAbsent) x = zeros<X>();
+  if (columns[1] == kAbsent) y = zeros<Y>();
+  if (columns[2] == kAbsent) z = zeros<R>();
+  if (columns[3] == kAbsent) {
+    const Affine<R> f = {c[columns[0]], c[columns[1]], c[columns[2]]};
+    return apply(f, x, y, z, out, n);
+  }
+  const Affine4<R> f = {c[columns[0]], c[columns[1]], c[columns[2]], c[columns[3]]};
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) narrow(f(widen(x[i]), widen(y[i]), z[i], widen(w[i])), out[i]);
+}
+
+// The estimate that the clamp is about: of x, y and w.
+template <class R, class L>
+static inline void apply_clamped(const AffineArgs& a, const Coefficients<R>& c, const L* x, const L* y, const L* w,
+                                 R* out, int64_t n) {
+  const int columns[] = {a.inner[0], a.inner[1], kAbsent, a.inner[2]};
+  const Clamp<R> clamp = {static_cast<R>(a.lo), static_cast<R>(a.hi)};
+  apply_columns(c, columns, x, y, zeros<R>(), w, out, n);
+  for (int64_t i = 0; i < n; ++i) out[i] = clamp(out[i]);
 }
 
 template <class T>
 static void affine_units(const AffineArgs& a, int64_t unit_begin, int64_t unit_end) {
   using R = typename ComputeType<T>::type;
   using L = typename LoopType<T>::type;
-  alignas(64) L xs[kSegment], ys[kSegment], outs[kSegment], outs2[kSegment];
+  alignas(64) L xs[kSegment], ys[kSegment], ws[kSegment], outs[kSegment], outs2[kSegment];
   alignas(64) R zs[kSegment], middle[kSegment];
   const Cut cut(a.batch.B, a.batch.D);
   for (int64_t u = unit_begin; u < unit_end; ++u) {
@@ -167,6 +201,7 @@ static void affine_units(const AffineArgs& a, int64_t unit_begin, int64_t unit_e
     const L* x = read<T>(a.batch, a.x, unit, xs);
     const L* y = read<T>(a.batch, a.y, unit, ys);
     const R* z = read_z<T>(a.batch, a.z, a.noise, unit, zs);
+    const L* w = read<T>(a.batch, a.w, unit, ws);
     L* out = target<T>(a.batch, a.out, unit, outs);
     L* out2 = a.out2.data ? target<T>(a.batch, a.out2, unit, outs2) : nullptr;
     for (int64_t r = 0; r < unit.rows; ++r) {
@@ -174,13 +209,12 @@ static void affine_units(const AffineArgs& a, int64_t unit_begin, int64_t unit_e
       const Coefficients<R> c = coefficients<R>(a.table, unit.row + r);
       // The second output first: `out` may be one of the inputs, and this stretch is still in cache.
       if (a.clamped) {
-        const ClampedAffine<R> f = {{c[a.inner[0]], c[a.inner[1]], R(0)}, static_cast<R>(a.lo), static_cast<R>(a.hi)};
-        apply(f, a.inner[0] == kAbsent ? zeros<L>() : x + at, y + at, zeros<R>(), middle, n);
-        if (out2) apply_columns(c, a.columns + 3, x + at, middle, z + at, out2 + at, n);
-        apply_columns(c, a.columns, x + at, middle, z + at, out + at, n);
+        apply_clamped(a, c, x + at, y + at, w + at, middle, n);
+        if (out2) apply_columns(c, a.columns + 4, x + at, middle, z + at, w + at, out2 + at, n);
+        apply_columns(c, a.columns, x + at, middle, z + at, w + at, out + at, n);
       } else {
-        if (out2) apply_columns(c, a.columns + 3, x + at, y + at, z + at, out2 + at, n);
-        apply_columns(c, a.columns, x + at, y + at, z + at, out + at, n);
+        if (out2) apply_columns(c, a.columns + 4, x + at, y + at, z + at, w + at, out2 + at, n);
+        apply_columns(c, a.columns, x + at, y + at, z + at, w + at, out + at, n);
       }
     }
     write<T>(a.batch, a.out, unit, out);
@@ -190,22 +224,58 @@ static void affine_units(const AffineArgs& a, int64_t unit_begin, int64_t unit_e
 
 // 64 running sums, whatever the vector width: the same sum on every instruction set, and enough of
 // them to hide the latency of an fma. A float lane takes at most kSegment/64 products.
-template <class A, class R>
-static inline double dot(const A* a, const R* b, int64_t n) {
-  constexpr int kSums = 64;
-  alignas(64) R lanes[kSums] = {};
-  int64_t i = 0;
-  for (; i + kSums <= n; i += kSums)
-    for (int j = 0; j < kSums; ++j) lanes[j] = mul_add(widen(a[i + j]), b[i + j], lanes[j]);
-  for (int j = 0; i < n; ++i, ++j) lanes[j] = mul_add(widen(a[i]), b[i], lanes[j]);
+constexpr int kSums = 64;
+
+template <class R>
+static inline double sum_lanes(const R (&lanes)[kSums]) {
   double sum = 0;
   for (int j = 0; j < kSums; ++j) sum += static_cast<double>(lanes[j]);
   return sum;
 }
 
+template <class A, class R>
+static inline double dot(const A* a, const R* b, int64_t n) {
+  alignas(64) R lanes[kSums] = {};
+  int64_t i = 0;
+  for (; i + kSums <= n; i += kSums)
+    for (int j = 0; j < kSums; ++j) lanes[j] = mul_add(widen(a[i + j]), b[i + j], lanes[j]);
+  for (int j = 0; i < n; ++i, ++j) lanes[j] = mul_add(widen(a[i]), b[i], lanes[j]);
+  return sum_lanes(lanes);
+}
+
+template <class R>
+static inline double sum(const R* a, int64_t n) {
+  alignas(64) R lanes[kSums] = {};
+  int64_t i = 0;
+  for (; i + kSums <= n; i += kSums)
+    for (int j = 0; j < kSums; ++j) lanes[j] += a[i + j];
+  for (int j = 0; i < n; ++i, ++j) lanes[j] += a[i];
+  return sum_lanes(lanes);
+}
+
 // The unit's place among all segments: one segment of a long row, or `rows` whole rows.
 static inline int64_t segment_of(const Cut& cut, int64_t u) {
   return cut.segments_per_row > 1 ? u : u * cut.rows_per_unit;
+}
+
+// The sum of rho over a row's residuals, which become rho'(r) / 2.
+template <Penalty kPenalty, class R>
+static inline double penalise(R delta, R* residual, int64_t n) {
+  const Rho<kPenalty, R> rho = {delta};
+  alignas(64) R values[kSegment];
+  for (int64_t i = 0; i < n; ++i) values[i] = rho.value(residual[i]);
+  for (int64_t i = 0; i < n; ++i) residual[i] = rho.half_slope(residual[i]);
+  return sum(values, n);
+}
+
+template <class R>
+static inline double penalise(Penalty penalty, R delta, R* residual, int64_t n) {
+  switch (penalty) {
+    case Penalty::l1: return penalise<Penalty::l1>(delta, residual, n);
+    case Penalty::huber: return penalise<Penalty::huber>(delta, residual, n);
+    case Penalty::pseudo_huber: return penalise<Penalty::pseudo_huber>(delta, residual, n);
+    default: return dot(residual, residual, n);
+  }
 }
 
 template <class T>
@@ -221,7 +291,8 @@ static void residual_units(const ResidualWork& a, int64_t unit_begin, int64_t un
     const L* pred = read<T>(a.batch, a.pred, unit, preds);
     const L* y = read<T>(a.batch, a.y, unit, ys);
     const R* z = read_z<T>(a.batch, a.z, a.noise, unit, zs);
-    const uint8_t* mask = read<uint8_t>(a.batch, a.mask, unit, masks);
+    const bool masked = a.mask.data || a.choice.noise.present;
+    const uint8_t* mask = read_mask(a.batch, a.mask, a.choice, unit, masks);
     L* grad = a.grad.data ? target<T>(a.batch, a.grad, unit, grads) : nullptr;
     for (int64_t r = 0; r < unit.rows; ++r) {
       const int64_t at = r * unit.length, n = unit.length;
@@ -229,9 +300,9 @@ static void residual_units(const ResidualWork& a, int64_t unit_begin, int64_t un
       const Affine<R> f = {R(1), c[a.columns[0]], c[a.columns[1]]};
       apply(f, pred + at, y + at, z + at, residual, n);
       // A select, not a product: what is masked out may be NaN.
-      if (a.mask.data)
+      if (masked)
         for (int64_t i = 0; i < n; ++i) residual[i] = mask[at + i] ? residual[i] : R(0);
-      a.sums[segment_of(cut, u) + r] = dot(residual, residual, n);
+      a.sums[segment_of(cut, u) + r] = penalise(a.penalty, c[a.columns[2]], residual, n);
       const R scale = static_cast<R>(a.scale[unit.row + r]);
       if (grad)
         for (int64_t i = 0; i < n; ++i) narrow(scale * residual[i], grad[at + i]);
@@ -268,7 +339,7 @@ static void mask_count(const MaskCountWork& a, int64_t unit_begin, int64_t unit_
   const Cut cut(a.batch.B, a.batch.D);
   for (int64_t u = unit_begin; u < unit_end; ++u) {
     const Unit unit = unit_at(a.batch, cut, u);
-    const uint8_t* mask = read<uint8_t>(a.batch, a.mask, unit, buffer);
+    const uint8_t* mask = read_mask(a.batch, a.mask, a.choice, unit, buffer);
     for (int64_t r = 0; r < unit.rows; ++r) {
       int64_t kept = 0;
       for (int64_t i = 0; i < unit.length; ++i) kept += mask[r * unit.length + i] != 0;
@@ -277,11 +348,37 @@ static void mask_count(const MaskCountWork& a, int64_t unit_begin, int64_t unit_
   }
 }
 
+template <class T>
+static void corrupt_units(const CorruptArgs& a, int64_t unit_begin, int64_t unit_end) {
+  using R = typename ComputeType<T>::type;
+  using L = typename LoopType<T>::type;
+  alignas(64) L xs[kSegment], outs[kSegment];
+  alignas(64) uint32_t words[kSegment];
+  const R low = static_cast<R>(a.low), high = static_cast<R>(a.high);
+  const Cut cut(a.batch.B, a.batch.D);
+  for (int64_t u = unit_begin; u < unit_end; ++u) {
+    const Unit unit = unit_at(a.batch, cut, u);
+    const L* x = read<T>(a.batch, a.x, unit, xs);
+    L* out = target<T>(a.batch, a.out, unit, outs);
+    generate_words(a.choice.noise, unit, words);
+    for (int64_t r = 0; r < unit.rows; ++r) {
+      const int64_t at = r * unit.length;
+      const int64_t *thresholds = a.choice.of_row(unit.row + r), first = thresholds[0], second = thresholds[1];
+#pragma GCC ivdep
+      for (int64_t i = at; i < at + unit.length; ++i) {
+        const R kept = widen(x[i]), struck = words[i] < first ? low : high;
+        narrow(words[i] < second ? struck : kept, out[i]);
+      }
+    }
+    write<T>(a.batch, a.out, unit, out);
+  }
+}
+
 static void bits(const BitsArgs& a, int64_t unit_begin, int64_t unit_end) {
   const Cut cut(a.batch.B, a.batch.D);
   for (int64_t u = unit_begin; u < unit_end; ++u) {
     const Unit unit = unit_at(a.batch, cut, u);
-    generate<ToWord>(a.noise, unit, a.out + unit.row * a.batch.D + unit.begin);
+    generate<ToWord<int64_t>>(a.noise, unit, a.out + unit.row * a.batch.D + unit.begin);
   }
 }
 
@@ -298,11 +395,12 @@ static void bits(const BitsArgs& a, int64_t unit_begin, int64_t unit_end) {
 DAE_BY_DTYPE(affine, AffineArgs)
 DAE_BY_DTYPE(residual, ResidualWork)
 DAE_BY_DTYPE(row_dots, RowDotsWork)
+DAE_BY_DTYPE(corrupt, CorruptArgs)
 #undef DAE_BY_DTYPE
 
 }  // namespace DAE_ISA
 
 const Kernels DAE_JOIN(kernels_, DAE_ISA) = {DAE_ISA::affine, DAE_ISA::residual, DAE_ISA::row_dots,
-                                             DAE_ISA::mask_count, DAE_ISA::bits};
+                                             DAE_ISA::mask_count, DAE_ISA::corrupt, DAE_ISA::bits};
 
 }  // namespace dae::cpu

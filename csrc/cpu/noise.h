@@ -42,10 +42,11 @@ struct ToNormal {
   }
 };
 
+template <class Word>
 struct ToWord {
-  using type = int64_t;
+  using type = Word;
   template <int N>
-  static DAE_FN void apply(const Lanes<N> (&r)[4], int64_t (&z)[4][N]) {
+  static DAE_FN void apply(const Lanes<N> (&r)[4], Word (&z)[4][N]) {
     for (int i = 0; i < 4; ++i)
       for (int j = 0; j < N; ++j) z[i][j] = r[i].v[j];
   }

@@ -60,7 +60,7 @@ const char* residual(const ResidualArgs& a, const LossArgs& loss, Scratch, Queue
   for (int64_t b = 0; b < B; ++b)
     scale[b] = gradient_scale(loss.weight_of(b), upstream, loss.kept_of(b, D), loss.reduction, B);
   ResidualWork work{a, scale.data(), sums.data()};
-  launch(isa().kernels->residual, work, kNsResidual + of_noise(a.noise));
+  launch(isa().kernels->residual, work, kNsResidual + of_noise(a.noise) + of_noise(a.choice.noise));
   if (wide)
     finish_loss<double>(sums, a, loss);
   else
@@ -84,8 +84,13 @@ const char* mask_count(const MaskArgs& a, double* kept, Scratch, Queue) {
   const int64_t B = a.batch.B;
   std::vector<int64_t> counts(B * Cut(B, a.batch.D).segments_per_row);
   MaskCountWork work{a, counts.data()};
-  launch(isa().kernels->mask_count, work, kNsMap);
+  launch(isa().kernels->mask_count, work, kNsMap + of_noise(a.choice.noise));
   sum_rows(counts, B, [&](int64_t b, double sum) { kept[b] = sum; });
+  return nullptr;
+}
+
+const char* corrupt(const CorruptArgs& a, Queue) {
+  launch(isa().kernels->corrupt, a, kNsMap + kNsNormal);
   return nullptr;
 }
 
@@ -106,6 +111,6 @@ const char* devices(int* count) {
 
 }  // namespace
 
-const Api kApi = {affine, residual, row_dots, mask_count, bits, fold_in_key, devices};
+const Api kApi = {affine, residual, row_dots, mask_count, corrupt, bits, fold_in_key, devices};
 
 }  // namespace dae::cpu

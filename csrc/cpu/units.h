@@ -38,6 +38,7 @@ struct Kernels {
   void (*residual)(const ResidualWork&, int64_t unit_begin, int64_t unit_end);
   void (*row_dots)(const RowDotsWork&, int64_t unit_begin, int64_t unit_end);
   void (*mask_count)(const MaskCountWork&, int64_t unit_begin, int64_t unit_end);
+  void (*corrupt)(const CorruptArgs&, int64_t unit_begin, int64_t unit_end);
   void (*bits)(const BitsArgs&, int64_t unit_begin, int64_t unit_end);
 };
 

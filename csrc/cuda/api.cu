@@ -101,6 +101,8 @@ const char* mask_count(const MaskArgs& a, double* kept, Scratch scratch, Queue q
   });
 }
 
+const char* corrupt(const CorruptArgs&, Queue) { return "corrupt: not there yet"; }
+
 // A thread to each Philox block: four words of a row.
 __global__ void __launch_bounds__(kThreads) bits_kernel(const __grid_constant__ BitsArgs a, int64_t blocks_per_row) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
@@ -130,7 +132,7 @@ const char* fold_in_key(const Noise& noise, uint64_t data, const uint64_t* data_
   return launch(static_cast<cudaStream_t>(queue.stream), 1, 1, fold_in_kernel, noise, data, data_at, out);
 }
 
-constexpr Api kApi = {affine, residual, row_dots, mask_count, bits, fold_in_key, devices};
+constexpr Api kApi = {affine, residual, row_dots, mask_count, corrupt, bits, fold_in_key, devices};
 
 }  // namespace
 

@@ -140,9 +140,10 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<T, Access>))
       const auto [at, c, key] = place(g);
       if constexpr (kFresh) make_normals(memory, key, at, z);
       if (kGeneral && p.clamped) {
-        const ClampedAffine<R> f = {{c[6], c[7], R(0)}, p.lo, p.hi};
+        const Affine<R> f = {c[6], c[7], R(0)};
+        const Clamp<R> clamp = {p.lo, p.hi};
 #pragma unroll
-        for (int i = 0; i < N; ++i) y[i] = f(p.columns[6] == kAbsent ? R(0) : x[i], y[i], R(0));
+        for (int i = 0; i < N; ++i) y[i] = clamp(f(p.columns[6] == kAbsent ? R(0) : x[i], y[i], R(0)));
       }
       memory.write(kOut, g, map_group<kGeneral>(p.columns, c, x, y, z));
       if (kGeneral && access.has(kOut2)) memory.write(kOut2, g, map_group<true>(p.columns + 3, c + 3, x, y, z));
@@ -299,10 +300,10 @@ template <bool kFresh>
 const char* launch_affine(const AffineArgs& a, const Launch& how) {
   Operand operands[] = {a.x, a.y, a.z, a.out, a.out2};
   for (int k = 0; k < 3; ++k)  // not read where no coefficient wants it
-    if (!a.clamped && a.columns[k] == kAbsent && a.columns[3 + k] == kAbsent) operands[k] = {};
+    if (!a.clamped && a.columns[k] == kAbsent && a.columns[4 + k] == kAbsent) operands[k] = {};
   return how.with_access<T>(a.batch, operands, [&](const auto& access, const Cut& cut) {
     AffineParams p{{cut, a.noise, a.table}, {}, a.clamped, static_cast<R>(a.lo), static_cast<R>(a.hi)};
-    for (int i = 0; i < 6; ++i) p.columns[i] = a.columns[i];
+    for (int i = 0; i < 3; ++i) p.columns[i] = a.columns[i], p.columns[3 + i] = a.columns[4 + i];
     for (int i = 0; i < 2; ++i) p.columns[6 + i] = a.clamped ? a.inner[i] : kAbsent;
     using Access = std::decay_t<decltype(access)>;
     const auto with = [&](auto kernel) { return launch(how.stream, cut.units, kThreads, kernel, p, access); };

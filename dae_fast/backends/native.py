@@ -25,6 +25,7 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from ..noise import Noise
+    from ..ops.residual import Drawn
 
 fold_in = _core.fold_in
 isa = _core.isa
@@ -120,19 +121,20 @@ def affine(
     table: Tensor,
     index: Tensor | None,
     columns: tuple[int, ...],
-    clamp: tuple[int, int, float, float] | None = None,
+    clamp: tuple[int, int, int, float, float] | None = None,
     out: Tensor | None = None,
     raw: bool = False,
+    w: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """As reference.affine, in one pass. `out` is written instead of a new tensor; it may be x, y or z."""
-    x, y, z = _walkable(x, y, z)
+    """As reference.affine, in one pass. `out` is written instead of a new tensor; it may be an input."""
+    x, y, z, w = _walkable(x, y, z, w)
     if out is None:
         assert x is not None
         out = torch.empty_like(x)
     elif _walkable(out)[0] is not out:
-        return (out.copy_(affine(op, x, y, z, noise, table, index, columns, clamp)[0]),)
-    out2 = torch.empty_like(out) if len(columns) == 6 else None
-    bad = _core.affine(x, y, z, noise, raw, table, index, columns, clamp, out, out2)
+        return (out.copy_(affine(op, x, y, z, noise, table, index, columns, clamp, w=w)[0]),)
+    out2 = torch.empty_like(out) if len(columns) == 8 else None
+    bad = _core.affine(x, y, z, w, noise, raw, table, index, columns, clamp, out, out2)
     if bad >= 0 and index is not None:
         raise_bad_level(op, table, index, bad)
     return (out,) if out2 is None else (out, out2)
@@ -146,21 +148,25 @@ def residual(
     noise: Noise | None,
     table: Tensor,
     index: Tensor | None,
-    columns: tuple[int, int],
-    mask: Tensor | None,
+    columns: tuple[int, int, int],
+    mask: Tensor | Drawn | None,
     weight: Tensor | None,
     reduction: int,
     want_loss: bool,
     want_grad: bool,
     upstream: Tensor | None = None,
     made: Tensor | None = None,
+    kind: int = 0,
 ) -> tuple[Any, Any, Tensor | None]:
     """One pass over pred: the unweighted mean of each sample, the weighted loss, its gradient.
 
+    columns and kind as in reference.residual.
     weight: (B,). reduction: 0 none, 1 mean, 2 sum. With upstream () only the gradient, times upstream; `made` is
     the one for 1, returned when that is what upstream turns out to be and written anew otherwise.
     """
-    pred, y, z, mask = _walkable(pred, y, z, mask)
+    in_memory = mask if isinstance(mask, Tensor) else None
+    mask_noise, thresholds, keeps = (None, None, False) if mask is None or isinstance(mask, Tensor) else mask
+    pred, y, z, in_memory = _walkable(pred, y, z, in_memory)
     compute, device = compute_dtype(pred.dtype), pred.device
     again = upstream is not None  # for a gradient alone
     per_sample = None if again else torch.empty(pred.shape[0], dtype=compute, device=device)
@@ -170,7 +176,8 @@ def residual(
     kept = None
     if mask is not None:
         kept = torch.empty(pred.shape[0], dtype=torch.float64, device=device)
-        _core.mask_count(mask, kept, sums, counter)
+        of_shape = pred if in_memory is None else in_memory
+        _core.mask_count(of_shape, mask_noise, thresholds, keeps, kept, sums, counter)
     if weight is not None:
         weight = (weight if weight.dtype in (torch.float32, torch.float64) else weight.float()).contiguous()
     bad = _core.residual(
@@ -181,7 +188,11 @@ def residual(
         table,
         index,
         columns,
-        mask,
+        kind,
+        in_memory,
+        mask_noise,
+        thresholds,
+        keeps,
         kept,
         weight,
         upstream,
@@ -196,6 +207,14 @@ def residual(
     if bad >= 0 and index is not None:
         raise_bad_level(op, table, index, bad)
     return per_sample, loss, grad
+
+
+def corrupt(x: Tensor, noise: Noise, thresholds: Tensor, low: float, high: float) -> Tensor:
+    """As reference.corrupt, in one pass."""
+    (x,) = _walkable(x)
+    out = torch.empty_like(x)
+    _core.corrupt(x, noise, thresholds, low, high, out)
+    return out
 
 
 def row_dots(g: Tensor, x: Tensor | None, y: Tensor | None, z: Tensor | None, noise: Noise | None) -> Tensor:
@@ -218,7 +237,7 @@ def normal(noise: Noise, B: int, D: int, dtype: torch.dtype, device: torch.devic
     """(B, D) normals; with fold=False every row is the raw stream of the key."""
     one = torch.ones(1, 1, dtype=compute_dtype(dtype), device=device)
     out = torch.empty(B, D, dtype=dtype, device=device)
-    return affine("normal", None, None, None, noise, one, None, (-1, -1, 0), None, out, not fold)[0]
+    return affine("normal", None, None, None, noise, one, None, (-1, -1, 0, -1), None, out, not fold)[0]
 
 
 def words(noise: Noise, B: int, D: int, device: torch.device, fold: bool = True) -> Tensor:

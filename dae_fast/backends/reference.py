@@ -131,25 +131,27 @@ def affine(
     table: Tensor,
     index: Tensor | None,
     columns: tuple[int, ...],
-    clamp: tuple[int, int, float, float] | None = None,
+    clamp: tuple[int, int, int, float, float] | None = None,
+    w: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """c0*x + c1*y + c2*z for each three of `columns` (-1: that coefficient is 0); z may be `noise`.
+    """c0*x + c1*y + c2*z + c3*w for each four of `columns` (-1: that coefficient is 0); z may be `noise`.
 
-    clamp (a0, a1, lo, hi): y becomes clamp(a0*x + a1*y, lo, hi).
+    clamp (a0, a1, a3, lo, hi): y becomes clamp(a0*x + a1*y + a3*w, lo, hi).
     """
     compute = compute_dtype(x.dtype)
     rows = coefficients(table, index, op).to(compute)
-    column = [rows[:, k].reshape(-1, *[1] * (x.dim() - 1)) for k in range(rows.shape[1])]
-    inputs = [None if t is None else t.to(compute) for t in (x, y, z)]
+    column = [row_of(rows, k, x) for k in range(rows.shape[1])]
+    inputs = [None if t is None else t.to(compute) for t in (x, y, z, w)]
     if noise is not None:
         inputs[2] = noise_like(noise, x)
     if clamp is not None:
-        a0, a1, lo, hi = clamp
-        terms = [column[a] * t for a, t in ((a0, inputs[0]), (a1, inputs[1])) if a >= 0 and t is not None]
+        a0, a1, a3, lo, hi = clamp
+        of_estimate = ((a0, inputs[0]), (a1, inputs[1]), (a3, inputs[3]))
+        terms = [column[a] * t for a, t in of_estimate if a >= 0 and t is not None]
         inputs[1] = torch.clamp(sum(terms[1:], terms[0]), lo, hi)
     outputs = []
-    for first in range(0, len(columns), 3):
-        used = zip(columns[first : first + 3], inputs, strict=True)
+    for first in range(0, len(columns), 4):
+        used = zip(columns[first : first + 4], inputs, strict=True)
         terms = [column[c] * t for c, t in used if c >= 0 and t is not None]
         outputs.append(sum(terms[1:], terms[0]).expand(x.shape).to(x.dtype))
     return tuple(outputs)
@@ -163,24 +165,71 @@ def residual(
     noise: Noise | None,
     table: Tensor,
     index: Tensor | None,
-    columns: tuple[int, int],
+    columns: tuple[int, int, int],
     mask: Tensor | None,
+    kind: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """(B,) sums of (pred + n1*y + n2*z)**2 over each sample's kept elements, and how many those are."""
+    """(B,) sums of rho(pred + n1*y + n2*z) over each sample's kept elements, and how many those are.
+
+    columns: of n1, n2 and rho's delta. kind: rho's place in KINDS.
+    """
     compute = compute_dtype(pred.dtype)
     rows = coefficients(table, index, op).to(compute)
     r = pred.to(compute)
     third = noise_like(noise, pred) if noise is not None else z
-    for column, t in zip(columns, (y, third), strict=True):
+    for column, t in zip(columns[:2], (y, third), strict=True):
         if column >= 0 and t is not None:
-            r = r + rows[:, column].reshape(-1, *[1] * (pred.dim() - 1)) * t.to(compute)
+            r = r + row_of(rows, column, pred) * t.to(compute)
     B = pred.shape[0]
     if mask is None:
         kept = torch.full((B,), pred[0].numel() if B else 0, dtype=compute, device=pred.device)
     else:
         r = torch.where(mask, r, 0)
         kept = per_sample_sum(mask).to(compute)
-    return per_sample_sum(r.square()), kept
+    delta = row_of(rows, columns[2], r) if columns[2] >= 0 else None
+    return per_sample_sum(penalty(r, kind, delta)), kept
+
+
+# What a residual costs, rho(r): a kind's place here is its number in the kernels.
+KINDS = ("mse", "l1", "huber", "pseudo_huber")
+
+
+def row_of(rows: Tensor, column: int, like: Tensor) -> Tensor:
+    """A column of coefficients, shaped to multiply `like`."""
+    return rows[:, column].reshape(-1, *[1] * (like.dim() - 1))
+
+
+def penalty(r: Tensor, kind: int, delta: Tensor | None) -> Tensor:
+    """rho(r): r^2, |r|, Huber's, or 2 delta (sqrt(r^2 + delta^2) - delta), in a form that does not cancel."""
+    if kind == 0:
+        return r.square()
+    if kind == 1:
+        return r.abs()
+    assert delta is not None
+    if kind == 2:
+        size = r.abs()
+        return torch.where(size <= delta, 0.5 * r * r, delta * (size - 0.5 * delta))
+    return 2 * delta * (r * r / (torch.sqrt(r * r + delta * delta) + delta))
+
+
+def slope(r: Tensor, kind: int, delta: Tensor | None) -> Tensor:
+    """d rho / dr."""
+    if kind == 0:
+        return 2 * r
+    if kind == 1:
+        return torch.sign(r)
+    assert delta is not None
+    if kind == 2:
+        return torch.minimum(torch.maximum(r, -delta), delta)
+    return 2 * delta * (r / torch.sqrt(r * r + delta * delta))
+
+
+def corrupt(x: Tensor, noise: Noise, thresholds: Tensor, low: float, high: float) -> Tensor:
+    """x with `low` where its word is below thresholds[b, 0], `high` where it is below thresholds[b, 1]."""
+    B = x.shape[0]
+    w = words(noise, B, x[0].numel() if B else 0, x.device).reshape(x.shape)
+    first, second = row_of(thresholds, 0, x), row_of(thresholds, 1, x)
+    return torch.where(w < first, low, torch.where(w < second, high, x)).to(x.dtype)
 
 
 def per_sample_sum(x: Tensor) -> Tensor:

@@ -267,7 +267,7 @@ def _affine_call(
     table: tuple[int, int],
     noise: int,
     columns: tuple[int, ...],
-    clamp: tuple[int, int, float, float] | None,
+    clamp: tuple[int, int, int, float, float] | None,
     aligned: bool,
     layout: Layout,
 ) -> _Call:
@@ -275,7 +275,7 @@ def _affine_call(
     grid, steps, ROWS, LANES = _plan(B, D, V, _STEPS_MAP)
     levels, K = table
     spec = (
-        columns,
+        columns[:3] + columns[4:7],
         None if clamp is None else clamp[:2],
         K,
         levels == 1 and index is None,
@@ -286,7 +286,7 @@ def _affine_call(
         V,
         _NVIDIA,
     )
-    low, high = (None, None) if clamp is None else (_bits(clamp[2]), _bits(clamp[3]))
+    low, high = (None, None) if clamp is None else (_bits(clamp[3]), _bits(clamp[4]))
     sizes, strides = layout
     runtime = levels, low, high, B, D, steps, sizes, *strides
     return _Call(kernels.affine_kernel, device, grid, (dtype, present, index, _strided_ones(layout)), runtime, spec)
@@ -301,13 +301,14 @@ def affine(
     table: Tensor,
     index: Tensor | None,
     columns: tuple[int, ...],
-    clamp: tuple[int, int, float, float] | None = None,
+    clamp: tuple[int, int, int, float, float] | None = None,
     out: Tensor | None = None,
+    w: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """As reference.affine, in one launch. `out` is written instead of a new tensor; it may be x, y or z."""
     if out is None:
         out = torch.empty_like(x)
-    out2 = torch.empty_like(x) if len(columns) == 6 else None
+    out2 = torch.empty_like(x) if len(columns) == 8 else None
     results = (out,) if out2 is None else (out, out2)
     shape, device = x.shape, x.device
     if 0 in shape:
@@ -391,7 +392,7 @@ def residual(
     noise: Noise | None,
     table: Tensor,
     index: Tensor | None,
-    columns: tuple[int, int],
+    columns: tuple[int, int, int],
     mask: Tensor | None,
     weight: Tensor | None,
     reduction: int,
@@ -399,6 +400,7 @@ def residual(
     want_grad: bool,
     upstream: Tensor | None = None,
     made: Tensor | None = None,
+    kind: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One pass over pred: the unweighted mean of each sample, the weighted loss, its gradient.
 
@@ -446,7 +448,7 @@ def residual(
         None if weight is None else weight.dtype,
         table.shape,
         _NO_NOISE if noise is None else _FOLDED,
-        columns,
+        columns[:2],
         reduction,
         made is not None,
         mask is not None,

@@ -1,4 +1,4 @@
-"""The affine map, sample by sample: c0[b]*x + c1[b]*y + c2[b]*z, with z noise or a tensor.
+"""The affine map, sample by sample: c0[b]*x + c1[b]*y + c2[b]*z + c3[b]*w, with z noise or a tensor.
 
 Noising, the Tweedie conversions, Langevin, DDPM and DDIM steps are rows of coefficients for it, and so
 is its own gradient.
@@ -18,8 +18,8 @@ from ..rows import Rows
 from .flat import flatten, seen
 from .routing import Route, batchable, route, wants_grad
 
-Columns = tuple[int, ...]  # of the table: c0, c1, c2 of the output, then those of a second one
-Clamp = tuple[int, int, float, float]
+Columns = tuple[int, ...]  # of the table: c0, c1, c2, c3 of the output, then those of a second one
+Clamp = tuple[int, int, int, float, float]
 ABSENT = -1  # the column of a coefficient that is 0
 
 
@@ -32,28 +32,30 @@ def affine(
     rows: Rows,
     columns: Columns,
     clamp: Clamp | None = None,
+    w: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """One output for each three of `columns`. x, y, z: one shape, dtype and device; z or noise or neither.
+    """One output for each four of `columns`. x, y, z, w: one shape, dtype and device; z or noise or neither.
 
-    clamp (a0, a1, lo, hi): y is replaced by clamp(a0*x + a1*y, lo, hi).
+    clamp (a0, a1, a3, lo, hi): y is replaced by clamp(a0*x + a1*y + a3*w, lo, hi).
     """
-    way = route(op, x, y, z, rows.table)
+    way = route(op, x, y, z, w, rows.table)
     if way is Route.REFERENCE:
-        return reference.affine(op, x, y, z, noise, *rows, columns, clamp)
-    if clamp is not None and (way is not Route.DIRECT or wants_grad(x, y, z, rows.table)):
+        return reference.affine(op, x, y, z, noise, *rows, columns, clamp, w)
+    if clamp is not None and (way is not Route.DIRECT or wants_grad(x, y, z, w, rows.table)):
         # Where gradients or tracing are in play the clamp is torch's own, between two fused passes
         # in the compute type: rounded to half in between, it would clamp other elements.
-        a0, a1, lo, hi = clamp
+        a0, a1, a3, lo, hi = clamp
         dtype, compute = x.dtype, reference.compute_dtype(x.dtype)
-        wide_y, wide_z = (None if t is None else t.to(compute) for t in (y, z))
-        middle = affine(op, x.to(compute), wide_y, None, None, rows, (a0, a1, ABSENT))[0].clamp(lo, hi)
-        return tuple(t.to(dtype) for t in affine(op, x.to(compute), middle, wide_z, noise, rows, columns))
+        wide_y, wide_z, wide_w = (None if t is None else t.to(compute) for t in (y, z, w))
+        estimate = affine(op, x.to(compute), wide_y, None, None, rows, (a0, a1, ABSENT, a3), w=wide_w)[0]
+        made = affine(op, x.to(compute), estimate.clamp(lo, hi), wide_z, noise, rows, columns, w=wide_w)
+        return tuple(t.to(dtype) for t in made)
     if way is Route.DIRECT:
-        if wants_grad(x, y, z, rows.table):
-            return _tuple(_Affine.apply(x, y, z, rows.table, (rows.t, op, noise, columns)))
-        return kernels(x, op).affine(op, x, y, z, noise, *rows, columns, clamp)
-    call = torch.ops.dae_fast.affine if len(columns) == 3 else torch.ops.dae_fast.affine2
-    return _tuple(call(x, y, z, *seen(rows), *flatten(noise), columns, op))
+        if wants_grad(x, y, z, w, rows.table):
+            return _tuple(_Affine.apply(x, y, z, w, rows.table, (rows.t, op, noise, columns)))
+        return kernels(x, op).affine(op, x, y, z, noise, *rows, columns, clamp, w=w)
+    call = torch.ops.dae_fast.affine if len(columns) == 4 else torch.ops.dae_fast.affine2
+    return _tuple(call(x, y, z, w, *seen(rows), *flatten(noise), columns, op))
 
 
 def affine_into(
@@ -65,11 +67,13 @@ def affine_into(
     noise: Noise | None,
     rows: Rows,
     columns: Columns,
+    clamp: Clamp | None = None,
+    w: Tensor | None = None,
 ) -> Tensor:
-    """The same with one output, written to `out`, which may be x, y or z. No gradient."""
-    if route(op, out, x, y, z, rows.table) is not Route.DIRECT:
-        return out.copy_(affine(op, x, y, z, noise, rows, columns)[0])
-    kernels(x, op).affine(op, x, y, z, noise, *rows, columns, out=out)
+    """The same with one output, written to `out`, which may be an input. No gradient."""
+    if route(op, out, x, y, z, w, rows.table) is not Route.DIRECT:
+        return out.copy_(affine(op, x, y, z, noise, rows, columns, clamp, w)[0])
+    kernels(x, op).affine(op, x, y, z, noise, *rows, columns, clamp, out=out, w=w)
     if not out.is_inference():
         torch.autograd.graph.increment_version(out)
     return out
@@ -91,23 +95,23 @@ def _gradients(
     columns: Columns,
     op: str,
 ) -> Gradients:
-    """Of x, y, z and the table; `needs` says which. inputs (x, y, z) are read for the table's alone.
+    """Of x, y, z, w and the table; `needs` says which. inputs (x, y, z, w) are read for the table's alone.
 
     d x = c0 * g, and so on: affine maps of the output gradients, two inputs to a pass.
     """
-    result: Gradients = [None] * 4
-    given = [(g, columns[3 * k : 3 * k + 3]) for k, g in enumerate(grads) if g is not None]
+    result: Gradients = [None] * 5
+    given = [(g, columns[4 * k : 4 * k + 4]) for k, g in enumerate(grads) if g is not None]
     if not given:
         return result
-    (g1, columns1), (g2, columns2) = given[0], (given[1] if len(given) == 2 else (None, (ABSENT,) * 3))
-    wanted = [k for k in range(3) if needs[k]]
+    (g1, columns1), (g2, columns2) = given[0], (given[1] if len(given) == 2 else (None, (ABSENT,) * 4))
+    wanted = [k for k in range(4) if needs[k]]
     for first in range(0, len(wanted), 2):
         pair = wanted[first : first + 2]
-        maps = tuple(c for k in pair for c in (columns1[k], columns2[k], ABSENT))
+        maps = tuple(c for k in pair for c in (columns1[k], columns2[k], ABSENT, ABSENT))
         for k, gradient in zip(pair, affine(op, g1, g2, None, None, rows, maps), strict=True):
             result[k] = gradient
-    if needs[3]:
-        result[3] = _table_gradient(given, inputs, noise, rows, op)
+    if needs[4]:
+        result[4] = _table_gradient(given, inputs, noise, rows, op)
     return result
 
 
@@ -119,8 +123,10 @@ def _table_gradient(
     B = given[0][0].shape[0]
     columns_of = [table.new_zeros(B) for _ in range(table.shape[1])]
     for g, columns in given:
-        x, y, z = inputs
+        x, y, z, w = inputs
         dots = row_dots(op, g, x, y, z, noise).to(table.dtype)
+        if w is not None:
+            dots = torch.cat((dots, row_dots(op, g, w, None, None, None)[:, :1].to(table.dtype)), 1)
         for k, c in enumerate(columns):
             if c != ABSENT:
                 columns_of[c] = columns_of[c] + dots[:, k]
@@ -146,15 +152,23 @@ class _Affine(torch.autograd.Function):
     """Eager. The old style, without setup_context, costs a quarter; so does one argument for all the rest."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor | None, z: Tensor | None, table: Tensor, rest: tuple[Any, ...]) -> Any:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        y: Tensor | None,
+        z: Tensor | None,
+        w: Tensor | None,
+        table: Tensor,
+        rest: tuple[Any, ...],
+    ) -> Any:
         index, op, noise, columns = rest
         ctx.set_materialize_grads(False)
         if table.requires_grad:
-            ctx.save_for_backward(table, index, x, y, z)
+            ctx.save_for_backward(table, index, x, y, z, w)
         else:
             ctx.save_for_backward(table, index)
         ctx.rest = noise, columns, op
-        outputs = kernels(x, op).affine(op, x, y, z, noise, table, index, columns)
+        outputs = kernels(x, op).affine(op, x, y, z, noise, table, index, columns, w=w)
         return outputs if len(outputs) > 1 else outputs[0]
 
     @staticmethod

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SAMPLES = ("x", "y", "z", "pred", "upstream", "mask")  # arguments with a row for each sample
+SAMPLES = ("x", "y", "z", "w", "pred", "upstream", "mask")  # arguments with a row for each sample
 Rule = Callable[..., tuple[Any, Any]]
 
 

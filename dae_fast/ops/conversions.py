@@ -78,20 +78,20 @@ def _convert(op: str, to: str, x_t: Tensor, pred: Tensor, level: Level, predict:
         columns, name = _PLAIN[predict, to]
         rows = level._rows(op, name, conversion(predict, to), x_t, compute)
         if columns[0] == ABSENT:  # x_t is neither read nor given a gradient
-            return affine(op, pred, None, None, None, rows, (1, ABSENT, ABSENT))[0]
+            return affine(op, pred, None, None, None, rows, (1, ABSENT, ABSENT, ABSENT))[0]
         return affine(op, x_t, pred, None, None, rows, columns)[0]
     low, high = bounds(op, clamp)
     if predict == "x0" and to == "x0":
         return pred.clamp(low, high)
     rows = level._rows(op, f"{predict} to {to} by x0", _by_x0(predict, to), x_t, compute)
-    inner: Clamp = (2, 3, low, high) if predict != "x0" else (ABSENT, 3, low, high)
-    outer = (0, 1, ABSENT) if to != "x0" else (ABSENT, 1, ABSENT)
+    inner: Clamp = (2 if predict != "x0" else ABSENT, 3, ABSENT, low, high)
+    outer = (0 if to != "x0" else ABSENT, 1, ABSENT, ABSENT)
     return affine(op, x_t, pred, None, None, rows, outer, inner)[0]
 
 
 # Columns and the table's name of each conversion. Between eps and score x_t has no part.
 _PLAIN = {
-    (predict, to): ((ABSENT if {predict, to} == {"eps", "score"} else 0, 1, ABSENT), f"{predict} to {to}")
+    (predict, to): ((ABSENT if {predict, to} == {"eps", "score"} else 0, 1, ABSENT, ABSENT), f"{predict} to {to}")
     for predict in MIXES
     for to in MIXES
     if predict != to

@@ -11,7 +11,7 @@ from ..backends.reference import compute_dtype
 from ..level import can_read, check_per_sample
 from ..noise import Noise
 from ..rows import stack_rows
-from .affine import affine, affine_into
+from .affine import ABSENT, affine, affine_into
 from .checks import like, noise_for, promote, samples
 from .memory import check_out
 from .routing import plain_affine, wants_grad
@@ -70,7 +70,7 @@ def langevin_step(
     return affine_into(op, out, x, score, tensor, generated, rows, _COLUMNS)
 
 
-_COLUMNS = (0, 1, 2)  # of x, score and noise
+_COLUMNS = (0, 1, 2, ABSENT)  # of x, score and noise
 
 
 def _coefficients(step_size: Any, noise_scale: Any) -> tuple[Any, Any, Any]:

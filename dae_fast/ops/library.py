@@ -19,17 +19,18 @@ from ..rows import Rows
 from .affine import _gradients as affine_gradients
 from .batching import rule
 from .flat import unflatten
-from .residual import COLUMNS, REDUCTIONS
+from .residual import REDUCTIONS, penalty_columns
 from .residual import gradients as residual_gradients
 
 _NOISE = "Tensor? key, Tensor? sample, SymInt first_sample"
 _ROWS = "Tensor table, Tensor? index"
+_AFFINE = f"(Tensor x, Tensor? y, Tensor? z, Tensor? w, {_ROWS}, {_NOISE}, int[] columns, str op)"
+_RESIDUAL = f"Tensor pred, Tensor? y, Tensor? z, {_ROWS}, Tensor? mask, {_NOISE}, int kind, str op"
 _SCHEMAS = {
-    "affine": f"(Tensor x, Tensor? y, Tensor? z, {_ROWS}, {_NOISE}, int[] columns, str op) -> Tensor",
-    "affine2": f"(Tensor x, Tensor? y, Tensor? z, {_ROWS}, {_NOISE}, int[] columns, str op) -> (Tensor, Tensor)",
-    "sample_means": f"(Tensor pred, Tensor? y, Tensor? z, {_ROWS}, Tensor? mask, {_NOISE}, str op) -> Tensor",
-    "residual_grad": f"(Tensor upstream, Tensor pred, Tensor? y, Tensor? z, {_ROWS}, Tensor? mask, {_NOISE}, str op)"
-    " -> Tensor",
+    "affine": f"{_AFFINE} -> Tensor",
+    "affine2": f"{_AFFINE} -> (Tensor, Tensor)",
+    "sample_means": f"({_RESIDUAL}) -> Tensor",
+    "residual_grad": f"(Tensor upstream, {_RESIDUAL}) -> Tensor",
     "fold_in": "(Tensor key, Tensor data) -> Tensor",
     "fill": "(str op, Tensor key, Tensor? sample, SymInt first_sample, SymInt B, SymInt D, ScalarType dtype) -> Tensor",
 }
@@ -50,9 +51,10 @@ def _noise(key: Tensor | None, sample: Tensor | None, first_sample: int) -> Nois
 
 
 def _affine2(
-    x: Any, y: Any, z: Any, table: Any, index: Any, key: Any, sample: Any, first: Any, columns: Any, op: Any
+    x: Any, y: Any, z: Any, w: Any, table: Any, index: Any, key: Any, sample: Any, first: Any, columns: Any, op: Any
 ) -> Any:
-    return kernels_of(x, op).affine(op, x, y, z, _noise(key, sample, first), *_dense(table, index), tuple(columns))
+    noise, rows = _noise(key, sample, first), _dense(table, index)
+    return kernels_of(x, op).affine(op, x, y, z, noise, *rows, tuple(columns), w=w)
 
 
 def _affine(*args: Any) -> Tensor:
@@ -61,12 +63,12 @@ def _affine(*args: Any) -> Tensor:
 
 
 def _sample_means(
-    pred: Any, y: Any, z: Any, table: Any, index: Any, mask: Any, key: Any, sample: Any, first: Any, op: Any
+    pred: Any, y: Any, z: Any, table: Any, index: Any, mask: Any, key: Any, sample: Any, first: Any, kind: Any, op: Any
 ) -> Tensor:
-    noise = _noise(key, sample, first)
+    noise, columns = _noise(key, sample, first), penalty_columns(kind)
     number = REDUCTIONS.index("none")
     means, _, _ = kernels_of(pred, op).residual(
-        op, pred, y, z, noise, *_dense(table, index), COLUMNS[1:], mask, None, number, False, False
+        op, pred, y, z, noise, *_dense(table, index), columns, mask, None, number, False, False, kind=kind
     )
     return means
 
@@ -82,11 +84,12 @@ def _residual_grad(
     key: Any,
     sample: Any,
     first: Any,
+    kind: Any,
     op: Any,
 ) -> Tensor:
-    noise, number = _noise(key, sample, first), REDUCTIONS.index("none")
+    noise, columns, number = _noise(key, sample, first), penalty_columns(kind), REDUCTIONS.index("none")
     _, _, grad = kernels_of(pred, op).residual(
-        op, pred, y, z, noise, *_dense(table, index), COLUMNS[1:], mask, upstream, number, False, True
+        op, pred, y, z, noise, *_dense(table, index), columns, mask, upstream, number, False, True, kind=kind
     )
     assert grad is not None
     return grad
@@ -124,35 +127,34 @@ for _name, (_kernel, _fake) in _KERNELS.items():
 
 
 def _setup_affine(ctx: Any, inputs: Any) -> None:
-    x, y, z, table, index, key, sample, *rest = inputs
+    x, y, z, w, table, index, key, sample, *rest = inputs
     ctx.set_materialize_grads(False)
-    read = (x, y, z) if ctx.needs_input_grad[4] else (None, None, None)  # for the table's gradient alone
+    read = (x, y, z, w) if ctx.needs_input_grad[5] else (None,) * 4  # for the table's gradient alone
     ctx.save_for_backward(*read, table, index, key, sample)
     ctx.rest = rest
 
 
 def _backward_affine(ctx: Any, *grads: Tensor | None) -> Any:
-    x, y, z, table, index, key, sample = unwrap_dead_wrappers(ctx.saved_tensors)
+    x, y, z, w, table, index, key, sample = unwrap_dead_wrappers(ctx.saved_tensors)
     first, columns, op = ctx.rest
     found = affine_gradients(
-        ctx.needs_input_grad[1:], grads, (x, y, z), unflatten(key, sample, first), Rows(table, index), columns, op
+        ctx.needs_input_grad[1:], grads, (x, y, z, w), unflatten(key, sample, first), Rows(table, index), columns, op
     )
     return (None, *found, *[None] * 6)
 
 
 def _setup_means(ctx: Any, inputs: Any) -> None:
-    *tensors, first, op = inputs
+    *tensors, first, kind, op = inputs
     ctx.save_for_backward(*tensors)
-    ctx.rest = first, op
+    ctx.rest = first, kind, op
 
 
 def _backward_means(ctx: Any, upstream: Tensor) -> Any:
     pred, y, z, table, index, mask, key, sample = unwrap_dead_wrappers(ctx.saved_tensors)
-    first, op = ctx.rest
-    found = residual_gradients(
-        op, ctx.needs_input_grad[1:], upstream, pred, y, z, unflatten(key, sample, first), Rows(table, index), mask
-    )
-    return (None, *found, *[None] * 6)
+    first, kind, op = ctx.rest
+    noise, rows = unflatten(key, sample, first), Rows(table, index)
+    found = residual_gradients(op, ctx.needs_input_grad[1:], upstream, pred, y, z, noise, rows, mask, kind)
+    return (None, *found, *[None] * 7)
 
 
 def _register_autograd(name: str, setup: Any, backward: Any) -> None:

@@ -52,12 +52,15 @@ def add_noise(
         return add_noise(x0, noise, level), x0  # type: ignore[return-value]
     rows = level._rows(op, f"add_noise {target}", _noising_and(target), x0, compute_dtype(x0.dtype))
     of_x0 = ABSENT if target in ("eps", "score") else 2
-    both = (0, 1, ABSENT, of_x0, 3, ABSENT) if z is not None else (0, ABSENT, 1, of_x0, ABSENT, 3)
-    x_t, wanted = affine(op, x0, z, None, generated, rows, both)
+    x_t_columns, made = (_READ, (of_x0, 3, ABSENT, ABSENT)) if z is not None else (_FRESH, (of_x0, ABSENT, 3, ABSENT))
+    x_t, wanted = affine(op, x0, z, None, generated, rows, (*x_t_columns, *made))
     return x_t, wanted
 
 
-_READ, _FRESH = (0, 1, ABSENT), (0, ABSENT, 1)  # noise as the second operand, or made in the third's place
+_READ, _FRESH = (
+    (0, 1, ABSENT, ABSENT),
+    (0, ABSENT, 1, ABSENT),
+)  # noise as the second operand, or made in the third's place
 
 
 def _noising(alpha: Any, sigma: Any) -> tuple[Any, Any]:

@@ -1,16 +1,17 @@
-"""The weighted residual, reduced: r = pred - target, target an affine map of y and noise (or z).
+"""The weighted residual, reduced: rho(r), r = pred - target, target an affine map of y and noise (or z).
 
 The loss and its gradient come from one pass over pred; neither the noise nor the target is stored.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..backends import kernels, reference
+from ..backends.reference import row_of
 from ..noise import Noise
 from ..rows import Rows, stack_rows
 from .affine import ABSENT, Gradients, affine, row_dots
@@ -20,7 +21,32 @@ from .routing import Route, batchable, plain_loss, route, wants_grad
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS = ("none", "mean", "sum")  # a reduction's place here is its number in the native core
 MINUS_TARGET = (1.0, -1.0, -1.0)  # a table's row for pred - y, pred - z and pred - noise
-COLUMNS = (0, 1, 2)  # a table holds (1, n1, n2): r = 1*pred + n1*y + n2*z
+COLUMNS = (0, 1, 2, ABSENT)  # a table holds (1, n1, n2): r = 1*pred + n1*y + n2*z; then rho's delta where it has one
+KINDS = reference.KINDS
+
+
+class Drawn(NamedTuple):
+    """A mask that is words of a noise stream, made in the kernel: what a corruption strikes, or leaves.
+
+    thresholds: int64 (1 or B, 2); struck are the elements whose word is below the second.
+    """
+
+    noise: Noise
+    thresholds: Tensor
+    kept: bool  # counts what is left
+
+    def on(self, x: Tensor) -> Tensor:
+        """As a bool tensor like x."""
+        below = self.noise.bits(x.shape, device=x.device) < row_of(self.thresholds, 1, x)
+        return ~below if self.kept else below
+
+
+Mask = Tensor | Drawn | None
+
+
+def penalty_columns(kind: int) -> tuple[int, int, int]:
+    """Of n1, n2 and delta."""
+    return 1, 2, 3 if KINDS[kind] in ("huber", "pseudo_huber") else ABSENT
 
 
 def plain_residual_loss(op: str, pred: Tensor, target: Noise | Tensor, reduction: str) -> Tensor | None:
@@ -33,7 +59,7 @@ def plain_residual_loss(op: str, pred: Tensor, target: Noise | Tensor, reduction
     made = plain_loss(pred, z, noise, table, number)
     if made is None or made[1] is None:
         return made and made[0]
-    return _Loss.apply(pred, made, (None, z, None, None, None), (op, noise, table, number))
+    return _Loss.apply(pred, made, (None, z, None, None, None), (op, noise, table, number, 0, None))
 
 
 def residual_loss(
@@ -44,28 +70,32 @@ def residual_loss(
     noise: Noise | None,
     rows: Rows,
     weight: Tensor | None,
-    mask: Tensor | None,
+    mask: Mask,
     reduction: Reduction,
+    kind: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, mean of r^2 of each sample without weight or gradient).
+    """(loss, mean of rho(r) of each sample without weight or gradient).
 
     weight: (B,). mask: bool like pred, True where an element counts; the mean is over those.
+    kind: rho's place in KINDS; where it has a delta, that is the table's fourth column, taken as a constant.
     """
     number = REDUCTIONS.index(reduction)
-    if route(op, pred, y, z, rows.table, weight, mask) is Route.DIRECT:
+    columns = penalty_columns(kind)
+    if route(op, pred, y, z, rows.table, weight, *tensors_of(mask)) is Route.DIRECT:
         if not wants_grad(pred, y, z, rows.table, weight):
             per_sample, loss, _ = kernels(pred, op).residual(
-                op, pred, y, z, noise, *rows, COLUMNS[1:], mask, weight, number, number > 0, False
+                op, pred, y, z, noise, *rows, columns, mask, weight, number, number > 0, False, kind=kind
             )
             return (loss, per_sample) if number else (_weighted(per_sample, weight), per_sample)
         # fp16 is left to the lazy way: a loss scale must reach the gradient before it is rounded.
         if number and pred.dtype != torch.float16 and not wants_grad(y, z, rows.table, weight):
-            call = op, noise, rows.table, number
             per_sample, loss, grad = kernels(pred, op).residual(
-                op, pred, y, z, noise, *rows, COLUMNS[1:], mask, weight, number, True, True
+                op, pred, y, z, noise, *rows, columns, mask, weight, number, True, True, kind=kind
             )
-            return _Loss.apply(pred, (loss, grad), (y, z, rows.t, weight, mask), call), per_sample
-    per_sample = sample_means(op, pred, y, z, noise, rows, mask)
+            call = op, noise, rows.table, number, kind, mask if isinstance(mask, Drawn) else None
+            others = y, z, rows.t, weight, mask if isinstance(mask, Tensor) else None
+            return _Loss.apply(pred, (loss, grad), others, call), per_sample
+    per_sample = sample_means(op, pred, y, z, noise, rows, mask, kind)
     loss = _weighted(per_sample, weight)
     if reduction == "mean":
         loss = loss.mean()
@@ -81,27 +111,35 @@ def sample_means(
     z: Tensor | None,
     noise: Noise | None,
     rows: Rows,
-    mask: Tensor | None,
+    mask: Mask,
+    kind: int = 0,
 ) -> Tensor:
-    """(B,) mean of r^2 over each sample's kept elements (0 if none); the gradient is made in backward."""
-    way = route(op, pred, y, z, rows.table, mask)
-    if way is Route.REFERENCE:
-        sums, kept = reference.residual(op, pred, y, z, noise, *rows, COLUMNS[1:], mask)
-        return sums / kept.clamp(min=1)
+    """(B,) mean of rho(r) over each sample's kept elements (0 if none); the gradient is made in backward."""
+    way = route(op, pred, y, z, rows.table, *tensors_of(mask))
     if way is Route.DIRECT:
-        return _SampleMeans.apply(pred, y, z, rows.table, (rows.t, op, noise, mask))
-    return torch.ops.dae_fast.sample_means(pred, y, z, *seen(rows), mask, *flatten(noise), op)
+        return _SampleMeans.apply(pred, y, z, rows.table, (rows.t, op, noise, mask, kind))
+    if isinstance(mask, Drawn):
+        mask = mask.on(pred)
+    if way is Route.REFERENCE:
+        sums, kept = reference.residual(op, pred, y, z, noise, *rows, penalty_columns(kind), mask, kind)
+        return sums / kept.clamp(min=1)
+    return torch.ops.dae_fast.sample_means(pred, y, z, *seen(rows), mask, *flatten(noise), kind, op)
+
+
+def tensors_of(mask: Mask) -> tuple[Tensor | None, ...]:
+    """What decides an op's route."""
+    return (mask.thresholds,) if isinstance(mask, Drawn) else (mask,)
 
 
 def _weighted(per_sample: Tensor, weight: Tensor | None) -> Tensor:
     return per_sample if weight is None else per_sample * weight.to(per_sample.dtype)
 
 
-def _kept(pred: Tensor, mask: Tensor | None) -> Tensor | int:
+def _kept(pred: Tensor, mask: Mask) -> Tensor | int:
     B = pred.shape[0]
     if mask is None:
         return pred.numel() // B if B else 0
-    return reference.per_sample_sum(mask)
+    return reference.per_sample_sum(mask.on(pred) if isinstance(mask, Drawn) else mask)
 
 
 def _pred_gradient(
@@ -112,25 +150,31 @@ def _pred_gradient(
     z: Tensor | None,
     noise: Noise | None,
     rows: Rows,
-    mask: Tensor | None,
+    mask: Mask,
+    kind: int,
 ) -> Tensor:
-    """2 * upstream[b] / kept[b] * r, upstream (B,) being the gradient of the sample means."""
+    """upstream[b] / kept[b] * rho'(r), upstream (B,) being the gradient of the sample means."""
     way = route(op, pred, y, z, upstream)
     if way is Route.DIRECT and not torch.is_grad_enabled():
+        columns, none = penalty_columns(kind), REDUCTIONS.index("none")
         _, _, grad = kernels(pred, op).residual(
-            op, pred, y, z, noise, *rows, COLUMNS[1:], mask, upstream, REDUCTIONS.index("none"), False, True
+            op, pred, y, z, noise, *rows, columns, mask, upstream, none, False, True, kind=kind
         )
         assert grad is not None
         return grad
+    if isinstance(mask, Drawn):
+        mask = mask.on(pred)
     if way is Route.DISPATCHER and not torch.is_grad_enabled():
-        return torch.ops.dae_fast.residual_grad(upstream, pred, y, z, *seen(rows), mask, *flatten(noise), op)
+        return torch.ops.dae_fast.residual_grad(upstream, pred, y, z, *seen(rows), mask, *flatten(noise), kind, op)
     # Differentiable in turn, for double backward and transforms: torch's arithmetic around a fused r.
     r = affine(op, pred, y, z, noise, rows, COLUMNS)[0]
     kept = _kept(pred, mask)
-    scale = 2 * upstream / (kept.clamp(min=1) if isinstance(kept, Tensor) else max(kept, 1))
+    scale = upstream / (kept.clamp(min=1) if isinstance(kept, Tensor) else max(kept, 1))
     if mask is not None:
         r = torch.where(mask, r, 0)
-    return (scale.reshape(-1, *[1] * (pred.dim() - 1)) * r.to(scale.dtype)).to(pred.dtype)
+    column = penalty_columns(kind)[2]
+    delta = None if column == ABSENT else row_of(reference.coefficients(*rows, op).detach(), column, r)
+    return (scale.reshape(-1, *[1] * (pred.dim() - 1)) * reference.slope(r.to(scale.dtype), kind, delta)).to(pred.dtype)
 
 
 def gradients(
@@ -142,16 +186,18 @@ def gradients(
     z: Tensor | None,
     noise: Noise | None,
     rows: Rows,
-    mask: Tensor | None,
+    mask: Mask,
+    kind: int = 0,
 ) -> Gradients:
     """Of pred, y, z and the table, from the gradient (B,) of the sample means."""
     found: Gradients = [None] * 4
-    found[0] = g = _pred_gradient(op, upstream, pred, y, z, noise, rows, mask)
+    found[0] = g = _pred_gradient(op, upstream, pred, y, z, noise, rows, mask, kind)
     for k in (1, 2):
         if needs[k]:
-            found[k] = affine(op, g, None, None, None, rows, (k, ABSENT, ABSENT))[0]
+            found[k] = affine(op, g, None, None, None, rows, (k, ABSENT, ABSENT, ABSENT))[0]
     if needs[3]:
         dots = row_dots(op, g, None, y, z, noise).to(rows.table.dtype)
+        dots = torch.nn.functional.pad(dots, (0, rows.table.shape[1] - dots.shape[1]))  # none for a delta
         if rows.t is not None:
             found[3] = torch.zeros_like(rows.table).index_add(0, rows.t, dots)
         else:
@@ -166,11 +212,12 @@ class _SampleMeans(torch.autograd.Function):
     def forward(
         ctx: Any, pred: Tensor, y: Tensor | None, z: Tensor | None, table: Tensor, rest: tuple[Any, ...]
     ) -> Tensor:
-        index, op, noise, mask = rest
-        ctx.save_for_backward(pred, y, z, table, index, mask)
-        ctx.rest = op, noise
+        index, op, noise, mask, kind = rest
+        ctx.save_for_backward(pred, y, z, table, index, mask if isinstance(mask, Tensor) else None)
+        ctx.rest = op, noise, kind, mask if isinstance(mask, Drawn) else None
+        columns, none = penalty_columns(kind), REDUCTIONS.index("none")
         per_sample, _, _ = kernels(pred, op).residual(
-            op, pred, y, z, noise, table, index, COLUMNS[1:], mask, None, REDUCTIONS.index("none"), False, False
+            op, pred, y, z, noise, table, index, columns, mask, None, none, False, False, kind=kind
         )
         return per_sample
 
@@ -178,8 +225,10 @@ class _SampleMeans(torch.autograd.Function):
     @batchable
     def backward(ctx: Any, upstream: Tensor) -> Any:
         pred, y, z, table, index, mask = ctx.saved_tensors
-        op, noise = ctx.rest
-        found = gradients(op, ctx.needs_input_grad, upstream, pred, y, z, noise, Rows(table, index), mask)
+        op, noise, kind, drawn = ctx.rest
+        found = gradients(
+            op, ctx.needs_input_grad, upstream, pred, y, z, noise, Rows(table, index), drawn or mask, kind
+        )
         return (*found, None)
 
 
@@ -197,17 +246,33 @@ class _Loss(torch.autograd.Function):
     @batchable
     def backward(ctx: Any, upstream: Tensor) -> Any:
         pred, y, z, index, weight, mask = ctx.saved_tensors
-        op, noise, table, reduction = ctx.call
+        op, noise, table, reduction, kind, drawn = ctx.call
+        mask = drawn or mask
         # Given away at its first use: held any longer, it would be copied into pred.grad.
         grad, ctx.grad = ctx.grad, None
         if torch.is_grad_enabled() or route(op, upstream, pred) is not Route.DIRECT:
             kept = _kept(pred, mask)
             each = upstream / pred.shape[0] if REDUCTIONS[reduction] == "mean" else upstream * kept
             per_sample = each.expand(pred.shape[0]) if weight is None else each * weight.to(upstream.dtype)
-            grad = _pred_gradient(op, per_sample, pred, y, z, noise, Rows(table, index), mask)
+            grad = _pred_gradient(op, per_sample, pred, y, z, noise, Rows(table, index), mask, kind)
         else:
             # Where upstream is not 1 it is made again, not multiplied: as many bytes, and one rounding.
             _, _, grad = kernels(pred, op).residual(
-                op, pred, y, z, noise, table, index, COLUMNS[1:], mask, weight, reduction, False, True, upstream, grad
+                op,
+                pred,
+                y,
+                z,
+                noise,
+                table,
+                index,
+                penalty_columns(kind),
+                mask,
+                weight,
+                reduction,
+                False,
+                True,
+                upstream,
+                grad,
+                kind=kind,
             )
         return grad, None, None, None

@@ -1,0 +1,237 @@
+"""The two primitives in all that they can do, and corruption: every backend against the fp64 reference.
+
+The ops of the shared case list use part of it each; here are the combinations.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import dae_fast as df
+from dae_fast.backends import reference
+from dae_fast.ops.residual import Drawn
+
+from .cases import DTYPES
+from .conftest import module_of
+
+SHAPES = ((5, 2, 3, 8), (3, 1301), (9, 5), (2, 3, 7, 5))
+NOISE = df.Noise(5).fold_in(3)
+
+all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+all_shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+
+
+def randn(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def table_of(dtype: torch.dtype, B: int, columns: int = 7) -> Tensor:
+    return randn((B, columns), reference.compute_dtype(dtype), 9)
+
+
+def assert_close(got: Tensor, wanted: Tensor, terms: Tensor) -> None:
+    """Within a rounding to got's dtype and some roundings of the terms, in the compute type."""
+    compute = torch.finfo(reference.compute_dtype(got.dtype)).eps
+    allowed = torch.finfo(got.dtype).eps * wanted.abs() + 8 * compute * terms + torch.finfo(got.dtype).tiny
+    assert torch.isfinite(got).all()
+    assert ((got.double() - wanted).abs() <= allowed).all()
+
+
+AFFINE = {
+    "four tensors": ((0, 1, 2, 3), None, False),
+    "guidance and noise": ((0, 1, 2, 3), None, True),
+    "w alone": ((-1, -1, -1, 3), None, False),
+    "x and w": ((0, -1, -1, 3), None, False),
+    "two outputs": ((0, 1, 2, 3, 4, 5, -1, -1), None, True),
+    "w in the second": ((0, 1, 2, -1, -1, -1, -1, 3), None, False),
+    "clamped guidance": ((0, 1, 2, -1), (3, 4, 5, -0.5, 0.7), True),
+    "clamped, w in both": ((0, 1, 2, 3), (4, 5, 6, -0.5, 0.7), True),
+    "clamped, w outside": ((0, 1, -1, 3), (4, 5, -1, -1.0, 1.0), False),
+    "clamped, two outputs": ((0, 1, 2, 3, -1, 1, -1, -1), (4, 5, -1, -0.5, 0.7), True),
+}
+
+
+@all_dtypes
+@all_shapes
+@pytest.mark.parametrize("pattern", AFFINE)
+def test_affine(backend: str, pattern: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    columns, clamp, fresh = AFFINE[pattern]
+    x, y, z, w = (randn(shape, dtype, seed) for seed in range(4))
+    noise = NOISE if fresh else None
+    table = table_of(dtype, shape[0])
+    got = module_of(backend).affine("op", x, y, None if fresh else z, noise, table, None, columns, clamp, w=w)
+    wide = [t.double() for t in (x, y, w)]
+    if fresh:
+        z = NOISE.normal(shape, dtype=torch.float64)
+    for values, made in (("wanted", wide), ("terms", [t.abs() for t in wide])):
+        sign = table.double() if values == "wanted" else table.double().abs()
+        zs = z.double() if values == "wanted" else z.double().abs()
+        limits = clamp if values == "wanted" or clamp is None else (*clamp[:3], -1e9, 1e9)
+        outputs = reference.affine("op", made[0], made[1], zs, None, sign, None, columns, limits, made[2])
+        if values == "wanted":
+            wanted = outputs
+    assert len(got) == len(wanted) == len(columns) // 4
+    for g, o, terms in zip(got, wanted, outputs, strict=True):
+        assert_close(g, o, terms)
+
+
+@all_dtypes
+@pytest.mark.parametrize("fresh", [False, True])
+def test_affine_of_four_tensors_in_any_layout(backend: str, fresh: bool, dtype: torch.dtype) -> None:
+    inputs = [randn((3, 4, 6, 5), dtype, seed) for seed in range(4)]
+    table = table_of(dtype, 3)
+
+    def call(x: Tensor, y: Tensor, z: Tensor, w: Tensor, **out: Tensor) -> Tensor:
+        third, noise = (None, NOISE) if fresh else (z, None)
+        module = module_of(backend)
+        return module.affine("op", x, y, third, noise, table, None, (0, 1, 2, 3), (4, 5, 6, -1.0, 1.0), w=w, **out)[0]
+
+    expected = call(*inputs)
+    last = [t.contiguous(memory_format=torch.channels_last) for t in inputs]
+    assert torch.equal(call(*last), expected)
+    for k in range(4):
+        mixed = [last[i] if i == k else t for i, t in enumerate(inputs)]
+        assert torch.equal(call(*mixed), expected)
+    if backend == "reference":  # it has no out
+        return
+    w = inputs[3].clone()
+    assert torch.equal(call(*inputs[:3], w, out=w), expected)  # in place of an input
+    assert torch.equal(w, expected)
+
+
+def test_an_absent_w_is_not_read(backend: str) -> None:
+    x, w = randn((3, 50), torch.float32, 0), torch.full((3, 50), float("nan"))
+    table = table_of(torch.float32, 3)
+    got = module_of(backend).affine("op", x, None, None, None, table, None, (0, -1, -1, -1), w=w)[0]
+    assert torch.isfinite(got).all()
+
+
+def test_gradients_of_four_tensors(backend: str) -> None:
+    """Of every input and coefficient, with a clamp and without, first and second order."""
+    from dae_fast.ops.affine import affine
+    from dae_fast.rows import Rows
+
+    tensors = [randn((2, 3), torch.float64, seed).requires_grad_() for seed in range(4)]
+    table = randn((2, 7), torch.float64, 9).requires_grad_()
+
+    def plain(x: Tensor, y: Tensor, z: Tensor, w: Tensor, table: Tensor) -> tuple[Tensor, ...]:
+        return affine("op", x, y, z, None, Rows(table, None), (0, 1, 2, 3, -1, 4, -1, 5), w=w)
+
+    def clamped(x: Tensor, y: Tensor, z: Tensor, w: Tensor, table: Tensor) -> tuple[Tensor, ...]:
+        return affine("op", x, y, z, None, Rows(table, None), (0, 1, 2, 3), (4, 5, 6, -0.5, 0.5), w)
+
+    for f in (plain, clamped):
+        assert torch.autograd.gradcheck(f, (*tensors, table))
+        assert torch.autograd.gradgradcheck(f, (*tensors, table))
+
+
+KINDS = ("mse", "l1", "huber", "pseudo_huber")
+
+
+def masks(shape: tuple[int, ...]) -> dict[str, Tensor | Drawn | None]:
+    p = torch.rand(shape[0], generator=torch.Generator().manual_seed(0)).double()
+    each = (p * 2**32).long()[:, None].expand(-1, 2).contiguous()
+    some = torch.tensor([[2**31, 2**32 * 3 // 4]])
+    return {
+        "all": None,
+        "tensor": torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.5,
+        "struck": Drawn(df.Noise(8), some, False),
+        "left": Drawn(df.Noise(8, first_sample=3), some, True),
+        "struck, each sample at its own rate": Drawn(df.Noise(8), each, False),
+        "none": Drawn(df.Noise(8), torch.zeros(1, 2, dtype=torch.int64), False),
+    }
+
+
+@all_dtypes
+@all_shapes
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mask_name", masks((1,)))
+def test_residual(backend: str, mask_name: str, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if backend == "reference":
+        pytest.skip("the judge")
+    B, mask = shape[0], masks(shape)[mask_name]
+    pred, y = randn(shape, dtype, 0), randn(shape, dtype, 1)
+    number = KINDS.index(kind)
+    table = torch.cat((table_of(dtype, B, 3), table_of(dtype, B, 1).abs() + 0.3), 1)
+    columns = (1, 2, 3 if number > 1 else -1)
+    weight = torch.rand(B, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    got = module_of(backend).residual(
+        "op", pred, y, None, NOISE, table, None, columns, mask, weight, 1, True, True, kind=number
+    )
+    wide_mask = mask.on(pred) if isinstance(mask, Drawn) else mask
+    wide = pred.double().requires_grad_()
+    eps = NOISE.normal(shape, dtype=torch.float64)
+    sums, kept = reference.residual("op", wide, y.double(), eps, None, table.double(), None, columns, wide_mask, number)
+    means = sums / kept.clamp(min=1)
+    loss = (weight * means).mean()
+    (grad,) = torch.autograd.grad(loss, wide)
+    eps32 = 1e-12 if dtype == torch.float64 else 2e-6
+    torch.testing.assert_close(got[0].double(), means.detach(), rtol=eps32, atol=eps32)
+    torch.testing.assert_close(got[1].double(), loss.detach(), rtol=eps32, atol=eps32)
+    # Of the residual's own roundings, then one to the dtype; rho' of l1 and Huber jumps or bends, but continuously
+    # enough: l1's jump at 0 is not met by these values.
+    tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    torch.testing.assert_close(
+        got[2].double(), grad, rtol=torch.finfo(dtype).eps, atol=float(eps32 * grad.abs().max()) + tiny
+    )
+    if wide_mask is not None:
+        assert (got[2][~wide_mask] == 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_penalties_are_torchs(kind: str) -> None:
+    r = torch.cat((torch.linspace(-3, 3, 1001, dtype=torch.float64), torch.tensor([0.0, 1e-9, -1e-9, 1e9]).double()))
+    zero, delta = torch.zeros_like(r), torch.tensor(0.7, dtype=torch.float64)
+    F = torch.nn.functional
+    wanted = {
+        "mse": F.mse_loss(r, zero, reduction="none"),
+        "l1": F.l1_loss(r, zero, reduction="none"),
+        "huber": F.huber_loss(r, zero, reduction="none", delta=0.7),
+        "pseudo_huber": 2 * 0.7 * (torch.hypot(r, delta) - 0.7),
+    }[kind]
+    number = KINDS.index(kind)
+    torch.testing.assert_close(reference.penalty(r, number, delta), wanted, rtol=1e-12, atol=1e-15)
+    leaf = r.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(reference.penalty(leaf, number, delta).sum(), leaf)
+    torch.testing.assert_close(reference.slope(r, number, delta), grad, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_residual_of_nan_and_of_nothing(backend: str, kind: str) -> None:
+    """NaN reaches the loss and its own gradient; a residual of 0 costs nothing and has no slope."""
+    number = KINDS.index(kind)
+    table = torch.tensor([[1.0, -1.0, 0.0, 0.5]])
+    columns = (1, -1, 3 if number > 1 else -1)
+    if backend == "reference":
+        return
+    pred = randn((2, 70), torch.float32, 0)
+    zero = module_of(backend).residual(
+        "op", pred, pred.clone(), None, None, table, None, columns, None, None, 1, True, True, kind=number
+    )
+    assert zero[1] == 0 and (zero[2] == 0).all()
+    bad = pred.clone()
+    bad[1, 3] = float("nan")
+    _, loss, grad = module_of(backend).residual(
+        "op", bad, pred + 1, None, None, table, None, columns, None, None, 1, True, True, kind=number
+    )
+    assert loss.isnan() and grad.isnan().sum() == 1 and grad[1, 3].isnan()
+
+
+@all_dtypes
+@all_shapes
+def test_corrupt(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Exactly the reference's elements, in any layout; what is struck is not read."""
+    x = randn(shape, dtype, 0)
+    each = (torch.rand(shape[0], 2, generator=torch.Generator().manual_seed(3)).sort(1).values.double() * 2**32).long()
+    for thresholds in (torch.tensor([[2**30, 2**31]]), torch.tensor([[0, 0]]), torch.tensor([[2**32, 2**32]]), each):
+        wanted = reference.corrupt(x, NOISE, thresholds, -2.0, 0.3)
+        got = module_of(backend).corrupt(x, NOISE, thresholds, -2.0, 0.3)
+        assert got.dtype == dtype
+        assert torch.equal(got, wanted)
+        if x.dim() == 4:
+            last = x.contiguous(memory_format=torch.channels_last)
+            assert torch.equal(module_of(backend).corrupt(last, NOISE, thresholds, -2.0, 0.3), wanted)
+    everything = torch.tensor([[0, 2**32]])
+    assert (module_of(backend).corrupt(x * float("nan"), NOISE, everything, 0.0, 1.0) == 1).all()
