@@ -2,6 +2,7 @@
 
 from . import nn, samplers
 from .backends import backend_names, use_backend
+from .continuous import ContinuousSchedule
 from .info import info, package_version
 from .level import Level
 from .noise import Noise
@@ -15,6 +16,7 @@ from .schedule import Schedule
 __version__ = package_version()
 
 __all__ = [
+    "ContinuousSchedule",
     "Level",
     "Noise",
     "Schedule",

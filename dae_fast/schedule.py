@@ -92,9 +92,9 @@ class Schedule:
     ) -> Schedule:
         """alpha_bar(u) = (S(end) - S(start + u (end - start))) / (S(end) - S(start)), S(x) = sigmoid(x / tau).
 
-        u = t/T from 0 to 1; betas clipped at max_beta      start < end, tau > 0: a smaller tau adds noise earlier
-        and later less evenly. Raises ValueError for other values, TypeError for what is no number.
-        Jabri, Fleet and Chen 2022; Chen 2023, algorithm 1.
+        u = t/T from 0 to 1      start < end      tau: > 0, the smaller the steeper      max_beta: limit of the betas
+        Raises ValueError for other values, TypeError for what is no number.
+        Jabri, Fleet and Chen 2022; Chen 2023.
         """
         finite_numbers("Schedule.sigmoid", start=start, end=end, tau=tau, max_beta=max_beta)
         name = f"Schedule.sigmoid({levels('Schedule.sigmoid', T)}, {start}, {end}, {tau}, {max_beta})"
@@ -285,7 +285,7 @@ def unit_grid(T: int) -> Tensor:
 
 def karras_spacing(u: Tensor, low: float, high: float, rho: float) -> Tensor:
     """From low at u = 0 to high at u = 1, evenly spaced in the rho-th root (Karras et al. 2022, eq. 5)."""
-    first, last = low ** (1 / rho), high ** (1 / rho)
+    first, last = torch.tensor([low, high], dtype=torch.float64, device="cpu") ** (1 / rho)
     return ((first + u * (last - first)) ** rho).where(u > 0, low).where(u < 1, high)
 
 
