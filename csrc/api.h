@@ -30,6 +30,8 @@ struct Api {
   const char* (*row_dots)(const RowDotsArgs&, double* out, Scratch, Queue);  // out (B, 3)
   const char* (*mask_count)(const MaskArgs&, double* kept, Scratch, Queue);  // kept (B,)
   const char* (*corrupt)(const CorruptArgs&, Queue);
+  const char* (*gaussian)(const GaussianArgs&, double* kl, Scratch, Queue);  // kl (B,)
+  const char* (*gaussian_grad)(const GaussianGradArgs&, Queue);
   const char* (*bits)(const BitsArgs&, Queue);
   // out: the folded key; data is read through data_at where that is set.
   const char* (*fold_in)(const Noise&, uint64_t data, const uint64_t* data_at, Key* out, Queue);

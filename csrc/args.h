@@ -143,6 +143,21 @@ struct RowDotsArgs {
   Noise noise;
 };
 
+// z = mu + e^(log_var / 2) * eps.
+struct GaussianArgs {
+  Batch batch;
+  Operand mu, log_var, eps, z;
+  Noise noise;  // takes eps's place when present
+};
+
+// The gradients of mu and log_var from those of z and of each row's divergence (of the compute type).
+struct GaussianGradArgs {
+  Batch batch;
+  Operand mu, log_var, eps, z_grad, mu_grad, log_var_grad;
+  Noise noise;
+  const void* kl_grad;
+};
+
 struct BitsArgs {
   Batch batch;
   Noise noise;

@@ -134,6 +134,28 @@ void corrupt(const py::object& x, const py::object& noise, const py::object& thr
   run(q, a.batch, &Api::corrupt, a, q);
 }
 
+// kl: (B,) doubles.
+void gaussian(const py::object& mu, const py::object& log_var, const py::object& eps, const py::object& noise,
+              const py::object& z, const py::object& kl, const py::object& sums, const py::object& counter) {
+  const Operands operands(mu.ptr(), {mu.ptr(), log_var.ptr(), eps.ptr(), z.ptr()}, !noise.is_none());
+  const GaussianArgs a{operands.batch, operands[0], operands[1], operands[2], operands[3], read_noise(noise.ptr(), false)};
+  const Scratch scratch{static_cast<double*>(address_or_null(sums)), static_cast<uint32_t*>(address_or_null(counter))};
+  const Queue q = queue_of(mu.ptr());
+  run(q, a.batch, &Api::gaussian, a, static_cast<double*>(address(kl.ptr())), scratch, q);
+}
+
+void gaussian_grad(const py::object& mu, const py::object& log_var, const py::object& eps, const py::object& noise,
+                   const py::object& z_grad, const py::object& kl_grad, const py::object& mu_grad,
+                   const py::object& log_var_grad) {
+  const Operands operands(mu.ptr(),
+                          {mu.ptr(), log_var.ptr(), eps.ptr(), z_grad.ptr(), mu_grad.ptr(), log_var_grad.ptr()},
+                          !noise.is_none());
+  const GaussianGradArgs a{operands.batch, operands[0], operands[1], operands[2], operands[3], operands[4], operands[5],
+                           read_noise(noise.ptr(), false), address_or_null(kl_grad)};
+  const Queue q = queue_of(mu.ptr());
+  run(q, a.batch, &Api::gaussian_grad, a, q);
+}
+
 // out: (B, D) int64 words.
 void bits(const py::object& noise, bool raw, const py::object& out) {
   const Operands operands(out.ptr(), {out.ptr()}, true);
@@ -201,6 +223,8 @@ PYBIND11_MODULE(_core, m) {
   m.def("row_dots", &row_dots);
   m.def("mask_count", &mask_count);
   m.def("corrupt", &corrupt);
+  m.def("gaussian", &gaussian);
+  m.def("gaussian_grad", &gaussian_grad);
   m.def("bits", &bits);
   m.def("fold_in", &fold_in_key);
   m.def("fold_in_tensor", &fold_in_tensor);

@@ -64,4 +64,18 @@ struct Rho {
   }
 };
 
+// A diagonal Gaussian's sample (Kingma and Welling 2014), its divergence from N(0, 1), and their gradients.
+template <class R>
+struct Gaussian {
+  R mu, log_var, scale;
+  DAE_FN Gaussian(R mean, R log_variance)
+      : mu(mean), log_var(log_variance), scale(exponential(R(0.5) * log_variance)) {}
+  DAE_FN R sample(R eps) const { return mul_add(scale, eps, mu); }
+  DAE_FN R kl() const { return R(0.5) * (mul_add(mu, mu, mul_add(scale, scale, R(-1))) - log_var); }
+  DAE_FN R mu_grad(R z_grad, R kl_grad) const { return mul_add(kl_grad, mu, z_grad); }
+  DAE_FN R log_var_grad(R z_grad, R kl_grad, R eps) const {
+    return R(0.5) * mul_add(z_grad * scale, eps, kl_grad * mul_add(scale, scale, R(-1)));
+  }
+};
+
 }  // namespace dae

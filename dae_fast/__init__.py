@@ -11,6 +11,7 @@ from .ops.conversions import to_eps, to_score, to_v, to_x0
 from .ops.langevin import langevin_step
 from .ops.loss import noise_mse
 from .ops.noising import add_noise
+from .ops.reparameterisation import reparameterise
 from .schedule import Schedule
 
 __version__ = package_version()
@@ -26,6 +27,7 @@ __all__ = [
     "langevin_step",
     "nn",
     "noise_mse",
+    "reparameterise",
     "samplers",
     "to_eps",
     "to_score",

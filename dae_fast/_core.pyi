@@ -70,6 +70,28 @@ def mask_count(
     /,
 ) -> None: ...
 def corrupt(x: Tensor, noise: Noise, thresholds: Tensor, low: float, high: float, out: Tensor, /) -> None: ...
+def gaussian(
+    mu: Tensor,
+    log_var: Tensor,
+    eps: Tensor | None,
+    noise: Noise | None,
+    z: Tensor,
+    kl: Tensor,
+    sums: Tensor | None,
+    counter: Tensor | None,
+    /,
+) -> None: ...
+def gaussian_grad(
+    mu: Tensor,
+    log_var: Tensor,
+    eps: Tensor | None,
+    noise: Noise | None,
+    z_grad: Tensor | None,
+    kl_grad: Tensor | None,
+    mu_grad: Tensor,
+    log_var_grad: Tensor,
+    /,
+) -> None: ...
 def bits(noise: Noise, raw: bool, out: Tensor, /) -> None: ...
 def fold_in(seed: int, offset: int, data: int, /) -> tuple[int, int]: ...
 def fold_in_tensor(noise: Noise, data: Tensor | int, out: Tensor, /) -> None: ...

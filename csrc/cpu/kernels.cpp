@@ -374,6 +374,60 @@ static void corrupt_units(const CorruptArgs& a, int64_t unit_begin, int64_t unit
   }
 }
 
+template <class T>
+static void gaussian_units(const GaussianWork& a, int64_t unit_begin, int64_t unit_end) {
+  using R = typename ComputeType<T>::type;
+  using L = typename LoopType<T>::type;
+  alignas(64) L mus[kSegment], log_vars[kSegment], outs[kSegment];
+  alignas(64) R es[kSegment], divergence[kSegment];
+  const Cut cut(a.batch.B, a.batch.D);
+  for (int64_t u = unit_begin; u < unit_end; ++u) {
+    const Unit unit = unit_at(a.batch, cut, u);
+    const L* mu = read<T>(a.batch, a.mu, unit, mus);
+    const L* log_var = read<T>(a.batch, a.log_var, unit, log_vars);
+    const R* eps = read_z<T>(a.batch, a.eps, a.noise, unit, es);
+    L* z = target<T>(a.batch, a.z, unit, outs);
+#pragma GCC ivdep
+    for (int64_t i = 0; i < unit.count(); ++i) {
+      const Gaussian<R> g(widen(mu[i]), widen(log_var[i]));
+      divergence[i] = g.kl();
+      narrow(g.sample(eps[i]), z[i]);
+    }
+    for (int64_t r = 0; r < unit.rows; ++r)
+      a.sums[segment_of(cut, u) + r] = sum(divergence + r * unit.length, unit.length);
+    write<T>(a.batch, a.z, unit, z);
+  }
+}
+
+template <class T>
+static void gaussian_grad_units(const GaussianGradArgs& a, int64_t unit_begin, int64_t unit_end) {
+  using R = typename ComputeType<T>::type;
+  using L = typename LoopType<T>::type;
+  alignas(64) L mus[kSegment], log_vars[kSegment], grads[kSegment], outs[kSegment], outs2[kSegment];
+  alignas(64) R es[kSegment];
+  const Cut cut(a.batch.B, a.batch.D);
+  for (int64_t u = unit_begin; u < unit_end; ++u) {
+    const Unit unit = unit_at(a.batch, cut, u);
+    const L* mu = read<T>(a.batch, a.mu, unit, mus);
+    const L* log_var = read<T>(a.batch, a.log_var, unit, log_vars);
+    const L* z_grad = read<T>(a.batch, a.z_grad, unit, grads);
+    const R* eps = read_z<T>(a.batch, a.eps, a.noise, unit, es);
+    L* mu_grad = target<T>(a.batch, a.mu_grad, unit, outs);
+    L* log_var_grad = target<T>(a.batch, a.log_var_grad, unit, outs2);
+    for (int64_t r = 0; r < unit.rows; ++r) {
+      const R kl_grad = a.kl_grad ? static_cast<const R*>(a.kl_grad)[unit.row + r] : R(0);
+#pragma GCC ivdep
+      for (int64_t i = r * unit.length; i < (r + 1) * unit.length; ++i) {
+        const Gaussian<R> g(widen(mu[i]), widen(log_var[i]));
+        narrow(g.mu_grad(widen(z_grad[i]), kl_grad), mu_grad[i]);
+        narrow(g.log_var_grad(widen(z_grad[i]), kl_grad, eps[i]), log_var_grad[i]);
+      }
+    }
+    write<T>(a.batch, a.mu_grad, unit, mu_grad);
+    write<T>(a.batch, a.log_var_grad, unit, log_var_grad);
+  }
+}
+
 static void bits(const BitsArgs& a, int64_t unit_begin, int64_t unit_end) {
   const Cut cut(a.batch.B, a.batch.D);
   for (int64_t u = unit_begin; u < unit_end; ++u) {
@@ -396,11 +450,14 @@ DAE_BY_DTYPE(affine, AffineArgs)
 DAE_BY_DTYPE(residual, ResidualWork)
 DAE_BY_DTYPE(row_dots, RowDotsWork)
 DAE_BY_DTYPE(corrupt, CorruptArgs)
+DAE_BY_DTYPE(gaussian, GaussianWork)
+DAE_BY_DTYPE(gaussian_grad, GaussianGradArgs)
 #undef DAE_BY_DTYPE
 
 }  // namespace DAE_ISA
 
 const Kernels DAE_JOIN(kernels_, DAE_ISA) = {DAE_ISA::affine, DAE_ISA::residual, DAE_ISA::row_dots,
-                                             DAE_ISA::mask_count, DAE_ISA::corrupt, DAE_ISA::bits};
+                                             DAE_ISA::mask_count, DAE_ISA::corrupt, DAE_ISA::gaussian,
+                                             DAE_ISA::gaussian_grad, DAE_ISA::bits};
 
 }  // namespace dae::cpu

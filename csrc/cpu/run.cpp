@@ -10,8 +10,8 @@ namespace dae::cpu {
 
 namespace {
 
-// Of one core, for each element in cache: the map, the residual with its sum and gradient, a normal.
-constexpr double kNsMap = 0.12, kNsResidual = 0.22, kNsNormal = 0.7;
+// Of one core, for each element in cache: the map, the residual with its sum and gradient, a normal, a map with an exponential.
+constexpr double kNsMap = 0.12, kNsResidual = 0.22, kNsNormal = 0.7, kNsExponential = 0.5;
 
 template <class Args>
 void launch(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, double ns_per_element) {
@@ -94,6 +94,20 @@ const char* corrupt(const CorruptArgs& a, Queue) {
   return nullptr;
 }
 
+const char* gaussian(const GaussianArgs& a, double* kl, Scratch, Queue) {
+  const int64_t B = a.batch.B;
+  std::vector<double> sums(B * Cut(B, a.batch.D).segments_per_row);
+  GaussianWork work{a, sums.data()};
+  launch(isa().kernels->gaussian, work, kNsExponential + of_noise(a.noise));
+  sum_rows(sums, B, [&](int64_t b, double sum) { kl[b] = sum; });
+  return nullptr;
+}
+
+const char* gaussian_grad(const GaussianGradArgs& a, Queue) {
+  launch(isa().kernels->gaussian_grad, a, kNsExponential + of_noise(a.noise));
+  return nullptr;
+}
+
 const char* bits(const BitsArgs& a, Queue) {
   launch(isa().kernels->bits, a, kNsNormal);
   return nullptr;
@@ -111,6 +125,6 @@ const char* devices(int* count) {
 
 }  // namespace
 
-const Api kApi = {affine, residual, row_dots, mask_count, corrupt, bits, fold_in_key, devices};
+const Api kApi = {affine, residual, row_dots, mask_count, corrupt, gaussian, gaussian_grad, bits, fold_in_key, devices};
 
 }  // namespace dae::cpu

@@ -33,12 +33,18 @@ struct MaskCountWork : MaskArgs {
   int64_t* counts;  // kept elements of each segment
 };
 
+struct GaussianWork : GaussianArgs {
+  double* sums;  // one per segment
+};
+
 struct Kernels {
   void (*affine)(const AffineArgs&, int64_t unit_begin, int64_t unit_end);
   void (*residual)(const ResidualWork&, int64_t unit_begin, int64_t unit_end);
   void (*row_dots)(const RowDotsWork&, int64_t unit_begin, int64_t unit_end);
   void (*mask_count)(const MaskCountWork&, int64_t unit_begin, int64_t unit_end);
   void (*corrupt)(const CorruptArgs&, int64_t unit_begin, int64_t unit_end);
+  void (*gaussian)(const GaussianWork&, int64_t unit_begin, int64_t unit_end);
+  void (*gaussian_grad)(const GaussianGradArgs&, int64_t unit_begin, int64_t unit_end);
   void (*bits)(const BitsArgs&, int64_t unit_begin, int64_t unit_end);
 };
 

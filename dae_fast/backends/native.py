@@ -217,6 +217,31 @@ def corrupt(x: Tensor, noise: Noise, thresholds: Tensor, low: float, high: float
     return out
 
 
+def gaussian(mu: Tensor, log_var: Tensor, eps: Tensor | None, noise: Noise | None) -> tuple[Tensor, Tensor]:
+    """As reference.gaussian, in one pass."""
+    mu, log_var, eps = _walkable(mu, log_var, eps)
+    z = torch.empty_like(mu)
+    kl = torch.empty(mu.shape[0], dtype=torch.float64, device=mu.device)
+    _core.gaussian(mu, log_var, eps, noise, z, kl, *_scratch(mu, 1))
+    return z, kl.to(compute_dtype(mu.dtype))
+
+
+def gaussian_grad(
+    mu: Tensor,
+    log_var: Tensor,
+    eps: Tensor | None,
+    noise: Noise | None,
+    z_grad: Tensor | None,
+    kl_grad: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of mu and log_var, in one pass. kl_grad: (B,) of the compute type."""
+    mu, log_var, eps, z_grad = _walkable(mu, log_var, eps, z_grad)
+    mu_grad, log_var_grad = torch.empty_like(mu), torch.empty_like(log_var)
+    kl_grad = None if kl_grad is None else kl_grad.contiguous()
+    _core.gaussian_grad(mu, log_var, eps, noise, z_grad, kl_grad, mu_grad, log_var_grad)
+    return mu_grad, log_var_grad
+
+
 def row_dots(g: Tensor, x: Tensor | None, y: Tensor | None, z: Tensor | None, noise: Noise | None) -> Tensor:
     """(B, 3) fp64: the sums over each row of g*x, g*y and g*z."""
     g, x, y, z = _walkable(g, x, y, z)

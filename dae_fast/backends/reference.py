@@ -232,6 +232,18 @@ def corrupt(x: Tensor, noise: Noise, thresholds: Tensor, low: float, high: float
     return torch.where(w < first, low, torch.where(w < second, high, x)).to(x.dtype)
 
 
+def gaussian(mu: Tensor, log_var: Tensor, eps: Tensor | None, noise: Noise | None) -> tuple[Tensor, Tensor]:
+    """mu + exp(log_var/2)*eps, eps perhaps `noise`, and (B,) divergences of N(mu, exp(log_var)) from N(0, 1)."""
+    compute = compute_dtype(mu.dtype)
+    wide, log_variance = mu.to(compute), log_var.to(compute)
+    if noise is not None:
+        eps = noise_like(noise, mu)
+    scale = torch.exp(0.5 * log_variance)
+    z = wide if eps is None else wide + scale * eps.to(compute)
+    kl = 0.5 * (wide.square() + (scale.square() - 1) - log_variance)
+    return z.to(mu.dtype), per_sample_sum(kl)
+
+
 def per_sample_sum(x: Tensor) -> Tensor:
     """(B,) over everything but the batch dimension."""
     return x.sum(tuple(range(1, x.dim()))) if x.dim() > 1 else x
