@@ -8,6 +8,7 @@ import pickle
 import mpmath as mp
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 import dae_fast as df
@@ -39,6 +40,15 @@ def cosine(T, s="0.008", most="0.999"):
     return products(min(1 - f[t + 1] / f[t], mp.mpf(most)) for t in range(T))
 
 
+def sigmoid(T, start="-3", end="3", tau="1", most="0.999"):
+    def s(x):
+        return 1 / (1 + mp.exp(-x / mp.mpf(tau)))
+
+    start, end = mp.mpf(start), mp.mpf(end)
+    f = [(s(end) - s(start + (end - start) * mp.mpf(t) / T)) / (s(end) - s(start)) for t in range(T + 1)]
+    return products(min(1 - f[t + 1] / f[t], mp.mpf(most)) for t in range(T))
+
+
 def close(values, wanted, relative=1e-12):
     """cumprod rounds T times, each by 1.1e-16; the root of 1 - alpha_bar loses digits near 0."""
     wanted = torch.tensor([float(w) for w in wanted], dtype=torch.float64)
@@ -46,8 +56,11 @@ def close(values, wanted, relative=1e-12):
     torch.testing.assert_close(values, wanted, rtol=relative, atol=0)
 
 
+FORMULAS = [("linear", linear), ("scaled_linear", scaled_linear), ("cosine", cosine), ("sigmoid", sigmoid)]
+
+
 @pytest.mark.parametrize("T", [2, 50, 1000])
-@pytest.mark.parametrize("name, formula", [("linear", linear), ("scaled_linear", scaled_linear), ("cosine", cosine)])
+@pytest.mark.parametrize("name, formula", FORMULAS)
 def test_variance_preserving_schedules(name, formula, T):
     schedule, bar = getattr(df.Schedule, name)(T), formula(T)
     assert len(schedule) == T and schedule.variance_preserving
@@ -62,6 +75,9 @@ def test_arguments_of_the_constructors():
     close(df.Schedule.linear(20, 0.001, 0.3).alpha_bar, linear(20, "0.001", "0.3"))
     close(df.Schedule.scaled_linear(20, 0.001, 0.3).alpha_bar, scaled_linear(20, "0.001", "0.3"))
     close(df.Schedule.cosine(20, 0.02, 0.9).alpha_bar, cosine(20, "0.02", "0.9"))
+    close(df.Schedule.sigmoid(20, 0, 3, 0.5, 0.9).alpha_bar, sigmoid(20, "0", "3", "0.5", "0.9"))
+    # Where the sigmoid is flat: 1 - alpha_bar ratio is 1e-11 and keeps five of its digits.
+    close(df.Schedule.sigmoid(20, tau=0.1).sigma, [mp.sqrt(1 - b) for b in sigmoid(20, tau="0.1")], 1e-4)
 
 
 def test_published_values():
@@ -83,6 +99,76 @@ def test_geometric(low, high, T):
     assert schedule.variance_preserving is False
     with pytest.raises(ValueError, match="betas: defined for variance-preserving schedules only"):
         _ = schedule.betas
+
+
+@pytest.mark.parametrize("low, high, T, rho", [(0.002, 80.0, 18, 7.0), (0.1, 3.0, 5, 1.0), (0.5, 2.0, 1, 3.0)])
+def test_karras(low, high, T, rho):
+    schedule = df.Schedule.karras(low, high, T, rho)
+    # Eq. 5 of Karras et al. 2022, whose step 0 is the noisiest.
+    first, last, power = mp.mpf(high) ** (1 / mp.mpf(rho)), mp.mpf(low) ** (1 / mp.mpf(rho)), mp.mpf(rho)
+    steps = [(first + mp.mpf(i) / max(T - 1, 1) * (last - first)) ** power for i in range(T)]
+    close(schedule.sigma, steps[::-1], 1e-13)
+    assert schedule.sigma[-1] == high and (T == 1 or schedule.sigma[0] == low)
+    assert (schedule.alpha == 1).all() and (schedule.alpha_bar == 1).all()
+    close(schedule.snr, [1 / s**2 for s in steps[::-1]], 1e-13)
+    assert df.Schedule.karras().sigma.shape == (18,)
+
+
+def log_snr(schedule):
+    return [
+        mp.log(mp.mpf(a) / mp.mpf(s)) * 2 for a, s in zip(schedule.alpha.tolist(), schedule.sigma.tolist(), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("T, mu, b", [(1000, 0.0, 0.5), (7, 0.3, 1.5), (2, -1.0, 0.25), (1, 0.7, 2.0)])
+def test_laplace(T, mu, b):
+    schedule = df.Schedule.laplace(T, mu, b)
+    t = [(mp.mpf(i) + 0.5) / T for i in range(T)]
+    wanted = [mp.mpf(mu) - mp.mpf(b) * mp.sign(0.5 - u) * mp.log(1 - 2 * abs(u - 0.5)) for u in t]
+    # The rounding of t near 1, 1e-16, against 1 - t >= 1/2000.
+    assert max(abs(a - w) for a, w in zip(log_snr(schedule), wanted, strict=True)) < 1e-12
+    assert schedule.variance_preserving and (schedule.betas >= 0).all()
+    close(schedule.snr[-1:], [mp.exp(mp.mpf(mu)) / mp.mpf(T) ** mp.mpf(b)], 1e-12)
+
+
+def test_laplace_has_the_law_of_its_name():
+    schedule = df.Schedule.laplace(1000, 0.2, 0.8)
+    law = scipy.stats.laplace(0.2, 0.8)
+    # The levels are the law's quantiles at (i + 1/2)/T: no point of the distribution function is further off than 1/2T.
+    assert scipy.stats.kstest(schedule.snr.log(), law.cdf).statistic == pytest.approx(0.5 / 1000, rel=1e-9)
+
+
+@pytest.mark.parametrize("T, shift", [(1000, 1.0), (10, 3.0), (4, 0.1), (1, 5.0)])
+def test_flow(T, shift):
+    schedule = df.Schedule.flow(T, shift)
+    s = mp.mpf(shift)
+    t = [s * u / (1 + (s - 1) * u) for u in (mp.mpf(k) / T for k in range(1, T + 1))]
+    close(schedule.sigma, t, 1e-15)
+    torch.testing.assert_close(
+        schedule.alpha, torch.tensor([float(1 - u) for u in t], dtype=torch.float64), rtol=0, atol=3e-16
+    )
+    assert schedule.alpha[-1] == 0 and schedule.sigma[-1] == 1 and schedule.snr[-1] == 0  # exactly, whatever the shift
+    assert torch.equal(schedule.alpha_bar, schedule.alpha.square())
+    if T > 1:
+        with pytest.raises(ValueError, match=r"betas: defined for variance-preserving schedules only"):
+            _ = schedule.betas
+
+
+@pytest.mark.parametrize("schedule", [df.Schedule.cosine(), df.Schedule.linear(50), df.Schedule.laplace(9)], ids=str)
+@pytest.mark.parametrize("d", [32, 64, 256])
+def test_shifted(schedule, d):
+    shifted = schedule.shifted(d / 64)
+    assert repr(shifted) == f"{schedule}.shifted({d / 64})" and shifted.variance_preserving
+    for a, sigma, before in zip(shifted.alpha.tolist(), shifted.sigma.tolist(), log_snr(schedule), strict=True):
+        after = before + 2 * mp.log(mp.mpf(64) / d)  # Hoogeboom et al. 2023
+        assert abs(a / mp.sqrt(1 / (1 + mp.exp(-after))) - 1) < 1e-14
+        assert abs(sigma / mp.sqrt(1 / (1 + mp.exp(after))) - 1) < 1e-14
+    close(schedule.shifted(2.0).shifted(3.0).snr, schedule.shifted(6.0).snr.tolist())
+
+
+def test_shifted_keeps_what_has_no_noise_or_no_signal():
+    schedule = df.Schedule.from_alpha_bar([1.0, 0.36, 0.0]).shifted(4.0)
+    assert schedule.alpha[[0, 2]].tolist() == [1, 0] and schedule.sigma[[0, 2]].tolist() == [0, 1]
 
 
 def test_from_betas_and_from_alpha_bar():
@@ -121,10 +207,53 @@ def test_schedule_of_own_columns_keeps_a_copy():
         (lambda: df.Schedule(torch.ones(2), -torch.ones(2)), "sigma must be finite and not negative"),
         (lambda: df.Schedule.geometric(0.0, 1.0), "needs 0 < sigma_min <= sigma_max"),
         (lambda: df.Schedule.geometric(2.0, 1.0), "needs 0 < sigma_min <= sigma_max"),
+        (lambda: df.Schedule.sigmoid(0), "Schedule.sigmoid: T must be a positive int, got 0"),
+        (lambda: df.Schedule.sigmoid(9, 1, -1), r"sigmoid\(9, 1, -1, 1.0, 0.999\): needs start < end and tau > 0"),
+        (lambda: df.Schedule.sigmoid(9, tau=0), r"sigmoid\(9, -3.0, 3.0, 0, 0.999\): needs start < end and tau > 0"),
+        (lambda: df.Schedule.sigmoid(9, tau=float("nan")), "Schedule.sigmoid: tau must be finite, got nan"),
+        (
+            lambda: df.Schedule.karras(0.0),
+            r"karras\(0.0, 80.0, 18, 7.0\): needs 0 < sigma_min <= sigma_max and rho > 0",
+        ),
+        (lambda: df.Schedule.karras(2.0, 1.0), "needs 0 < sigma_min <= sigma_max and rho > 0"),
+        (lambda: df.Schedule.karras(rho=-7), r"karras\(0.002, 80.0, 18, -7\): needs 0 < sigma_min"),
+        (lambda: df.Schedule.karras(rho=1e-3), r"karras\(0.002, 80.0, 18, 0.001\): sigma must be finite"),
+        (lambda: df.Schedule.karras(sigma_max=float("inf")), "Schedule.karras: sigma_max must be finite, got inf"),
+        (lambda: df.Schedule.karras(T=0), "Schedule.karras: T must be a positive int, got 0"),
+        (lambda: df.Schedule.laplace(0), "Schedule.laplace: T must be a positive int, got 0"),
+        (lambda: df.Schedule.laplace(9, b=0), r"Schedule.laplace\(9, 0.0, 0\): needs b > 0"),
+        (lambda: df.Schedule.laplace(9, mu=float("inf")), "Schedule.laplace: mu must be finite, got inf"),
+        (lambda: df.Schedule.flow(1.5), "Schedule.flow: T must be a positive int, got 1.5"),
+        (lambda: df.Schedule.flow(9, 0), r"Schedule.flow\(9, 0\): needs shift > 0"),
+        (
+            lambda: df.Schedule.linear(9).shifted(-1),
+            r"Schedule.linear\(9, .*\).shifted: shift must be positive, got -1",
+        ),
+        (lambda: df.Schedule.linear(9).shifted(float("nan")), "shifted: shift must be finite, got nan"),
+        (lambda: df.Schedule.flow(9).shifted(2), r"shifted: defined for variance-preserving schedules only"),
+        (
+            lambda: df.Schedule(torch.ones(2), torch.ones(2), times=torch.ones(3)),
+            r"Schedule: times must have shape \(2,\), got \(3,\)",
+        ),
     ],
 )
 def test_bad_schedules(make, message):
     with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: df.Schedule.sigmoid(9, start="a"), "Schedule.sigmoid: start must be a number, got str"),
+        (lambda: df.Schedule.karras(sigma_max=None), "Schedule.karras: sigma_max must be a number, got NoneType"),
+        (lambda: df.Schedule.laplace(9, b=True), "Schedule.laplace: b must be a number, got bool"),
+        (lambda: df.Schedule.flow(9, "3"), "Schedule.flow: shift must be a number, got str"),
+        (lambda: df.Schedule.linear(9).shifted([2]), "shifted: shift must be a number, got list"),
+    ],
+)
+def test_arguments_that_are_no_numbers(make, message):
+    with pytest.raises(TypeError, match=message):
         make()
 
 
@@ -214,6 +343,72 @@ def test_x0_works_at_zero_terminal_and_eps_at_sigma_0(backend):
     x = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(df.to_eps(x, torch.ones_like(x), ZERO_TERMINAL[49], predict="x0"), x)
     torch.testing.assert_close(df.to_x0(x, torch.ones_like(x), CLEAN_FIRST[0]), x)
+
+
+# Levels are drawn: a function of key and ids.
+
+
+def test_draw_is_uniform_and_says_where_it_comes_from():
+    schedule, noise = df.Schedule.linear(7), df.Noise(3)
+    t = schedule.draw(noise, 70_000)
+    assert t.dtype == torch.int64 and t.shape == (70_000,)
+    assert scipy.stats.chisquare(torch.bincount(t, minlength=7)).pvalue > 1e-3
+    words = noise.fold_in(0x6C6576656C).bits((70_000,))
+    assert torch.equal(t, torch.tensor([(w * 7) >> 32 for w in words.tolist()]))
+
+
+def test_draw_depends_on_key_and_ids_alone():
+    schedule, noise = df.Schedule.linear(), df.Noise(0).fold_in(5)
+    whole = schedule.draw(noise, 100)
+    parts = [schedule.draw(df.Noise(0, first_sample=first).fold_in(5), n) for first, n in ((0, 1), (1, 62), (63, 37))]
+    assert torch.equal(torch.cat(parts), whole)
+    ids = torch.tensor([99, 3, 3])
+    assert torch.equal(schedule.draw(df.Noise(0, sample=ids).fold_in(5), 3), whole[ids])
+    assert not torch.equal(schedule.draw(df.Noise(0).fold_in(6), 100), whole)
+    assert schedule.draw(noise, 0).shape == (0,)
+
+
+def test_bad_draws():
+    schedule = df.Schedule.linear(10)
+    with pytest.raises(TypeError, match=r"Schedule.linear\(10, .*\).draw: noise must be a Noise, got Tensor"):
+        schedule.draw(torch.zeros(3), 3)
+    with pytest.raises(ValueError, match=r"noise.sample must have shape \(4,\), got \(3,\)"):
+        schedule.draw(df.Noise(0, sample=torch.arange(3)), 4)
+
+
+# diffusers 0.42 writes the same formulas in float32.
+
+
+def test_betas_are_those_of_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    for theirs, ours in (
+        (diffusers.DDPMScheduler(), df.Schedule.linear()),
+        (diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2"), df.Schedule.cosine()),
+        (
+            diffusers.DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
+            df.Schedule.scaled_linear(),
+        ),
+    ):
+        # 1 - beta is rounded to 6e-8, 1000 times; where beta = 0.999 that is 6e-5 of it.
+        torch.testing.assert_close(theirs.alphas_cumprod.double(), ours.alpha_bar, rtol=1e-4, atol=0)
+
+
+def test_zero_terminal_snr_is_that_of_diffusers():
+    ddpm = pytest.importorskip("diffusers.schedulers.scheduling_ddpm")
+    schedule = df.Schedule.scaled_linear()
+    close(schedule.zero_terminal_snr().betas, ddpm.rescale_zero_terminal_snr(schedule.betas).tolist(), 1e-9)
+
+
+def test_karras_sigmas_are_those_of_diffusers():
+    edm = pytest.importorskip("diffusers").EDMEulerScheduler(sigma_min=0.01, sigma_max=50.0, rho=5.0)
+    theirs = edm._compute_karras_sigmas(torch.linspace(0, 1, 30, dtype=torch.float64))
+    close(df.Schedule.karras(0.01, 50.0, 30, 5.0).sigma, theirs.flip(0).tolist(), 1e-13)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 0.5])
+def test_flow_is_that_of_diffusers(shift):
+    flow = pytest.importorskip("diffusers").FlowMatchEulerDiscreteScheduler(1000, shift)
+    torch.testing.assert_close(flow.sigmas.double().flip(0), df.Schedule.flow(1000, shift).sigma, rtol=5e-7, atol=0)
 
 
 # schedule[t].
