@@ -1,0 +1,19 @@
+"""Samplers: each one flat loop around the fused step. One Noise makes the whole run reproducible.
+
+They run without gradients, leave a start given as a tensor as it is, and keep its dtype: what the
+network returns is cast to it. Row b of the result depends on the noise's id of sample b alone, so a
+batch sampled in parts (Noise(seed, first_sample=...)) is the batch sampled at once.
+
+graph=True runs the whole loop as one CUDA graph, with the same result and no work of the host between
+the steps. The first call of a kind (network, shape, dtype, schedule, options) runs the network once more
+and captures; later calls, with whatever x and noise, replay. The capture lives as long as the network
+object: keep one, as a lambda written in the call is a new network each time. The network must not wait
+for the device (.item(), copies from or to the host); parameters updated in place, or replaced, are seen,
+but what it does in Python besides is done at capture alone.
+"""
+
+from .ancestral import _reverse_table as _reverse_table  # benchmarks/external.py times one step
+from .ancestral import ddim, ddpm
+from .langevin import annealed_langevin, langevin
+
+__all__ = ["annealed_langevin", "ddim", "ddpm", "langevin"]
