@@ -45,14 +45,17 @@ void* address(PyObject* tensor) {
 
 bool is_contiguous(PyObject* tensor) { return is_true(call(tensor, names().is_contiguous)); }
 
-bool read_dtype(PyObject* tensor, Dtype& dtype) {
-  const Owned value = attribute(tensor, names().dtype);
+bool is_compute_dtype(PyObject* dtype, Dtype& found) {
   const Torch& t = torch();
-  if (value.get() == t.f32) return dtype = Dtype::f32, true;
-  if (value.get() == t.bf16) return dtype = Dtype::bf16, true;
-  if (value.get() == t.f16) return dtype = Dtype::f16, true;
-  if (value.get() == t.f64) return dtype = Dtype::f64, true;
+  if (dtype == t.f32) return found = Dtype::f32, true;
+  if (dtype == t.bf16) return found = Dtype::bf16, true;
+  if (dtype == t.f16) return found = Dtype::f16, true;
+  if (dtype == t.f64) return found = Dtype::f64, true;
   return false;
+}
+
+bool read_dtype(PyObject* tensor, Dtype& dtype) {
+  return is_compute_dtype(attribute(tensor, names().dtype).get(), dtype);
 }
 
 std::vector<int64_t> read_ints(const Owned& tuple) {

@@ -61,6 +61,7 @@ int64_t to_int(const Owned& value);
 void* address(PyObject* tensor);
 bool is_contiguous(PyObject* tensor);
 // False: no type that kernels compute in.
+bool is_compute_dtype(PyObject* dtype, Dtype& found);
 bool read_dtype(PyObject* tensor, Dtype& dtype);
 std::vector<int64_t> read_ints(const Owned& tuple);
 

@@ -47,13 +47,18 @@ def _constant_rows(columns: tuple[float, ...], dtype: torch.dtype, device: torch
         return Rows(table.to(device), None)
 
 
+def constant_rows(op: str, columns: tuple[float, ...], x: Tensor, dtype: torch.dtype) -> Rows:
+    """One row of floats, kept; not for what torch.compile traces."""
+    try:
+        return _constant_rows(columns, dtype, x.device)
+    except ValueError as error:
+        raise ValueError(f"{op}: {error}") from None
+
+
 def stack_rows(op: str, columns: tuple[Any, ...], x: Tensor, dtype: torch.dtype) -> Rows:
     """Rows from columns that are floats, () tensors or (B,) tensors, worked out in float64."""
     if not any(isinstance(c, Tensor) for c in columns) and not torch.compiler.is_compiling():
-        try:
-            return _constant_rows(columns, dtype, x.device)
-        except ValueError as error:
-            raise ValueError(f"{op}: {error}") from None
+        return constant_rows(op, columns, x, dtype)
     # As a factor, a float that changes is an input of a compiled graph; in torch.tensor it is a constant.
     one = torch.ones((), dtype=torch.float64, device=x.device)
     wide = [c.double() if isinstance(c, Tensor) else one * c for c in columns]

@@ -10,7 +10,7 @@ from torch.compiler import is_compiling
 from ..backends.reference import compute_dtype
 from ..level import can_read, check_per_sample
 from ..noise import Noise
-from ..rows import stack_rows
+from ..rows import constant_rows, stack_rows
 from .affine import ABSENT, affine, affine_into
 from .checks import like, noise_for, promote, samples
 from .memory import check_out
@@ -39,7 +39,7 @@ def langevin_step(
     op = "langevin_step"
     numbers = type(step_size) is type(noise_scale) is float
     if numbers and step_size >= 0 and out is None and isinstance(x, Tensor) and not is_compiling():
-        rows = stack_rows(op, _coefficients(step_size, noise_scale), x, compute_dtype(x.dtype))
+        rows = constant_rows(op, _coefficients(step_size, noise_scale), x, compute_dtype(x.dtype))
         tensor, generated = (None, noise) if type(noise) is Noise else (noise, None)
         stepped = plain_affine(_COLUMNS, x, score, tensor, generated, None, rows.table)
         if stepped is not None:

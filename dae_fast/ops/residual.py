@@ -13,7 +13,7 @@ from torch import Tensor
 from ..backends import kernels, reference
 from ..backends.reference import row_of
 from ..noise import Noise
-from ..rows import Rows, stack_rows
+from ..rows import Rows, constant_rows
 from .affine import ABSENT, Gradients, affine, row_dots
 from .flat import flatten, seen
 from .routing import Route, batchable, plain_loss, route, wants_grad
@@ -55,7 +55,7 @@ def plain_residual_loss(op: str, pred: Tensor, target: Noise | Tensor, reduction
         return None
     z, noise = (None, target) if type(target) is Noise else (target, None)
     number = REDUCTIONS.index(reduction)
-    table, _ = stack_rows(op, MINUS_TARGET, pred, reference.compute_dtype(pred.dtype))
+    table, _ = constant_rows(op, MINUS_TARGET, pred, reference.compute_dtype(pred.dtype))
     made = plain_loss(pred, z, noise, table, number)
     if made is None or made[1] is None:
         return made and made[0]
