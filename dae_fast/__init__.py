@@ -8,10 +8,14 @@ from .level import Level
 from .noise import Noise
 from .ops import library as library  # registers the torch.library ops
 from .ops.conversions import to_eps, to_score, to_v, to_x0
+from .ops.corruption import Masking, SaltAndPepper, corrupt, patch_mask
+from .ops.embedding import fourier_embedding, timestep_embedding
 from .ops.langevin import langevin_step
 from .ops.loss import noise_mse
 from .ops.noising import add_noise
+from .ops.penalties import contraction, kl_sparsity, l1_penalty, sigmoid_contraction
 from .ops.reparameterisation import reparameterise
+from .ops.structured import OffsetNoise, PyramidNoise
 from .schedule import Schedule
 
 __version__ = package_version()
@@ -19,16 +23,28 @@ __version__ = package_version()
 __all__ = [
     "ContinuousSchedule",
     "Level",
+    "Masking",
     "Noise",
+    "OffsetNoise",
+    "PyramidNoise",
+    "SaltAndPepper",
     "Schedule",
     "add_noise",
     "backend_names",
+    "contraction",
+    "corrupt",
+    "fourier_embedding",
     "info",
+    "kl_sparsity",
+    "l1_penalty",
     "langevin_step",
     "nn",
     "noise_mse",
+    "patch_mask",
     "reparameterise",
     "samplers",
+    "sigmoid_contraction",
+    "timestep_embedding",
     "to_eps",
     "to_score",
     "to_v",

@@ -1,0 +1,98 @@
+"""Features of a level for a network: sinusoids of it, written straight where they are wanted."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..noise import Noise
+from .checks import DTYPES
+from .routing import wants_grad
+
+
+def timestep_embedding(
+    t: Tensor,
+    dim: int,
+    *,
+    max_period: float = 10000.0,
+    flip: bool = False,
+    freq_shift: float = 1.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """[sin(t * w_i), cos(t * w_i)], w_i = max_period^(-i / (dim // 2 - freq_shift)), i = 0 .. dim // 2 - 1.
+
+    t: (B,) integers or floats      dim: at least 2; where it is odd the last column is 0
+    flip: the cosines first (diffusers' flip_sin_to_cos)
+    freq_shift: 1 in Ho et al.'s code, 0 in Vaswani et al. and in most since (diffusers' downscale_freq_shift)
+    out: (B, dim) of any floating dtype and strides, written instead of a new tensor: the columns beside the noised
+            input, say, so that nothing is concatenated (add_noise has an out too)
+    returns: (B, dim) fp32, or out
+    The angles are worked out in float64 and their sines rounded once. Gradient: of a floating t, without out.
+    Raises ValueError on a shape mismatch or a gradient with out. Vaswani et al. 2017, section 3.5; Ho et al. 2020,
+    appendix B.
+    """
+    op = "timestep_embedding"
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{op}: t must be a tensor (B,), got {type(t).__name__}")
+    if t.dim() != 1 or t.dtype == torch.bool or t.is_complex():
+        raise ValueError(f"{op}: t must be integers or floats of shape (B,), got {t.dtype} of {tuple(t.shape)}")
+    half = dim // 2
+    if half < 1 or half <= freq_shift:
+        raise ValueError(f"{op}: dim // 2 must be at least 1 and above freq_shift ({freq_shift}), got dim = {dim}")
+    i = torch.arange(half, dtype=torch.float64, device=t.device)
+    frequencies = torch.exp(i * (-math.log(max_period) / (half - freq_shift)))
+    return _waves(op, t.double()[:, None] * frequencies, dim, flip, out, t)
+
+
+def fourier_embedding(
+    x: Tensor, noise: Noise, dim: int, *, scale: float = 1.0, flip: bool = False, out: Tensor | None = None
+) -> Tensor:
+    """[sin(2 pi x W), cos(2 pi x W)], W of independent N(0, scale^2): Gaussian random Fourier features.
+
+    x: (B,) or (B, D) floats: a level's log sigma, say, or coordinates      noise: Noise, whose normals of shape
+    (D, dim // 2) are W / scale: the same features as long as the key is the same, no buffer to keep
+    dim: even      flip: the cosines first      out, returns, gradient, errors: as timestep_embedding
+    Tancik et al. 2020, section 3; for a level Song et al. 2021, appendix C.
+    """
+    op = "fourier_embedding"
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: x must be a tensor (B,) or (B, D), got {type(x).__name__}")
+    if x.dtype not in DTYPES or x.dim() not in (1, 2):
+        raise ValueError(f"{op}: x must be floats of shape (B,) or (B, D), got {x.dtype} of {tuple(x.shape)}")
+    if not isinstance(noise, Noise):
+        raise TypeError(f"{op}: noise must be a Noise, got {type(noise).__name__}")
+    if dim < 2 or dim % 2:
+        raise ValueError(f"{op}: dim must be even and at least 2, got {dim}")
+    columns = x.double().reshape(x.shape[0], -1)
+    noise._check(op, columns.shape[1], x.device)
+    W = noise.normal((columns.shape[1], dim // 2), dtype=torch.float64, device=x.device)
+    # Not a product of matrices, which torch may run in tf32 or bf16.
+    angle = (columns[:, :, None] * W).sum(1) * (2 * math.pi * scale)
+    return _waves(op, angle, dim, flip, out, x)
+
+
+def _waves(op: str, angle: Tensor, dim: int, flip: bool, out: Tensor | None, of: Tensor) -> Tensor:
+    """Sines and cosines of the angles (B, dim // 2) side by side, in out or in fp32; `of` is what they are made of."""
+    parts = [angle.sin(), angle.cos()]
+    if flip:
+        parts.reverse()
+    if dim % 2:
+        parts.append(torch.zeros_like(angle[:, :1]))
+    if out is None:
+        return torch.cat(parts, 1).float()
+    shape = (angle.shape[0], dim)
+    if not isinstance(out, Tensor) or out.dtype not in DTYPES:
+        raise TypeError(f"{op}: out must be a floating tensor, got {getattr(out, 'dtype', type(out).__name__)}")
+    if out.shape != shape or out.device != of.device:
+        raise ValueError(
+            f"{op}: out must have shape {shape} and be on {of.device}, got {tuple(out.shape)} on {out.device}"
+        )
+    if wants_grad(of, out):
+        raise ValueError(f"{op}: out= has no gradient; call it under torch.no_grad() or without out")
+    first = 0
+    for part in parts:
+        out[:, first : first + part.shape[1]] = part
+        first += part.shape[1]
+    return out

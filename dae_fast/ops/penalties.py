@@ -1,0 +1,129 @@
+"""Penalties of an autoencoder's code: sparse and contractive."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vjp
+
+from ..backends.reference import compute_dtype, per_sample_sum
+from ..level import _number, can_read
+from ..noise import Noise
+from ..rows import stack_rows
+from . import checks
+from .loss import check
+from .residual import KINDS, Reduction, residual_loss
+
+CONTRACTION_TAG = 0x6A61636F  # "jaco"; of the directions, so that they do not depend on a corruption of the same noise
+
+
+def l1_penalty(h: Tensor, *, reduction: Reduction = "mean") -> Tensor:
+    """mean_b mean_j |h_bj|, and its gradient in one pass.
+
+    h: (B, ...) fp16/bf16/fp32/fp64, a code
+    reduction: "mean"; "sum" (of all elements); "none" (a sample's mean, one value per sample)
+    returns: fp32 (fp64 for fp64) scalar, or (B,) for "none"
+    Reads h once and writes its gradient in the same pass (fp16, and "none", in backward): sign(h) / (B N), 0 at 0.
+    Raises ValueError for the mean of an empty batch. Tibshirani 1996; as a code's: Ranzato et al. 2008.
+    """
+    op = "l1_penalty"
+    checks.samples(op, "h", h)
+    rows = stack_rows(op, (1.0, 0.0, 0.0), h, compute_dtype(h.dtype))  # against nothing
+    loss, _ = residual_loss(op, h, None, None, None, rows, None, None, check(op, h, reduction), kind=KINDS.index("l1"))
+    return loss
+
+
+def kl_sparsity(h: Tensor, rate: float = 0.05) -> Tensor:
+    """sum_j KL(rate || rho_j), rho_j = mean_b h_bj: every unit should be active at `rate` on average.
+
+    h: (B, ...) fp16/bf16/fp32/fp64 in (0, 1), a code of sigmoids      rate: in (0, 1)
+    KL(a || b) = a log(a / b) + (1 - a) log((1 - a) / (1 - b)), of two Bernoulli variables
+    returns: fp32 (fp64 for fp64) scalar, the sum over the units
+    Finite for a unit that is at 0 or at 1 for the whole batch: its rho is taken as the next number inside, without
+    gradient. Gradient: torch's. Raises ValueError for an empty batch, and for a rho outside [0, 1]: looked at on the
+    CPU; elsewhere the result is NaN. Ng 2011, "Sparse autoencoder", CS294A lecture notes.
+    """
+    op = "kl_sparsity"
+    checks.samples(op, "h", h)
+    rate = _number(op, "rate", rate)
+    if not 0 < rate < 1:
+        raise ValueError(f"{op}: rate must be in (0, 1), got {rate}")
+    if not h.shape[0]:
+        raise ValueError(f"{op}: the mean over an empty batch {tuple(h.shape)} is not defined")
+    rho = h.mean(0, dtype=compute_dtype(h.dtype))
+    outside = (rho < 0) | (rho > 1)
+    if can_read(rho) and outside.any():
+        raise ValueError(f"{op}: h must lie in (0, 1), got a unit whose mean is {float(rho[outside][0].detach())}")
+    info = torch.finfo(rho.dtype)
+    rho = torch.where(outside, torch.nan, rho).clamp(info.tiny, 1 - info.eps / 2)
+    active = rate * (math.log(rate) - rho.log())
+    inactive = (1 - rate) * (math.log1p(-rate) - (-rho).log1p())
+    return (active + inactive).sum()
+
+
+def sigmoid_contraction(h: Tensor, W: Tensor, *, reduction: Reduction = "mean") -> Tensor:
+    """mean_b ||J_b||_F^2 of a layer h = sigmoid(W x + c), exact: sum_j (h_j (1 - h_j))^2 * sum_i W_ji^2.
+
+    h: (B, H) fp16/bf16/fp32/fp64, the layer's output      W: (H, D), its weight, as torch.nn.Linear's
+    reduction: "mean" or "sum" over the batch, or "none": (B,)
+    returns: fp32 (fp64 for fp64) scalar, or (B,)
+    Neither the Jacobian nor x is needed: B H + H D operations. Gradient: torch's, of h and W. Raises ValueError on a
+    shape mismatch or the mean of an empty batch. Rifai et al. 2011, eq. 7.
+    """
+    op = "sigmoid_contraction"
+    checks.samples(op, "h", h)
+    checks.samples(op, "W", W)
+    if h.dim() != 2 or W.dim() != 2 or W.shape[0] != h.shape[1]:
+        raise ValueError(f"{op}: h must be (B, H) and W (H, D), got {tuple(h.shape)} and {tuple(W.shape)}")
+    if h.device != W.device:
+        raise ValueError(f"{op}: W must be on {h.device} like h, got {W.device}")
+    compute = torch.promote_types(compute_dtype(h.dtype), compute_dtype(W.dtype))
+    wide, weight = h.to(compute), W.to(compute)
+    slope = wide * (1 - wide)
+    # Not a product of matrices, which autocast would run in half precision.
+    each = (slope.square() * weight.square().sum(1)).sum(1)
+    return _reduced(each, check(op, h, reduction))
+
+
+def contraction(
+    f: Callable[[Tensor], Tensor], x: Tensor, noise: Noise, *, samples: int = 1, reduction: Reduction = "mean"
+) -> Tensor:
+    """mean_b ||J_b||_F^2 of any encoder f, estimated without bias: E ||J_b^T v||^2, v ~ N(0, 1) (Hutchinson).
+
+    f: maps (B, ...) to (B, ...), each sample on its own (no batch normalisation in training)
+    x: (B, ...) fp16/bf16/fp32/fp64      noise: Noise; draw k of v is fold_in(CONTRACTION_TAG).fold_in(k), like f(x)
+    samples: draws of v, at least 1, over which the estimate is averaged; a vector-Jacobian product each
+    reduction: "mean" or "sum" over the batch, or "none": (B,)
+    returns: fp32 (fp64 for fp64) scalar, or (B,)
+    The variance of one draw is 2 ||J J^T||_F^2. Gradient: of x and of f's parameters, through torch.func.vjp.
+    Raises ValueError on a shape mismatch or the mean of an empty batch. Rifai et al. 2011; Hutchinson 1990.
+    """
+    op = "contraction"
+    checks.samples(op, "x", x)
+    if not isinstance(noise, Noise):
+        raise TypeError(f"{op}: noise must be a Noise, got {type(noise).__name__}")
+    if samples < 1:
+        raise ValueError(f"{op}: samples must be at least 1, got {samples}")
+    reduction = check(op, x, reduction)
+    noise._check(op, x.shape[0], x.device)
+    pair: Any = vjp(f, x)
+    y, pull = pair
+    if not isinstance(y, Tensor) or y.shape[:1] != x.shape[:1]:
+        got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+        raise ValueError(f"{op}: f must return a tensor ({x.shape[0]}, ...), got {got}")
+    stream, compute = noise.fold_in(CONTRACTION_TAG), compute_dtype(x.dtype)
+    total = torch.zeros(x.shape[0], dtype=compute, device=x.device)
+    for k in range(samples):
+        v = stream.fold_in(k).normal(y.shape, dtype=y.dtype, device=y.device)
+        total = total + per_sample_sum(pull(v)[0].to(compute).square())
+    return _reduced(total / samples, reduction)
+
+
+def _reduced(each: Tensor, reduction: Reduction) -> Tensor:
+    if reduction == "none":
+        return each
+    return each.mean() if reduction == "mean" else each.sum()
