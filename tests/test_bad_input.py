@@ -106,12 +106,12 @@ CALLS = {
     "target": (
         lambda: df.add_noise(X, NOISE, LEVEL, target="noise"),
         ValueError,
-        "add_noise: target must be one of 'eps', 'x0', 'v', 'score', 'flow', got 'noise'",
+        "add_noise: target must be one of 'eps', 'x0', 'v', 'score', 'flow' or an EDM, got 'noise'",
     ),
     "predict": (
         lambda: df.to_x0(X, X, LEVEL, predict="epsilon"),
         ValueError,
-        "to_x0: predict must be one of 'eps', 'x0', 'v', 'score', 'flow', got 'epsilon'",
+        "to_x0: predict must be one of 'eps', 'x0', 'v', 'score', 'flow' or an EDM, got 'epsilon'",
     ),
     "clamp": (
         lambda: df.to_x0(X, X, LEVEL, clamp=(1.0, -1.0)),

@@ -10,19 +10,22 @@ from torch.compiler import is_compiling
 from ..backends.reference import compute_dtype
 from ..level import Level
 from ..rows import Coefficients
-from .affine import ABSENT, Clamp, affine
+from .affine import ABSENT, Clamp, Columns, affine
 from .checks import level_for, like, promote, samples
-from .parameterisation import MIXES, check_name, conversion
+from .levels import rows_for
+from .parameterisation import MIXES, Parameterisation, check_name, conversion
 from .routing import plain_affine
 
 Bounds = float | tuple[float, float]
 
 
-def to_x0(x_t: Tensor, pred: Tensor, level: Level, *, predict: str = "eps", clamp: Bounds | None = None) -> Tensor:
+def to_x0(
+    x_t: Tensor, pred: Tensor, level: Level, *, predict: Parameterisation = "eps", clamp: Bounds | None = None
+) -> Tensor:
     """The denoised estimate E[x0 | x_t]: (x_t - sigma * eps) / alpha from eps.
 
     x_t: (B, ...) fp16/bf16/fp32/fp64      pred: like x_t, the network's output
-    level: Level      predict: what pred is: "eps", "x0", "v", "score" or "flow"
+    level: Level      predict: what pred is: "eps", "x0", "v", "score", "flow", or EDM's F as EDM(sigma_data)
     clamp: c or (low, high): the x0 estimate is limited to [-c, c] or [low, high]
     returns: like x_t (pred itself when it is x0 already and nothing is clamped)
     Reads x_t and pred once. Gradient: the coefficients, 0 where the clamp is active.
@@ -33,7 +36,9 @@ def to_x0(x_t: Tensor, pred: Tensor, level: Level, *, predict: str = "eps", clam
     return _convert("to_x0", "x0", x_t, pred, level, predict, clamp)
 
 
-def to_eps(x_t: Tensor, pred: Tensor, level: Level, *, predict: str = "eps", clamp: Bounds | None = None) -> Tensor:
+def to_eps(
+    x_t: Tensor, pred: Tensor, level: Level, *, predict: Parameterisation = "eps", clamp: Bounds | None = None
+) -> Tensor:
     """The noise estimate: (x_t - alpha * x0) / sigma from x0.
 
     Arguments, gradient and errors as to_x0. clamp limits the x0 estimate from which eps is then made,
@@ -42,7 +47,9 @@ def to_eps(x_t: Tensor, pred: Tensor, level: Level, *, predict: str = "eps", cla
     return _convert("to_eps", "eps", x_t, pred, level, predict, clamp)
 
 
-def to_score(x_t: Tensor, pred: Tensor, level: Level, *, predict: str = "eps", clamp: Bounds | None = None) -> Tensor:
+def to_score(
+    x_t: Tensor, pred: Tensor, level: Level, *, predict: Parameterisation = "eps", clamp: Bounds | None = None
+) -> Tensor:
     """The score grad log p(x_t): -eps / sigma, or (alpha * x0 - x_t) / sigma^2.
 
     Arguments, gradient and errors as to_x0; clamp as in to_eps. Vincent 2011; Song et al. 2021.
@@ -50,7 +57,9 @@ def to_score(x_t: Tensor, pred: Tensor, level: Level, *, predict: str = "eps", c
     return _convert("to_score", "score", x_t, pred, level, predict, clamp)
 
 
-def to_v(x_t: Tensor, pred: Tensor, level: Level, *, predict: str = "eps", clamp: Bounds | None = None) -> Tensor:
+def to_v(
+    x_t: Tensor, pred: Tensor, level: Level, *, predict: Parameterisation = "eps", clamp: Bounds | None = None
+) -> Tensor:
     """The velocity v = alpha * eps - sigma * x0.
 
     Arguments, gradient and errors as to_x0; clamp as in to_eps. Salimans and Ho 2022, appendix D.
@@ -58,7 +67,33 @@ def to_v(x_t: Tensor, pred: Tensor, level: Level, *, predict: str = "eps", clamp
     return _convert("to_v", "v", x_t, pred, level, predict, clamp)
 
 
-def _convert(op: str, to: str, x_t: Tensor, pred: Tensor, level: Level, predict: str, clamp: Bounds | None) -> Tensor:
+def convert(
+    x_t: Tensor,
+    pred: Tensor,
+    level: Level,
+    *,
+    predict: Parameterisation,
+    to: Parameterisation,
+    clamp: Bounds | None = None,
+) -> Tensor:
+    """What a network with parameterisation `predict` says, in the parameterisation `to`.
+
+    Arguments, gradient and errors as to_x0; to: as predict; clamp as in to_eps.
+    convert(x_t, F, level, predict=EDM(0.5), to="flow"), say. Kingma and Gao 2023, appendix D.
+    """
+    check_name("convert", "to", to)
+    return _convert("convert", to, x_t, pred, level, predict, clamp)
+
+
+def _convert(
+    op: str,
+    to: Parameterisation,
+    x_t: Tensor,
+    pred: Tensor,
+    level: Level,
+    predict: Parameterisation,
+    clamp: Bounds | None,
+) -> Tensor:
     plain = _PLAIN.get((predict, to))
     if plain and clamp is None and type(level) is Level and not is_compiling():
         columns, name = plain
@@ -75,36 +110,36 @@ def _convert(op: str, to: str, x_t: Tensor, pred: Tensor, level: Level, predict:
     if clamp is None:
         if predict == to:
             return pred
-        columns, name = _PLAIN[predict, to]
-        rows = level._rows(op, name, conversion(predict, to), x_t, compute)
+        columns = _columns(predict, to)
+        rows = rows_for(op, level, (predict, "to", to), conversion(predict, to), x_t, compute)
         if columns[0] == ABSENT:  # x_t is neither read nor given a gradient
             return affine(op, pred, None, None, None, rows, (1, ABSENT, ABSENT, ABSENT))[0]
         return affine(op, x_t, pred, None, None, rows, columns)[0]
     low, high = bounds(op, clamp)
     if predict == "x0" and to == "x0":
         return pred.clamp(low, high)
-    rows = level._rows(op, f"{predict} to {to} by x0", _by_x0(predict, to), x_t, compute)
+    rows = rows_for(op, level, (predict, "to", to, "by x0"), _by_x0(predict, to), x_t, compute)
     inner: Clamp = (2 if predict != "x0" else ABSENT, 3, ABSENT, low, high)
     outer = (0 if to != "x0" else ABSENT, 1, ABSENT, ABSENT)
     return affine(op, x_t, pred, None, None, rows, outer, inner)[0]
 
 
-# Columns and the table's name of each conversion. Between eps and score x_t has no part.
-_PLAIN = {
-    (predict, to): ((ABSENT if {predict, to} == {"eps", "score"} else 0, 1, ABSENT, ABSENT), f"{predict} to {to}")
-    for predict in MIXES
-    for to in MIXES
-    if predict != to
+def _columns(predict: Parameterisation, to: Parameterisation) -> Columns:
+    """Between eps and score x_t has no part."""
+    return (ABSENT if {predict, to} == {"eps", "score"} else 0, 1, ABSENT, ABSENT)
+
+
+# Columns and the table's name of the conversions between names, which a plain call looks up.
+_PLAIN: dict[tuple[Parameterisation, Parameterisation], tuple[Columns, str]] = {
+    (predict, to): (_columns(predict, to), f"{predict} to {to}") for predict in MIXES for to in MIXES if predict != to
 }
 
 
-def _by_x0(predict: str, to: str) -> Coefficients:
+def _by_x0(predict: Parameterisation, to: Parameterisation) -> Coefficients:
     """Outer coefficients on (x_t, x0), then those of x0 on (x_t, pred)."""
 
     def coefficients(alpha: Any, sigma: Any) -> tuple[Any, ...]:
-        outer = (0.0, 1.0) if to == "x0" else conversion("x0", to)(alpha, sigma)
-        inner = (0.0, 1.0) if predict == "x0" else conversion(predict, "x0")(alpha, sigma)
-        return (*outer, *inner)
+        return *conversion("x0", to)(alpha, sigma), *conversion(predict, "x0")(alpha, sigma)
 
     return coefficients
 
