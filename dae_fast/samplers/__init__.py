@@ -12,8 +12,8 @@ for the device (.item(), copies from or to the host); parameters updated in plac
 but what it does in Python besides is done at capture alone.
 """
 
-from .ancestral import _reverse_table as _reverse_table  # benchmarks/external.py times one step
-from .ancestral import ddim, ddpm
+from .ancestral import ddim, ddpm, euler_ancestral
 from .langevin import annealed_langevin, langevin
+from .tables import reverse_table as _reverse_table  # noqa: F401  benchmarks/external.py times one step
 
-__all__ = ["annealed_langevin", "ddim", "ddpm", "langevin"]
+__all__ = ["annealed_langevin", "ddim", "ddpm", "euler_ancestral", "langevin"]

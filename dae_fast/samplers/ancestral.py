@@ -1,4 +1,4 @@
-"""Ancestral and implicit sampling: DDPM and DDIM."""
+"""Ancestral and implicit sampling: DDPM, DDIM and the Euler ancestral step."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 
 from ..backends.reference import compute_dtype
-from ..graphs import replayed, start_device
 from ..noise import Noise
-from ..ops.affine import ABSENT, affine
-from ..ops.conversions import Bounds, bounds
-from ..ops.parameterisation import check_name, conversion
-from ..rows import Rows
+from ..ops.conversions import Bounds
+from ..ops.parameterisation import Parameterisation
 from ..schedule import Schedule
-from .common import Network, at, check_start, progressed, start
+from .common import Network, Update, begin, conditions, descend, grid, limits, predicted, progressed, run
+from .tables import reverse_table
 
 
 @torch.no_grad()
@@ -26,8 +24,10 @@ def ddpm(
     schedule: Schedule,
     noise: Noise,
     *,
-    predict: str = "eps",
+    predict: Parameterisation = "eps",
     clamp: Bounds | None = None,
+    threshold: float | None = None,
+    guidance: float | None = None,
     variance: str = "small",
     progress: bool = False,
     graph: bool = False,
@@ -40,16 +40,49 @@ def ddpm(
     noise: Noise; the step from level t uses noise.fold_in(t)
     predict: what net predicts, "eps", "x0", "v", "score" or "flow"
     clamp: c or (low, high), the limits of the x0 estimate in every step
-    variance: of the step, "small" (the posterior's) or "large" (that of q(x_t | x_{t-1}), beta_t)
+    threshold: dynamic thresholding instead, the quantile (0.995) of a sample's |x0 estimate| that becomes 1
+        where it is more (Saharia et al. 2022, section 2.3)
+    guidance: g, for a net that returns (conditional, unconditional): the prediction is u + g*(c - u), g = 1
+        being the conditional one (Ho and Salimans 2022)
+    variance: of the step, "small" (the posterior's), "large" (that of q(x_t | x_{t-1}), beta_t), or "learned":
+        net returns one more tensor, v in [-1, 1], which interpolates between their logarithms element by
+        element (Nichol and Dhariwal 2021, eq. 15)
     progress: show a bar      graph: replay the loop as a CUDA graph      returns: like x_T
     Raises ValueError for a shape mismatch or a level from which `predict` gives no step: eps where
     alpha = 0 (predict v there). Ho et al. 2020, algorithm 2.
     """
-    if variance not in ("small", "large"):
-        raise ValueError(f"ddpm: variance must be 'small' or 'large', got {variance!r}")
+    op = "ddpm"
+    if variance not in ("small", "large", "learned"):
+        raise ValueError(f"{op}: variance must be 'small', 'large' or 'learned', got {variance!r}")
     levels = list(reversed(range(len(schedule))))
-    table = _reverse_table("ddpm", schedule, levels, predict, 1.0, variance == "large")
-    return _reverse("ddpm", net, x, schedule, noise, levels, table, clamp, progress, graph)
+    steps = reverse_table(op, schedule, levels, predict, 1.0, variance == "large")
+    limit = limits(op, clamp, threshold)
+    if variance != "learned":
+        update = Update(op, steps[:, 3:], steps[:, :3], guidance=guidance, limits=limit)
+        return descend(op, net, begin(op, x, schedule, noise, levels, graph), noise, levels, update, progress, graph)
+    large = reverse_table(op, schedule, levels, predict, 1.0, True)
+    std_small, std_large = steps[:, 2:3].clone(), large[:, 2:3]
+    noisy = (std_small > 0).flatten().tolist()
+    steps[:, 2] = 0
+    update = Update(op, steps[:, 3:], steps[:, :3], guidance=guidance, limits=limit)
+    # ln std = ((1 + v) ln std_large + (1 - v) ln std_small) / 2 = middle + v * half_width
+    table = torch.cat((update.table, (std_large * std_small).log() / 2, (std_large / std_small).log() / 2), 1)
+    parts = (*(update.parts or ("prediction",)), "v")
+
+    def loop(x: Tensor, noise: Noise, table: Tensor) -> Tensor:
+        compute = compute_dtype(x.dtype)
+        for i, t in enumerate(progressed(levels, progress, op)):
+            *prediction, v = predicted(op, net, x, t, parts)
+            (x,) = update(table, i, x, tuple(prediction))
+            if noisy[i]:
+                # The affine map has one factor a sample; here each element has its own, so z is made as a tensor.
+                middle, half_width = table[i, -2], table[i, -1]
+                z = noise.fold_in(t).normal(x.shape, dtype=compute, device=x.device)
+                x = torch.addcmul(x.to(compute), (middle + half_width * v.to(compute)).exp(), z).to(x.dtype)
+        return x
+
+    x = begin(op, x, schedule, noise, levels, graph)
+    return run(op, net, loop, x, noise, table, ("learned", *levels, update.options), progress, graph)
 
 
 @torch.no_grad()
@@ -60,77 +93,65 @@ def ddim(
     noise: Noise,
     *,
     steps: int = 50,
+    levels: Sequence[int] | None = None,
     eta: float = 0.0,
-    predict: str = "eps",
+    predict: Parameterisation = "eps",
     clamp: Bounds | None = None,
+    threshold: float | None = None,
+    guidance: float | None = None,
     progress: bool = False,
     graph: bool = False,
 ) -> Tensor:
     """Denoising diffusion implicit sampling over `steps` evenly spaced levels, the noisiest first.
 
-    steps: in [1, T]      eta: in [0, 1], 0 is deterministic, 1 is ancestral
+    steps: in [1, T]      levels: instead of steps, one's own, decreasing; a start of a shape is of the first
+    eta: in [0, 1], 0 is deterministic, 1 is ancestral
     Other arguments, the result and the errors as in ddpm. Song, Meng and Ermon 2021, eq. 12.
     """
-    if not 1 <= steps <= len(schedule):
-        raise ValueError(f"ddim: steps must be in [1, {len(schedule)}], got {steps}")
+    op = "ddim"
     if not 0 <= eta <= 1:
-        raise ValueError(f"ddim: eta must be in [0, 1], got {eta}")
-    levels = torch.linspace(len(schedule) - 1, 0, steps, dtype=torch.float64).round().long().tolist()
-    table = _reverse_table("ddim", schedule, levels, predict, eta, False)
-    return _reverse("ddim", net, x, schedule, noise, levels, table, clamp, progress, graph)
+        raise ValueError(f"{op}: eta must be in [0, 1], got {eta}")
+    chosen = grid(op, schedule, steps, levels)
+    table = reverse_table(op, schedule, chosen, predict, eta, False)
+    update = Update(op, table[:, 3:], table[:, :3], guidance=guidance, limits=limits(op, clamp, threshold))
+    return descend(op, net, begin(op, x, schedule, noise, chosen, graph), noise, chosen, update, progress, graph)
 
 
-def _reverse(
-    op: str,
+@torch.no_grad()
+def euler_ancestral(
     net: Network,
     x: Tensor | Sequence[int],
     schedule: Schedule,
     noise: Noise,
-    levels: list[int],
-    table: Tensor,
-    clamp: Bounds | None,
-    progress: bool,
-    graph: bool,
+    *,
+    steps: int = 50,
+    levels: Sequence[int] | None = None,
+    eta: float = 1.0,
+    noise_scale: float = 1.0,
+    predict: Parameterisation = "eps",
+    conditioning: str = "level",
+    clamp: Bounds | None = None,
+    threshold: float | None = None,
+    guidance: float | None = None,
+    progress: bool = False,
+    graph: bool = False,
 ) -> Tensor:
-    """x_s = c_x * x_t + c_m * x0_hat + c_z * z down the levels: one fused launch each."""
-    limits = (-math.inf, math.inf) if clamp is None else bounds(op, clamp)
-    if not isinstance(x, Tensor):
-        x = start(op, x, schedule, noise, start_device(op) if graph else torch.device("cpu"))
-    check_start(op, x, noise)
-    noisy = (table[:, 2] > 0).tolist()
-    table = table.to(compute_dtype(x.dtype))
+    """Euler ancestral sampling: an Euler step in (x/alpha, sigma/alpha) to sigma_down, then noise of sigma_up.
 
-    def descend(x: Tensor, noise: Noise, table: Tensor) -> Tensor:
-        for i, t in enumerate(progressed(levels, progress, op)):
-            pred = at(op, "the network's output", net, x, t)
-            fresh, columns = (noise.fold_in(t), (0, 1, 2, ABSENT)) if noisy[i] else (None, (0, 1, ABSENT, ABSENT))
-            (x,) = affine(op, x, pred, None, fresh, Rows(table[i : i + 1], None), columns, (3, 4, ABSENT, *limits))
-        return x
-
-    if graph:
-        return replayed(op, net, descend, x, noise, progress, table=table, options=(*levels, *limits))
-    return descend(x, noise, table.to(x.device))
-
-
-def _reverse_table(op: str, schedule: Schedule, levels: list[int], predict: str, eta: float, large: bool) -> Tensor:
-    """(steps, 5) float64: c_x, c_m, c_z and the two coefficients of the x0 estimate, for each step t to s.
-
-    q(x_t | x_s) has variance v = sigma_t^2 - (alpha_t/alpha_s)^2 sigma_s^2 and the posterior's is
-    v sigma_s^2/sigma_t^2 (Kingma et al. 2021). The step keeps the direction x_t - alpha_t x0_hat as far
-    as x_s must have variance sigma_s^2. The last s is the data: alpha_s = 1, sigma_s = 0.
+    sigma_up = min(sigma_s, eta * sigma_s * sqrt(1 - sigma_s^2/sigma_t^2)), sigma_down^2 = sigma_s^2 - sigma_up^2,
+    all over alpha; the step is ddim's, whose eta ends at 1.
+    eta: >= 0      noise_scale: >= 0, k-diffusion's s_noise, a factor of the noise added
+    conditioning: what net is told, "level", t (B,) int64, or "sigma", (B,) fp32 (fp64 for fp64), for a schedule
+        with alpha = 1 (Schedule.karras)
+    Other arguments, the result and the errors as in ddim and ddpm. k-diffusion's sample_euler_ancestral (Crowson 2022).
     """
-    check_name(op, "predict", predict)
-    alpha_t, sigma_t = schedule.alpha[levels], schedule.sigma[levels]
-    alpha_s = torch.cat((alpha_t[1:], alpha_t.new_ones(1)))
-    sigma_s = torch.cat((sigma_t[1:], sigma_t.new_zeros(1)))
-    v = (sigma_t.square() - (alpha_t / alpha_s * sigma_s).square()).clamp(min=0)
-    ratio = torch.where(sigma_s > 0, sigma_s / sigma_t, 0.0)
-    posterior = v.sqrt() * ratio
-    keep = (sigma_s.square() - (eta * posterior).square()).clamp(min=0).sqrt()
-    c_x = torch.where(sigma_s > 0, keep / sigma_t, 0.0)
-    c_z = torch.where(sigma_s > 0, v.sqrt() if large else eta * posterior, 0.0)
-    zero, one = torch.zeros_like(alpha_t), torch.ones_like(alpha_t)
-    estimate = (zero, one) if predict == "x0" else conversion(predict, "x0")(alpha_t, sigma_t)
-    table = torch.stack((c_x, alpha_s - c_x * alpha_t, c_z, *estimate), -1)
-    schedule._require_finite(op, table, levels)
-    return table
+    op = "euler_ancestral"
+    for name, value in (("eta", eta), ("noise_scale", noise_scale)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{op}: {name} must be finite and not negative, got {value}")
+    chosen = grid(op, schedule, steps, levels)
+    told = conditions(op, schedule, chosen, conditioning)
+    table = reverse_table(op, schedule, chosen, predict, eta, False)
+    table[:, 2] *= noise_scale
+    update = Update(op, table[:, 3:], table[:, :3], guidance=guidance, limits=limits(op, clamp, threshold))
+    return descend(op, net, begin(op, x, schedule, noise, chosen, graph), noise, chosen, update, progress, graph, told)

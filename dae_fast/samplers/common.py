@@ -1,29 +1,53 @@
-"""What the samplers share: the start, the network's output, the progress bar."""
+"""What the samplers share: the start, the levels, what a network returns, and the fused step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+import math
+import numbers
+import operator
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from ..backends.reference import compute_dtype
+from ..graphs import replayed, start_device
 from ..noise import Noise
+from ..ops.affine import ABSENT, affine
 from ..ops.checks import like, noise_for, samples
+from ..ops.conversions import Bounds, bounds
+from ..rows import Rows
 from ..schedule import Schedule
 
-Network = Callable[[Tensor, Tensor], Tensor]
-Step = TypeVar("Step")
+Network = Callable[[Tensor, Tensor], Any]
+GUIDED = "conditional", "unconditional"  # what a network returns under guidance
+OUTPUT = "the network's output"
+Plan = TypeVar("Plan")
 
 
-def start(op: str, shape: Sequence[int], schedule: Schedule, noise: Noise, device: torch.device) -> Tensor:
-    """x_T of `shape`: pure noise, of the last level's size where the schedule adds it to the data."""
+def begin(
+    op: str, x: Tensor | Sequence[int], schedule: Schedule, noise: Noise, levels: Sequence[int], graph: bool
+) -> Tensor:
+    """The start, checked; of a shape, pure noise of the size that it has at the first of `levels`."""
+    if not isinstance(x, Tensor):
+        alpha, sigma = float(schedule.alpha[levels[0]]), float(schedule.sigma[levels[0]])
+        x = draw_start(op, x, noise, len(schedule), alpha, sigma, graph)
+    check_start(op, x, noise)
+    return x
+
+
+def draw_start(
+    op: str, shape: Sequence[int], noise: Noise, key: int, alpha: float, sigma: float, graph: bool
+) -> Tensor:
+    """noise.fold_in(key), times sigma unless alpha^2 + sigma^2 = 1; with graph on the CUDA device."""
     if not isinstance(shape, Sequence) or isinstance(shape, str):
         raise TypeError(f"{op}: x must be a tensor or a shape (B, ...), got {type(shape).__name__}")
     if not isinstance(noise, Noise):
         raise TypeError(f"{op}: noise must be a Noise, got {type(noise).__name__}")
-    z = noise.fold_in(len(schedule)).normal(shape, device=device)
-    return z if schedule.variance_preserving else z * float(schedule.sigma[-1])
+    z = noise.fold_in(key).normal(shape, device=start_device(op) if graph else torch.device("cpu"))
+    return z if abs(alpha**2 + sigma**2 - 1) < 1e-9 else z * sigma
 
 
 def check_start(op: str, x: Tensor, noise: Noise) -> None:
@@ -33,17 +57,199 @@ def check_start(op: str, x: Tensor, noise: Noise) -> None:
     noise_for(op, noise, x, "x")
 
 
-def at(op: str, name: str, net: Network, x: Tensor, t: int) -> Tensor:
-    """The network at level t for all samples."""
-    return output(op, name, net(x, torch.full(x.shape[:1], t, device=x.device)), x)
+def grid(op: str, schedule: Schedule, steps: int, levels: Sequence[int] | None, last: int = 0) -> list[int]:
+    """`levels` if given; else `steps` of them evenly spaced in index from T-1 to `last`.
+
+    last = -1 is the data, one below level 0: the grid comes to it after its last level.
+    """
+    T = len(schedule)
+    if levels is None:
+        if not 1 <= steps <= T:
+            raise ValueError(f"{op}: steps must be in [1, {T}], got {steps}")
+        points = torch.linspace(T - 1, last, steps - last, dtype=torch.float64, device="cpu")
+        return [int(t) for t in points[:steps].round().tolist()]
+    try:
+        chosen = [operator.index(t) for t in levels]
+    except TypeError:
+        raise TypeError(f"{op}: levels must be ints, got {levels!r}") from None
+    if not chosen or chosen[0] >= T or chosen[-1] < 0 or any(s >= t for t, s in pairwise(chosen)):
+        raise ValueError(f"{op}: levels must decrease within [0, {T}), got {chosen}")
+    return chosen
 
 
-def output(op: str, name: str, value: Tensor, x: Tensor) -> Tensor:
-    like(op, name, value, "x", x)
-    return value.to(x.dtype)
+def conditions(op: str, schedule: Schedule, levels: list[int], conditioning: str) -> list[int] | list[float]:
+    """What the network is told at each of `levels`: the level, or its sigma."""
+    if conditioning == "level":
+        return levels
+    if conditioning != "sigma":
+        raise ValueError(f"{op}: conditioning must be 'level' or 'sigma', got {conditioning!r}")
+    if not bool((schedule.alpha == 1).all()):
+        raise ValueError(
+            f"{op}: conditioning='sigma' needs a schedule with alpha = 1 (Schedule.karras), got {schedule}"
+        )
+    return schedule.sigma[levels].tolist()
 
 
-def progressed(plan: Sequence[Step], progress: bool, what: str) -> Iterable[Step]:
+def predicted(
+    op: str, net: Network, x: Tensor, t: float, parts: tuple[str, ...] = (), what: str = OUTPUT
+) -> tuple[Tensor, ...]:
+    """net(x, t) for all samples at t: an int as int64, a float in the dtype of the arithmetic."""
+    dtype = torch.int64 if isinstance(t, int) else compute_dtype(x.dtype)
+    return checked(op, net(x, torch.full(x.shape[:1], t, dtype=dtype, device=x.device)), x, parts, what)
+
+
+def checked(op: str, made: Any, x: Tensor, parts: tuple[str, ...], what: str) -> tuple[Tensor, ...]:
+    """What a network returned, in x's dtype: one tensor, or a tuple with one for each of `parts`."""
+    if not parts:
+        like(op, what, made, "x", x)
+        return (made.to(x.dtype),)
+    if not isinstance(made, (tuple, list)) or len(made) != len(parts):
+        got = f"{len(made)} of them" if isinstance(made, (tuple, list)) else type(made).__name__
+        raise TypeError(f"{op}: {what} must be a tuple ({', '.join(parts)}), got {got}")
+    for part, value in zip(parts, made, strict=True):
+        like(op, f"{what} ({part})", value, "x", x)
+    return tuple(value.to(x.dtype) for value in made)
+
+
+def guided(op: str, guidance: float | None) -> tuple[str, ...]:
+    """The parts that a network returns, `guidance` being checked."""
+    if guidance is None:
+        return ()
+    if isinstance(guidance, bool) or not isinstance(guidance, numbers.Real) or not math.isfinite(guidance):
+        raise ValueError(f"{op}: guidance must be None or a finite number, got {guidance!r}")
+    return GUIDED
+
+
+class Limits(NamedTuple):
+    """Of the x0 estimate: fixed ones, or those of its own quantile."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    quantile: float | None = None
+
+
+def limits(op: str, clamp: Bounds | None, threshold: float | None) -> Limits:
+    if threshold is None:
+        return Limits() if clamp is None else Limits(*bounds(op, clamp))
+    if clamp is not None:
+        raise ValueError(f"{op}: give clamp or threshold, not both, got {clamp} and {threshold}")
+    if not 0 < threshold <= 1:
+        raise ValueError(f"{op}: threshold must be a quantile in (0, 1], got {threshold}")
+    return Limits(-1.0, 1.0, threshold)
+
+
+class Update:
+    """Step i of a sampler in one launch, from row i of a table: o_x*x + o_m*x0_hat + o_z*z + o_w*w.
+
+    estimate: (steps, 2) float64, a_x and a_p of x0_hat = a_x*x + a_p*prediction, which `limits` limit
+    outputs: one or two of (steps, 3 or 4) float64: o_x, o_m, o_z and o_w (0). Where o_z is 0, z is not read.
+    guidance g: the prediction is u + g*(c - u) = g*c + (1 - g)*u of a conditional c and an unconditional u
+        (Ho and Salimans 2022), both read by the launch: u takes the place of w.
+    """
+
+    def __init__(self, op: str, estimate: Tensor, *outputs: Tensor, guidance: float | None, limits: Limits) -> None:
+        self.op, self.limits, self.parts = op, limits, guided(op, guidance)
+        g = 1.0 if guidance is None else float(guidance)
+        a_x, a_p = estimate.unbind(1)
+        outer = [torch.nn.functional.pad(o, (0, 4 - o.shape[1])) for o in outputs]
+        self.table = torch.cat((torch.stack((a_x, g * a_p, (1 - g) * a_p), 1), *outer), 1)
+        self._outputs = len(outputs)
+        self._reads_z = torch.stack([o[:, 2] != 0 for o in outer]).any(0).tolist()
+
+    @property
+    def options(self) -> Hashable:
+        """What a captured loop depends on besides the table."""
+        return self.limits, self.parts, self._outputs
+
+    def __call__(
+        self,
+        table: Tensor,
+        i: int,
+        x: Tensor,
+        prediction: Sequence[Tensor],
+        z: Tensor | None = None,
+        noise: Noise | None = None,
+        w: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """table: self.table in the dtype of the arithmetic, on x's device; prediction: (p,) or (c, u)."""
+        p, *u = prediction
+        inner_w, outer_w = (2, ABSENT) if u else (ABSENT, ABSENT if w is None else 3)
+        w = u[0] if u else w
+        row = table[i : i + 1]
+        low, high, quantile = self.limits
+        if quantile is not None:
+            (x0_hat,) = affine(self.op, x, p, None, None, Rows(row, None), (0, 1, ABSENT, inner_w), w=w)
+            row = _thresholded(row, x0_hat, quantile)
+        reads_z = self._reads_z[i]
+        z, noise = (z, noise) if reads_z else (None, None)
+        of_output = 0, 1, 2 if reads_z else ABSENT, outer_w
+        columns = (c if c == ABSENT else 3 + 4 * k + c for k in range(self._outputs) for c in of_output)
+        return affine(self.op, x, p, z, noise, Rows(row, None), tuple(columns), (0, 1, inner_w, low, high), w=w)
+
+
+def _thresholded(row: Tensor, x0_hat: Tensor, quantile: float) -> Tensor:
+    """(B, K): the row of each sample, so that its clamp to [-1, 1] is dynamic thresholding.
+
+    clamp(x0_hat, -s, s)/s = clamp(x0_hat/s, -1, 1), s = max(1, the quantile of |x0_hat|).
+    Saharia et al. 2022, section 2.3.
+    """
+    s = quantile_of_samples(x0_hat.abs(), quantile).to(row.dtype).clamp(min=1)
+    return torch.cat((row[:, :3] / s[:, None], row[:, 3:].expand(len(s), -1)), 1)
+
+
+def quantile_of_samples(x: Tensor, q: float) -> Tensor:
+    """(B,), linear between neighbours: torch.quantile, which stops at 2^24 values and sorts them all."""
+    values = x.flatten(1) if x.dim() > 1 else x[:, None]
+    N = values.shape[1]
+    if N == 0:
+        return values.new_zeros(len(x))
+    place = q * (N - 1)
+    below = math.floor(place)
+    largest = values.topk(N - below).values
+    return torch.lerp(largest[:, -1], largest[:, max(-2, below - N)], place - below)
+
+
+def descend(
+    op: str,
+    net: Network,
+    x: Tensor,
+    noise: Noise,
+    levels: list[int],
+    update: Update,
+    progress: bool,
+    graph: bool,
+    told: Sequence[float] | None = None,
+) -> Tensor:
+    """One look by the network and one launch for each of `levels`; `told`: what the network is told there."""
+    told = levels if told is None else told
+
+    def loop(x: Tensor, noise: Noise, table: Tensor) -> Tensor:
+        for i, t in enumerate(progressed(levels, progress, op)):
+            (x,) = update(table, i, x, predicted(op, net, x, told[i], update.parts), noise=noise.fold_in(t))
+        return x
+
+    return run(op, net, loop, x, noise, update.table, (*levels, *told, update.options), progress, graph)
+
+
+def run(
+    op: str,
+    net: Callable[..., Any],
+    loop: Callable[[Tensor, Noise, Tensor], Tensor],
+    x: Tensor,
+    noise: Noise,
+    table: Tensor,
+    options: Hashable,
+    progress: bool,
+    graph: bool,
+) -> Tensor:
+    """loop(x, noise, table), the table rounded once; with graph replayed. options: what else the loop depends on."""
+    table = table.to(compute_dtype(x.dtype))
+    if graph:
+        return replayed(op, net, loop, x, noise, progress, table=table, options=options)
+    return loop(x, noise, table.to(x.device))
+
+
+def progressed(plan: Sequence[Plan], progress: bool, what: str) -> Iterable[Plan]:
     if not progress:
         return plan
     from rich.progress import track

@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backends.reference import compute_dtype
 from ..graphs import replayed
+from ..level import can_read, check_per_sample
 from ..noise import Noise
 from ..ops.affine import ABSENT, affine_into
-from ..ops.langevin import _coefficients, langevin_step
 from ..rows import Rows, stack_rows
 from ..schedule import Schedule
-from .common import Network, at, check_start, output, progressed
+from .common import Network, check_start, checked, guided, predicted, progressed, run
+
+SCORE = "the score"
 
 
 @torch.no_grad()
 def langevin(
-    score: Callable[[Tensor], Tensor],
+    score: Callable[[Tensor], Any],
     x: Tensor,
     step_size: float | Tensor,
     steps: int,
     noise: Noise,
     *,
     noise_scale: float | Tensor = 1.0,
+    guidance: float | None = None,
     progress: bool = False,
     graph: bool = False,
 ) -> Tensor:
@@ -35,6 +39,7 @@ def langevin(
     score(x): grad log p, like x      x: (B, ...) fp16/bf16/fp32/fp64, the chains' starts
     step_size: h >= 0, a float or a tensor () or (B,)      noise_scale: the same; 0 is gradient ascent
     noise: Noise; step k uses noise.fold_in(k)      progress: show a bar      returns: like x
+    guidance: g, for a score that returns (conditional, unconditional): u + g*(c - u) (Ho and Salimans 2022)
     graph: replay the loop as a CUDA graph; x must be on a CUDA device
     With a unit Gaussian the chain settles at variance 1/(1 - h/2): the bias of the discrete step.
     Raises ValueError on a negative step size or a score of another shape. Welling and Teh 2011.
@@ -43,23 +48,36 @@ def langevin(
     check_start(op, x, noise)
     if steps < 0:
         raise ValueError(f"{op}: steps must not be negative, got {steps}")
+    step_size = check_per_sample(op, "step_size", step_size, x)
+    noise_scale = check_per_sample(op, "noise_scale", noise_scale, x)
+    readable = not isinstance(step_size, Tensor) or can_read(step_size)
+    if readable and not bool(torch.as_tensor(step_size >= 0).all()):
+        raise ValueError(f"{op}: step_size must not be negative, got {float(torch.as_tensor(step_size).min())}")
+    parts = guided(op, guidance)
+    g = 1.0 if guidance is None else float(guidance)
+
+    def coefficients(h: float | Tensor, scale: float | Tensor) -> Rows:
+        h, scale = (c.double() if isinstance(c, Tensor) else c for c in (h, scale))
+        return stack_rows(op, (1.0, g * h, scale * (2 * h) ** 0.5, (1 - g) * h), x, compute_dtype(x.dtype))
 
     def chain(x: Tensor, noise: Noise, step_size: float | Tensor, noise_scale: float | Tensor) -> Tensor:
+        rows = coefficients(step_size, noise_scale)
         for k in progressed(range(steps), progress, op):
-            langevin_step(x, output(op, "the score", score(x), x), step_size, noise.fold_in(k), noise_scale, out=x)
+            c, *u = checked(op, score(x), x, parts, SCORE)
+            affine_into(op, x, x, c, None, noise.fold_in(k), rows, (0, 1, 2, 3 if u else ABSENT), w=u[0] if u else None)
         return x
 
     if not graph:
         return chain(x.clone(), noise, step_size, noise_scale)
 
-    def coefficients() -> Rows | None:
+    def keep() -> Rows | None:
         """Of numbers they lie in a cache, which may drop them."""
         if isinstance(step_size, Tensor) or isinstance(noise_scale, Tensor):
             return None
-        return stack_rows(op, _coefficients(float(step_size), float(noise_scale)), x, compute_dtype(x.dtype))
+        return coefficients(step_size, noise_scale)
 
     given = step_size, noise_scale
-    return replayed(op, score, chain, x, noise, progress, arguments=given, options=steps, keep=coefficients)
+    return replayed(op, score, chain, x, noise, progress, arguments=given, options=(steps, guidance), keep=keep)
 
 
 @torch.no_grad()
@@ -72,6 +90,7 @@ def annealed_langevin(
     step_size: float = 2e-5,
     steps_per_level: int = 100,
     denoise: bool = True,
+    guidance: float | None = None,
     progress: bool = False,
     graph: bool = False,
 ) -> Tensor:
@@ -80,8 +99,8 @@ def annealed_langevin(
     score(x, t): the score at levels t (B,) int64, like x      x: (B, ...) the starts
     schedule: variance exploding, Schedule.geometric      step_size: the paper's epsilon
     noise: Noise; step k of level t uses noise.fold_in(t*steps_per_level + k)
-    denoise: end with Tweedie's step x + sigma_0^2 * score      progress: show a bar
-    graph: replay the loop as a CUDA graph; x must be on a CUDA device
+    denoise: end with Tweedie's step x + sigma_0^2 * score      guidance: as in langevin
+    progress: show a bar      graph: replay the loop as a CUDA graph; x must be on a CUDA device
     returns: like x. Raises ValueError for a schedule with alpha != 1 or sigma = 0, or a negative step size.
     Song and Ermon 2019, algorithm 1; the last step is Jolicoeur-Martineau et al. 2021.
     """
@@ -95,22 +114,24 @@ def annealed_langevin(
         raise ValueError(f"{op}: steps_per_level must be positive, got {steps_per_level}")
     if not 0 <= step_size < math.inf:
         raise ValueError(f"{op}: step_size must be finite and not negative, got {step_size}")
+    parts = guided(op, guidance)
+    g = 1.0 if guidance is None else float(guidance)
     h = 0.5 * step_size * (schedule.sigma / schedule.sigma[0]).square()
     # One row for each level, and the last for Tweedie's step.
-    table = torch.stack((torch.ones_like(h), h, (2 * h).sqrt()), -1)
-    table = torch.cat((table, table.new_tensor([[1.0, float(schedule.sigma[0].square()), 0.0]])))
-    table = table.to(compute_dtype(x.dtype))
-    plan = [(t, k) for t in reversed(range(len(schedule))) for k in range(steps_per_level)]
+    size = torch.cat((h, schedule.sigma[:1].square()))
+    spread = torch.cat(((2 * h).sqrt(), h.new_zeros(1)))
+    table = torch.stack((torch.ones_like(size), g * size, spread, (1 - g) * size), -1)
+    plan = [(t, t, k) for t in reversed(range(len(schedule))) for k in range(steps_per_level)]  # level, row, step
+    if denoise:
+        plan.append((0, len(schedule), steps_per_level))
 
     def descend(x: Tensor, noise: Noise, table: Tensor) -> Tensor:
-        for t, k in progressed(plan, progress, op):
-            pred, fresh = at(op, "the score", score, x, t), noise.fold_in(t * steps_per_level + k)
-            affine_into(op, x, x, pred, None, fresh, Rows(table[t : t + 1], None), (0, 1, 2, ABSENT))
-        if denoise:
-            pred = at(op, "the score", score, x, 0)
-            affine_into(op, x, x, pred, None, None, Rows(table[-1:], None), (0, 1, ABSENT, ABSENT))
+        x = x.clone()
+        for t, row, k in progressed(plan, progress, op):
+            c, *u = predicted(op, score, x, t, parts, SCORE)
+            fresh = noise.fold_in(t * steps_per_level + k) if row == t else None
+            columns = 0, 1, ABSENT if fresh is None else 2, 3 if u else ABSENT
+            affine_into(op, x, x, c, None, fresh, Rows(table[row : row + 1], None), columns, w=u[0] if u else None)
         return x
 
-    if graph:
-        return replayed(op, score, descend, x, noise, progress, table=table, options=(steps_per_level, denoise))
-    return descend(x.clone(), noise, table.to(x.device))
+    return run(op, score, descend, x, noise, table, (steps_per_level, denoise, guidance), progress, graph)
