@@ -63,6 +63,7 @@ const char* row_dots(const RowDotsArgs& a, double* out, Scratch scratch, Queue q
 
 struct MaskParams {
   Cut cut;
+  Choice choice;
   double* kept;
   Scratch scratch;
 };
@@ -73,12 +74,25 @@ __global__ void __launch_bounds__(kThreads)
   using Memory = typename Access::template InUnit<__half>;
   constexpr int N = Memory::N;
   __shared__ float groups[1][kMaxTile];
+  __shared__ uint4 keys[kMaxRows];
   const Unit unit = unit_at(p.cut, blockIdx.x);
   const Memory memory(access, p.cut, unit);
+  const bool drawn = p.choice.noise.present;
+  if (drawn) prepare_keys(p.choice.noise, unit, keys);
+  __syncthreads();
   RowSums<float, 1> sums;
   for (int g = threadIdx.x; g < unit.groups; g += kThreads) {
     bool kept[N];
-    memory.read_mask(0, g, kept);
+    if (drawn) {
+      const Place at = place_of(p.cut, unit, g);
+      draw(p.choice, unit.row + at.row, to_key(keys[at.row]), memory.element(at), kept);
+      if constexpr (Access::kRagged) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) kept[i] &= N * at.group + i < p.cut.D;
+      }
+    } else {
+      memory.read_mask(0, g, kept);
+    }
     float count[1] = {0};
 #pragma unroll
     for (int i = 0; i < N; ++i) count[0] += kept[i] ? 1.0f : 0.0f;
@@ -97,11 +111,26 @@ const char* mask_count(const MaskArgs& a, double* kept, Scratch scratch, Queue q
   const Operand operands[] = {a.mask};
   return how.with_access<__half>(a.batch, operands, [&](const auto& access, const Cut& cut) {
     return launch(how.stream, cut.units, kThreads, mask_count_kernel<std::decay_t<decltype(access)>>,
-                  MaskParams{cut, kept, scratch}, access);
+                  MaskParams{cut, a.choice, kept, scratch}, access);
   });
 }
 
-const char* corrupt(const CorruptArgs&, Queue) { return "corrupt: not there yet"; }
+const char* corrupt(const CorruptArgs& a, Queue queue) {
+  if (!a.batch.B || !a.batch.D) return nullptr;
+  const DeviceGuard guard(queue.device);
+  return kernels_for(a.batch.dtype).corrupt(a, make_launch(queue));
+}
+
+const char* gaussian(const GaussianArgs& a, double* kl, Scratch scratch, Queue queue) {
+  const DeviceGuard guard(queue.device);
+  return kernels_for(a.batch.dtype).gaussian(a, kl, scratch, make_launch(queue));
+}
+
+const char* gaussian_grad(const GaussianGradArgs& a, Queue queue) {
+  if (!a.batch.B || !a.batch.D) return nullptr;
+  const DeviceGuard guard(queue.device);
+  return kernels_for(a.batch.dtype).gaussian_grad(a, make_launch(queue));
+}
 
 // A thread to each Philox block: four words of a row.
 __global__ void __launch_bounds__(kThreads) bits_kernel(const __grid_constant__ BitsArgs a, int64_t blocks_per_row) {
@@ -132,7 +161,8 @@ const char* fold_in_key(const Noise& noise, uint64_t data, const uint64_t* data_
   return launch(static_cast<cudaStream_t>(queue.stream), 1, 1, fold_in_kernel, noise, data, data_at, out);
 }
 
-constexpr Api kApi = {affine, residual, row_dots, mask_count, corrupt, bits, fold_in_key, devices};
+constexpr Api kApi = {affine,   residual,      row_dots, mask_count,  corrupt,
+                      gaussian, gaussian_grad, bits,     fold_in_key, devices};
 
 }  // namespace
 

@@ -190,6 +190,38 @@ __device__ __forceinline__ Key row_key(const Noise& noise, int64_t row) {
                                    : noise.first_sample + static_cast<uint64_t>(row));
 }
 
+__device__ __forceinline__ Key to_key(const uint4& k) {
+  return {k.x | static_cast<uint64_t>(k.y) << 32, k.z | static_cast<uint64_t>(k.w) << 32};
+}
+
+// The keys of a unit's rows. The last threads make them while the first ones fetch coefficients.
+__device__ __forceinline__ void prepare_keys(const Noise& noise, const Unit& unit, uint4 (&keys)[kMaxRows]) {
+  for (int r = kThreads - 1 - static_cast<int>(threadIdx.x); r < unit.rows; r += kThreads) {
+    const Key key = row_key(noise, unit.row + r);
+    keys[r] = make_uint4(static_cast<uint32_t>(key.seed), static_cast<uint32_t>(key.seed >> 32),
+                         static_cast<uint32_t>(key.offset), static_cast<uint32_t>(key.offset >> 32));
+  }
+}
+
+// The words of elements element .. element + N of a row; element is a multiple of 4.
+template <int N>
+__device__ __forceinline__ void words(Key key, int64_t element, uint32_t (&w)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (i % 4 == 0) memcpy(w + i, block_at(key, static_cast<uint64_t>(element + i) >> 2).r, 4 * sizeof(uint32_t));
+  }
+}
+
+// Which of them a drawn mask counts.
+template <int N>
+__device__ __forceinline__ void draw(const Choice& choice, int64_t row, Key key, int64_t element, bool (&counts)[N]) {
+  const int64_t second = choice.of_row(row)[1];
+  uint32_t w[N];
+  words(key, element, w);
+#pragma unroll
+  for (int i = 0; i < N; ++i) counts[i] = choice.counts(w[i], second);
+}
+
 // The normals of elements element .. element + N of a row; element is a multiple of 4.
 template <int N>
 __device__ __forceinline__ void normals(Key key, int64_t element, float (&z)[N]) {

@@ -24,21 +24,8 @@ struct Rows {
   Table table;
 };
 
-__device__ __forceinline__ Key to_key(const uint4& k) {
-  return {k.x | static_cast<uint64_t>(k.y) << 32, k.z | static_cast<uint64_t>(k.w) << 32};
-}
-
-// The last threads make the keys while the first ones fetch coefficients.
-__device__ __forceinline__ void prepare_keys(const Rows& p, const Unit& unit, uint4 (&keys)[kMaxRows]) {
-  for (int r = kThreads - 1 - static_cast<int>(threadIdx.x); r < unit.rows; r += kThreads) {
-    const Key key = row_key(p.noise, unit.row + r);
-    keys[r] = make_uint4(static_cast<uint32_t>(key.seed), static_cast<uint32_t>(key.seed >> 32),
-                         static_cast<uint32_t>(key.offset), static_cast<uint32_t>(key.offset >> 32));
-  }
-}
-
 template <int C>
-__device__ __forceinline__ void prepare_coefficients(const Rows& p, const Unit& unit, const int (&columns)[C],
+__device__ __forceinline__ void prepare_coefficients(const Rows& p, const Unit& unit, const int* columns,
                                                      R (&c)[kMaxRows][C]) {
   for (int i = threadIdx.x; i < unit.rows * C; i += kThreads)
     c[i / C][i % C] = coefficient<R>(p.table, unit.row + i / C, columns[i % C]);
@@ -53,100 +40,123 @@ __device__ __forceinline__ void make_normals(const Memory& memory, const Key& ke
 }
 
 // What a thread knows of its group.
-template <int C>
+template <class E>
 struct InRow {
   Place at;
-  const R* c;  // the row's coefficients
+  const E* c;  // the row's coefficients
   Key key;
 };
 
 // Calls walk(place), place(g) being the InRow of group g. A unit within one row has a loop of its own, which
 // keeps key and coefficients in registers.
-template <bool kOwnLoop, int C, int K, class Walk>
-__device__ __forceinline__ void walk_rows(const Cut& cut, const Unit& unit, const R (&coefficients)[kMaxRows][C],
+template <bool kOwnLoop, class E, int C, int K, class Walk>
+__device__ __forceinline__ void walk_rows(const Cut& cut, const Unit& unit, const E (&coefficients)[kMaxRows][C],
                                           const uint4 (&keys)[K], Walk walk) {
   constexpr bool kFresh = K == kMaxRows;
   if constexpr (kOwnLoop) {
     if (unit.rows == 1) {
-      R c[C];
+      E c[C];
 #pragma unroll
       for (int i = 0; i < C; ++i) c[i] = coefficients[0][i];
       const Key key = kFresh ? to_key(keys[0]) : Key{};
-      return walk([&](int g) { return InRow<C>{{0, unit.begin + g}, c, key}; });
+      return walk([&](int g) { return InRow<E>{{0, unit.begin + g}, c, key}; });
     }
   }
   walk([&](int g) {
     const Place at = place_of(cut, unit, g);
-    return InRow<C>{at, coefficients[at.row], kFresh ? to_key(keys[at.row]) : Key{}};
+    return InRow<E>{at, coefficients[at.row], kFresh ? to_key(keys[at.row]) : Key{}};
   });
 }
 
-enum { kX, kY, kZ, kOut, kOut2 };
+enum { kX, kY, kZ, kW, kOut, kOut2 };
+
+// Columns of the coefficients of x, y, z, w: for out, for out2, for the estimate that the clamp is about.
+constexpr int kOfOut = 0, kOfOut2 = 4, kOfEstimate = 8, kColumns = 12;
 
 struct AffineParams : Rows {
-  int columns[8];  // c0 c1 c2 of out, of out2, then a0, a1
+  int columns[kColumns];
   bool clamped;
   R lo, hi;
 };
 
+// kInputs: with one output and no clamp, how many of x, y, z, w are read, in this order; fresh noise takes z's
+// place and is none of them. kAnyInputs: everything else.
+constexpr int kAnyInputs = -1;
+template <bool kFresh>
+constexpr int kAllInputs = kFresh ? 3 : 4;
+
 // One output of a group. Where operands have other uses too, one whose column is absent counts as 0 here,
 // whatever it holds.
-template <bool kSeveralUses, int N>
-__device__ __forceinline__ Pack<T, N> map_group(const int* columns, const R* c, const R (&x)[N], const R (&y)[N],
-                                                const R (&z)[N]) {
-  const auto used = [&](int k, R v) { return kSeveralUses && columns[k] == kAbsent ? R(0) : v; };
-  const Affine<R> f = {c[0], c[1], c[2]};
-  R v[N];
+template <bool kFresh, int kInputs, int N>
+__device__ __forceinline__ void map_group(const int* columns, const R* c, const R (&x)[N], const R (&y)[N],
+                                          const R (&z)[N], const R (&w)[N], R (&v)[N]) {
+  constexpr bool kGeneral = kInputs == kAnyInputs;
+  const auto used = [&](int k, R v) { return kGeneral && columns[k] == kAbsent ? R(0) : v; };
+  if (kGeneral ? columns[kW] == kAbsent : kInputs < kAllInputs<kFresh>) {
+    const Affine<R> f = {c[kX], c[kY], c[kZ]};
 #pragma unroll
-  for (int i = 0; i < N; ++i) v[i] = f(used(0, x[i]), used(1, y[i]), used(2, z[i]));
-  Pack<T, N> out;
-  narrow(v, out);
-  return out;
+    for (int i = 0; i < N; ++i) v[i] = f(used(kX, x[i]), used(kY, y[i]), used(kZ, z[i]));
+  } else {
+    const Affine4<R> f = {c[kX], c[kY], c[kZ], c[kW]};
+#pragma unroll
+    for (int i = 0; i < N; ++i) v[i] = f(used(kX, x[i]), used(kY, y[i]), used(kZ, z[i]), w[i]);
+  }
 }
 
-// kInputs: how many of x, y, z are read, x first, with one output and no clamp; kAnyInputs: everything else.
-constexpr int kAnyInputs = -1;
-
 template <bool kFresh, int kInputs, class Access>
-__global__ void __launch_bounds__(kThreads, (kBlocks<T, Access>))
+__global__ void __launch_bounds__(kThreads, (kBlocks<T, Access> - (kInputs == kAnyInputs ? 1 : 0)))
     affine_kernel(const __grid_constant__ AffineParams p, const __grid_constant__ Access access) {
   using Memory = typename Access::template InUnit<T>;
   constexpr int N = Memory::N;
   constexpr bool kGeneral = kInputs == kAnyInputs;
-  __shared__ R coefficients[kMaxRows][8];
+  __shared__ R coefficients[kMaxRows][kGeneral ? kColumns : kOfOut2];
   __shared__ uint4 keys[kFresh ? kMaxRows : 1];
   const Unit unit = unit_at(p.cut, blockIdx.x);
   const Memory memory(access, p.cut, unit);
-  const auto reads = [&](int k) { return kGeneral ? access.has(k) : k < kInputs; };
-  Pack<T, N> xs = {}, ys = {}, zs = {};
+  const auto reads = [&](int k) {
+    if (kFresh && k == kZ) return false;
+    return kGeneral ? access.has(k) : (k == kW ? kInputs == kAllInputs<kFresh> : k < kInputs);
+  };
+  Pack<T, N> xs = {}, ys = {}, zs = {}, ws = {};
   const auto fetch = [&](int g) {
     if (reads(kX)) memory.read(kX, g, xs);
     if (reads(kY)) memory.read(kY, g, ys);
-    if (!kFresh && reads(kZ)) memory.read(kZ, g, zs);
+    if (reads(kZ)) memory.read(kZ, g, zs);
+    if (reads(kW)) memory.read(kW, g, ws);
   };
   if (threadIdx.x < unit.groups) fetch(threadIdx.x);  // under way while the rows are prepared
   prepare_coefficients(p, unit, p.columns, coefficients);
-  if constexpr (kFresh) prepare_keys(p, unit, keys);
+  if constexpr (kFresh) prepare_keys(p.noise, unit, keys);
   __syncthreads();
 
   const auto walk = [&](auto place) {
 #pragma unroll 1
     for (int g = threadIdx.x, next; g < unit.groups; g = next) {
-      R x[N], y[N], z[N];
-      widen(xs, x), widen(ys, y);
+      R x[N], y[N], z[N], w[N], v[N];
+      widen(xs, x), widen(ys, y), widen(ws, w);
       if constexpr (!kFresh) widen(zs, z);
       next = g + kThreads;
       if (next < unit.groups) fetch(next);
-      const auto [at, c, key] = place(g);
-      if constexpr (kFresh) make_normals(memory, key, at, z);
+      const auto in = place(g);
+      if constexpr (kFresh) make_normals(memory, in.key, in.at, z);
+      const auto map = [&](int first) { map_group<kFresh, kInputs>(p.columns + first, in.c + first, x, y, z, w, v); };
+      const auto write = [&](int k) {
+        Pack<T, N> out;
+        narrow(v, out);
+        memory.write(k, g, out);
+      };
       if (kGeneral && p.clamped) {
-        const Affine<R> f = {c[6], c[7], R(0)};
         const Clamp<R> clamp = {p.lo, p.hi};
+        map(kOfEstimate);
 #pragma unroll
-        for (int i = 0; i < N; ++i) y[i] = clamp(f(p.columns[6] == kAbsent ? R(0) : x[i], y[i], R(0)));
+        for (int i = 0; i < N; ++i) y[i] = clamp(v[i]);
       }
-      memory.write(kOut, g, map_group<kGeneral>(p.columns, c, x, y, z));
-      if (kGeneral && access.has(kOut2)) memory.write(kOut2, g, map_group<true>(p.columns + 3, c + 3, x, y, z));
+      map(kOfOut);
+      write(kOut);
+      if (kGeneral && access.has(kOut2)) {
+        map(kOfOut2);
+        write(kOut2);
+      }
     }
   };
   walk_rows<!kGeneral>(p.cut, unit, coefficients, keys, walk);
@@ -155,7 +165,9 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<T, Access>))
 enum { kPred, kTargetY, kTargetZ, kMask, kGrad };
 
 struct ResidualParams : Rows {
-  int columns[2];
+  int columns[3];  // n1, n2, delta
+  Penalty penalty;
+  Choice choice;
   LossArgs loss;
   Scratch scratch;
 };
@@ -176,18 +188,51 @@ __device__ __forceinline__ void finish_loss(const ResidualParams& p) {
         static_cast<R>(p.loss.reduction == Reduction::mean ? total / static_cast<double>(p.cut.B) : total);
 }
 
-// kInputs: how many of pred, y, z are read, in that order; kAnyInputs: asked for each.
+// The sum of rho over a group's residuals, which become rho'(r) / 2.
+template <Penalty kPenalty, int N>
+__device__ __forceinline__ R penalise(R delta, R (&r)[N]) {
+  const Rho<kPenalty, R> rho = {delta};
+  R sum = 0;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    sum += rho.value(r[i]);
+    r[i] = rho.half_slope(r[i]);
+  }
+  return sum;
+}
+
+template <int N>
+__device__ __forceinline__ R squares(const R (&r)[N]) {
+  R sum = 0;
+#pragma unroll
+  for (int i = 0; i < N; ++i) sum = mul_add(r[i], r[i], sum);
+  return sum;
+}
+
+template <int N>
+__device__ __forceinline__ R penalise(Penalty penalty, R delta, R (&r)[N]) {
+  switch (penalty) {
+    case Penalty::l1: return penalise<Penalty::l1>(delta, r);
+    case Penalty::huber: return penalise<Penalty::huber>(delta, r);
+    case Penalty::pseudo_huber: return penalise<Penalty::pseudo_huber>(delta, r);
+    default: return squares(r);
+  }
+}
+
+// kInputs: of squares, without a drawn mask, how many of pred, y, z are read, in that order. kAnyInputs:
+// everything else.
 template <bool kFresh, int kInputs, class Access>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 && kInputs == kAnyInputs ? 2 : 3)
     residual_kernel(const __grid_constant__ ResidualParams p, const __grid_constant__ Access access) {
   using Memory = typename Access::template InUnit<T>;
   constexpr int N = Memory::N;
-  __shared__ R coefficients[kMaxRows][2], scales[kMaxRows], groups[1][kMaxTile];
-  __shared__ uint4 keys[kFresh ? kMaxRows : 1];
+  constexpr bool kGeneral = kInputs == kAnyInputs;
+  __shared__ R coefficients[kMaxRows][kGeneral ? 3 : 2], scales[kMaxRows], groups[1][kMaxTile];
+  __shared__ uint4 keys[kFresh ? kMaxRows : 1], mask_keys[kGeneral ? kMaxRows : 1];
   if (p.loss.only_if_scaled && p.loss.upstream_as<R>() == 1) return;
   const Unit unit = unit_at(p.cut, blockIdx.x);
   const Memory memory(access, p.cut, unit);
-  const auto reads = [&](int k) { return kInputs == kAnyInputs ? access.has(k) : k < kInputs; };
+  const auto reads = [&](int k) { return kGeneral ? access.has(k) : k < kInputs; };
   Pack<T, N> preds = {}, ys = {}, zs = {};
   const auto fetch = [&](int g) {
     memory.read(kPred, g, preds);
@@ -200,7 +245,10 @@ __global__ void __launch_bounds__(kThreads, 3)
     for (int r = threadIdx.x; r < unit.rows; r += kThreads)
       scales[r] = static_cast<R>(gradient_scale(p.loss.weight_of(unit.row + r), p.loss.upstream_as<R>(),
                                                 p.loss.kept_of(unit.row + r, p.cut.D), p.loss.reduction, p.cut.B));
-  if constexpr (kFresh) prepare_keys(p, unit, keys);
+  if constexpr (kFresh) prepare_keys(p.noise, unit, keys);
+  const bool drawn = kGeneral && p.choice.noise.present;
+  if constexpr (kGeneral)
+    if (drawn) prepare_keys(p.choice.noise, unit, mask_keys);
   __syncthreads();
   RowSums<R, 1> sums;
   const auto walk = [&](auto place) {
@@ -214,13 +262,16 @@ __global__ void __launch_bounds__(kThreads, 3)
       const auto [at, c, key] = place(g);
       if constexpr (kFresh) make_normals(memory, key, at, z);
       const Affine<R> f = {R(1), c[0], c[1]};
-      R r[N], squares[1] = {R(0)};
+      R r[N];
 #pragma unroll
       for (int i = 0; i < N; ++i) r[i] = f(pred[i], y[i], z[i]);
       // Selects, not products: what is masked out may be NaN, and past the row's end there is noise.
-      if (access.has(kMask)) {
+      if (access.has(kMask) || drawn) {
         bool kept[N];
-        memory.read_mask(kMask, g, kept);
+        if (drawn)
+          draw(p.choice, unit.row + at.row, to_key(mask_keys[at.row]), memory.element(at), kept);
+        else
+          memory.read_mask(kMask, g, kept);
 #pragma unroll
         for (int i = 0; i < N; ++i) r[i] = kept[i] ? r[i] : R(0);
       }
@@ -228,9 +279,8 @@ __global__ void __launch_bounds__(kThreads, 3)
 #pragma unroll
         for (int i = 0; i < N; ++i) r[i] = N * at.group + i < p.cut.D ? r[i] : R(0);
       }
-#pragma unroll
-      for (int i = 0; i < N; ++i) squares[0] = mul_add(r[i], r[i], squares[0]);
-      sums.add(unit, g, squares, groups);
+      const R sum[1] = {kGeneral ? penalise(p.penalty, c[2], r) : squares(r)};
+      sums.add(unit, g, sum, groups);
       if (access.has(kGrad)) {
         const R scale = scales[at.row];
         R gradient[N];
@@ -242,7 +292,7 @@ __global__ void __launch_bounds__(kThreads, 3)
       }
     }
   };
-  walk_rows<!Access::kRagged>(p.cut, unit, coefficients, keys, walk);
+  walk_rows<!kGeneral>(p.cut, unit, coefficients, keys, walk);
   if (!p.loss.per_sample && !p.loss.loss) return;
   sums.store(p.cut, unit, groups, p.scratch.sums);
   if (is_last_block(p.scratch.counter)) finish_loss(p);
@@ -264,7 +314,7 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<T, Access>))
   __shared__ uint4 keys[kFresh ? kMaxRows : 1];
   const Unit unit = unit_at(p.cut, blockIdx.x);
   const Memory memory(access, p.cut, unit);
-  if constexpr (kFresh) prepare_keys(p, unit, keys);
+  if constexpr (kFresh) prepare_keys(p.noise, unit, keys);
   __syncthreads();
   RowSums<R, 3> sums;
   for (int g = threadIdx.x; g < unit.groups; g += kThreads) {
@@ -296,25 +346,167 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<T, Access>))
         [&](int64_t row, double sum) { p.out[3 * row + k] = sum; });
 }
 
+enum { kClean, kCorrupted };
+
+struct CorruptParams {
+  Cut cut;
+  Choice choice;
+  T low, high;
+};
+
+template <class Access>
+__global__ void __launch_bounds__(kThreads, (kBlocks<T, Access>))
+    corrupt_kernel(const __grid_constant__ CorruptParams p, const __grid_constant__ Access access) {
+  using Memory = typename Access::template InUnit<T>;
+  constexpr int N = Memory::N;
+  __shared__ int64_t thresholds[kMaxRows][2];
+  __shared__ uint4 keys[kMaxRows];
+  const Unit unit = unit_at(p.cut, blockIdx.x);
+  const Memory memory(access, p.cut, unit);
+  Pack<T, N> fetched;
+  if (threadIdx.x < unit.groups) memory.read(kClean, threadIdx.x, fetched);
+  for (int i = threadIdx.x; i < 2 * unit.rows; i += kThreads)
+    thresholds[i / 2][i % 2] = p.choice.of_row(unit.row + i / 2)[i % 2];
+  prepare_keys(p.choice.noise, unit, keys);
+  __syncthreads();
+  const auto walk = [&](auto place) {
+#pragma unroll 1
+    for (int g = threadIdx.x, next; g < unit.groups; g = next) {
+      Pack<T, N> pack = fetched;
+      next = g + kThreads;
+      if (next < unit.groups) memory.read(kClean, next, fetched);
+      const auto [at, threshold, key] = place(g);
+      uint32_t word[N];
+      words(key, memory.element(at), word);
+#pragma unroll
+      for (int i = 0; i < N; ++i)
+        if (word[i] < threshold[1]) pack.v[i] = word[i] < threshold[0] ? p.low : p.high;
+      memory.write(kCorrupted, g, pack);
+    }
+  };
+  walk_rows<!Access::kRagged>(p.cut, unit, thresholds, keys, walk);
+}
+
+enum { kMu, kLogVar, kEps, kSample };
+
+// What both directions read of a group.
+template <bool kFresh, int N, int K, class Memory, class Access>
+__device__ __forceinline__ Place read_gaussian(const Cut& cut, const Unit& unit, const Memory& memory,
+                                               const Access& access, const uint4 (&keys)[K], int g, R (&mu)[N],
+                                               R (&log_var)[N], R (&eps)[N]) {
+  Pack<T, N> mus, log_vars, epss = {};
+  memory.read(kMu, g, mus);
+  memory.read(kLogVar, g, log_vars);
+  if (!kFresh && access.has(kEps)) memory.read(kEps, g, epss);
+  widen(mus, mu), widen(log_vars, log_var);
+  const Place at = place_of(cut, unit, g);
+  if constexpr (kFresh)
+    make_normals(memory, to_key(keys[at.row]), at, eps);
+  else
+    widen(epss, eps);
+  return at;
+}
+
+struct GaussianParams : Rows {
+  double* kl;  // (B,)
+  Scratch scratch;
+};
+
+template <bool kFresh, class Access>
+__global__ void __launch_bounds__(kThreads, (kBlocks<T, Access>))
+    gaussian_kernel(const __grid_constant__ GaussianParams p, const __grid_constant__ Access access) {
+  using Memory = typename Access::template InUnit<T>;
+  constexpr int N = Memory::N;
+  __shared__ R groups[1][kMaxTile];
+  __shared__ uint4 keys[kFresh ? kMaxRows : 1];
+  const Unit unit = unit_at(p.cut, blockIdx.x);
+  const Memory memory(access, p.cut, unit);
+  if constexpr (kFresh) prepare_keys(p.noise, unit, keys);
+  __syncthreads();
+  RowSums<R, 1> sums;
+#pragma unroll 1
+  for (int g = threadIdx.x; g < unit.groups; g += kThreads) {
+    R mu[N], log_var[N], eps[N], z[N], kl[1] = {R(0)};
+    read_gaussian<kFresh>(p.cut, unit, memory, access, keys, g, mu, log_var, eps);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const Gaussian<R> gaussian(mu[i], log_var[i]);
+      kl[0] += gaussian.kl();  // 0 past the row's end, where mu and log_var are
+      z[i] = gaussian.sample(eps[i]);
+    }
+    Pack<T, N> out;
+    narrow(z, out);
+    memory.write(kSample, g, out);
+    sums.add(unit, g, kl, groups);
+  }
+  sums.store(p.cut, unit, groups, p.scratch.sums);
+  if (!is_last_block(p.scratch.counter)) return;
+  sum_rows(
+      p.cut.B, p.cut.segments_per_row, [&](int64_t i) { return read_sum(p.scratch.sums, i); },
+      [&](int64_t row, double sum) { p.kl[row] = sum; });
+}
+
+enum { kZGrad = kEps + 1, kMuGrad, kLogVarGrad };
+
+struct GaussianGradParams : Rows {
+  const R* kl_grad;  // (B,), or nullptr for 0
+};
+
+template <bool kFresh, class Access>
+__global__ void __launch_bounds__(kThreads, (kBlocks<T, Access>))
+    gaussian_grad_kernel(const __grid_constant__ GaussianGradParams p, const __grid_constant__ Access access) {
+  using Memory = typename Access::template InUnit<T>;
+  constexpr int N = Memory::N;
+  __shared__ uint4 keys[kFresh ? kMaxRows : 1];
+  const Unit unit = unit_at(p.cut, blockIdx.x);
+  const Memory memory(access, p.cut, unit);
+  if constexpr (kFresh) prepare_keys(p.noise, unit, keys);
+  __syncthreads();
+#pragma unroll 1
+  for (int g = threadIdx.x; g < unit.groups; g += kThreads) {
+    Pack<T, N> pack = {};
+    if (access.has(kZGrad)) memory.read(kZGrad, g, pack);
+    R mu[N], log_var[N], eps[N], z_grad[N], gradient[N];
+    const Place at = read_gaussian<kFresh>(p.cut, unit, memory, access, keys, g, mu, log_var, eps);
+    widen(pack, z_grad);
+    const R kl_grad = p.kl_grad ? p.kl_grad[unit.row + at.row] : R(0);
+#pragma unroll
+    for (int i = 0; i < N; ++i) gradient[i] = Gaussian<R>(mu[i], log_var[i]).mu_grad(z_grad[i], kl_grad);
+    narrow(gradient, pack);
+    memory.write(kMuGrad, g, pack);
+#pragma unroll
+    for (int i = 0; i < N; ++i) gradient[i] = Gaussian<R>(mu[i], log_var[i]).log_var_grad(z_grad[i], kl_grad, eps[i]);
+    narrow(gradient, pack);
+    memory.write(kLogVarGrad, g, pack);
+  }
+}
+
 template <bool kFresh>
 const char* launch_affine(const AffineArgs& a, const Launch& how) {
-  Operand operands[] = {a.x, a.y, a.z, a.out, a.out2};
-  for (int k = 0; k < 3; ++k)  // not read where no coefficient wants it
-    if (!a.clamped && a.columns[k] == kAbsent && a.columns[4 + k] == kAbsent) operands[k] = {};
+  Operand operands[] = {a.x, a.y, a.z, a.w, a.out, a.out2};
+  int columns[kColumns] = {};
+  std::copy_n(a.columns, kOfEstimate, columns);
+  const int estimate[] = {a.inner[0], a.inner[1], kAbsent, a.inner[2]};
+  for (int k = 0; k < 4; ++k) {
+    columns[kOfEstimate + k] = a.clamped ? estimate[k] : kAbsent;
+    const bool outside = a.columns[kOfOut + k] != kAbsent || a.columns[kOfOut2 + k] != kAbsent;
+    const bool inside = columns[kOfEstimate + k] != kAbsent;
+    if (!(inside || (outside && !(a.clamped && k == kY)))) operands[k] = {};  // not read where nothing wants it
+  }
   return how.with_access<T>(a.batch, operands, [&](const auto& access, const Cut& cut) {
     AffineParams p{{cut, a.noise, a.table}, {}, a.clamped, static_cast<R>(a.lo), static_cast<R>(a.hi)};
-    for (int i = 0; i < 3; ++i) p.columns[i] = a.columns[i], p.columns[3 + i] = a.columns[4 + i];
-    for (int i = 0; i < 2; ++i) p.columns[6 + i] = a.clamped ? a.inner[i] : kAbsent;
+    std::copy_n(columns, kColumns, p.columns);
     using Access = std::decay_t<decltype(access)>;
     const auto with = [&](auto kernel) { return launch(how.stream, cut.units, kThreads, kernel, p, access); };
     // Strides cost more than a few selects: there the general kernel is the only one.
     if constexpr (!Access::kRagged) {
-      const bool x = access.data[kX], y = access.data[kY], z = access.data[kZ];
+      const bool x = access.data[kX], y = access.data[kY], z = access.data[kZ], w = access.data[kW];
       if (!a.clamped && !a.out2.data && x) {
-        if (!y && !z) return with(affine_kernel<kFresh, 1, Access>);
-        if (y && !z) return with(affine_kernel<kFresh, 2, Access>);
+        if (!y && !z && !w) return with(affine_kernel<kFresh, 1, Access>);
+        if (y && !z && !w) return with(affine_kernel<kFresh, 2, Access>);
         if constexpr (!kFresh)
-          if (y) return with(affine_kernel<kFresh, 3, Access>);
+          if (y && z && !w) return with(affine_kernel<kFresh, 3, Access>);
+        if (y && (z || kFresh) && w) return with(affine_kernel<kFresh, kAllInputs<kFresh>, Access>);
       }
     }
     return with(affine_kernel<kFresh, kAnyInputs, Access>);
@@ -324,20 +516,24 @@ const char* launch_affine(const AffineArgs& a, const Launch& how) {
 template <bool kFresh>
 const char* launch_residual(const ResidualArgs& a, const LossArgs& loss, Scratch scratch, const Launch& how) {
   Operand operands[] = {a.pred, a.y, a.z, a.mask, a.grad};
-  int columns[] = {a.columns[0], a.columns[1]};
+  int columns[] = {a.columns[0], a.columns[1], a.columns[2]};
   if (!kFresh && !a.y.data) {  // the same sum with z in y's place
     std::swap(operands[kTargetY], operands[kTargetZ]);
     std::swap(columns[0], columns[1]);
   }
   return how.with_access<T>(a.batch, operands, [&](const auto& access, const Cut& cut) {
     using Access = std::decay_t<decltype(access)>;
-    const ResidualParams p{{cut, a.noise, a.table}, {columns[0], columns[1]}, loss, scratch};
+    const ResidualParams p{
+        {cut, a.noise, a.table}, {columns[0], columns[1], columns[2]}, a.penalty, a.choice, loss, scratch};
     const auto with = [&](auto kernel) { return launch(how.stream, cut.units, kThreads, kernel, p, access); };
-    if constexpr (Access::kRagged) return with(residual_kernel<kFresh, kAnyInputs, Access>);
-    // With fresh noise z is not read; without, something is.
-    constexpr int kLeast = kFresh ? 1 : 2;
-    const bool more = access.data[kFresh ? kTargetY : kTargetZ];
-    return more ? with(residual_kernel<kFresh, kLeast + 1, Access>) : with(residual_kernel<kFresh, kLeast, Access>);
+    if constexpr (!Access::kRagged) {
+      // With fresh noise z is not read; without, something is.
+      constexpr int kLeast = kFresh ? 1 : 2;
+      const bool more = access.data[kFresh ? kTargetY : kTargetZ];
+      if (a.penalty == Penalty::mse && !a.choice.noise.present)
+        return more ? with(residual_kernel<kFresh, kLeast + 1, Access>) : with(residual_kernel<kFresh, kLeast, Access>);
+    }
+    return with(residual_kernel<kFresh, kAnyInputs, Access>);
   });
 }
 
@@ -347,6 +543,33 @@ const char* launch_row_dots(const RowDotsArgs& a, double* out, Scratch scratch, 
   return how.with_access<T>(a.batch, operands, [&](const auto& access, const Cut& cut) {
     const RowDotsParams p{{cut, a.noise, {}}, out, scratch};
     return launch(how.stream, cut.units, kThreads, row_dots_kernel<kFresh, std::decay_t<decltype(access)>>, p, access);
+  });
+}
+
+const char* launch_corrupt(const CorruptArgs& a, const Launch& how) {
+  const Operand operands[] = {a.x, a.out};
+  return how.with_access<T>(a.batch, operands, [&](const auto& access, const Cut& cut) {
+    const CorruptParams p{cut, a.choice, T(static_cast<R>(a.low)), T(static_cast<R>(a.high))};
+    return launch(how.stream, cut.units, kThreads, corrupt_kernel<std::decay_t<decltype(access)>>, p, access);
+  });
+}
+
+template <bool kFresh>
+const char* launch_gaussian(const GaussianArgs& a, double* kl, Scratch scratch, const Launch& how) {
+  const Operand operands[] = {a.mu, a.log_var, a.eps, a.z};
+  return how.with_access<T>(a.batch, operands, [&](const auto& access, const Cut& cut) {
+    const GaussianParams p{{cut, a.noise, {}}, kl, scratch};
+    return launch(how.stream, cut.units, kThreads, gaussian_kernel<kFresh, std::decay_t<decltype(access)>>, p, access);
+  });
+}
+
+template <bool kFresh>
+const char* launch_gaussian_grad(const GaussianGradArgs& a, const Launch& how) {
+  const Operand operands[] = {a.mu, a.log_var, a.eps, a.z_grad, a.mu_grad, a.log_var_grad};
+  return how.with_access<T>(a.batch, operands, [&](const auto& access, const Cut& cut) {
+    const GaussianGradParams p{{cut, a.noise, {}}, static_cast<const R*>(a.kl_grad)};
+    return launch(how.stream, cut.units, kThreads, gaussian_grad_kernel<kFresh, std::decay_t<decltype(access)>>, p,
+                  access);
   });
 }
 
@@ -366,6 +589,15 @@ const Kernels DAE_JOIN(kernels_, DAE_NAME) = {
       using namespace DAE_NAME;
       return a.noise.present ? launch_row_dots<true>(a, out, scratch, how)
                              : launch_row_dots<false>(a, out, scratch, how);
+    },
+    [](const CorruptArgs& a, const Launch& how) { return DAE_NAME::launch_corrupt(a, how); },
+    [](const GaussianArgs& a, double* kl, Scratch scratch, const Launch& how) {
+      using namespace DAE_NAME;
+      return a.noise.present ? launch_gaussian<true>(a, kl, scratch, how) : launch_gaussian<false>(a, kl, scratch, how);
+    },
+    [](const GaussianGradArgs& a, const Launch& how) {
+      using namespace DAE_NAME;
+      return a.noise.present ? launch_gaussian_grad<true>(a, how) : launch_gaussian_grad<false>(a, how);
     },
 };
 
