@@ -26,8 +26,8 @@ def timestep_embedding(
     t: (B,) integers or floats      dim: at least 2; where it is odd the last column is 0
     flip: the cosines first (diffusers' flip_sin_to_cos)
     freq_shift: 1 in Ho et al.'s code, 0 in Vaswani et al. and in most since (diffusers' downscale_freq_shift)
-    out: (B, dim) of any floating dtype and strides, written instead of a new tensor: the columns beside the noised
-            input, say, so that nothing is concatenated (add_noise has an out too)
+    out: (B, dim) of any floating dtype and strides, which gets the fp32 values: the columns beside the noised input,
+            say, so that nothing is concatenated (add_noise has an out too)
     returns: (B, dim) fp32, or out
     The angles are worked out in float64 and their sines rounded once. Gradient: of a floating t, without out.
     Raises ValueError on a shape mismatch or a gradient with out. Vaswani et al. 2017, section 3.5; Ho et al. 2020,
@@ -75,13 +75,13 @@ def fourier_embedding(
 
 def _waves(op: str, angle: Tensor, dim: int, flip: bool, out: Tensor | None, of: Tensor) -> Tensor:
     """Sines and cosines of the angles (B, dim // 2) side by side, in out or in fp32; `of` is what they are made of."""
-    parts = [angle.sin(), angle.cos()]
+    parts = [angle.sin().float(), angle.cos().float()]
     if flip:
         parts.reverse()
     if dim % 2:
-        parts.append(torch.zeros_like(angle[:, :1]))
+        parts.append(parts[0].new_zeros(angle.shape[0], 1))
     if out is None:
-        return torch.cat(parts, 1).float()
+        return torch.cat(parts, 1)
     shape = (angle.shape[0], dim)
     if not isinstance(out, Tensor) or out.dtype not in DTYPES:
         raise TypeError(f"{op}: out must be a floating tensor, got {getattr(out, 'dtype', type(out).__name__)}")
