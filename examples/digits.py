@@ -14,6 +14,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
+import torch.nn.functional as F
 import typer
 from rich.console import Console
 from rich.progress import track
@@ -51,6 +52,27 @@ def mlp(*widths: int) -> nn.Sequential:
     """Linear layers of these widths with SiLU between them."""
     layers = [layer for D, H in pairwise(widths) for layer in (nn.Linear(D, H), nn.SiLU())]
     return nn.Sequential(*layers[:-1])
+
+
+class DenoisingLayer(nn.Module):
+    """f(x) = W^T relu(W x + b) + c: an autoencoder with one hidden layer and tied weights (Vincent et al. 2010).
+
+    W starts small, so that what it is in the end was learned.
+    """
+
+    def __init__(self, D: int, H: int) -> None:
+        super().__init__()
+        self.filters = nn.Parameter(0.1 * torch.randn(H, D) / math.sqrt(D))
+        self.hidden_bias, self.visible_bias = nn.Parameter(torch.zeros(H)), nn.Parameter(torch.zeros(D))
+
+    def encode(self, x: Tensor) -> Tensor:
+        return F.relu(F.linear(x, self.filters, self.hidden_bias))
+
+    def decode(self, code: Tensor) -> Tensor:
+        return F.linear(code, self.filters.T, self.visible_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decode(self.encode(x))
 
 
 def denoising_loss(
@@ -100,13 +122,22 @@ def probe(
 def tiles(images: Tensor, columns: int, margin: float = -1.0) -> Tensor:
     """Square images (N, side*side) laid out in rows of `columns`, which divides N, a pixel of margin around each."""
     side = math.isqrt(images.shape[1])
-    squares = nn.functional.pad(images.reshape(-1, columns, side, side), (1, 1, 1, 1), value=margin)
+    squares = F.pad(images.reshape(-1, columns, side, side), (1, 1, 1, 1), value=margin)
     return squares.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
 
 
-def show_tiles(axis: plt.Axes, images: Tensor, columns: int, title: str = "", cmap: str = "gray_r") -> None:
-    """Images with values from -1 to 1; in cmap="RdBu", say, the margin is the colour of 0."""
-    axis.imshow(tiles(images, columns, -1.0 if cmap == "gray_r" else 0.0), cmap=cmap, vmin=-1, vmax=1)
+def show_tiles(axis: plt.Axes, images: Tensor, columns: int, title: str = "") -> None:
+    """Images with values from -1 to 1, as ink on paper."""
+    axis.imshow(tiles(images, columns), cmap="gray_r", vmin=-1, vmax=1)
+    axis.axis("off")
+    axis.set_title(title)
+
+
+def show_filters(axis: plt.Axes, filters: Tensor, columns: int, title: str = "") -> None:
+    """The columns^2 largest filters of (H, 64), the largest first, each scaled by itself; 0 is white."""
+    largest = filters[filters.norm(dim=1).argsort(descending=True)[: columns**2]]
+    scaled = largest / largest.abs().amax(1, keepdim=True)
+    axis.imshow(tiles(scaled, columns, margin=0.0), cmap="RdBu", vmin=-1, vmax=1)
     axis.axis("off")
     axis.set_title(title)
 
