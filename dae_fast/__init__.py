@@ -5,14 +5,18 @@ from .backends import backend_names, use_backend
 from .continuous import ContinuousSchedule
 from .info import info, package_version
 from .level import Level
+from .nn import LevelStatistics
 from .noise import Noise
 from .ops import library as library  # registers the torch.library ops
-from .ops.conversions import to_eps, to_score, to_v, to_x0
+from .ops import weighting
+from .ops.conversions import convert, to_eps, to_score, to_v, to_x0
 from .ops.corruption import Masking, SaltAndPepper, corrupt, patch_mask
+from .ops.denoising import denoising_loss
 from .ops.embedding import fourier_embedding, timestep_embedding
 from .ops.langevin import langevin_step
 from .ops.loss import noise_mse
 from .ops.noising import add_noise
+from .ops.parameterisation import EDM
 from .ops.penalties import contraction, kl_sparsity, l1_penalty, sigmoid_contraction
 from .ops.reparameterisation import reparameterise
 from .ops.structured import OffsetNoise, PyramidNoise
@@ -21,8 +25,10 @@ from .schedule import Schedule
 __version__ = package_version()
 
 __all__ = [
+    "EDM",
     "ContinuousSchedule",
     "Level",
+    "LevelStatistics",
     "Masking",
     "Noise",
     "OffsetNoise",
@@ -32,7 +38,9 @@ __all__ = [
     "add_noise",
     "backend_names",
     "contraction",
+    "convert",
     "corrupt",
+    "denoising_loss",
     "fourier_embedding",
     "info",
     "kl_sparsity",
@@ -50,4 +58,5 @@ __all__ = [
     "to_v",
     "to_x0",
     "use_backend",
+    "weighting",
 ]

@@ -2,136 +2,252 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .backends.reference import coefficients, compute_dtype
+from .continuous import ContinuousSchedule
+from .level import Level, can_read
 from .noise import Noise
+from .ops.affine import ABSENT, affine
 from .ops.checks import like, noise_for, promote, samples
-from .ops.loss import check, check_level_weight, loss_mask, loss_weight
+from .ops.denoising import AnyNoise, against_target, target_coefficients
+from .ops.levels import rows_for
+from .ops.loss import Selecting, check, check_level_weight, loss_mask, loss_weight
 from .ops.noising import add_noise
-from .ops.parameterisation import MIXES, check_name, error_ratio
-from .ops.residual import residual_loss
-from .rows import Coefficients, stack_rows, table_of
+from .ops.parameterisation import EDM, Parameterisation, check_name, errors
+from .ops.structured import StructuredNoise
+from .ops.weighting import Weight, check_weighting, weight_for
+from .rows import Rows, table_of
 from .schedule import Schedule
-
-# Levels are drawn from a stream of their own, so that they are independent of the noise they scale.
-LEVEL_TAG = 0x6C6576656C  # "level"
 
 
 class DenoisingLoss(torch.nn.Module):
     """The denoising objective: draw a level, noise the data, compare the network with its target.
 
-    schedule: Schedule      predict: what the network predicts, "eps", "x0", "v", "score" or "flow"
-    level_weight: (T,) a weight for each level, or None; a buffer, so it moves with the module
+    schedule: Schedule or ContinuousSchedule
+    predict: what the network predicts, "eps", "x0", "v", "score", "flow", or EDM's F as EDM(sigma_data)
+    weighting: what each level counts, as denoising_loss's weight without a tensor
+    level_weight: (T,) a weight for each level of a Schedule, or None; a buffer, so it moves with the module
 
     loss(net, x0, noise) calls net(x_t, t) and returns {"loss", "noise_mse", "x0_mse"}: the objective,
     with its gradient, and the mean squared errors of the implied noise and x0 estimates, without, all
     from one pass. With a Noise the levels too are a function of (seed, step, sample), and neither the
     noise nor the target is stored.
-    Raises ValueError for a schedule with a level where the prediction does not determine both x0 and
+    Raises ValueError for a Schedule with a level where the prediction does not determine both x0 and
     eps (eps where alpha = 0, x0 or score where sigma = 0): predict v there. Ho et al. 2020, algorithm 1.
     """
 
     level_weight: Tensor | None
 
-    def __init__(self, schedule: Schedule, predict: str = "eps", *, level_weight: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        schedule: Schedule | ContinuousSchedule,
+        predict: Parameterisation = "eps",
+        *,
+        weighting: Weight = None,
+        level_weight: Tensor | None = None,
+    ) -> None:
         super().__init__()
         op = "DenoisingLoss"
         check_name(op, "predict", predict)
+        if isinstance(weighting, Tensor):
+            raise TypeError(f"{op}: weighting must be no tensor; give level_weight, or weight with the batch")
+        if weighting is not None and weighting != "uniform":
+            check_weighting(op, weighting)
         if level_weight is not None:
+            if not isinstance(schedule, Schedule):
+                raise ValueError(f"{op}: level_weight needs a Schedule, whose levels are counted")
             check_level_weight(op, schedule, level_weight)
         self.schedule = schedule
         self.predict = predict
+        self.weighting = weighting
         self.register_buffer("level_weight", level_weight)
-        for key, made in ((f"target {predict}", _target(predict)), (f"errors from {predict}", _errors(predict))):
-            table_of(schedule, op, key, made, torch.float32, torch.device("cpu"))
+        if isinstance(schedule, Schedule):
+            for key, made in (("target", target_coefficients(predict)), ("errors from", errors(predict))):
+                table_of(schedule, op, f"{key} {predict}", made, torch.float32, torch.device("cpu"))
 
     def draw_levels(self, noise: Noise, x0: Tensor) -> Tensor:
-        """(B,) int64, uniform over the schedule, a function of the noise's key and sample ids."""
-        words = noise.fold_in(LEVEL_TAG).bits(x0.shape[:1], device=x0.device)
-        return (words * len(self.schedule)) >> 32
+        """(B,) schedule.draw: int64 levels or float32 times, a function of the noise's key and sample ids."""
+        return self.schedule.draw(noise, x0.shape[0], device=x0.device)
 
     def forward(
         self,
         net: Callable[..., Tensor],
         x0: Tensor,
-        noise: Noise | Tensor,
+        noise: AnyNoise,
         t: Tensor | None = None,
         *,
         weight: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Tensor | Selecting | None = None,
         **net_arguments: Any,
     ) -> dict[str, Tensor]:
         """The objective at the levels t of x_t = alpha * x0 + sigma * eps.
 
         net(x_t, t, **net_arguments): the prediction, like x0 (its dtype may differ)
-        x0: (B, ...) fp16/bf16/fp32/fp64      noise: Noise, or a tensor like x0
-        t: (B,) int32/int64 levels; None draws them from the Noise, and a tensor needs them given
-        weight: (B,) and mask: bool, broadcastable to x0, as in noise_mse
+        x0: (B, ...) fp16/bf16/fp32/fp64      noise: Noise, OffsetNoise, PyramidNoise, or a tensor like x0
+        t: (B,) int32/int64 levels, or floating times; None draws them, and needs a Noise
+        weight: (B,) and mask, as in noise_mse
         returns: "loss" = mean_b w_b * mse_b of the prediction, with its gradient; "noise_mse" and
         "x0_mse", unweighted and without; scalars, fp32 (fp64 for fp64)
         Raises ValueError on a shape mismatch, a level outside the schedule or an empty batch.
         """
         op, predict = "DenoisingLoss", self.predict
         samples(op, "x0", x0)
-        z, generated = noise_for(op, noise, x0, "x0")
+        if not isinstance(noise, StructuredNoise):
+            noise_for(op, noise, x0, "x0")
         if t is None:
-            if generated is None:
-                raise ValueError(f"{op}: t must be given when noise is a tensor")
-            t = self.draw_levels(generated, x0)
+            if not isinstance(noise, Noise):
+                raise ValueError(f"{op}: t must be given unless noise is a Noise")
+            t = self.draw_levels(noise, x0)
         elif not isinstance(t, Tensor):
-            raise TypeError(f"{op}: t must be an int32 or int64 tensor (B,), got {type(t).__name__}")
+            raise TypeError(f"{op}: t must be a tensor (B,), got {type(t).__name__}")
         level = self.schedule[t]
         x_t = add_noise(x0, noise, level)
         assert isinstance(x_t, Tensor)
         pred = net(x_t, t, **net_arguments)
         like(op, "the network's output", pred, "x0", x0)
-
-        y = None if predict in ("eps", "score") else x0
-        if predict == "x0":
-            z = generated = None
-        y, z, pred_ = promote(y, z, pred)
-        assert pred_ is not None
-        compute = compute_dtype(pred_.dtype)
-        if predict in ("eps", "x0"):  # the same at every level
-            one_target = (1.0, 0.0, -1.0) if predict == "eps" else (1.0, -1.0, 0.0)
-            rows = stack_rows(op, one_target, pred_, compute)
-        else:
-            rows = level._rows(op, f"target {predict}", _target(predict), pred_, compute)
-        loss, mse = residual_loss(
-            op,
-            pred_,
-            y,
-            z,
-            generated,
-            rows,
-            loss_weight(op, pred_, level, weight, self.level_weight),
-            loss_mask(op, pred_, mask),
-            check(op, pred_, "mean"),
-        )
-        errors = level._rows(op, f"errors from {predict}", _errors(predict), mse, mse.dtype)
-        noise_mse, x0_mse = (mse @ coefficients(errors.table, errors.t, op) / mse.shape[0]).unbind()
+        w = loss_weight(op, pred, level, weight, self.level_weight)
+        by_level = weight_for(op, self.weighting, level, pred, predict)
+        if by_level is not None:
+            w = by_level if w is None else w * by_level
+        chosen, how = loss_mask(op, pred, mask), check(op, pred, "mean")
+        loss, mse = against_target(op, pred, x0, noise, level, predict, w, chosen, how)
+        rows = rows_for(op, level, ("errors from", predict), errors(predict), mse, mse.dtype)
+        noise_mse, x0_mse = (mse @ coefficients(*rows, op) / mse.shape[0]).unbind()
         return {"loss": loss, "noise_mse": noise_mse, "x0_mse": x0_mse}
 
 
-def _target(predict: str) -> Coefficients:
-    """A residual's row: 1*pred - p0*x0 - p1*eps."""
+class EDMPreconditioner(torch.nn.Module):
+    """D(x_t, level) = c_skip * x_t + c_out * net(c_in * x_t, c_noise), an estimate of x0 (Karras et al. 2022).
 
-    def coefficients(alpha: Any, sigma: Any) -> tuple[Any, ...]:
-        p0, p1 = MIXES[predict](alpha, sigma)
-        return 1.0, -p0, -p1
+    net(x, c_noise, **arguments): its output like x (its dtype may differ), c_noise (B,) or (1,) = log(sigma/alpha)/4
+    sigma_data: > 0, the standard deviation of the data
+    With s = sqrt(sigma^2 + (alpha sigma_data)^2): c_skip = alpha sigma_data^2/s^2, c_out = sigma sigma_data/s,
+    c_in = 1/s; table 1 where alpha = 1. The network is called between two fused passes.
 
-    return coefficients
+    Train D with predict="x0", weight=weighting.EDM(sigma_data), or, a pass less, F with predict=EDM(sigma_data) and
+    no weight: the same loss.
+    """
+
+    def __init__(self, net: Callable[..., Tensor], sigma_data: float = 0.5) -> None:
+        super().__init__()
+        self.net = net
+        self.predict = EDM(sigma_data)
+
+    def forward(self, x_t: Tensor, level: Level | Tensor | float, **arguments: Any) -> Tensor:
+        """The estimate of x0, like x_t, or of the wider dtype where the network's output is wider.
+
+        x_t: (B, ...) fp16/bf16/fp32/fp64      level: Level, or sigma of alpha = 1: a float, or a tensor () or (B,)
+        Raises ValueError on a shape mismatch, or where alpha or sigma is 0 (c_noise is infinite).
+        """
+        op, level = "EDMPreconditioner", self._level(level)
+        F = self.raw(x_t, level, **arguments)
+        x_t, F = promote(x_t, F)
+        return affine(op, x_t, F, None, None, self._rows(x_t, level), (0, 1, ABSENT, ABSENT))[0]
+
+    def raw(self, x_t: Tensor, level: Level | Tensor | float, **arguments: Any) -> Tensor:
+        """F = net(c_in * x_t, c_noise), what a loss with predict=EDM(sigma_data) compares."""
+        op, level = "EDMPreconditioner", self._level(level)
+        samples(op, "x_t", x_t)
+        rows = self._rows(x_t, level)
+        scaled = affine(op, x_t, None, None, None, rows, (2, ABSENT, ABSENT, ABSENT))[0]
+        F = self.net(scaled, coefficients(*rows, op)[:, 3], **arguments)
+        like(op, "the network's output", F, "x_t", x_t)
+        return F
+
+    def _rows(self, x_t: Tensor, level: Level) -> Rows:
+        key = ("preconditioning", self.predict)
+        return rows_for("EDMPreconditioner", level, key, self.predict.preconditioning, x_t, compute_dtype(x_t.dtype))
+
+    @staticmethod
+    def _level(level: Level | Tensor | float) -> Level:
+        return level if isinstance(level, Level) else Level(1.0, level)
 
 
-def _errors(predict: str) -> Coefficients:
-    """Squared error of eps and of x0 for each unit of the prediction's."""
+class LevelStatistics(torch.nn.Module):
+    """Count, mean and second moment of the loss at each level, gathered where the losses are: nothing synchronises.
 
-    def coefficients(alpha: Any, sigma: Any) -> tuple[Any, ...]:
-        return *error_ratio(predict, "eps")(alpha, sigma), *error_ratio(predict, "x0")(alpha, sigma)
+    bins: T, one for each level of a Schedule, or their edges (N + 1,), increasing: bin i holds edges[i] <= t <
+            edges[i + 1] (continuous times, sigmas, log-SNRs), and the last its right edge too
+    decay: in (0, 1], by which every update multiplies what was there before
 
-    return coefficients
+    update(t, loss_b) with denoising_loss(..., return_per_sample=True). The sums are float64 buffers, `count`, `total`
+    and `squares` (N,): they move with the module, and add up over processes (all_reduce each).
+    Raises TypeError or ValueError for other arguments.
+    """
+
+    count: Tensor
+    total: Tensor
+    squares: Tensor
+    edges: Tensor | None
+
+    def __init__(self, bins: int | Tensor | Sequence[float], *, decay: float = 1.0) -> None:
+        super().__init__()
+        op = "LevelStatistics"
+        edges: Tensor | None = None
+        if isinstance(bins, int):
+            if isinstance(bins, bool) or bins < 1:
+                raise ValueError(f"{op}: bins must be a positive int or edges (N + 1,), got {bins}")
+        else:
+            edges = torch.as_tensor(bins, dtype=torch.float64).detach().clone()
+            if edges.dim() != 1 or len(edges) < 2 or not (edges[1:] > edges[:-1]).all():
+                raise ValueError(f"{op}: edges must be (N + 1,) and increase, got {bins}")
+        if not 0 < decay <= 1:
+            raise ValueError(f"{op}: decay must be in (0, 1], got {decay}")
+        N = bins if isinstance(bins, int) else len(bins) - 1
+        self.decay = decay
+        self.register_buffer("edges", edges)
+        for name in ("count", "total", "squares"):
+            self.register_buffer(name, torch.zeros(N, dtype=torch.float64))
+
+    @torch.no_grad()
+    def update(self, t: Tensor, loss: Tensor) -> None:
+        """Add the losses (B,) of samples at levels t (B,), on the buffers' device.
+
+        A t outside the bins raises ValueError on the CPU; on a GPU it is left out.
+        """
+        op, N = "LevelStatistics", len(self.count)
+        for name, value in (("t", t), ("loss", loss)):
+            if not isinstance(value, Tensor) or value.dim() != 1 or value.shape != t.shape:
+                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"{op}: {name} must be a tensor (B,), t and loss of one length, got {got}")
+        if self.edges is None:
+            if t.is_floating_point():
+                raise TypeError(f"{op}: t must be of integers where bins are counted, got {t.dtype}")
+            place, inside = t.long(), (t >= 0) & (t < N)
+        else:
+            wide = t.double()
+            inside = (wide >= self.edges[0]) & (wide <= self.edges[-1])
+            place = torch.bucketize(wide, self.edges, right=True) - 1
+        if can_read(t) and not inside.all():
+            b = int((~inside).nonzero()[0, 0])
+            raise ValueError(f"{op}: t must lie in the bins, got {t[b].item()} for sample {b}")
+        place, one = place.clamp(0, N - 1), inside.double()
+        value = torch.where(inside, loss.double(), 0.0)
+        for buffer, added in ((self.count, one), (self.total, value), (self.squares, value.square())):
+            buffer.mul_(self.decay).index_add_(0, place, added)
+
+    @property
+    def mean(self) -> Tensor:
+        """(N,) float64, of the loss; NaN for a bin without any."""
+        return self.total / self.count
+
+    @property
+    def second_moment(self) -> Tensor:
+        """(N,) float64, of the loss; NaN for a bin without any."""
+        return self.squares / self.count
+
+    def probabilities(self, *, least: float = 10.0, uniform: float = 0.001) -> Tensor:
+        """(N,) p, (1 - uniform) sqrt(second_moment) normalised, + uniform/N: levels drawn by the size of their loss.
+
+        Uniform until every bin has a count of at least `least`. t = torch.multinomial(p, B, replacement=True), and the
+        loss keeps its mean with weight=1 / (N * p[t]). Nichol and Dhariwal 2021, section 3.3.
+        """
+        N = len(self.count)
+        size = torch.where(self.count >= least, self.second_moment, 1.0).sqrt()
+        p = (1 - uniform) * size / size.sum() + uniform / N
+        return torch.where((self.count >= least).all() & (size.sum() > 0), p, 1 / N)

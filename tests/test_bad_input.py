@@ -211,7 +211,7 @@ CALLS = {
     "mask type": (
         lambda: df.noise_mse(X, NOISE, mask=torch.ones(8, 4)),
         TypeError,
-        "noise_mse: mask must be a bool tensor, got torch.float32",
+        "noise_mse: mask must be a bool tensor or a corruption, got torch.float32",
     ),
     "mask shape": (
         lambda: df.noise_mse(X, NOISE, mask=torch.ones(8, 3, dtype=torch.bool)),
@@ -232,6 +232,231 @@ CALLS = {
         lambda: df.noise_mse(X, df.Noise(0, sample=torch.arange(8, device="meta"))),
         ValueError,
         "noise_mse: noise.sample must be on cpu, got meta",
+    ),
+    "out of add_noise with a target": (
+        lambda: df.add_noise(X, NOISE, LEVEL, target="v", out=torch.empty(8, 4)),
+        ValueError,
+        "add_noise: out= is of x_t alone; give no target with it",
+    ),
+    "out of add_noise with a gradient": (
+        lambda: df.add_noise(X.clone().requires_grad_(), NOISE, LEVEL, out=torch.empty(8, 4)),
+        ValueError,
+        "add_noise: out= has no gradient; call it under torch.no_grad\\(\\) or without out",
+    ),
+    "out of add_noise, its shape": (
+        lambda: df.add_noise(X, NOISE, LEVEL, out=torch.empty(8, 5)),
+        ValueError,
+        r"add_noise: out must have shape \(8, 4\), got \(8, 5\)",
+    ),
+    "out of add_noise, expanded": (
+        lambda: df.add_noise(X, NOISE, LEVEL, out=torch.zeros(8, 1).expand(8, 4)),
+        ValueError,
+        "add_noise: out has several elements in one place of memory",
+    ),
+    "negative perturbation": (
+        lambda: df.add_noise(X, NOISE, LEVEL, perturbation=-0.1),
+        ValueError,
+        "add_noise: perturbation must be finite and not negative, got -0.1",
+    ),
+    "perturbation type": (
+        lambda: df.add_noise(X, NOISE, LEVEL, perturbation="0.1"),
+        TypeError,
+        "add_noise: perturbation must be a float or a tensor, got str",
+    ),
+    "perturbation of a tensor": (
+        lambda: df.add_noise(X, X, LEVEL, perturbation=0.1),
+        ValueError,
+        "add_noise: a perturbation is drawn from the noise's key: noise must not be a tensor",
+    ),
+    "structured noise of structured noise": (
+        lambda: df.PyramidNoise(df.OffsetNoise(NOISE)),
+        TypeError,
+        "PyramidNoise: noise must be a Noise, got OffsetNoise",
+    ),
+    "offset of a vector": (
+        lambda: df.add_noise(torch.zeros(8), df.OffsetNoise(NOISE), LEVEL),
+        ValueError,
+        r"OffsetNoise: samples must be \(B, C, ...\), got shape \(8,\)",
+    ),
+    "pyramid of flat data": (
+        lambda: df.add_noise(X, df.PyramidNoise(NOISE), LEVEL),
+        ValueError,
+        r"PyramidNoise: samples must be \(B, C, ...\) with one to three spatial dimensions, got shape \(8, 4\)",
+    ),
+    "pyramid levels": (
+        lambda: df.PyramidNoise(NOISE, levels=0),
+        ValueError,
+        "PyramidNoise: levels must be at least 1, got 0",
+    ),
+    "pyramid discount": (
+        lambda: df.PyramidNoise(NOISE, -1.0),
+        ValueError,
+        "PyramidNoise: discount must be finite and not negative, got -1.0",
+    ),
+    "structured noise, its dtype": (
+        lambda: df.OffsetNoise(NOISE).normal((8, 4), dtype=torch.int64),
+        TypeError,
+        "OffsetNoise.normal: dtype must be float16, bfloat16, float32 or float64, got torch.int64",
+    ),
+    "structured noise, its shape": (
+        lambda: df.OffsetNoise(NOISE).normal(()),
+        ValueError,
+        r"OffsetNoise.normal: shape must be \(B, ...\), got \(\)",
+    ),
+    "structured noise, sample ids": (
+        lambda: df.add_noise(X, df.OffsetNoise(df.Noise(0, sample=torch.arange(5))), LEVEL),
+        ValueError,
+        r"add_noise: noise.sample must have shape \(8,\), got \(5,\)",
+    ),
+    "masking above 1": (
+        lambda: df.Masking(1.5, NOISE),
+        ValueError,
+        r"Masking: p must be in \[0, 1\], got 1.5",
+    ),
+    "masking of NaN": (
+        lambda: df.Masking(torch.tensor([0.1, float("nan")]), NOISE),
+        ValueError,
+        r"Masking: p must be in \[0, 1\], got nan",
+    ),
+    "masking of integers": (
+        lambda: df.Masking(torch.tensor([0, 1]), NOISE),
+        ValueError,
+        r"Masking: p must be a float or a floating tensor \(\) or \(B,\), got torch.int64 of \(2,\)",
+    ),
+    "masking of a tensor": (
+        lambda: df.Masking(0.5, X),
+        TypeError,
+        "Masking: noise must be a Noise, got Tensor",
+    ),
+    "masking, its batch": (
+        lambda: df.corrupt(X, df.Masking(torch.full((5,), 0.5), NOISE)),
+        ValueError,
+        r"corrupt: Masking's p must be a float or have shape \(8,\), one per sample, got \(5,\)",
+    ),
+    "masking, its shape": (
+        lambda: df.Masking(0.5, NOISE).mask(()),
+        ValueError,
+        r"Masking.mask: shape must be \(B, ...\), got \(\)",
+    ),
+    "masking, its sample ids": (
+        lambda: df.corrupt(X, df.Masking(0.5, df.Noise(0, sample=torch.arange(5)))),
+        ValueError,
+        r"corrupt: noise.sample must have shape \(8,\), got \(5,\)",
+    ),
+    "salt": (
+        lambda: df.SaltAndPepper(0.5, NOISE, salt=-0.5),
+        ValueError,
+        r"SaltAndPepper: salt must be in \[0, 1\], got -0.5",
+    ),
+    "salt of tensors": (
+        lambda: df.SaltAndPepper(0.5, NOISE, salt=torch.tensor(0.5)),
+        TypeError,
+        "SaltAndPepper: salt must be a float, got a tensor",
+    ),
+    "value with salt": (
+        lambda: df.corrupt(X, df.SaltAndPepper(0.5, NOISE), 1.0),
+        ValueError,
+        "corrupt: value is for a Masking; SaltAndPepper has low and high, got value=1.0",
+    ),
+    "not a corruption": (
+        lambda: df.corrupt(X, NOISE),
+        TypeError,
+        "corrupt: corruption must be a Masking or a SaltAndPepper, got Noise",
+    ),
+    "integers to corrupt": (
+        lambda: df.corrupt(X.long(), df.Masking(0.5, NOISE)),
+        TypeError,
+        "corrupt: x must be float16, bfloat16, float32 or float64, got torch.int64",
+    ),
+    "ratio": (
+        lambda: df.patch_mask(NOISE, 8, 16, 75),
+        ValueError,
+        r"patch_mask: ratio must be in \[0, 1\], got 75.0",
+    ),
+    "patches": (
+        lambda: df.patch_mask(NOISE, 8, -1, 0.75),
+        ValueError,
+        "patch_mask: B and patches must not be negative, got 8 and -1",
+    ),
+    "embedding of a float": (
+        lambda: df.timestep_embedding(0.5, 8),
+        TypeError,
+        r"timestep_embedding: t must be a tensor \(B,\), got float",
+    ),
+    "embedding, its shape": (
+        lambda: df.timestep_embedding(X, 8),
+        ValueError,
+        r"timestep_embedding: t must be integers or floats of shape \(B,\), got torch.float32 of \(8, 4\)",
+    ),
+    "embedding, its dim": (
+        lambda: df.timestep_embedding(X[:, 0], 2),
+        ValueError,
+        r"timestep_embedding: dim // 2 must be at least 1 and above freq_shift \(1.0\), got dim = 2",
+    ),
+    "embedding, out": (
+        lambda: df.timestep_embedding(X[:, 0], 8, out=torch.zeros(8, 9)),
+        ValueError,
+        r"timestep_embedding: out must have shape \(8, 8\) and be on cpu, got \(8, 9\) on cpu",
+    ),
+    "embedding, out of integers": (
+        lambda: df.timestep_embedding(X[:, 0], 8, out=torch.zeros(8, 8).long()),
+        TypeError,
+        "timestep_embedding: out must be a floating tensor, got torch.int64",
+    ),
+    "embedding, out with gradient": (
+        lambda: df.timestep_embedding(X[:, 0].clone().requires_grad_(), 8, out=torch.zeros(8, 8)),
+        ValueError,
+        "timestep_embedding: out= has no gradient",
+    ),
+    "Fourier features, odd": (
+        lambda: df.fourier_embedding(X, NOISE, 7),
+        ValueError,
+        "fourier_embedding: dim must be even and at least 2, got 7",
+    ),
+    "Fourier features of integers": (
+        lambda: df.fourier_embedding(X.long(), NOISE, 8),
+        ValueError,
+        r"fourier_embedding: x must be floats of shape \(B,\) or \(B, D\), got torch.int64 of \(8, 4\)",
+    ),
+    "l1 of nothing": (
+        lambda: df.l1_penalty(torch.zeros(0, 4)),
+        ValueError,
+        r"l1_penalty: the mean over an empty batch \(0, 4\) is not defined; use reduction='sum'",
+    ),
+    "sparsity rate": (
+        lambda: df.kl_sparsity(X, 1.0),
+        ValueError,
+        r"kl_sparsity: rate must be in \(0, 1\), got 1.0",
+    ),
+    "sparsity of activations outside": (
+        lambda: df.kl_sparsity(X + 2),
+        ValueError,
+        r"kl_sparsity: h must lie in \(0, 1\), got a unit whose mean is 2.0",
+    ),
+    "sparsity of nothing": (
+        lambda: df.kl_sparsity(torch.zeros(0, 4)),
+        ValueError,
+        r"kl_sparsity: the mean over an empty batch \(0, 4\) is not defined",
+    ),
+    "contraction, shapes": (
+        lambda: df.sigmoid_contraction(X, X),
+        ValueError,
+        r"sigmoid_contraction: h must be \(B, H\) and W \(H, D\), got \(8, 4\) and \(8, 4\)",
+    ),
+    "contraction, draws": (
+        lambda: df.contraction(lambda x: x, X, NOISE, samples=0),
+        ValueError,
+        "contraction: samples must be at least 1, got 0",
+    ),
+    "contraction to a number": (
+        lambda: df.contraction(lambda x: x.sum(), X, NOISE),
+        ValueError,
+        r"contraction: f must return a tensor \(8, ...\), got \(\)",
+    ),
+    "contraction, noise": (
+        lambda: df.contraction(lambda x: x, X, X),
+        TypeError,
+        "contraction: noise must be a Noise, got Tensor",
     ),
 }
 

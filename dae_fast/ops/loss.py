@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Literal, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from ..rows import stack_rows
 from ..schedule import Schedule
 from .checks import level_for, noise_for, promote, samples
 from .parameterisation import error_ratio
-from .residual import MINUS_TARGET, REDUCTIONS, Reduction, plain_residual_loss, residual_loss
+from .residual import MINUS_TARGET, REDUCTIONS, Drawn, Mask, Reduction, plain_residual_loss, residual_loss
 
 
 @overload
@@ -26,7 +26,7 @@ def noise_mse(
     level: Level | None = None,
     weight: Tensor | None = None,
     level_weight: Tensor | None = None,
-    mask: Tensor | None = None,
+    mask: Tensor | Selecting | None = None,
     reduction: Reduction = "mean",
     return_x0_mse: Literal[False] = False,
 ) -> Tensor: ...
@@ -38,7 +38,7 @@ def noise_mse(
     level: Level | None = None,
     weight: Tensor | None = None,
     level_weight: Tensor | None = None,
-    mask: Tensor | None = None,
+    mask: Tensor | Selecting | None = None,
     reduction: Reduction = "mean",
     return_x0_mse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
@@ -49,7 +49,7 @@ def noise_mse(
     level: Level | None = None,
     weight: Tensor | None = None,
     level_weight: Tensor | None = None,
-    mask: Tensor | None = None,
+    mask: Tensor | Selecting | None = None,
     reduction: Reduction = "mean",
     return_x0_mse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -58,7 +58,8 @@ def noise_mse(
     pred: (B, ...) fp16/bf16/fp32/fp64      noise: Noise (eps is regenerated), or a tensor like pred
     weight: (B,) multiplies each sample's mean before the mean over the batch
     level_weight: (T,) a weight per level, looked up at level = schedule[t]; multiplies with `weight`
-    mask: bool, broadcastable to pred: the elements that count; mse_b is over those (0 if there are none)
+    mask: bool, broadcastable to pred: the elements that count; mse_b is over those (0 if there are none). Or a
+            Masking or SaltAndPepper, or its .struck or .kept, whose elements are drawn again and never stored
     reduction: "mean"; "sum" (sum_b w_b * sum of squares); "none" (w_b * mse_b, one value per sample)
     return_x0_mse: also return mse_b of the denoised estimate, (sigma/alpha)^2 * mse_b, from the same
             sums: (loss, (B,) without gradient); needs `level`
@@ -100,13 +101,21 @@ def check(op: str, pred: Tensor, reduction: Reduction) -> Reduction:
     return reduction
 
 
-def loss_mask(op: str, pred: Tensor, mask: Tensor | None) -> Tensor | None:
-    """Expanded to pred's shape, without a copy."""
+class Selecting(Protocol):
+    """A corruption, or what it struck or kept: elements that are drawn, not stored."""
+
+    def _drawn(self, op: str, x: Tensor) -> Drawn: ...
+
+
+def loss_mask(op: str, pred: Tensor, mask: Tensor | Selecting | None) -> Mask:
+    """Of pred's shape, expanded without a copy."""
     if mask is None:
         return None
+    if not isinstance(mask, Tensor) and hasattr(mask, "_drawn"):
+        return mask._drawn(op, pred)
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"{op}: mask must be a bool tensor, got {got}")
+        raise TypeError(f"{op}: mask must be a bool tensor or a corruption, got {got}")
     if mask.device != pred.device:
         raise ValueError(f"{op}: mask must be on {pred.device} like pred, got {mask.device}")
     try:
