@@ -223,12 +223,11 @@ class PlainAffine : PlainCall {
   }
 };
 
-// (pred, z, noise, table, reduction, empty, scratch): the loss of pred against z or noise, without weights or mask.
-// The result is (loss, its gradient or None if pred wants none). empty(dtype, device) makes a () tensor,
-// scratch(pred, 1) what a GPU's reduction needs.
+// (pred, z, noise, table, reduction, scratch): the loss of pred against z or noise, without weights or mask. The
+// result is (loss, its gradient or None if pred wants none). scratch(pred) is what a GPU's reduction needs.
 class PlainLoss : PlainCall {
  public:
-  static constexpr Py_ssize_t kArguments = 7;
+  static constexpr Py_ssize_t kArguments = 6;
   static constexpr const char* kName = "plain_loss";
 
   PyObject* run(PyObject* const* a) {
@@ -242,17 +241,19 @@ class PlainLoss : PlainCall {
     args.table = read_table(a[3], Py_None);
     args.columns[0] = 1, args.columns[1] = 2, args.columns[2] = kAbsent;
 
-    const Owned device = attribute(x_, names().device);
-    const Owned loss(PyObject_CallFunctionObjArgs(a[5], compute_dtype(), device.get(), nullptr));
+    const Owned scalar(PyTuple_New(0));
+    const Owned loss(PyObject_CallMethodOneArg(a[3], names().new_empty, scalar.get()));
     const Owned grad(wanted ? empty_like_first() : Py_NewRef(Py_None));
     if (wanted) args.grad.data = address(grad.get());
     LossArgs of_loss{};
     of_loss.reduction = static_cast<Reduction>(PyLong_AsLong(a[4]));
     of_loss.loss = address(loss.get());
-    const Owned scratch(PyObject_CallFunctionObjArgs(a[6], x_, nullptr));
-    PyObject *sums = PyTuple_GET_ITEM(scratch.get(), 0), *counter = PyTuple_GET_ITEM(scratch.get(), 1);
-    const Scratch room{sums == Py_None ? nullptr : static_cast<double*>(address(sums)),
-                       counter == Py_None ? nullptr : static_cast<uint32_t*>(address(counter))};
+    Scratch room;
+    if (device_ >= 0 || g_pretend_gpu) {
+      const Owned scratch(PyObject_CallOneArg(a[5], x_));
+      room = {static_cast<double*>(address(PyTuple_GET_ITEM(scratch.get(), 0))),
+              static_cast<uint32_t*>(address(PyTuple_GET_ITEM(scratch.get(), 1)))};
+    }
     launch([&](const Api& api, Queue queue) { return api.residual(args, of_loss, room, queue); });
     return PyTuple_Pack(2, loss.get(), grad.get());
   }

@@ -20,7 +20,7 @@ const Names& names() {
   static const Names known = {
       intern("data_ptr"),   intern("dtype"),         intern("shape"),  intern("stride"),     intern("device"),
       intern("is_contiguous"), intern("is_cpu"),     intern("is_cuda"), intern("get_device"), intern("requires_grad"),
-      intern("is_neg"),     intern("_seed"),         intern("_offset"), intern("_key_tensor"), intern("_sample"),
+      intern("is_neg"),     intern("new_empty"),     intern("_seed"),         intern("_offset"), intern("_key_tensor"), intern("_sample"),
       intern("_first_sample"), intern("_schedule"),  intern("_t"),     intern("_tables")};
   return known;
 }

@@ -40,7 +40,7 @@ class Owned {
 // Names of attributes, made once: Python compares them by address.
 struct Names {
   PyObject *data_ptr, *dtype, *shape, *stride, *device, *is_contiguous, *is_cpu, *is_cuda, *get_device, *requires_grad,
-      *is_neg;
+      *is_neg, *new_empty;
   PyObject *seed, *offset, *key_tensor, *sample, *first_sample;  // of a Noise
   PyObject *schedule, *t, *tables;                               // of a Level and its Schedule
 };

@@ -120,7 +120,6 @@ def plain_loss(
     noise: Noise | None,
     table: Tensor,
     reduction: int,
-    empty: Callable[[torch.dtype, torch.device], Tensor],
     scratch: Callable[[Tensor], tuple[Tensor | None, Tensor | None]],
     /,
 ) -> tuple[Tensor, Tensor | None] | None: ...

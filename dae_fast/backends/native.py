@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .reference import compute_dtype, raise_bad_level
-from .tickets import ticket
+from .tickets import workspace
 
 try:
     # torch first: it loads the OpenMP runtime that the kernels look up.
@@ -97,19 +97,14 @@ def plain_loss(
     pred: Tensor, z: Tensor | None, noise: Noise | None, table: Tensor, reduction: int
 ) -> tuple[Tensor, Tensor | None] | None:
     """(loss, gradient of pred or None) of a plain call with table (1, n1, n2); None for everything else."""
-    return _core.plain_loss(pred, z, noise, table, reduction, _scalar, _scratch)
-
-
-def _scalar(dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.empty((), dtype=dtype, device=device)
+    return _core.plain_loss(pred, z, noise, table, reduction, _scratch)
 
 
 def _scratch(x: Tensor, columns: int = 1) -> tuple[Tensor | None, Tensor | None]:
     """What a reduction on x's device needs: room for partial sums, and a counter that its kernels leave at 0."""
     if not _core.on_gpu(x):
         return None, None
-    sums = torch.empty(_core.scratch_doubles(*_rows(x), columns), dtype=torch.float64, device=x.device)
-    return sums, ticket(x.device)
+    return workspace(x.device, _core.scratch_doubles(*_rows(x), columns))
 
 
 def affine(

@@ -1,4 +1,7 @@
-"""The counter by which the last block of a reduction knows itself: 0 before and after every launch, one at a time."""
+"""What a reduction on a GPU needs besides its operands, kept by stream: launches there come one after the other.
+
+Room for partial sums, and the counter by which the last block knows itself: 0 before and after every launch.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +10,35 @@ from threading import Thread
 import torch
 from torch import Tensor
 
-_kept: dict[tuple[int, int], Tensor] = {}  # by device and stream, whose launches come one after the other
+_kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # by device and stream
+
+
+def workspace(device: torch.device, doubles: int) -> tuple[Tensor, Tensor]:
+    """(fp64 of at least `doubles`, int32 (1,)) for a launch on the device's current stream."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        # Graphs may be replayed side by side on several streams: each has its own.
+        return _made(device, doubles)
+    stream = device.index, torch._C._cuda_getCurrentRawStream(device.index)
+    kept = _kept.get(stream)
+    if kept is None or kept[0].numel() < doubles:
+        # What this thread allocates may belong to the pool of a graph that is being warmed up.
+        maker = Thread(target=_keep, args=(device, stream, doubles))
+        maker.start()
+        maker.join()
+        kept = _kept[stream]
+    return kept
 
 
 def ticket(device: torch.device) -> Tensor:
-    """An int32 tensor (1,) for a launch on the device's current stream."""
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        # Graphs may be replayed side by side on several streams: each has its own.
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    stream = device.index, torch._C._cuda_getCurrentRawStream(device.index)
-    if stream not in _kept:
-        # What this thread allocates may belong to the pool of a graph that is being warmed up.
-        maker = Thread(target=_make, args=(device, stream))
-        maker.start()
-        maker.join()
-    return _kept[stream]
+    """The counter alone."""
+    return workspace(device, 0)[1]
 
 
-def _make(device: torch.device, stream: tuple[int, int]) -> None:
+def _keep(device: torch.device, stream: tuple[int, int], doubles: int) -> None:
     with torch.cuda.stream(torch.cuda.ExternalStream(stream[1], device=device)):
-        _kept[stream] = torch.zeros(1, dtype=torch.int32, device=device)
+        _kept[stream] = _made(device, max(doubles, 4096))
+
+
+def _made(device: torch.device, doubles: int) -> tuple[Tensor, Tensor]:
+    sums = torch.empty(doubles, dtype=torch.float64, device=device)
+    return sums, torch.zeros(1, dtype=torch.int32, device=device)
