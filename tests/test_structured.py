@@ -253,3 +253,11 @@ class TestOut:
         got = torch.compile(f, fullgraph=True, backend="aot_eager")(x0, torch.zeros(4, 5, 9, 8))
         assert torch.equal(got, f(x0, torch.zeros(4, 5, 9, 8)))
         torch._dynamo.reset()
+
+
+def test_target_of_edm(backend: str) -> None:
+    """F of Karras et al. 2022, table 1: (x0 - c_skip x_t) / c_out."""
+    x0, sigma, data = torch.randn(SHAPE, dtype=torch.float64), 0.7, 0.5
+    x_t, F = df.add_noise(x0, NOISE, df.Level(1.0, sigma), target=df.EDM(data))
+    c_skip, c_out = data**2 / (sigma**2 + data**2), sigma * data / (sigma**2 + data**2) ** 0.5
+    torch.testing.assert_close(F, (x0 - c_skip * x_t) / c_out, rtol=1e-10, atol=1e-10)

@@ -14,8 +14,9 @@ from ..noise import Noise
 from ..rows import Coefficients
 from .affine import ABSENT, Columns, affine, affine_into
 from .checks import level_for, noise_for, promote, samples
+from .levels import rows_for
 from .memory import check_out
-from .parameterisation import MIXES, check_name
+from .parameterisation import Parameterisation, check_name, mix
 from .routing import plain_affine, wants_grad
 from .structured import StructuredNoise
 
@@ -27,7 +28,7 @@ def add_noise(
     noise: Noise | Tensor | StructuredNoise,
     level: Level,
     *,
-    target: str | None = None,
+    target: Parameterisation | None = None,
     perturbation: float | None = None,
     out: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -35,7 +36,7 @@ def add_noise(
 
     x0: (B, ...) fp16/bf16/fp32/fp64      noise: Noise, OffsetNoise, PyramidNoise, or a tensor like x0
     level: Level, alpha and sigma of each sample     returns: like x0, or (x_t, target)
-    target: "eps", "x0", "v", "score" or "flow": what a network with that parameterisation should
+    target: "eps", "x0", "v", "score", "flow" or an EDM: what a network with that parameterisation should
             predict, written in the same pass.
     perturbation: gamma >= 0 of Ning et al. 2023: x_t = alpha * x0 + sigma * (eps + gamma * xi), while the target
             stays that of eps; a second pass over x_t, in place. xi ~ N(0, 1) is noise.fold_in(PERTURBATION_TAG), so
@@ -72,8 +73,9 @@ def add_noise(
     if made is None and factor_y == factor_eps == 1:
         rows, last = level._rows(op, op, _noising, x, compute), 1
     else:
-        key = f"{op} {made} {factor_y} {factor_eps}"
-        rows, last = level._rows(op, key, _mixture(made, factor_y, factor_eps), x, compute), 2
+        factors = () if factor_y == factor_eps == 1 else (factor_y, factor_eps)
+        key = (op, made or "alone", *factors)
+        rows, last = rows_for(op, level, key, _mixture(made, factor_y, factor_eps), x, compute), 2
     of_y, of_eps = y is not None, generated is not None
     columns: Columns = (0, 1 if of_y else ABSENT, last if of_eps else ABSENT, ABSENT)
     wanted: Tensor | None = x0 if target == "x0" else None
@@ -114,11 +116,11 @@ def _noising(alpha: Any, sigma: Any) -> tuple[Any, Any]:
     return alpha, sigma
 
 
-def _mixture(target: str | None, factor_y: float, factor_eps: float) -> Coefficients:
+def _mixture(target: Parameterisation | None, factor_y: float, factor_eps: float) -> Coefficients:
     """Of x0, y and eps in x_t, then in the target."""
 
     def coefficients(alpha: Any, sigma: Any) -> tuple[Any, ...]:
-        mixes = [(alpha, sigma)] if target is None else [(alpha, sigma), MIXES[target](alpha, sigma)]
+        mixes = [(alpha, sigma)] if target is None else [(alpha, sigma), mix(target, alpha, sigma)]
         return tuple(c for p0, p1 in mixes for c in (p0, p1 * factor_y, p1 * factor_eps))
 
     return coefficients
@@ -126,9 +128,8 @@ def _mixture(target: str | None, factor_y: float, factor_eps: float) -> Coeffici
 
 def _perturbed(op: str, x_t: Tensor, noise: Noise, level: Level, gamma: float) -> Tensor:
     """x_t + sigma * gamma * xi, in place where no gradient has to pass."""
-    rows = level._rows(
-        op, f"{op} perturbation {gamma}", lambda alpha, sigma: (1.0, sigma * gamma), x_t, compute_dtype(x_t.dtype)
-    )
+    key = (op, "perturbation", gamma)
+    rows = rows_for(op, level, key, lambda alpha, sigma: (1.0, sigma * gamma), x_t, compute_dtype(x_t.dtype))
     xi = noise.fold_in(PERTURBATION_TAG)
     if wants_grad(x_t, rows.table):
         return affine(op, x_t, None, None, xi, rows, _FRESH)[0]
