@@ -13,7 +13,26 @@ but what it does in Python besides is done at capture alone.
 """
 
 from .ancestral import ddim, ddpm, euler_ancestral
+from .dpm_solver import dpm_solver_pp_2m, dpm_solver_pp_2m_sde
+from .flow import flow_euler, flow_midpoint
 from .langevin import annealed_langevin, langevin
+from .ode import euler, heun
+from .predictor_corrector import predictor_corrector
+from .probability_flow import probability_flow
 from .tables import reverse_table as _reverse_table  # noqa: F401  benchmarks/external.py times one step
 
-__all__ = ["annealed_langevin", "ddim", "ddpm", "euler_ancestral", "langevin"]
+__all__ = [
+    "annealed_langevin",
+    "ddim",
+    "ddpm",
+    "dpm_solver_pp_2m",
+    "dpm_solver_pp_2m_sde",
+    "euler",
+    "euler_ancestral",
+    "flow_euler",
+    "flow_midpoint",
+    "heun",
+    "langevin",
+    "predictor_corrector",
+    "probability_flow",
+]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -53,3 +55,27 @@ def estimate(op: str, predict: Parameterisation, alpha: Tensor, sigma: Tensor) -
     if predict == "x0":
         return torch.stack((torch.zeros_like(alpha), torch.ones_like(alpha)), -1)
     return torch.stack(conversion(predict, "x0")(alpha, sigma), -1)
+
+
+# The variables r, tau in which x/r of a straight path x_t = alpha*x0 + sigma*eps moves at a constant slope: eps
+# (Karras et al. 2022), or eps - x0 (Lipman et al. 2023).
+STRAIGHT: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "eps": lambda alpha, sigma: (alpha, sigma / alpha),
+    "flow": lambda alpha, sigma: (alpha + sigma, sigma / (alpha + sigma)),
+}
+Place = tuple[Tensor, Tensor]  # alpha and sigma
+
+
+def corrected(slope: str, t: Place, m: Place, s: Place) -> Tensor:
+    """(steps, 3): x_s = c_x * x_m + c_m * x0_hat + c_z * x_t, x_m where the Euler step from t leads, x0_hat there.
+
+    With c = (tau_m - tau_t)/(tau_s - tau_t), h = tau_s - tau_t and k the slope, in x/r:
+    x_s = x_t + h * ((1 - 1/2c) * k_t + 1/2c * k_m), of second order: Heun for c = 1, midpoint for c = 1/2
+    (the two-stage Runge-Kutta family). k_t is not read again: it is (x_m - x_t)/(c*h).
+    """
+    (r_t, tau_t), (r_m, tau_m), (r_s, tau_s) = (STRAIGHT[slope](*place) for place in (t, m, s))
+    h = tau_s - tau_t
+    c = (tau_m - tau_t) / h
+    of_m = (1 - 1 / (2 * c)) / c
+    from_x, from_x0 = (h / (2 * c) * k for k in conversion("x0", slope)(*m))
+    return torch.stack((r_s * (of_m / r_m + from_x), r_s * from_x0, r_s * (1 - of_m) / r_t), -1)

@@ -1,0 +1,133 @@
+"""Euler and Heun along the probability-flow ODE, in the variables of EDM: dx' = eps dsigma', x' = x/alpha."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..noise import Noise
+from ..ops.affine import ABSENT, affine
+from ..ops.conversions import Bounds
+from ..ops.parameterisation import Parameterisation
+from ..rows import Rows
+from ..schedule import Schedule
+from .common import Network, Update, begin, conditions, descend, grid, limits, predicted, progressed, run
+from .tables import corrected, estimate, following, reverse, reverse_table
+
+
+@torch.no_grad()
+def euler(
+    net: Network,
+    x: Tensor | Sequence[int],
+    schedule: Schedule,
+    noise: Noise,
+    *,
+    steps: int = 50,
+    levels: Sequence[int] | None = None,
+    predict: Parameterisation = "eps",
+    conditioning: str = "level",
+    clamp: Bounds | None = None,
+    threshold: float | None = None,
+    guidance: float | None = None,
+    progress: bool = False,
+    graph: bool = False,
+) -> Tensor:
+    """Euler steps x' + (sigma'_s - sigma'_t) * eps in x' = x/alpha and sigma' = sigma/alpha: ddim with eta = 0.
+
+    noise: makes the start when x is a shape; the steps are deterministic
+    conditioning: what net is told, "level", t (B,) int64, or "sigma", (B,) fp32 (fp64 for fp64), for a schedule
+        with alpha = 1 (Schedule.karras) and a network as EDM's and k-diffusion's; predict="x0" is EDM's D
+    Other arguments, the result and the errors as in ddim and ddpm.
+    Song, Meng and Ermon 2021, eq. 13; Karras et al. 2022, section 3 (k-diffusion's sample_euler without churn).
+    """
+    op = "euler"
+    chosen = grid(op, schedule, steps, levels)
+    told = conditions(op, schedule, chosen, conditioning)
+    table = reverse_table(op, schedule, chosen, predict, 0.0, False)
+    update = Update(op, table[:, 3:], table[:, :3], guidance=guidance, limits=limits(op, clamp, threshold))
+    return descend(op, net, begin(op, x, schedule, noise, chosen, graph), noise, chosen, update, progress, graph, told)
+
+
+@torch.no_grad()
+def heun(
+    net: Network,
+    x: Tensor | Sequence[int],
+    schedule: Schedule,
+    noise: Noise,
+    *,
+    steps: int = 18,
+    levels: Sequence[int] | None = None,
+    S_churn: float = 0.0,
+    S_tmin: float = 0.0,
+    S_tmax: float = math.inf,
+    S_noise: float = 1.0,
+    predict: Parameterisation = "eps",
+    conditioning: str = "level",
+    clamp: Bounds | None = None,
+    threshold: float | None = None,
+    guidance: float | None = None,
+    progress: bool = False,
+    graph: bool = False,
+) -> Tensor:
+    """EDM's sampler: Euler steps as in `euler`, each corrected by the slope where it leads (the last one is not).
+
+    steps: N, with 2N - 1 looks by the network      noise: Noise; raising level t uses noise.fold_in(t)
+    S_churn: >= 0; before a step from sigma in [S_tmin, S_tmax] noise of size S_noise >= 0 raises it to
+        sigma*(1 + min(S_churn/N, sqrt(2) - 1)), which is no level of the schedule: needs conditioning="sigma"
+    Other arguments, the result and the errors as in euler; alpha > 0 at every level.
+    Karras et al. 2022, algorithms 1 and 2.
+    """
+    op = "heun"
+    for name, value in (("S_churn", S_churn), ("S_noise", S_noise)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{op}: {name} must be finite and not negative, got {value}")
+    if S_churn > 0 and conditioning != "sigma":
+        raise ValueError(f"{op}: S_churn needs conditioning='sigma', as it leads between the levels")
+    chosen = grid(op, schedule, steps, levels)
+    N = len(chosen)
+    told = conditions(op, schedule, chosen, conditioning)
+    alpha, sigma = schedule.alpha[chosen], schedule.sigma[chosen]
+    alpha_s, sigma_s = following(alpha, sigma)
+    gamma = min(S_churn / N, math.sqrt(2) - 1) * ((sigma >= S_tmin) & (sigma <= S_tmax))
+    raised = sigma * (1 + gamma)
+    spread = S_noise * (raised.square() - sigma.square()).sqrt()
+    is_raised = (spread > 0).tolist()
+    at_start = raised.tolist() if conditioning == "sigma" else told
+    has_slope = sigma_s > 0
+    first = reverse(alpha, raised, alpha_s, sigma_s)
+    second = corrected("eps", (alpha, raised), (alpha_s, sigma_s), (alpha_s, sigma_s))
+    second = torch.where(has_slope[:, None], second, 0.0)
+    of_second = torch.where(has_slope[:, None], estimate(op, predict, alpha_s, sigma_s), 0.0)
+    update = Update(
+        op,
+        torch.cat((estimate(op, predict, alpha, raised), of_second)),
+        torch.cat((first, second)),
+        guidance=guidance,
+        limits=limits(op, clamp, threshold),
+    )
+    # Two columns more, of x and of the noise that raises it.
+    raising = torch.stack((torch.ones_like(spread), spread), -1)
+    table = torch.cat((update.table, torch.cat((raising, raising))), 1)
+    schedule._require_finite(op, table, [*chosen, *chosen])
+    width = update.table.shape[1]
+    corrects = has_slope.tolist()
+
+    def loop(x: Tensor, noise: Noise, table: Tensor) -> Tensor:
+        for i, t in enumerate(progressed(chosen, progress, op)):
+            if is_raised[i]:
+                # A launch of its own: the network must see the raised x, and the step before has no place for noise.
+                row = Rows(table[i : i + 1], None)
+                (x,) = affine(op, x, None, None, noise.fold_in(t), row, (width, ABSENT, width + 1, ABSENT))
+            (ahead,) = update(table, i, x, predicted(op, net, x, at_start[i], update.parts))
+            if corrects[i]:
+                prediction = predicted(op, net, ahead, told[i + 1], update.parts)
+                (x,) = update(table, N + i, ahead, prediction, z=x)
+            else:
+                x = ahead
+        return x
+
+    options = (*chosen, *at_start, *is_raised, update.options)
+    return run(op, net, loop, begin(op, x, schedule, noise, chosen, graph), noise, table, options, progress, graph)

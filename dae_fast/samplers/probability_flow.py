@@ -1,0 +1,102 @@
+"""The probability-flow ODE of an SDE in continuous time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..continuous import ContinuousSchedule
+from ..noise import Noise
+from ..ops.conversions import Bounds
+from ..ops.parameterisation import Parameterisation, conversion
+from .common import Network, Update, check_start, draw_start, limits, predicted, progressed, run
+from .tables import estimate
+
+START_TAG = 0x7374617274  # "start"
+
+
+@torch.no_grad()
+def probability_flow(
+    net: Network,
+    x: Tensor | Sequence[int],
+    schedule: ContinuousSchedule,
+    noise: Noise,
+    *,
+    steps: int = 50,
+    times: Tensor | Sequence[float] | None = None,
+    method: str = "heun",
+    denoise: bool = True,
+    predict: Parameterisation = "score",
+    clamp: Bounds | None = None,
+    threshold: float | None = None,
+    guidance: float | None = None,
+    progress: bool = False,
+    graph: bool = False,
+) -> Tensor:
+    """dx/dt = f(t)*x - g(t)^2/2 * score(x, t) from t_max down, f the schedule's drift and g its diffusion.
+
+    net(x, t): the score (or what `predict` says), like x, at times t (B,) fp32 (fp64 for fp64)
+    x: (B, ...) fp16/bf16/fp32/fp64 at the first time, or a shape: then noise.fold_in(START_TAG).normal(shape),
+       fp32 on the CPU (with graph on the current CUDA device), times sigma unless alpha^2 + sigma^2 = 1 there
+    noise: makes the start when x is a shape; the steps are deterministic
+    steps: >= 1, over the times of schedule.discretise(steps + 1)
+    times: instead of steps, one's own, two or more, decreasing
+    method: "euler", of first order, or "heun", of second with two looks by the network
+    denoise: end with Tweedie's estimate of x0 at the last time (one look more), else with x there
+    Other arguments as in ddpm; progress counts the steps      returns: like x
+    Raises ValueError for a shape mismatch, or a time where f, g or the score of the prediction is not finite:
+    alpha = 0 (ContinuousSchedule.flow(), cosine() and laplace() at t = 1; start below it) or sigma = 0.
+    Song et al. 2021, eq. 13.
+    """
+    op = "probability_flow"
+    if method not in ("euler", "heun"):
+        raise ValueError(f"{op}: method must be 'euler' or 'heun', got {method!r}")
+    if times is None:
+        if steps < 1:
+            raise ValueError(f"{op}: steps must be positive, got {steps}")
+        levels = schedule.discretise(steps + 1)
+    else:
+        down = torch.as_tensor(times, dtype=torch.float64, device="cpu")
+        if down.dim() != 1 or len(down) < 2 or not bool((down[1:] < down[:-1]).all()):
+            raise ValueError(f"{op}: times must be two or more and decrease, got {times}")
+        levels = schedule.discretise(times=down.flip(0))
+    assert levels.times is not None
+    t, alpha, sigma = (c.flip(0) for c in (levels.times, levels.alpha, levels.sigma))
+    N = len(t) - 1
+    f, half_square = schedule.drift(t), schedule.diffusion(t).square() / 2
+    of_x, of_x0 = conversion("x0", "score")(alpha, sigma)
+    slope_x, slope_x0, h = f - half_square * of_x, -half_square * of_x0, t[1:] - t[:-1]
+    none, half = torch.zeros_like(h), torch.full_like(h, 0.5)
+    # x_m = x + h*F(x, t), x_s = (x + x_m)/2 + h/2 * F(x_m, s), which does not read F(x, t) again; and x0_hat.
+    ahead = torch.stack((1 + h * slope_x[:-1], h * slope_x0[:-1], none), -1)
+    corrected = torch.stack((half + h / 2 * slope_x[1:], h / 2 * slope_x0[1:], half), -1)
+    of_last = torch.tensor([[0.0, 1.0, 0.0]], dtype=torch.float64, device="cpu")
+    of_estimate = estimate(op, predict, alpha, sigma)
+    update = Update(
+        op,
+        torch.cat((of_estimate[:-1], of_estimate[1:], of_estimate[-1:])),
+        torch.cat((ahead, corrected, of_last)),
+        guidance=guidance,
+        limits=limits(op, clamp, threshold),
+    )
+    levels._require_finite(op, update.table, [*range(N, 0, -1), *range(N - 1, -1, -1), 0])
+    told = t.tolist()
+
+    def loop(x: Tensor, noise: Noise, table: Tensor) -> Tensor:
+        for i in progressed(range(N), progress, op):
+            (ahead,) = update(table, i, x, predicted(op, net, x, told[i], update.parts))
+            if method == "euler":
+                x = ahead
+            else:
+                prediction = predicted(op, net, ahead, told[i + 1], update.parts)
+                (x,) = update(table, N + i, ahead, prediction, z=x)
+        if denoise:
+            (x,) = update(table, 2 * N, x, predicted(op, net, x, told[-1], update.parts))
+        return x
+
+    if not isinstance(x, Tensor):
+        x = draw_start(op, x, noise, START_TAG, float(alpha[0]), float(sigma[0]), graph)
+    check_start(op, x, noise)
+    return run(op, net, loop, x, noise, update.table, (*told, method, denoise, update.options), progress, graph)
