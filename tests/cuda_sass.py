@@ -20,14 +20,23 @@ STREAMS = {
     "affine_kernel<read, 1>": (1, 1),
     "affine_kernel<read, 2>": (2, 1),
     "affine_kernel<read, 3>": (3, 1),
-    "affine_kernel<fresh, any>": (2, 2),
-    "affine_kernel<read, any>": (3, 2),
+    "affine_kernel<fresh, 3>": (3, 1),
+    "affine_kernel<read, 4>": (4, 1),
+    "affine_kernel<fresh, any>": (3, 2),
+    "affine_kernel<read, any>": (4, 2),
     "residual_kernel<fresh, 1>": (1, 1),
     "residual_kernel<fresh, 2>": (2, 1),
     "residual_kernel<read, 2>": (2, 1),
     "residual_kernel<read, 3>": (3, 1),
+    "residual_kernel<fresh, any>": (2, 1),
+    "residual_kernel<read, any>": (3, 1),
     "row_dots_kernel<fresh>": (3, 0),
     "row_dots_kernel<read>": (4, 0),
+    "corrupt_kernel": (1, 1),
+    "gaussian_kernel<fresh>": (2, 1),
+    "gaussian_kernel<read>": (3, 1),
+    "gaussian_grad_kernel<fresh>": (3, 2),
+    "gaussian_grad_kernel<read>": (4, 2),
 }
 
 
@@ -42,13 +51,24 @@ class Loop:
 
 
 @dataclass(frozen=True)
+class Function:
+    """Any kernel of the library."""
+
+    mangled: str
+    registers: int
+    stack: int
+    through_local_memory: int
+    lines: tuple[tuple[int, str], ...]  # address and instruction
+
+
+@dataclass(frozen=True)
 class Kernel:
+    """One that streams tensors."""
+
     name: str  # such as affine_kernel<fresh, 1>
     element: str
     access: str  # Whole or Strided
     registers: int
-    stack: int
-    through_local_memory: int
     loops: tuple[Loop, ...]
 
 
@@ -60,7 +80,7 @@ def tool(name: str) -> Path:
 
 
 @lru_cache
-def kernels(architecture: str) -> tuple[Kernel, ...]:
+def functions(architecture: str) -> tuple[Function, ...]:
     def run(*options: str) -> str:
         command = [tool("cuobjdump"), "-arch", architecture, *options, LIBRARY]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -69,30 +89,33 @@ def kernels(architecture: str) -> tuple[Kernel, ...]:
     found = []
     for function in run("-sass").split("Function : ")[1:]:
         mangled, code = function.split(maxsplit=1)
-        described = _describe(mangled)
-        if described is None:
-            continue
-        lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(\S.*?)\s*;", code)]
+        lines = tuple((int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(\S.*?)\s*;", code))
         registers, stack = (int(re.findall(rf"{key}:(\d+)", usage[mangled])[0]) for key in ("REG", "STACK"))
         local = sum(bool(re.search(r"\b(LDL|STL)\b", text)) for _, text in lines)
-        found.append(Kernel(*described, registers, stack, local, _streaming_loops(lines)))
+        found.append(Function(mangled, registers, stack, local, lines))
     return tuple(found)
+
+
+@lru_cache
+def kernels(architecture: str) -> tuple[Kernel, ...]:
+    described = ((_describe(f.mangled), f) for f in functions(architecture))
+    return tuple(Kernel(*names, f.registers, _streaming_loops(f.lines)) for names, f in described if names)
 
 
 def _describe(mangled: str) -> tuple[str, str, str] | None:
     """Name, element type and access; None for a kernel that streams nothing."""
     match = re.search(r"cuda\d(f32|f64)|cuda\d(bf16|f16)", mangled)
-    kernel = re.search(r"(affine|residual|row_dots)_kernelILb([01])E(?:Lin?(\d+)E)?NS\w*?(Whole|Strided)", mangled)
+    kernel = re.search(r"\d([a-z_]+_kernel)I(?:Lb([01])E)?(?:Lin?(\d+)E)?NS\w*?(Whole|Strided)", mangled)
     if not match or not kernel:
         return None
     name, fresh, inputs, access = kernel.groups()
-    arguments = ["fresh" if fresh == "1" else "read"]
+    arguments = [] if fresh is None else ["fresh" if fresh == "1" else "read"]
     if inputs:
         arguments.append("any" if "Lin" in kernel[0] else inputs)
-    return f"{name}_kernel<{', '.join(arguments)}>", match[1] or match[2], access
+    return name + f"<{', '.join(arguments)}>" * bool(arguments), match[1] or match[2], access
 
 
-def _streaming_loops(lines: list[tuple[int, str]]) -> tuple[Loop, ...]:
+def _streaming_loops(lines: tuple[tuple[int, str], ...]) -> tuple[Loop, ...]:
     loops = []
     for at, text in lines:
         branch = re.search(r"\bBRA.*?0x([0-9a-f]+)", text)

@@ -1,23 +1,28 @@
 """The CUDA library without a GPU: it loads, it says so, and its machine code is what was meant.
 
 What its kernels compute is tested by the shared tests, compiled for the CPU ("cuda on cpu" in conftest.py), and on
-a GPU by test_gpu.py.
+a GPU by test_gpu.py; that it is the CPU's to the bit, here.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 import dae_fast as df
 from dae_fast.info import build_error
 
-from .cuda_sass import ARCHITECTURES, GROUP, LIBRARY, STREAMS, instructions_a_value, kernels
+from . import cuda_on_cpu
+from .cases import DTYPES
+from .cuda_sass import ARCHITECTURES, GROUP, LIBRARY, STREAMS, functions, instructions_a_value, kernels
+from .test_primitives import AFFINE, KINDS, NOISE, masks, randn, table_of
 
-pytestmark = pytest.mark.skipif(build_error("cuda") is not None, reason=f"no CUDA library: {build_error('cuda')}")
+needs_library = pytest.mark.skipif(build_error("cuda") is not None, reason=f"no CUDA library: {build_error('cuda')}")
 
 # Instructions a value in the loop of one long row, on sm_90: a little above what was measured.
 MOST = {
@@ -26,13 +31,17 @@ MOST = {
     "affine_kernel<read, 1>": 8,
     "affine_kernel<read, 2>": 12,
     "affine_kernel<read, 3>": 15,
+    "affine_kernel<fresh, 3>": 99,
+    "affine_kernel<read, 4>": 99,
     "residual_kernel<fresh, 1>": 67,
     "residual_kernel<fresh, 2>": 68,
     "residual_kernel<read, 2>": 23,
     "residual_kernel<read, 3>": 25,
+    "corrupt_kernel": 99,
 }
 
 
+@needs_library
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_library_loads_and_says_so() -> None:
     code = f"from dae_fast import _core; _core.load_cuda({str(LIBRARY)!r})"
@@ -42,6 +51,7 @@ def test_without_a_gpu_the_library_loads_and_says_so() -> None:
     assert "driver" in last or "device" in last, last
 
 
+@needs_library
 @pytest.mark.skipif(torch.version.cuda is not None, reason="torch is built for CUDA")
 def test_a_torch_without_cuda_has_no_use_for_it() -> None:
     assert df.info()["cuda"] == f"missing: torch {torch.__version__} is not built for CUDA"
@@ -50,18 +60,20 @@ def test_a_torch_without_cuda_has_no_use_for_it() -> None:
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def code(request: pytest.FixtureRequest):
+    if build_error("cuda"):
+        pytest.skip(f"no CUDA library: {build_error('cuda')}")
     pytest.importorskip("triton", reason="its disassembler is used")
     return request.param, kernels(request.param)
 
 
 def test_no_kernel_uses_local_memory(code) -> None:
-    _, found = code
+    architecture, found = code
     assert {(k.name, k.element) for k in found if k.access == "Whole"} == {(n, e) for n in STREAMS for e in GROUP}
-    assert [(k.name, k.element, k.access) for k in found if k.stack or k.through_local_memory] == []
+    assert [f.mangled for f in functions(architecture) if f.stack or f.through_local_memory] == []
 
 
 def test_streams_are_16_bytes_a_thread(code) -> None:
-    """Every operand, in every loop that streams; what else is loaded there is a mask's bytes."""
+    """Every operand, in every loop that streams; what else is loaded there is a mask's bytes or a number of the row."""
     _, found = code
     for kernel in found:
         if kernel.access != "Whole":
@@ -73,8 +85,8 @@ def test_streams_are_16_bytes_a_thread(code) -> None:
             turns, rest = divmod(loop.wide_loads, loads * doubled)
             assert turns and not rest, kernel
             assert loop.wide_stores == stores * doubled * turns, kernel
-            mask = 4 if kernel.name.startswith("residual") else 0
-            assert loop.narrow_loads <= mask * turns, kernel
+            narrow = 4 if kernel.name.startswith("residual") else int(kernel.name.startswith("gaussian_grad"))
+            assert loop.narrow_loads <= narrow * turns, kernel
 
 
 def test_instructions_a_value(code) -> None:
@@ -84,3 +96,94 @@ def test_instructions_a_value(code) -> None:
     for kernel in found:
         if kernel.access == "Whole" and kernel.name in MOST and kernel.element != "f64":
             assert instructions_a_value(kernel) <= MOST[kernel.name], kernel
+
+
+SHAPES = ((5, 2, 3, 8), (2, 2053), (3, 1304), (9, 5), (2, 3, 7, 5))  # whole groups and ragged, long rows and short
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+Outputs = tuple[Tensor, ...]
+
+
+@pytest.fixture
+def same_bits(request: pytest.FixtureRequest) -> Callable[[Callable[[], Outputs]], None]:
+    """Whether a call of the native backend gives the same bits from the CPU's code and from CUDA's, on the CPU."""
+    pytest.importorskip("dae_fast.backends.native")
+    library = request.getfixturevalue("cuda_on_cpu_library")
+
+    def compare(call: Callable[[], Outputs]) -> None:
+        wanted = call()
+        with cuda_on_cpu.running(library):
+            got = call()
+        assert got is not wanted and len(got) == len(wanted)
+        for g, w in zip(got, wanted, strict=True):
+            assert torch.equal(g.contiguous().view(torch.uint8), w.contiguous().view(torch.uint8))
+
+    return compare
+
+
+def strided(t: Tensor) -> Tensor:
+    """The same values, the last dimension not the innermost."""
+    return t.transpose(1, -1).contiguous().transpose(1, -1) if t.dim() > 2 else torch.stack((t, t), -1)[..., 0]
+
+
+layouts = pytest.mark.parametrize("layout", [torch.Tensor.contiguous, strided], ids=["contiguous", "strided"])
+
+
+@layouts
+@dtypes
+@shapes
+@pytest.mark.parametrize("pattern", AFFINE)
+def test_affine_has_the_cpus_bits(same_bits, pattern: str, shape: tuple[int, ...], dtype: torch.dtype, layout) -> None:
+    columns, clamp, fresh = AFFINE[pattern]
+    x, y, z, w = (layout(randn(shape, dtype, seed)) for seed in range(4))
+    table, noise = table_of(dtype, shape[0]), NOISE if fresh else None
+    affine = df.backends.native.affine
+    same_bits(lambda: affine("op", x, y, None if fresh else z, noise, table, None, columns, clamp, w=w))
+
+
+@layouts
+@shapes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mask_name", ["all", "tensor", "struck, each sample at its own rate"])
+def test_residual_gradients_have_the_cpus_bits(
+    same_bits, mask_name: str, kind: str, dtype: torch.dtype, shape: tuple[int, ...], layout
+) -> None:
+    """Not the losses: what they add is the same, in another order."""
+    B, number = shape[0], KINDS.index(kind)
+    pred, y = (layout(randn(shape, dtype, seed)) for seed in range(2))
+    table = torch.cat((table_of(dtype, B, 3), table_of(dtype, B, 1).abs() + 0.3), 1)
+    columns, weight = (1, 2, 3 if number > 1 else -1), torch.linspace(0.5, 2, B)
+    mask, residual = masks(shape)[mask_name], df.backends.native.residual
+
+    def gradient() -> Outputs:
+        call = "op", pred, y, None, NOISE, table, None, columns, mask, weight, 1, True, True
+        return (residual(*call, kind=number)[2],)
+
+    same_bits(gradient)
+
+
+@layouts
+@dtypes
+@shapes
+def test_corruption_has_the_cpus_bits(same_bits, shape: tuple[int, ...], dtype: torch.dtype, layout) -> None:
+    x = randn(shape, dtype, 0)
+    x.view(-1)[:4] = torch.tensor([0.0, -0.0, torch.inf, -torch.inf])
+    thresholds = torch.tensor([[2**30, 2**31]])
+    same_bits(lambda: (df.backends.native.corrupt(layout(x), NOISE, thresholds, -2.0, 0.3),))
+
+
+@layouts
+@shapes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("fresh", [False, True], ids=["read", "fresh"])
+def test_gaussians_have_the_cpus_bits(same_bits, fresh: bool, dtype, shape: tuple[int, ...], layout) -> None:
+    mu, log_var, eps, z_grad = (layout(randn(shape, dtype, seed)) for seed in range(4))
+    kl_grad, noise = randn(shape[:1], torch.float32, 4), NOISE if fresh else None
+    native, read = df.backends.native, None if fresh else eps
+    same_bits(
+        lambda: (
+            native.gaussian(mu, log_var, read, noise)[0],
+            *native.gaussian_grad(mu, log_var, read, noise, z_grad, kl_grad),
+        )
+    )
