@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import dae_fast as df
+from dae_fast.ops.corruption import MASK_TAG
 
 SCHEDULE = df.Schedule.linear(1000)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -39,6 +40,7 @@ class Case:
     tensors: tuple[str, ...]  # the floating inputs of the samples' shape, in the order they are drawn
     grads: tuple[str, ...]  # which inputs have gradients
     fresh: bool = True  # noise is a Noise; else it is the tensor inputs["noise"]
+    uniform: bool = False  # `plain` is given uniforms in [0, 1), the words of a corruption, and no normals
     loss: bool = False  # a reduction, whose point is its gradient
     # Tensors that must be read and written at the least, forward (and backward, for a loss).
     streams: int = 2
@@ -64,11 +66,17 @@ class Case:
         """The tensor whose shape the noise has."""
         return inputs[self.tensors[0]]
 
+    def draw(self, like: Tensor) -> Tensor:
+        """The noise as a loop written by hand draws it."""
+        return torch.rand_like(like) if self.uniform else torch.randn_like(like)
+
     def eps(self, inputs: Inputs, dtype: torch.dtype) -> Any:
         """The noise that `plain` needs, as a tensor; None where there is none."""
         if not self.fresh:
             return inputs.get("noise")
         first = self.first(inputs)
+        if self.uniform:  # in fp64: rounded, a word could cross a threshold
+            return inputs["noise"].fold_in(MASK_TAG).bits(first.shape, device=first.device) * 2.0**-32
         return inputs["noise"].normal(first.shape, dtype=dtype, device=first.device)
 
 
@@ -139,10 +147,62 @@ def _weighted_mse(i: Inputs, eps: Tensor) -> Tensor:
     return (i["weight"].to(eps.dtype) * _per_sample((i["pred"] - eps) ** 2)).mean()
 
 
-def _masked_mse(i: Inputs, eps: Tensor) -> Tensor:
-    mask = i["mask"]
+STRIKES = df.Masking(0.25, df.Noise(11))
+
+
+def _struck(inputs: Inputs, g: torch.Generator) -> None:
+    inputs["struck"] = STRIKES.mask(inputs["pred"].shape)
+
+
+def _masked_mse(i: Inputs, eps: Tensor, mask: Tensor | None = None) -> Tensor:
+    mask = i["mask"] if mask is None else mask
     square = torch.where(mask, (i["pred"] - eps) ** 2, 0).reshape(mask.shape[0], -1)
     return (square.sum(1) / mask.reshape(mask.shape[0], -1).sum(1).clamp(min=1)).mean()
+
+
+def _v_loss(i: Inputs, eps: Tensor) -> Tensor:
+    alpha, sigma = alpha_sigma(i, i["pred"])
+    return torch.nn.functional.mse_loss(i["pred"], alpha * eps - sigma * i["x0"])
+
+
+def _edm_loss(i: Inputs, eps: Tensor) -> Tensor:
+    alpha, sigma = alpha_sigma(i, i["pred"])
+    size = (sigma**2 + (0.5 * alpha) ** 2).sqrt()
+    return torch.nn.functional.mse_loss(i["pred"], (2 * sigma * i["x0"] - 0.5 * alpha * eps) / size)
+
+
+def _flow_huber(i: Inputs, eps: Tensor) -> Tensor:
+    return torch.nn.functional.huber_loss(i["pred"], eps - i["x0"], delta=0.5)
+
+
+def _scheduled_delta(alpha: Tensor, sigma: Tensor) -> Tensor:
+    return 0.9 * (alpha / (alpha + sigma)) ** 2 + 0.1
+
+
+def _pseudo_huber(i: Inputs, eps: Tensor) -> Tensor:
+    """In the form that does not cancel; of an infinite residual it is NaN."""
+    delta, square = _scheduled_delta(*alpha_sigma(i, i["pred"])), (i["pred"] - eps) ** 2
+    return (2 * delta * (square / ((square + delta**2).sqrt() + delta))).mean()
+
+
+def _min_snr(i: Inputs, eps: Tensor) -> Tensor:
+    alpha, sigma = alpha_sigma(i, i["pred"])
+    snr = (alpha / sigma) ** 2
+    return (snr.clamp(max=5) / (snr + 1) * (i["pred"] - (alpha * eps - sigma * i["x0"])) ** 2).mean()
+
+
+def _x0_where_struck(i: Inputs, eps: Tensor) -> Tensor:
+    struck = i["masking"].mask(i["pred"].shape, device=i["pred"].device)
+    square = torch.where(struck, (i["pred"] - i["x0"]) ** 2, 0).reshape(struck.shape[0], -1)
+    return (square.sum(1) / struck.reshape(struck.shape[0], -1).sum(1).clamp(min=1)).mean()
+
+
+def _masking(inputs: Inputs, g: torch.Generator) -> None:
+    inputs["masking"] = df.Masking(0.5, df.Noise(9))
+
+
+def _loss(**options: Any) -> Callable[[Inputs], Tensor]:
+    return lambda i: df.denoising_loss(i["pred"], i["x0"], i["noise"], i["level"], **options)
 
 
 def _weight(inputs: Inputs, g: torch.Generator) -> None:
@@ -226,6 +286,15 @@ CASES = [
         extra=_mask,
     ),
     Case(
+        "noise_mse-drawn",
+        lambda i: df.noise_mse(i["pred"], i["noise"], mask=STRIKES),
+        lambda i, eps: _masked_mse(i, eps, i["struck"]),
+        ("pred",),
+        ("pred",),
+        loss=True,
+        extra=_struck,
+    ),
+    Case(
         "noise_mse-none",
         lambda i: df.noise_mse(i["pred"], i["noise"], reduction="none"),
         lambda i, eps: _per_sample((i["pred"] - eps) ** 2),
@@ -270,6 +339,22 @@ CASES = [
     Case("to_v-eps", _convert(df.to_v), _v, ("x_t", "pred"), ("x_t", "pred"), fresh=False, streams=3),
     Case("langevin_step-fresh", _step, _stepped, ("x", "score"), ("x", "score"), streams=3, extra=_step_size),
     Case(
+        "corrupt-mask",
+        lambda i: df.corrupt(i["x"], df.Masking(0.25, i["noise"])),
+        lambda i, u: torch.where(u < 0.25, 0.0, i["x"]),
+        ("x",),
+        ("x",),
+        uniform=True,
+    ),
+    Case(
+        "corrupt-salt",
+        lambda i: df.corrupt(i["x"], df.SaltAndPepper(0.5, i["noise"], low=-1.0)),
+        lambda i, u: torch.where(u < 0.25, -1.0, torch.where(u < 0.5, 1.0, i["x"])),
+        ("x",),
+        ("x",),
+        uniform=True,
+    ),
+    Case(
         "langevin_step-tensor",
         _step,
         _stepped,
@@ -287,5 +372,53 @@ CASES = [
         ("x", "score", "step_size"),
         streams=3,
         extra=_step_sizes,
+    ),
+    Case("denoising_loss-v", _loss(predict="v"), _v_loss, ("pred", "x0"), ("pred", "x0"), loss=True, streams=3),
+    Case(
+        "denoising_loss-F",
+        _loss(predict=df.EDM(0.5)),
+        _edm_loss,
+        ("pred", "x0", "noise"),
+        ("pred", "x0", "noise"),
+        fresh=False,
+        loss=True,
+        streams=4,
+    ),
+    Case(
+        "denoising_loss-huber",
+        _loss(predict="flow", kind="huber", delta=0.5),
+        _flow_huber,
+        ("pred", "x0"),
+        ("pred",),
+        loss=True,
+        streams=3,
+    ),
+    Case(
+        "denoising_loss-pseudo_huber",
+        _loss(kind="pseudo_huber", delta=_scheduled_delta),
+        _pseudo_huber,
+        ("pred", "x0"),
+        ("pred",),
+        loss=True,
+    ),
+    Case(
+        "denoising_loss-min_snr",
+        _loss(predict="v", weight="min_snr"),
+        _min_snr,
+        ("pred", "x0"),
+        ("pred",),
+        loss=True,
+        streams=3,
+    ),
+    Case(
+        "denoising_loss-struck",
+        lambda i: df.denoising_loss(i["pred"], i["x0"], None, None, predict="x0", mask=i["masking"]),
+        _x0_where_struck,
+        ("pred", "x0"),
+        ("pred", "x0"),
+        fresh=False,
+        loss=True,
+        streams=3,
+        extra=_masking,
     ),
 ]

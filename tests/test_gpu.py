@@ -401,7 +401,7 @@ class TestLaunches:
     @pytest.mark.parametrize(
         # A mask must be counted first; coefficients that come as tensors are worked out by torch.
         "case",
-        [c for c in CASES if c.name not in ("noise_mse-mask", "langevin_step-per-sample")],
+        [c for c in CASES if c.name not in ("noise_mse-mask", "noise_mse-drawn", "langevin_step-per-sample")],
         ids=str,
     )
     def test_one_to_an_op(self, backend: str, case: Case) -> None:

@@ -394,6 +394,8 @@ OP_CALLS: dict[str, tuple[str, list[Any]]] = {
     ),
     "residual_grad": ("residual_grad", [torch.rand(2), *means_arguments(key=KEY, mask=MASK)]),
     "residual_grad tensors": ("residual_grad", [torch.rand(2), *means_arguments(y=torch.randn(2, 3, 4))]),
+    "corrupt": ("corrupt", [leaf(), torch.tensor([[2**30, 2**31]]), KEY, None, 5, -1.0, 0.5, "corrupt"]),
+    "corrupt ids": ("corrupt", [leaf(), torch.tensor([[0, 2**31], [2**32, 2**32]]), KEY, IDS, 0, 0.0, 1.0, "corrupt"]),
     "fold_in": ("fold_in", [KEY, torch.tensor(3)]),
     "fill normal": ("fill", ["normal", KEY, None, 5, 2, 7, torch.float16]),
     "fill bits": ("fill", ["bits", KEY, IDS, 0, 2, 7, torch.int64]),

@@ -35,6 +35,8 @@ def rule(op: Any) -> Rule:
         if "table" in given:
             table, index = merge_rows(V, B, given["table"], dims["table"], given["index"], dims["index"])
             given["table"], given["index"] = table, index
+        if "thresholds" in given:
+            given["thresholds"], _ = merge_rows(V, B, given["thresholds"], dims["thresholds"], None, None)
         if given["key"] is not None:
             ids = given["sample"]
             if ids is None:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ..backends import kernels, reference
-from ..backends.reference import row_of
 from ..level import _number, can_read, check_per_sample
 from ..noise import Noise
 from ..rows import stack_rows
 from .checks import samples
+from .flat import flatten, seen
 from .residual import Drawn
 from .routing import Route, batchable, route, wants_grad
 
@@ -74,7 +74,7 @@ class Corruption:
         p = check_per_sample(op, f"{type(self).__name__}'s p", self._p, x)
         p = p.double() if isinstance(p, Tensor) else p
         columns = tuple(share * p * 2.0**32 + 0.5 for share in self._shares())
-        return stack_rows(op, columns, x, torch.int64).table  # which cuts off what follows the point
+        return seen(stack_rows(op, columns, x, torch.int64)).table  # int64: what follows the point is cut off
 
 
 class Masking(Corruption):
@@ -168,10 +168,8 @@ def _replaced(op: str, x: Tensor, noise: Noise, thresholds: Tensor, low: float, 
         if wants_grad(x):
             return _Replaced.apply(x, thresholds, (op, noise, low, high))
         return kernels(x, op).corrupt(x, noise, thresholds, low, high)
-    # One op that makes the words; what follows is torch's, which knows its gradient and every transform.
-    words = noise.bits(x.shape, device=x.device)
-    first, second = (row_of(thresholds, k, x) for k in (0, 1))
-    return torch.where(words < first, low, torch.where(words < second, high, x))
+    replaced: Tensor = torch.ops.dae_fast.corrupt(x, thresholds, *flatten(noise), low, high, op)
+    return replaced
 
 
 class _Replaced(torch.autograd.Function):

@@ -31,6 +31,7 @@ _SCHEMAS = {
     "affine2": f"{_AFFINE} -> (Tensor, Tensor)",
     "sample_means": f"({_RESIDUAL}) -> Tensor",
     "residual_grad": f"(Tensor upstream, {_RESIDUAL}) -> Tensor",
+    "corrupt": f"(Tensor x, Tensor thresholds, {_NOISE}, float low, float high, str op) -> Tensor",
     "fold_in": "(Tensor key, Tensor data) -> Tensor",
     "fill": "(str op, Tensor key, Tensor? sample, SymInt first_sample, SymInt B, SymInt D, ScalarType dtype) -> Tensor",
 }
@@ -95,6 +96,13 @@ def _residual_grad(
     return grad
 
 
+def _corrupt(
+    x: Tensor, thresholds: Tensor, key: Any, sample: Any, first: int, low: float, high: float, op: str
+) -> Tensor:
+    replaced: Tensor = kernels_of(x, op).corrupt(x, _noise(key, sample, first), *_dense(thresholds), low, high)
+    return replaced
+
+
 def _fill(op: str, key: Tensor, sample: Tensor | None, first: int, B: int, D: int, dtype: torch.dtype) -> Tensor:
     noise = _noise(key, sample, first)
     assert noise is not None
@@ -117,6 +125,7 @@ _KERNELS: dict[str, tuple[Any, Any]] = {
     "affine2": (_affine2, lambda x, *_: (torch.empty_like(x), torch.empty_like(x))),
     "sample_means": (_sample_means, _fake_means),
     "residual_grad": (_residual_grad, lambda _upstream, pred, *_: torch.empty_like(pred)),
+    "corrupt": (_corrupt, lambda x, *_: torch.empty_like(x)),
     "fold_in": (_fold_in, lambda key, data: torch.empty_like(key)),
     "fill": (_fill, lambda op, key, sample, first, B, D, dtype: key.new_empty((B, D), dtype=dtype)),
 }
@@ -157,6 +166,17 @@ def _backward_means(ctx: Any, upstream: Tensor) -> Any:
     return (None, *found, *[None] * 7)
 
 
+def _setup_corrupt(ctx: Any, inputs: Any) -> None:
+    _, thresholds, key, sample, first, _, _, op = inputs
+    ctx.save_for_backward(thresholds, key, sample)
+    ctx.rest = first, op
+
+
+def _backward_corrupt(ctx: Any, g: Tensor) -> Any:
+    (thresholds, key, sample), (first, op) = unwrap_dead_wrappers(ctx.saved_tensors), ctx.rest
+    return None, torch.ops.dae_fast.corrupt(g, thresholds, key, sample, first, 0.0, 0.0, op), *[None] * 7
+
+
 def _register_autograd(name: str, setup: Any, backward: Any) -> None:
     """As torch.library.register_autograd, whose ops refuse to run inside torch.func.
 
@@ -192,5 +212,6 @@ def _register_autograd(name: str, setup: Any, backward: Any) -> None:
 for _name in ("affine", "affine2"):
     _register_autograd(_name, _setup_affine, _backward_affine)
 _register_autograd("sample_means", _setup_means, _backward_means)
+_register_autograd("corrupt", _setup_corrupt, _backward_corrupt)
 for _name in _KERNELS:
     torch.library.register_vmap(f"dae_fast::{_name}", rule(getattr(torch.ops.dae_fast, _name).default), lib=_library)
