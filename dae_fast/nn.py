@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends.reference import coefficients, compute_dtype
+from .backends.reference import compute_dtype
 from .continuous import ContinuousSchedule
 from .level import Level, can_read
 from .noise import Noise
 from .ops.affine import ABSENT, affine
 from .ops.checks import like, noise_for, promote, samples
 from .ops.denoising import AnyNoise, against_target, target_coefficients
-from .ops.levels import rows_for
+from .ops.levels import look_up, rows_for
 from .ops.loss import Selecting, check, check_level_weight, loss_mask, loss_weight
 from .ops.noising import add_noise
 from .ops.parameterisation import EDM, Parameterisation, check_name, errors
@@ -117,7 +117,7 @@ class DenoisingLoss(torch.nn.Module):
         chosen, how = loss_mask(op, pred, mask), check(op, pred, "mean")
         loss, mse = against_target(op, pred, x0, noise, level, predict, w, chosen, how)
         rows = rows_for(op, level, ("errors from", predict), errors(predict), mse, mse.dtype)
-        noise_mse, x0_mse = (mse @ coefficients(*rows, op) / mse.shape[0]).unbind()
+        noise_mse, x0_mse = (mse @ look_up(op, rows) / mse.shape[0]).unbind()
         return {"loss": loss, "noise_mse": noise_mse, "x0_mse": x0_mse}
 
 
@@ -155,7 +155,7 @@ class EDMPreconditioner(torch.nn.Module):
         samples(op, "x_t", x_t)
         rows = self._rows(x_t, level)
         scaled = affine(op, x_t, None, None, None, rows, (2, ABSENT, ABSENT, ABSENT))[0]
-        F = self.net(scaled, coefficients(*rows, op)[:, 3], **arguments)
+        F = self.net(scaled, look_up(op, rows)[:, 3], **arguments)
         like(op, "the network's output", F, "x_t", x_t)
         return F
 

@@ -9,14 +9,13 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ..backends.reference import coefficients as look_up
 from ..backends.reference import compute_dtype
 from ..level import Level, _number, can_read, check_per_sample
 from ..noise import Noise
 from ..rows import Coefficients, Rows, stack_rows
 from .affine import ABSENT, affine
 from .checks import level_for, like, promote, samples
-from .levels import rows_for, value_at
+from .levels import look_up, rows_for, value_at
 from .loss import Selecting, check, loss_mask
 from .noising import operands
 from .parameterisation import Parameterisation, check_name, mix
@@ -198,7 +197,7 @@ def _target_rows(
     if delta is None:
         return rows
     # Not in the schedule's table, which would be another for every delta of a loop that changes it.
-    table = look_up(*rows, op)
+    table = look_up(op, rows)
     column = torch.as_tensor(delta, dtype=compute, device=pred.device).reshape(-1, 1)
     B = max(len(table), len(column))
     return Rows(torch.cat((table.expand(B, -1), column.expand(B, -1)), 1), None)

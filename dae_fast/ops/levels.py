@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.compiler import is_dynamo_compiling
 
-from ..backends.reference import coefficients as look_up
+from ..backends.reference import coefficients
 from ..level import Level
 from ..rows import Coefficients, Rows
+from .flat import seen
 
 
-def rows_for(
-    op: str, level: Level, key: tuple[Any, ...], coefficients: Coefficients, x: Tensor, dtype: torch.dtype
-) -> Rows:
+def rows_for(op: str, level: Level, key: tuple[Any, ...], made: Coefficients, x: Tensor, dtype: torch.dtype) -> Rows:
     """level._rows of coefficients that may hold parameters; `key` names them all, and so the schedule's table.
 
     A traced function takes no table that depends on an object, only on names: with an object the rows of the batch
@@ -24,14 +24,22 @@ def rows_for(
     """
     if is_dynamo_compiling() and not all(isinstance(part, str) for part in key):
         own = level if level.t is None else Level(*alpha_sigma(op, level, x))
-        return own._rows(op, "", coefficients, x, dtype)  # a level made by hand has no tables, and needs no key
-    return level._rows(op, " ".join(map(str, key)), coefficients, x, dtype)
+        return own._rows(op, "", made, x, dtype)  # a level made by hand has no tables, and needs no key
+    return level._rows(op, " ".join(map(str, key)), made, x, dtype)
+
+
+def look_up(op: str, rows: Rows) -> Tensor:
+    """(1 or B, K), for torch's own arithmetic."""
+    table, t = seen(rows)
+    if isinstance(t, FakeTensor):  # whose values nobody can check
+        return table[t.long()]
+    return coefficients(table, t, op)
 
 
 def alpha_sigma(op: str, level: Level, x: Tensor) -> tuple[Tensor, Tensor]:
     """float64 on x's device, () or (B,), of batch x; constants."""
     rows = level._rows(op, "alpha, sigma", lambda alpha, sigma: (alpha, sigma), x, torch.float64)
-    pairs = look_up(rows.table, rows.t, op).detach()
+    pairs = look_up(op, rows).detach()
     if rows.t is None and pairs.shape[0] == 1:
         pairs = pairs[0]
     alpha, sigma = pairs.unbind(-1)

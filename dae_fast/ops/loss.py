@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ..backends.reference import coefficients, compute_dtype
+from ..backends.reference import compute_dtype
 from ..level import Level, check_per_sample
 from ..noise import Noise
-from ..rows import stack_rows
+from ..rows import Rows, stack_rows
 from ..schedule import Schedule
 from .checks import level_for, noise_for, promote, samples
+from .flat import seen
+from .levels import look_up
 from .parameterisation import error_ratio
 from .residual import MINUS_TARGET, REDUCTIONS, Drawn, Mask, Reduction, plain_residual_loss, residual_loss
 
@@ -112,7 +114,8 @@ def loss_mask(op: str, pred: Tensor, mask: Tensor | Selecting | None) -> Mask:
     if mask is None:
         return None
     if not isinstance(mask, Tensor) and hasattr(mask, "_drawn"):
-        return mask._drawn(op, pred)
+        drawn = mask._drawn(op, pred)
+        return drawn._replace(thresholds=seen(Rows(drawn.thresholds, None)).table)
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"{op}: mask must be a bool tensor or a corruption, got {got}")
@@ -140,7 +143,8 @@ def loss_weight(
         raise ValueError(f"{op}: level_weight is looked up by level and needs level=schedule[t]")
     check_level_weight(op, level._schedule, level_weight)
     level._check(op, pred)
-    looked_up = look_up(op, level_weight[:, None], t)[:, 0].expand(pred.shape[0])
+    rows = Rows(level_weight[t : t + 1, None], None) if isinstance(t, int) else Rows(level_weight[:, None], t)
+    looked_up = look_up(op, rows)[:, 0].expand(pred.shape[0])
     return looked_up if weight is None else weight * looked_up
 
 
@@ -151,14 +155,7 @@ def check_level_weight(op: str, schedule: Schedule, level_weight: Tensor) -> Non
         raise ValueError(f"{op}: level_weight must be a tensor of shape ({len(schedule)},), got {got}")
 
 
-def look_up(op: str, table: Tensor, t: int | Tensor) -> Tensor:
-    """(1 or B, K) rows of a (T, K) table."""
-    if isinstance(t, int):
-        return table[t : t + 1]
-    return coefficients(table, t, op)
-
-
 def error_factor(op: str, predict: str, to: str, level: Level, mse: Tensor) -> Tensor:
     """(B,) or (1,): squared error of `to` for each unit of that of the prediction."""
     rows = level._rows(op, f"error of {to} from {predict}", error_ratio(predict, to), mse, mse.dtype)
-    return coefficients(rows.table, rows.t, op)[:, 0]
+    return look_up(op, rows)[:, 0]

@@ -16,12 +16,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..backends.reference import coefficients as look_up
 from ..backends.reference import compute_dtype
 from ..level import Level, check_per_sample
 from ..rows import Coefficients
 from ..schedule import finite_numbers
-from .levels import rows_for, value_at
+from .levels import look_up, rows_for, value_at
 from .parameterisation import Parameterisation, check_name, error_ratio, errors
 
 
@@ -250,4 +249,4 @@ def _column(
 ) -> Tensor:
     """(1,) or (B,), a constant."""
     rows = rows_for(op, level, key, coefficients, pred, dtype)
-    return look_up(rows.table, rows.t, op)[:, 0].to(pred.device).detach()
+    return look_up(op, rows)[:, 0].to(pred.device).detach()
