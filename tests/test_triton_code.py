@@ -27,7 +27,7 @@ def compiled() -> Any:
 
 def test_streaming_loops(compiled: Any) -> None:
     """128-bit loads and stores of every operand; nothing through shared memory or a stack; few instructions."""
-    assert len(compiled["nvidia"]) >= 24
+    assert len(compiled["nvidia"]) >= 48
     for kernel in compiled["nvidia"]:
         wanted = {
             "wide_loads": kernel["loads"] * kernel["turns"],
@@ -42,11 +42,12 @@ def test_streaming_loops(compiled: Any) -> None:
 
 
 def test_amd_compiles(compiled: Any) -> None:
-    assert compiled["gfx942"] == {"add_noise": 0, "to_x0": 0, "noise_mse": 0}  # bytes of stack
+    assert len(compiled["gfx942"]) >= 7
+    assert not any(compiled["gfx942"].values()), "bytes of stack"
 
 
 def test_every_way_compiles(compiled: Any) -> None:
-    assert len(compiled["variants"]) >= 20
+    assert len(compiled["variants"]) >= 35
     assert not any(compiled["variants"].values()), "bytes of stack"
 
 

@@ -29,7 +29,8 @@ from triton.backends.compiler import GPUTarget
 
 import dae_fast as df
 from dae_fast.backends import triton as backend
-from dae_fast.backends.reference import compute_dtype
+from dae_fast.backends.reference import KINDS, compute_dtype
+from dae_fast.ops.residual import Drawn
 
 NVIDIA = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)}
 AMD = GPUTarget("hip", "gfx942", 64)
@@ -38,25 +39,33 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 LONG, SHORT = (64, 4, 64, 64), (64, 784)
 NOISE = df.Noise(1)
 LEVELS = torch.arange(64)
+THRESHOLDS = torch.zeros(64, 2, dtype=torch.int64)
+PSEUDO_HUBER = KINDS.index("pseudo_huber")
 
 
 def table(dtype: torch.dtype, columns: int = 5) -> Tensor:
     return torch.ones(64, columns, dtype=compute_dtype(dtype))
 
 
-def _affine(columns: tuple[int, ...], inputs: int, noise: bool = False, clamp: Any = None) -> Callable[[Tensor], Any]:
+def _affine(
+    columns: tuple[int, ...], inputs: int, noise: bool = False, clamp: Any = None, w: bool = False
+) -> Callable[[Tensor], Any]:
     def call(x: Tensor) -> Any:
         y, z = x if inputs > 1 else None, x if inputs > 2 else None
-        return backend.affine("op", x, y, z, NOISE if noise else None, table(x.dtype), LEVELS, columns, clamp)
+        fresh = NOISE if noise else None
+        return backend.affine("op", x, y, z, fresh, table(x.dtype), LEVELS, columns, clamp, w=x if w else None)
 
     return call
 
 
-def _residual(tensor: bool, mask: bool = False) -> Callable[[Tensor], Any]:
+def _residual(tensor: bool, mask: Any = None, kind: str = "mse") -> Callable[[Tensor], Any]:
+    columns = 1, 2, 3 if "huber" in kind else -1
+
     def call(x: Tensor) -> Any:
         y, noise = (x, None) if tensor else (None, NOISE)
-        kept = torch.ones_like(x, dtype=torch.bool) if mask else None
-        return backend.residual("op", x, y, None, noise, table(x.dtype), LEVELS, (1, 2), kept, None, 1, True, True)
+        kept = torch.ones_like(x, dtype=torch.bool) if mask is True else mask
+        given = "op", x, y, None, noise, table(x.dtype), LEVELS, columns, kept, None, 1, True, True
+        return backend.residual(*given, kind=KINDS.index(kind))
 
     return call
 
@@ -73,17 +82,25 @@ class Case:
 
 
 CASES = [
-    Case("add_noise", _affine((0, -1, 1), 1, noise=True), 1, 1, 46),
-    Case("add_noise, short rows", _affine((0, -1, 1), 1, noise=True), 1, 1, 48, SHORT),
-    Case("add_noise with target", _affine((0, -1, 1, 2, -1, 3), 1, noise=True), 1, 2, 50),
-    Case("langevin_step", _affine((0, 1, 2), 2, noise=True), 2, 1, 50),
-    Case("an input without a coefficient", _affine((-1, 1, -1), 2), 1, 1, 9),
-    Case("to_x0", _affine((0, 1, -1), 2), 2, 1, 10),
-    Case("to_eps with clamp", _affine((0, 1, -1), 2, clamp=(2, 3, -1.0, 1.0)), 2, 1, 16),
+    Case("add_noise", _affine((0, -1, 1, -1), 1, noise=True), 1, 1, 46),
+    Case("add_noise, short rows", _affine((0, -1, 1, -1), 1, noise=True), 1, 1, 48, SHORT),
+    Case("add_noise with target", _affine((0, -1, 1, -1, 2, -1, 3, -1), 1, noise=True), 1, 2, 50),
+    Case("langevin_step", _affine((0, 1, 2, -1), 2, noise=True), 2, 1, 50),
+    Case("an input without a coefficient", _affine((-1, 1, -1, -1), 2), 1, 1, 9),
+    Case("to_x0", _affine((0, 1, -1, -1), 2), 2, 1, 10),
+    Case("to_eps with clamp", _affine((0, 1, -1, -1), 2, clamp=(2, 3, -1, -1.0, 1.0)), 2, 1, 16),
+    Case("guidance", _affine((0, 1, -1, 2), 2, w=True), 3, 1, 14),
+    Case("guidance, clamp and noise", _affine((0, 1, 2, 3), 2, True, (2, 3, 4, -1.0, 1.0), w=True), 3, 1, 61),
     Case("noise_mse", _residual(tensor=False), 1, 1, 52),
     Case("noise_mse, short rows", _residual(tensor=False), 1, 1, 53, SHORT),
     Case("noise_mse on tensors", _residual(tensor=True), 2, 1, 13),
     Case("noise_mse with mask", _residual(tensor=False, mask=True), 1, 1, 57),
+    Case("noise_mse with drawn mask", _residual(tensor=False, mask=Drawn(NOISE, THRESHOLDS, True)), 1, 1, 75),
+    Case("mse with drawn mask", _residual(tensor=True, mask=Drawn(NOISE, THRESHOLDS[:1], False)), 2, 1, 33),
+    Case("l1", _residual(tensor=True, kind="l1"), 2, 1, 18),
+    Case("huber", _residual(tensor=True, kind="huber"), 2, 1, 24),
+    Case("pseudo_huber", _residual(tensor=True, kind="pseudo_huber"), 2, 1, 64),
+    Case("corrupt", lambda x: backend.corrupt(x, NOISE, THRESHOLDS, 0.0, 1.0), 1, 1, 27),
     Case("row_dots", lambda x: backend.row_dots(x, x, None, None, NOISE), 2, 0, 48),
     Case("normal", lambda x: backend.normal(NOISE, len(x), x[0].numel(), x.dtype, "cpu"), 0, 1, 43),
 ]
@@ -98,16 +115,26 @@ def _variants() -> dict[str, Callable[[], Any]]:
     short, odd, half = torch.empty(64, 2), torch.empty(64, 4097), torch.empty(64, 785, dtype=torch.bfloat16)
     last = torch.empty(LONG).to(memory_format=torch.channels_last)
     video = torch.empty(64, 3, 4, 8, 8).transpose(1, 2)
-    f32 = table(torch.float32, 3)
+    f32, f64 = table(torch.float32, 4), table(torch.float64, 4)
     in_memory = df.Noise(1, sample=LEVELS).to("cpu")
     mask = torch.ones(64, 1, 64, 64, dtype=torch.bool).expand(LONG)
     one, weight = torch.ones(()), torch.ones(64, dtype=torch.float64)
+    struck, left = Drawn(NOISE, THRESHOLDS[:1], False), Drawn(in_memory, THRESHOLDS, True)
+
+    mean = None, 1, True, True  # of a loss: no weight, its reduction, with its gradient
 
     def affine(x: Tensor, y: Tensor | None = None, index: Tensor | None = LEVELS, noise: Any = NOISE) -> Any:
-        return backend.affine("op", x, y, None, noise, f32, index, (0, 1, 2))
+        return backend.affine("op", x, y, None, noise, f32, index, (0, 1, 2, 3), w=y)
 
     def residual(pred: Tensor, *rest: Any, noise: Any = NOISE, **options: Any) -> Any:
-        return backend.residual("op", pred, None, None, noise, f32, LEVELS, (1, 2), *rest, **options)
+        return backend.residual("op", pred, None, None, noise, f32, LEVELS, (1, 2, 3), *rest, **options)
+
+    def of_fp64(kind: int) -> Any:
+        wide = x.double()
+        return backend.residual("op", wide, wide, None, None, f64, None, (1, 2, 3), left, *mean, kind=kind)
+
+    def corrupt(x: Tensor, noise: Any = NOISE) -> Any:
+        return backend.corrupt(x, noise, THRESHOLDS, 0.0, 1.0)
 
     return {
         "rows of 2": lambda: affine(short),
@@ -128,9 +155,22 @@ def _variants() -> dict[str, Callable[[], Any]]:
         "means of rows of 2": lambda: residual(short, None, None, 0, False, False),
         "gradient for an upstream": lambda: residual(x, None, weight, 1, False, True, one),
         "gradient made again": lambda: residual(x, None, None, 1, False, True, one, torch.empty(LONG)),
+        "penalties of rows of 2": lambda: residual(short, left, *mean, kind=PSEUDO_HUBER),
+        "penalties of odd rows": lambda: residual(odd, struck, *mean, kind=KINDS.index("huber")),
+        "penalties of channels_last": lambda: residual(last, left, *mean, kind=KINDS.index("l1")),
+        "pseudo_huber in fp64": lambda: of_fp64(PSEUDO_HUBER),
+        "huber in fp64": lambda: of_fp64(KINDS.index("huber")),
+        "sum with drawn mask": lambda: residual(half, left, weight, 2, True, True),
+        "count of a drawn mask": lambda: backend._count(LONG, backend._choice(*struck[:2], x.device), False, x.device),
+        "count of short rows": lambda: backend._count((64, 2), backend._choice(*left[:2], x.device), True, x.device),
+        "corrupted rows of 2": lambda: corrupt(short, in_memory),
+        "corrupted rows of 4097": lambda: corrupt(odd),
+        "corrupted bf16 rows of 785": lambda: corrupt(half),
+        "corrupted channels_last": lambda: corrupt(last),
+        "corrupted fp64": lambda: corrupt(x.double()),
         "row_dots of rows of 2": lambda: backend.row_dots(short, short, None, short, None),
         "row_dots of channels_last": lambda: backend.row_dots(last, x, None, None, in_memory),
-        "no coefficient": lambda: backend.affine("op", x, None, None, None, f32, None, (-1, -1, -1, 0, -1, -1)),
+        "no coefficient": lambda: backend.affine("op", x, None, None, None, f32, None, (-1, -1, -1, -1, 0, -1, -1, -1)),
         "words": lambda: backend.words(NOISE, 64, 785, "cpu", fold=False),
         "normals": lambda: backend.normal(in_memory, 64, 2, torch.float16, "cpu"),
         "fold_in": lambda: backend.fold_in_tensor(in_memory, 3),
@@ -141,6 +181,7 @@ def _variants() -> dict[str, Callable[[], Any]]:
 VARIANTS = _variants()
 # Every case where it counts most, then each other type and architecture once for each kind of loop.
 _TYPICAL = [case for case in CASES if case.name in ("add_noise", "to_x0", "noise_mse")]
+ON_AMD = ("add_noise", "to_x0", "noise_mse", "guidance", "noise_mse with drawn mask", "pseudo_huber", "corrupt")
 TESTED = [
     *((case, dtype, "sm_90") for case in CASES for dtype in (torch.float32, torch.bfloat16)),
     *((case, torch.float64, "sm_90") for case in _TYPICAL),
@@ -167,15 +208,14 @@ class Code:
 
 
 def launched(call: Callable[[], Any]) -> tuple[Any, tuple[Any, ...]]:
-    """(kernel, arguments) of what a call launches, on tensors that nothing reads."""
+    """(kernel, arguments) of what a call launches last, on tensors that nothing reads."""
     caught: list[tuple[Any, tuple[Any, ...]]] = []
     launch, backend._launch = backend._launch, lambda call, args: caught.append((call.kernel, (*args, *call.fixed)))
     try:
         call()
     finally:
         backend._launch = launch
-    (one,) = caught
-    return one
+    return caught[-1]
 
 
 def compile_case(case: Case, dtype: torch.dtype, target: GPUTarget) -> Any:
@@ -195,14 +235,14 @@ def values_that_differ() -> list[Callable[[], Any]]:
     x = torch.empty(LONG)
     noises = [df.Noise(seed, first_sample=first) for seed, first in ((1, 1), (16, 0), (2**40, 2**40), (-1, 3))]
     calls = [
-        lambda noise=noise: backend.affine("op", x, None, None, noise, table(x.dtype), LEVELS, (0, -1, 1))
+        lambda noise=noise: backend.affine("op", x, None, None, noise, table(x.dtype), LEVELS, (0, -1, 1, -1))
         for noise in noises
     ]
     for B, D in ((1, 4096), (16, 4096), (17, 8192), (64, 2**16)):
         given = torch.empty(B, D), df.Noise(B), LEVELS[:1].expand(B)
         calls.append(
             lambda given=given: backend.affine(
-                "op", given[0], None, None, given[1], table(x.dtype), given[2], (0, -1, 1)
+                "op", given[0], None, None, given[1], table(x.dtype), given[2], (0, -1, 1, -1)
             )
         )
     return calls
@@ -273,7 +313,7 @@ def main() -> None:
             }
             for case, dtype, arch in TESTED
         ]
-        scratch = {case.name: amd_scratch(case) for case in _TYPICAL}
+        scratch = {case.name: amd_scratch(case) for case in CASES if case.name in ON_AMD}
         stacks = {name: stack_of(call) for name, call in VARIANTS.items()}
         print(
             json.dumps(

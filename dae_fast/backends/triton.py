@@ -30,6 +30,7 @@ from . import triton_kernels as kernels
 
 if TYPE_CHECKING:
     from ..noise import Noise
+    from ..ops.residual import Drawn
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 # Whose square root the kernels use (sqrt_rn).
@@ -41,6 +42,7 @@ THREADS = 128  # of a program, one lane each
 _PROGRAMS = 2048
 _STEPS_MAP, _STEPS_SUM = 8, 64
 
+_ABSENT = -1  # the column of a coefficient that is 0
 _NONE, _MEAN, _SUM = 0, 1, 2
 _NO_NOISE, _FOLDED, _RAW = 0, 1, 2
 
@@ -61,7 +63,7 @@ Operands = tuple[Tensor | None, ...]
 # The last two of a row's three sizes, and for each operand the strides of the batch and of those three;
 # None where contiguous.
 Layout = tuple[tuple[int, int] | None, tuple[tuple[int, ...] | None, ...]]
-CONTIGUOUS: Layout = (None, (None,) * 5)
+CONTIGUOUS: Layout = (None, (None,) * 6)  # of as many as a kernel may have
 # A row that does not merge to three dimensions (or is beyond 32-bit indices): its operands are copied.
 SCATTERED: Layout = (None, ())
 
@@ -131,7 +133,8 @@ class _Call:
         self.kernel, self.device, self.grid = kernel, device, grid
         self.fixed = (*runtime, *spec)  # the last of the kernel's arguments
         self.key = kernel.__name__, device, types, spec  # what the code depends on
-        self.parts = parts  # doubles that the programs of a loss leave for the last one
+        # Doubles that the programs of a loss leave for the last one: few sizes, which torch's cache then has.
+        self.parts = parts and triton.next_power_of_2(parts)
         self.compiled: Any = None
 
 
@@ -180,10 +183,15 @@ def _bits(value: float) -> int:
     return int(struct.unpack("q", struct.pack("d", value))[0])
 
 
-_NO_KEY = 0, 0, None, None, 0
+# Of a kernel: seed, offset, key, sample and first_sample; and, where words choose elements, thresholds and
+# threshold_step.
+Address = tuple[int | None, int | None, Tensor | None, Tensor | None, int | None]
+Choice = tuple[int | None, int | None, Tensor | None, Tensor | None, int | None, Tensor | None, int | None]
+_NO_KEY: Address = (None,) * 5
+_NO_CHOICE: Choice = (None,) * 7
 
 
-def _noise(noise: Noise | None, device: torch.device) -> tuple[int, int, Tensor | None, Tensor | None, int]:
+def _noise(noise: Noise | None, device: torch.device) -> Address:
     if noise is None:
         return _NO_KEY
     key = noise._key_tensor
@@ -191,6 +199,10 @@ def _noise(noise: Noise | None, device: torch.device) -> tuple[int, int, Tensor 
         seed, offset = key.tolist()  # in host memory: nothing waits for a device
         return seed, offset, None, noise._sample, noise._first_sample
     return noise._seed, noise._offset, key, noise._sample, noise._first_sample
+
+
+def _choice(noise: Noise, thresholds: Tensor, device: torch.device) -> Choice:
+    return (*_noise(noise, device), thresholds.contiguous(), 2 if thresholds.shape[0] > 1 else 0)
 
 
 def _memory(operands: Operands, ordered: bool) -> tuple[bool, Layout]:
@@ -275,8 +287,9 @@ def _affine_call(
     grid, steps, ROWS, LANES = _plan(B, D, V, _STEPS_MAP)
     levels, K = table
     spec = (
-        columns[:3] + columns[4:7],
-        None if clamp is None else clamp[:2],
+        columns[:4],
+        columns[4:],
+        None if clamp is None else (clamp[0], clamp[1], _ABSENT, clamp[2]),
         K,
         levels == 1 and index is None,
         noise,
@@ -305,7 +318,7 @@ def affine(
     out: Tensor | None = None,
     w: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """As reference.affine, in one launch. `out` is written instead of a new tensor; it may be x, y or z."""
+    """As reference.affine, in one launch. `out` is written instead of a new tensor; it may be an input."""
     if out is None:
         out = torch.empty_like(x)
     out2 = torch.empty_like(x) if len(columns) == 8 else None
@@ -313,17 +326,17 @@ def affine(
     shape, device = x.shape, x.device
     if 0 in shape:
         return results
-    aligned, layout = _memory((x, y, z, out, out2), noise is not None)
+    aligned, layout = _memory((x, y, z, w, out, out2), noise is not None)
     if layout is SCATTERED:
-        y, z = _contiguous(y, z)
-        made = affine(op, x.contiguous(), y, z, noise, table, index, columns, clamp)
+        y, z, w = _contiguous(y, z, w)
+        made = affine(op, x.contiguous(), y, z, noise, table, index, columns, clamp, w=w)
         return (out.copy_(made[0]), *made[1:])
     seed, offset, key, sample, first = _noise(noise, device)
     call = _affine_call(
         shape,
         x.dtype,
         device,
-        (y is None, z is None, key is None, sample is None),
+        (y is None, z is None, w is None, key is None, sample is None),
         None if index is None else index.dtype,
         table.shape,
         _NO_NOISE if noise is None else _FOLDED,
@@ -332,7 +345,7 @@ def affine(
         aligned,
         layout,
     )
-    _launch(call, (x, y, z, out, out2, table, index, seed, offset, key, sample, first))
+    _launch(call, (x, y, z, w, out, out2, table, index, seed, offset, key, sample, first))
     return results
 
 
@@ -346,10 +359,12 @@ def _residual_call(
     weight: torch.dtype | None,
     table: tuple[int, int],
     noise: int,
-    columns: tuple[int, int],
+    columns: tuple[int, int, int],
+    kind: int,
+    keeps: bool,
+    masked: bool,
     reduction: int,
     made: bool,
-    masked: bool,
     want_loss: bool,
     want_grad: bool,
     aligned: bool,
@@ -362,7 +377,9 @@ def _residual_call(
     # Of the gradient, without what differs from row to row.
     factor = 2.0 / (B if reduction == _MEAN else 1) / (1 if reduction == _SUM or masked else D)
     spec = (
-        *columns,
+        (_ABSENT, *columns),
+        kind,
+        keeps,
         K,
         levels == 1 and index is None,
         noise,
@@ -380,7 +397,7 @@ def _residual_call(
     parts = 0
     if want_loss or not (want_grad or one_tile):
         parts = -(-B // ROWS) if one_tile else B * grid[0]
-    runtime = levels, _bits(factor), B, D, steps, sizes, *strides
+    runtime = levels, _bits(factor), B, D, steps, sizes, *strides[:5]
     return _Call(kernels.residual_kernel, device, grid, types, runtime, spec, parts)
 
 
@@ -393,7 +410,7 @@ def residual(
     table: Tensor,
     index: Tensor | None,
     columns: tuple[int, int, int],
-    mask: Tensor | None,
+    mask: Tensor | Drawn | None,
     weight: Tensor | None,
     reduction: int,
     want_loss: bool,
@@ -401,25 +418,32 @@ def residual(
     upstream: Tensor | None = None,
     made: Tensor | None = None,
     kind: int = 0,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Any, Any, Tensor | None]:
     """One pass over pred: the unweighted mean of each sample, the weighted loss, its gradient.
 
-    weight: (B,) fp32 or fp64. reduction: 0 none, 1 mean, 2 sum. upstream: () on the device, multiplies
-    the gradient; the kernel reads it. made: the gradient for an upstream of 1, left as it is when
-    upstream is 1 and made again in place otherwise.
-    The means are left unwritten when only the gradient is wanted, the loss unless it is wanted.
+    columns and kind as in reference.residual. weight: (B,) fp32 or fp64. reduction: 0 none, 1 mean, 2 sum.
+    upstream: () on the device, multiplies the gradient; the kernel reads it. made: the gradient for an
+    upstream of 1, left as it is when upstream is 1 and made again in place otherwise.
+    None for the means when only the gradient is wanted, and for the loss unless it is wanted.
     A mask costs a second launch: how many elements count must be known first.
     """
     shape, device = pred.shape, pred.device
-    per_sample, loss = table.new_empty(shape[0]), table.new_empty(())
+    per_sample = table.new_empty(shape[0]) if want_loss or not want_grad else None
+    loss = table.new_empty(()) if want_loss else None
     grad = (torch.empty_like(pred) if made is None else made) if want_grad else None
     if made is not None and upstream is None:
         return per_sample, loss, made
     if 0 in shape:
-        return per_sample.zero_(), loss.zero_(), grad
-    aligned, layout = _memory((pred, y, z, mask, grad), noise is not None)
+        for nothing in (per_sample, loss):
+            if nothing is not None:
+                nothing.zero_()
+        return per_sample, loss, grad
+    drawn = None if mask is None or isinstance(mask, Tensor) else mask
+    stored = mask if isinstance(mask, Tensor) else None
+    ordered = noise is not None or drawn is not None
+    aligned, layout = _memory((pred, y, z, stored, grad), ordered)
     if layout is SCATTERED:
-        y, z, mask, dense = _contiguous(y, z, mask, made)
+        y, z, stored, dense = _contiguous(y, z, stored, made)
         result = residual(
             op,
             pred.contiguous(),
@@ -429,35 +453,53 @@ def residual(
             table,
             index,
             columns,
-            mask,
+            drawn or stored,
             weight,
             reduction,
             want_loss,
             want_grad,
             upstream,
             dense,
+            kind,
         )
         return result if made is None or result[2] is None else (*result[:2], made.copy_(result[2]))
     seed, offset, key, sample, first = _noise(noise, device)
+    choice, keeps, kept = _NO_CHOICE, False, None
+    if drawn is not None:
+        choice, keeps = _choice(drawn.noise, drawn.thresholds, device), drawn.kept
+        kept = _count(shape, choice, keeps, device)
+    elif stored is not None:
+        kept = per_sample_sum(stored)
     call = _residual_call(
         shape,
         pred.dtype,
         device,
-        (y is None, z is None, mask is None, upstream is None, key is None, sample is None),
+        (
+            y is None,
+            z is None,
+            stored is None,
+            upstream is None,
+            key is None,
+            sample is None,
+            drawn is None,
+            choice[2] is None,
+            choice[3] is None,
+        ),
         None if index is None else index.dtype,
         None if weight is None else weight.dtype,
         table.shape,
         _NO_NOISE if noise is None else _FOLDED,
-        columns[:2],
+        columns,
+        kind,
+        keeps,
+        kept is not None,
         reduction,
         made is not None,
-        mask is not None,
         want_loss,
         want_grad,
         aligned,
         layout,
     )
-    kept = None if mask is None else per_sample_sum(mask).to(torch.int64)
     sums, ticket = _workspace(call) if call.parts else (None, None)
     _launch(
         call,
@@ -465,7 +507,7 @@ def residual(
             pred,
             y,
             z,
-            mask,
+            stored,
             grad,
             table,
             index,
@@ -477,10 +519,11 @@ def residual(
             key,
             sample,
             first,
+            *choice,
             sums,
             ticket,
-            per_sample if want_loss or not want_grad else None,
-            loss if want_loss else None,
+            per_sample,
+            loss,
         ),
     )
     return per_sample, loss, grad
@@ -488,8 +531,53 @@ def residual(
 
 def _workspace(call: _Call) -> tuple[Tensor, Tensor]:
     """Room for the programs' sums, and the ticket: a zeroed int32 that the kernel leaves at zero."""
-    sums = torch.empty(triton.next_power_of_2(call.parts), dtype=torch.float64, device=call.device)
-    return sums, ticket(call.device)
+    return torch.empty(call.parts, dtype=torch.float64, device=call.device), ticket(call.device)
+
+
+@functools.lru_cache(maxsize=4096)
+def _count_call(shape: tuple[int, ...], device: torch.device, present: tuple[bool, ...], keeps: bool) -> _Call:
+    B, D, V = shape[0], math.prod(shape[1:]), 4  # a block of words to a lane
+    grid, steps, ROWS, LANES = _plan(B, D, V, _STEPS_SUM)
+    return _Call(kernels.count_kernel, device, grid, present, (B, D, steps), (keeps, ROWS, LANES, V))
+
+
+def _count(shape: tuple[int, ...], choice: Choice, keeps: bool, device: torch.device) -> Tensor:
+    """(B,) int64: how many elements of each sample a drawn mask has."""
+    kept = torch.zeros(shape[0], dtype=torch.int64, device=device)
+    _launch(_count_call(shape, device, (choice[2] is None, choice[3] is None), keeps), (kept, *choice))
+    return kept
+
+
+@functools.lru_cache(maxsize=4096)
+def _corrupt_call(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    present: tuple[bool, ...],
+    aligned: bool,
+    layout: Layout,
+) -> _Call:
+    B, D, V = shape[0], math.prod(shape[1:]), _LANE[dtype]
+    grid, steps, ROWS, LANES = _plan(B, D, V, _STEPS_MAP)
+    sizes, strides = layout
+    runtime = B, D, steps, sizes, *strides[:2]
+    spec = aligned and D % V == 0, ROWS, LANES, V
+    return _Call(kernels.corrupt_kernel, device, grid, (dtype, present, _strided_ones(layout)), runtime, spec)
+
+
+def corrupt(x: Tensor, noise: Noise, thresholds: Tensor, low: float, high: float) -> Tensor:
+    """As reference.corrupt, in one launch."""
+    out, shape, device = torch.empty_like(x), x.shape, x.device
+    if 0 in shape:
+        return out
+    aligned, layout = _memory((x, out), True)
+    if layout is SCATTERED:
+        return corrupt(x.contiguous(), noise, thresholds, low, high)
+    choice = _choice(noise, thresholds, device)
+    present = choice[2] is None, choice[3] is None
+    call = _corrupt_call(shape, x.dtype, device, present, aligned, layout)
+    _launch(call, (x, out, *choice, _bits(low), _bits(high)))
+    return out
 
 
 @functools.lru_cache(maxsize=4096)

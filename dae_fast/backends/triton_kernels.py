@@ -32,6 +32,12 @@ REDUCE_NONE = tl.constexpr(0)
 REDUCE_MEAN = tl.constexpr(1)
 REDUCE_SUM = tl.constexpr(2)
 
+# What a residual costs: its place in reference.KINDS.
+MSE = tl.constexpr(0)
+L1 = tl.constexpr(1)
+HUBER = tl.constexpr(2)
+PSEUDO_HUBER = tl.constexpr(3)
+
 # The interpreter truncates fp32 to bf16, where every GPU rounds to nearest.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -109,7 +115,7 @@ def sincos_2pi_u(r):
 
 @triton.jit
 def sqrt_rn(a, NVIDIA: tl.constexpr):
-    """Correctly rounded, for a in [2^-32, 46].
+    """As square_root, for a in [2^-32, 46].
 
     On NVIDIA the hardware's estimate with one Newton step: what sqrt.rn does for such an argument,
     without its branch to a slow path for the others.
@@ -150,47 +156,74 @@ def lane_tile(ROWS: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def half_blocks(seed, offset, first, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """Two words for each of lanes `first`...: a lane makes the block of its pair and takes its half."""
+def lane_block(seed, offset, first, BLOCK: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, V: tl.constexpr):
+    """The words of block BLOCK of each of lanes `first`..., in tensors (ROWS, LANES); of half a block where V is 2."""
     lane = lane_tile(ROWS, LANES)
-    r0, r1, r2, r3 = block_at(seed, offset + (first // 2).to(tl.uint64), (lane // 2).to(tl.uint64))
-    odd = lane % 2 == 1
-    return tl.where(odd, r2, r0), tl.where(odd, r3, r1)
+    if V == 2:
+        # A lane makes the block of its pair and takes its half.
+        r0, r1, r2, r3 = block_at(seed, offset + (first // 2).to(tl.uint64), (lane // 2).to(tl.uint64))
+        odd = lane % 2 == 1
+        return tl.where(odd, r2, r0), tl.where(odd, r3, r1)
+    elif V == 4:
+        return block_at(seed, offset + first.to(tl.uint64), lane.to(tl.uint64))
+    else:
+        return block_at(seed, offset + (2 * first).to(tl.uint64), (2 * lane).to(tl.uint64) + BLOCK)
 
 
 @triton.jit
-def block_normals(seed, offset, n, NVIDIA: tl.constexpr):
-    r0, r1, r2, r3 = block_at(seed, offset, n)
-    z0, z1 = normal_pair(r0, r1, NVIDIA)
-    z2, z3 = normal_pair(r2, r3, NVIDIA)
-    return z0, z1, z2, z3
+def side_by_side(values, ROWS: tl.constexpr, LANES: tl.constexpr, V: tl.constexpr):
+    """(ROWS, LANES * V) of the V values of each lane.
+
+    tl.join puts its two tensors side by side in a new last dimension: the last one joined is the lowest
+    bit of an element's place in its lane. What is computed from a lane's words is computed before: joined
+    first, two blocks would be laid out anew.
+    """
+    if V == 2:
+        tile = tl.join(values[0], values[1])
+    elif V == 4:
+        tile = tl.join(tl.join(values[0], values[2]), tl.join(values[1], values[3]))
+    else:
+        even = tl.join(tl.join(values[0], values[4]), tl.join(values[2], values[6]))
+        odd = tl.join(tl.join(values[1], values[5]), tl.join(values[3], values[7]))
+        tile = tl.join(even, odd)
+    return tl.reshape(tile, [ROWS, LANES * V])
+
+
+@triton.jit
+def block_normals(r, V: tl.constexpr, NVIDIA: tl.constexpr):
+    z = normal_pair(r[0], r[1], NVIDIA)
+    return z if V == 2 else z + normal_pair(r[2], r[3], NVIDIA)
 
 
 @triton.jit
 def normals(seed, offset, first, ROWS: tl.constexpr, LANES: tl.constexpr, V: tl.constexpr, NVIDIA: tl.constexpr):
-    """(ROWS, LANES * V) fp32: the noise of lanes `first`... of each row.
+    """(ROWS, LANES * V) fp32: the noise of lanes `first`... of each row."""
+    z = block_normals(lane_block(seed, offset, first, 0, ROWS, LANES, V), V, NVIDIA)
+    if V == 8:
+        z += block_normals(lane_block(seed, offset, first, 1, ROWS, LANES, V), V, NVIDIA)
+    return side_by_side(z, ROWS, LANES, V)
 
-    tl.join puts its two tensors side by side in a new last dimension: the last one joined is the lowest
-    bit of an element's place in its lane.
-    """
-    if V == 2:
-        radius, angle = half_blocks(seed, offset, first, ROWS, LANES)
-        z0, z1 = normal_pair(radius, angle, NVIDIA)
-        z = tl.join(z0, z1)
-    elif V == 4:
-        lane = lane_tile(ROWS, LANES).to(tl.uint64)
-        z0, z1, z2, z3 = block_normals(seed, offset + first.to(tl.uint64), lane, NVIDIA)
-        z = tl.join(tl.join(z0, z2), tl.join(z1, z3))
-    else:
-        # Two blocks in tensors of their own: joined before the arithmetic, they would be laid out anew.
-        offset += (2 * first).to(tl.uint64)
-        lane = (2 * lane_tile(ROWS, LANES)).to(tl.uint64)
-        z0, z1, z2, z3 = block_normals(seed, offset, lane, NVIDIA)
-        z4, z5, z6, z7 = block_normals(seed, offset, lane + 1, NVIDIA)
-        even = tl.join(tl.join(z0, z4), tl.join(z2, z6))
-        odd = tl.join(tl.join(z1, z5), tl.join(z3, z7))
-        z = tl.join(even, odd)
-    return tl.reshape(z, [ROWS, LANES * V])
+
+@triton.jit
+def words(seed, offset, first, ROWS: tl.constexpr, LANES: tl.constexpr, V: tl.constexpr):
+    """(ROWS, LANES * V) uint32: the words of lanes `first`... of each row."""
+    r = lane_block(seed, offset, first, 0, ROWS, LANES, V)
+    if V == 8:
+        r += lane_block(seed, offset, first, 1, ROWS, LANES, V)
+    return side_by_side(r, ROWS, LANES, V)
+
+
+@triton.jit
+def below(words, threshold):
+    """words < threshold, which is in [0, 2^32], in 32 bits."""
+    return (words < threshold.to(tl.uint32)) | (threshold > 0xFFFFFFFF)
+
+
+@triton.jit
+def counted(seed, offset, second, first, KEEPS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, V: tl.constexpr):
+    """(ROWS, LANES * V): what a drawn mask has of lanes `first`..., the elements that it strikes or (KEEPS) leaves."""
+    struck = below(words(seed, offset, first, ROWS, LANES, V), second)
+    return ~struck if KEEPS else struck
 
 
 @triton.jit
@@ -244,18 +277,8 @@ def coefficient(address, inside, COLUMN: tl.constexpr):
 
 
 @triton.jit
-def coefficients(
-    table,
-    index,
-    levels,
-    row,
-    K: tl.constexpr,
-    SHARED: tl.constexpr,
-    C0: tl.constexpr,
-    C1: tl.constexpr,
-    C2: tl.constexpr,
-):
-    """Three columns of each row's level: index[row], or the row itself, or (SHARED) one for all.
+def coefficients(table, index, levels, row, K: tl.constexpr, SHARED: tl.constexpr, COLUMNS: tl.constexpr):
+    """Four columns of each row's level: index[row], or the row itself, or (SHARED) one for all.
 
     NaN for a level outside the table, of which nothing is read; 0 for a negative column. Read before the
     loop: in it the compiler would have to read them again after every store.
@@ -267,7 +290,12 @@ def coefficients(
         table += level * K
     elif not SHARED:
         table += row * K
-    return coefficient(table, inside, C0), coefficient(table, inside, C1), coefficient(table, inside, C2)
+    return (
+        coefficient(table, inside, COLUMNS[0]),
+        coefficient(table, inside, COLUMNS[1]),
+        coefficient(table, inside, COLUMNS[2]),
+        coefficient(table, inside, COLUMNS[3]),
+    )
 
 
 @triton.jit
@@ -282,18 +310,71 @@ def mul_add(a, b, c):
 
 
 @triton.jit
-def affine(c0, x, c1, y, c2, z, C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr):
-    """c0*x + c1*y + c2*z without the products whose column is negative or whose input is None; 0 without any."""
+def affine(c, x, y, z, w, COLUMNS: tl.constexpr):
+    """c0*x + c1*y + c2*z + c3*w without the products whose column is negative or whose input is None; 0 without any."""
     total = None
-    if C2 >= 0 and z is not None:
-        total = c2 * z
-    if C1 >= 0 and y is not None:
-        total = mul_add(c1, y, total)
-    if C0 >= 0 and x is not None:
-        total = mul_add(c0, x, total)
+    if COLUMNS[3] >= 0 and w is not None:
+        total = c[3] * w
+    if COLUMNS[2] >= 0 and z is not None:
+        total = mul_add(c[2], z, total)
+    if COLUMNS[1] >= 0 and y is not None:
+        total = mul_add(c[1], y, total)
+    if COLUMNS[0] >= 0 and x is not None:
+        total = mul_add(c[0], x, total)
     if total is None:
         total = tl.zeros([1, 1], tl.float32)
     return total
+
+
+@triton.jit
+def square_root(a):
+    """IEEE, of any argument."""
+    if a.dtype == tl.float64:
+        return tl.sqrt(a)
+    else:
+        return tl.sqrt_rn(a)
+
+
+@triton.jit
+def divide(a, b):
+    """IEEE."""
+    if a.dtype == tl.float64:
+        return a / b
+    else:
+        return tl.div_rn(a, b)
+
+
+@triton.jit
+def add_penalty(total, r, delta, KIND: tl.constexpr):
+    """total + rho(r), operation for operation as csrc/ops.h."""
+    if KIND == MSE:
+        return mul_add(r, r, total)
+    elif KIND == L1:
+        return total + tl.abs(r)
+    elif KIND == HUBER:
+        size = tl.abs(r)
+        return total + tl.where(size > delta, delta * (size - 0.5 * delta), 0.5 * (r * r))
+    else:
+        return total + 2.0 * delta * divide(r * r, square_root(mul_add(r, r, delta * delta)) + delta)
+
+
+@triton.jit
+def half_slope(r, delta, KIND: tl.constexpr):
+    """rho'(r) / 2, operation for operation as csrc/ops.h."""
+    if KIND == MSE:
+        return r
+    elif KIND == L1:
+        return tl.where(r > 0.0, 0.5, tl.where(r < 0.0, -0.5, r))
+    elif KIND == HUBER:
+        return 0.5 * clamp(r, -delta, delta)
+    else:
+        return delta * divide(r, square_root(mul_add(r, r, delta * delta)))
+
+
+@triton.jit
+def clamp(v, low, high):
+    """Comparisons, not minimum and maximum: NaN passes through."""
+    return tl.where(v < low, low, tl.where(v > high, high, v))
 
 
 @triton.jit
@@ -317,6 +398,7 @@ def affine_kernel(
     x,
     y,
     z,
+    w,
     out,
     out2,
     table,
@@ -336,9 +418,11 @@ def affine_kernel(
     x_strides,
     y_strides,
     z_strides,
+    w_strides,
     out_strides,
     out2_strides,
     COLUMNS: tl.constexpr,
+    COLUMNS2: tl.constexpr,
     CLAMP: tl.constexpr,
     K: tl.constexpr,
     SHARED: tl.constexpr,
@@ -349,7 +433,7 @@ def affine_kernel(
     V: tl.constexpr,
     NVIDIA: tl.constexpr,
 ):
-    """out = c0*x + c1*y + c2*z for each three of COLUMNS; CLAMP (a0, a1): y becomes clamp(a0*x + a1*y)."""
+    """out = c0*x + c1*y + c2*z + c3*w by COLUMNS, out2 by COLUMNS2; with CLAMP y becomes clamp(a0*x + a1*y + a3*w)."""
     row0, row = rows_of(B, ROWS)
     if row0 >= B:
         return
@@ -359,19 +443,11 @@ def affine_kernel(
     C: tl.constexpr = table.dtype.element_ty  # the compute type
     if NOISE != NO_NOISE:
         seed, offset = row_key(seed, offset, key, sample, first_sample, row, NOISE)
-    C0: tl.constexpr = COLUMNS[0]
-    C1: tl.constexpr = COLUMNS[1]
-    C2: tl.constexpr = COLUMNS[2]
-    c0, c1, c2 = coefficients(table, index, levels, row, K, SHARED, C0, C1, C2)
+    c = coefficients(table, index, levels, row, K, SHARED, COLUMNS)
     if out2 is not None:
-        D0: tl.constexpr = COLUMNS[3]
-        D1: tl.constexpr = COLUMNS[4]
-        D2: tl.constexpr = COLUMNS[5]
-        d0, d1, d2 = coefficients(table, index, levels, row, K, SHARED, D0, D1, D2)
+        d = coefficients(table, index, levels, row, K, SHARED, COLUMNS2)
     if CLAMP is not None:
-        A0: tl.constexpr = CLAMP[0]
-        A1: tl.constexpr = CLAMP[1]
-        a0, a1, _ = coefficients(table, index, levels, row, K, SHARED, A0, A1, -1)
+        a = coefficients(table, index, levels, row, K, SHARED, CLAMP)
         low = as_double(low).to(C)
         high = as_double(high).to(C)
     begin = tl.program_id(0) * steps
@@ -382,22 +458,23 @@ def affine_kernel(
         xv = None
         yv = None
         zv = None
+        wv = None
         if x is not None:
             xv = tl.load(at(x, row, first, D, sizes, x_strides, LANES, V), mask=live).to(C)
         if y is not None:
             yv = tl.load(at(y, row, first, D, sizes, y_strides, LANES, V), mask=live).to(C)
         if z is not None:
             zv = tl.load(at(z, row, first, D, sizes, z_strides, LANES, V), mask=live).to(C)
+        if w is not None:
+            wv = tl.load(at(w, row, first, D, sizes, w_strides, LANES, V), mask=live).to(C)
         if NOISE != NO_NOISE:
             zv = normals(seed, offset, first, ROWS, LANES, V, NVIDIA).to(C)
         if CLAMP is not None:
-            yv = affine(a0, xv, a1, yv, 0.0, None, A0, A1, -1)
-            # Comparisons, not minimum and maximum: NaN passes through.
-            yv = tl.where(yv < low, low, tl.where(yv > high, high, yv))
+            yv = clamp(affine(a, xv, yv, None, wv, CLAMP), low, high)
         if out2 is not None:
-            v2 = affine(d0, xv, d1, yv, d2, zv, D0, D1, D2)
+            v2 = affine(d, xv, yv, zv, wv, COLUMNS2)
             tl.store(at(out2, row, first, D, sizes, out2_strides, LANES, V), narrow(v2, DTYPE), mask=live)
-        v = affine(c0, xv, c1, yv, c2, zv, C0, C1, C2)
+        v = affine(c, xv, yv, zv, wv, COLUMNS)
         tl.store(at(out, row, first, D, sizes, out_strides, LANES, V), narrow(v, DTYPE), mask=live)
 
 
@@ -428,6 +505,13 @@ def residual_kernel(
     key,
     sample,
     first_sample,
+    mask_seed,
+    mask_offset,
+    mask_key,
+    mask_sample,
+    mask_first_sample,
+    thresholds,
+    threshold_step,
     sums,
     ticket,
     per_sample,
@@ -443,8 +527,9 @@ def residual_kernel(
     z_strides,
     mask_strides,
     grad_strides,
-    N1: tl.constexpr,
-    N2: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    KIND: tl.constexpr,
+    KEEPS: tl.constexpr,
     K: tl.constexpr,
     SHARED: tl.constexpr,
     NOISE: tl.constexpr,
@@ -457,8 +542,10 @@ def residual_kernel(
     V: tl.constexpr,
     NVIDIA: tl.constexpr,
 ):
-    """r = mask * (pred + n1*y + n2*z); its gradient factor * weight * upstream / kept * r, and the loss.
+    """r = mask * (pred + n1*y + n2*z); its gradient factor * weight * upstream / kept * rho'(r) / 2, and the loss.
 
+    COLUMNS: an absent one, those of n1 and n2, and of rho's delta.
+    thresholds: (1 or B, 2) where the mask is drawn, else None; threshold_step: from row to row.
     kept: (B,) int64, the elements that count, or None for all (factor then holds 1 / D).
     Each program leaves its sums in `sums`; the one that draws the last ticket adds them, in one order
     whoever comes last. per_sample None: no sums are wanted; loss None: no loss.
@@ -475,7 +562,10 @@ def residual_kernel(
     C: tl.constexpr = table.dtype.element_ty  # the compute type
     if NOISE != NO_NOISE:
         seed, offset = row_key(seed, offset, key, sample, first_sample, row, NOISE)
-    _, n1, n2 = coefficients(table, index, levels, row, K, SHARED, -1, N1, N2)
+    if thresholds is not None:
+        mask_seed, mask_offset = row_key(mask_seed, mask_offset, mask_key, mask_sample, mask_first_sample, row, FOLDED)
+        second = tl.load(thresholds + row * threshold_step + 1)
+    c = coefficients(table, index, levels, row, K, SHARED, COLUMNS)
     if grad is not None:
         scale = as_double(factor)
         if weight is not None:
@@ -500,17 +590,19 @@ def residual_kernel(
             zv = tl.load(at(z, row, first, D, sizes, z_strides, LANES, V), mask=live).to(C)
         if NOISE != NO_NOISE:
             zv = normals(seed, offset, first, ROWS, LANES, V, NVIDIA).to(C)
-        r = affine(1.0, r, n1, yv, n2, zv, 0, N1, N2)
+        r += affine(c, None, yv, zv, None, COLUMNS)
         keep = live
         if mask is not None:
             keep = live & (tl.load(at(mask, row, first, D, sizes, mask_strides, LANES, V), mask=live, other=0) != 0)
+        if thresholds is not None:
+            keep = live & counted(mask_seed, mask_offset, second, first, KEEPS, ROWS, LANES, V)
         # A select, not a product: what is masked out may be NaN.
         r = tl.where(keep, r, 0.0)
         if grad is not None:
-            g = narrow(scale * r, grad.dtype.element_ty)
+            g = narrow(scale * half_slope(r, c[3], KIND), grad.dtype.element_ty)
             tl.store(at(grad, row, first, D, sizes, grad_strides, LANES, V), g, mask=live)
         if per_sample is not None:
-            total = mul_add(r, r, total)
+            total = add_penalty(total, r, c[3], KIND)
     if per_sample is not None:
         mine = row_sums(total, ROWS, LANES, V)
         existing = row0 + tl.arange(0, ROWS)[:, None] < B if ROWS > 1 else None
@@ -592,6 +684,93 @@ def write_loss(loss, value, B, REDUCTION: tl.constexpr):
     if REDUCTION == REDUCE_MEAN:
         value /= B.to(tl.float64)
     tl.store(loss, value.to(loss.dtype.element_ty))
+
+
+@triton.jit
+def count_kernel(
+    kept,
+    seed,
+    offset,
+    key,
+    sample,
+    first_sample,
+    thresholds,
+    threshold_step,
+    B,
+    D,
+    steps,
+    KEEPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    V: tl.constexpr,
+):
+    """kept (B,) int64, zeros before: how many elements of each row a drawn mask has."""
+    row0, row = rows_of(B, ROWS)
+    if row0 >= B:
+        return
+    seed, offset = row_key(seed, offset, key, sample, first_sample, row, FOLDED)
+    second = tl.load(thresholds + row * threshold_step + 1)
+    total = tl.zeros([ROWS, LANES * V], tl.int32)
+    begin = tl.program_id(0) * steps
+    end = tl.minimum(begin + steps, tl.cdiv(D, LANES * V)).to(tl.int32)
+    for step in range(begin.to(tl.int32), end):
+        first = tl.cast(step, tl.int64) * LANES
+        live = tile_mask(row0, first, B, D, ROWS, LANES, V)
+        total += (live & counted(seed, offset, second, first, KEEPS, ROWS, LANES, V)).to(tl.int32)
+    if ROWS == 1:
+        tl.atomic_add(kept + row, tl.sum(total).to(tl.int64), sem="relaxed")
+    else:
+        existing = row0 + tl.arange(0, ROWS)[:, None] < B
+        tl.atomic_add(kept + row, tl.sum(total, 1, keep_dims=True).to(tl.int64), mask=existing, sem="relaxed")
+
+
+@triton.jit
+def corrupt_kernel(
+    x,
+    out,
+    seed,
+    offset,
+    key,
+    sample,
+    first_sample,
+    thresholds,
+    threshold_step,
+    low,
+    high,
+    B,
+    D,
+    steps,
+    sizes,
+    x_strides,
+    out_strides,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    V: tl.constexpr,
+):
+    """out = x, or `low` where its word is below a row's first threshold, or `high` below its second."""
+    row0, row = rows_of(B, ROWS)
+    if row0 >= B:
+        return
+    if ALIGNED:
+        D = D // V * V  # says that V divides D
+    DTYPE: tl.constexpr = out.dtype.element_ty
+    C: tl.constexpr = tl.float64 if tl.float64 == DTYPE else tl.float32
+    low = narrow(as_double(low).to(C), DTYPE)
+    high = narrow(as_double(high).to(C), DTYPE)
+    seed, offset = row_key(seed, offset, key, sample, first_sample, row, FOLDED)
+    threshold = thresholds + row * threshold_step
+    threshold0 = tl.load(threshold)
+    threshold1 = tl.load(threshold + 1)
+    begin = tl.program_id(0) * steps
+    end = tl.minimum(begin + steps, tl.cdiv(D, LANES * V)).to(tl.int32)
+    for step in range(begin.to(tl.int32), end):
+        first = tl.cast(step, tl.int64) * LANES
+        live = tile_mask(row0, first, B, D, ROWS, LANES, V)
+        xv = tl.load(at(x, row, first, D, sizes, x_strides, LANES, V), mask=live)
+        drawn = words(seed, offset, first, ROWS, LANES, V)
+        v = tl.where(below(drawn, threshold1), tl.where(below(drawn, threshold0), low, high), xv)
+        tl.store(at(out, row, first, D, sizes, out_strides, LANES, V), v, mask=live)
 
 
 @triton.jit
@@ -691,8 +870,7 @@ def fill_kernel(
     for step in range(begin.to(tl.int32), end):
         first = tl.cast(step, tl.int64) * LANES
         if tl.int64 == DTYPE:
-            w0, w1 = half_blocks(seed, offset, first, ROWS, LANES)
-            value = tl.reshape(tl.join(w0, w1), [ROWS, LANES * V]).to(tl.int64)
+            value = words(seed, offset, first, ROWS, LANES, V).to(tl.int64)
         else:
             value = narrow(normals(seed, offset, first, ROWS, LANES, V, NVIDIA), DTYPE)
         tl.store(at(out, row, first, D, None, None, LANES, V), value, mask=tile_mask(row0, first, B, D, ROWS, LANES, V))
