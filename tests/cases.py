@@ -191,14 +191,10 @@ def _min_snr(i: Inputs, eps: Tensor) -> Tensor:
     return (snr.clamp(max=5) / (snr + 1) * (i["pred"] - (alpha * eps - sigma * i["x0"])) ** 2).mean()
 
 
-def _x0_where_struck(i: Inputs, eps: Tensor) -> Tensor:
-    struck = i["masking"].mask(i["pred"].shape, device=i["pred"].device)
+def _x0_where_struck(i: Inputs, _: Tensor) -> Tensor:
+    struck = i["struck"]
     square = torch.where(struck, (i["pred"] - i["x0"]) ** 2, 0).reshape(struck.shape[0], -1)
     return (square.sum(1) / struck.reshape(struck.shape[0], -1).sum(1).clamp(min=1)).mean()
-
-
-def _masking(inputs: Inputs, g: torch.Generator) -> None:
-    inputs["masking"] = df.Masking(0.5, df.Noise(9))
 
 
 def _loss(**options: Any) -> Callable[[Inputs], Tensor]:
@@ -412,13 +408,13 @@ CASES = [
     ),
     Case(
         "denoising_loss-struck",
-        lambda i: df.denoising_loss(i["pred"], i["x0"], None, None, predict="x0", mask=i["masking"]),
+        lambda i: df.denoising_loss(i["pred"], i["x0"], None, None, predict="x0", mask=STRIKES),
         _x0_where_struck,
         ("pred", "x0"),
         ("pred", "x0"),
         fresh=False,
         loss=True,
         streams=3,
-        extra=_masking,
+        extra=_struck,
     ),
 ]
