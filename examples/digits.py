@@ -1,4 +1,4 @@
-"""What the small examples share: the digits, a network, the denoising loss, training, a probe, tiles, the last line.
+"""What the small examples share: the digits, networks, the denoising loss, training, a probe, tiles, the last line.
 
 Each of them is a script of its own, run as `python examples/NAME.py`, which puts this folder on the path.
 """

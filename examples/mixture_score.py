@@ -31,7 +31,7 @@ BATCH = 2048
 SIGMA = 0.4
 LEVEL = df.Level(alpha=1.0, sigma=SIGMA)
 POINTS = 20_000
-CHAINS, CHAIN_STEPS, STEP_SIZE = 4000, 1500, 0.02
+CHAINS, CHAIN_STEPS, STEP_SIZE = 2000, 1500, 0.02
 WORST_ERROR = 0.1
 
 Score = Callable[[Tensor], Tensor]
@@ -173,7 +173,7 @@ def judge(learned: Score, seed: int, out: Path) -> list[str]:
 
 def main(
     steps: Annotated[
-        int, typer.Option(min=10, help="Training steps; the claim is judged from the default on.")
+        int, typer.Option(min=20, help="Training steps; the claim is judged from the default on.")
     ] = STEPS,
     seed: int = 0,
     out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("mixture_score.png"),

@@ -43,7 +43,7 @@ STEPS = 800  # of each layer
 WIDTH, DEPTH = 256, 2
 CORRUPTION = 1.0  # sigma, in standard deviations of the layer's input
 PER_CLASS = (3, 10, 30)  # labels
-DRAWS = 20  # of the labelled images
+DRAWS = 10  # of the labelled images
 
 Accuracies = dict[str, dict[int, Tensor]]  # features -> labels per class -> (DRAWS,)
 
@@ -137,7 +137,7 @@ def failures(accuracies: Accuracies) -> list[str]:
 
 def main(
     steps: Annotated[
-        int, typer.Option(min=10, help="Training steps of a layer; the claim is judged from the default on.")
+        int, typer.Option(min=20, help="Training steps of a layer; the claim is judged from the default on.")
     ] = STEPS,
     seed: int = 0,
     out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("stacked.png"),
