@@ -148,7 +148,7 @@ def test_changes_of_a_schedule() -> None:
     check_columns(before.zero_terminal_snr(), terminal[1], a=before.alpha.numpy())
 
 
-CONTINUOUS = [row for row in re.findall(r"^\| `df\.ContinuousSchedule.*\|$", TEXT, re.MULTILINE)]
+CONTINUOUS = re.findall(r"^\| `df\.ContinuousSchedule.*\|$", TEXT, re.MULTILINE)
 
 
 @pytest.mark.parametrize("line", CONTINUOUS, ids=lambda line: line.split("`")[1])
