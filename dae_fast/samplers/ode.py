@@ -91,7 +91,7 @@ def heun(
     told = conditions(op, schedule, chosen, conditioning)
     alpha, sigma = schedule.alpha[chosen], schedule.sigma[chosen]
     alpha_s, sigma_s = following(alpha, sigma)
-    gamma = min(S_churn / N, math.sqrt(2) - 1) * ((sigma >= S_tmin) & (sigma <= S_tmax))
+    gamma = min(S_churn / N, math.sqrt(2) - 1) * ((sigma >= S_tmin) & (sigma <= S_tmax)).double()
     raised = sigma * (1 + gamma)
     spread = S_noise * (raised.square() - sigma.square()).sqrt()
     is_raised = (spread > 0).tolist()
