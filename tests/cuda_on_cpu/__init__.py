@@ -1,4 +1,11 @@
-"""csrc/cuda compiled for the CPU, against the stand-in headers of this folder, so that its kernels run anywhere."""
+r"""csrc/cuda compiled for the CPU, against the stand-in headers of this folder, so that its kernels run anywhere.
+
+Under AddressSanitizer, which sees every tensor and all shared memory (-s, or its report is lost with the process):
+
+    CXX="c++ -fsanitize=address -fno-omit-frame-pointer" ASAN_OPTIONS=detect_leaks=0 \
+      LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libstdc++.so)" \
+      python -m pytest -s tests/test_cuda.py -k "bits and (9x5 or 2x3x7x5)"
+"""
 
 from __future__ import annotations
 
