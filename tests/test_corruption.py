@@ -44,6 +44,14 @@ class TestWhatIsStruck:
         thresholds = (PER_SAMPLE.double() * 2**32).round().long()
         assert torch.equal(df.Masking(PER_SAMPLE, NOISE).mask((5, 333)), words < thresholds[:, None])
 
+    @pytest.mark.parametrize("p", [0.0, 2.0**-33, 0.1, 1 / 3, 0.7, 1 - 2.0**-34, 1.0])
+    def test_thresholds_are_rounded_to_the_nearest(self, p: float) -> None:
+        like = torch.empty(2, 3)
+        nearest = int(p * 2**32 + 0.5)
+        for given in (p, torch.full((2,), p, dtype=torch.float64)):
+            thresholds = df.Masking(given, NOISE)._drawn("op", like).thresholds
+            assert (thresholds == nearest).all()
+
     @pytest.mark.parametrize("p", [0.0, 0.001, 0.3, 0.75, 1.0])
     def test_fraction(self, p: float) -> None:
         """Binomial over everything, and over each row and column."""
