@@ -10,6 +10,7 @@ import torch
 import dae_fast as df
 from dae_fast.ops.parameterisation import MIXES
 
+from .cpu_backends import pytest_generate_tests  # noqa: F401
 from .test_compile import Recorder
 
 EVERY = (*MIXES, df.EDM(0.5), df.EDM(1.0))

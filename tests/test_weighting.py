@@ -13,6 +13,7 @@ import dae_fast as df
 from dae_fast import weighting
 from dae_fast.ops.parameterisation import MIXES
 
+from .cpu_backends import pytest_generate_tests  # noqa: F401
 from .test_compile import Recorder
 
 T = 50
