@@ -162,15 +162,14 @@ def test_affine_layouts(layout: str, mixed: bool) -> None:
     check_affine(x, y, None, None, table, levels(2), (0, 1, -1, 2), w=w)
 
 
-@pytest.mark.parametrize("strided", ("x", "y"))
-def test_affine_video(strided: str) -> None:
+@pytest.mark.parametrize("copied", (None, "y", "w"))
+def test_affine_video(copied: str | None) -> None:
     """(B, T, C, H, W) read as (B, C, T, H, W); a row of four dimensions that do not merge is copied."""
-    video = {"x": randn(2, 3, 4, 6, 2).transpose(1, 2), "y": randn(2, 4, 3, 6, 2, seed=1)}
-    if strided == "y":
-        video["y"] = randn(2, 4, 6, 12, 4, seed=1)[:, :, ::2, ::2, ::2]
-        video["x"] = randn(2, 4, 3, 6, 2)
-    columns, w = (0, 1, 2, 3), randn(2, 3, 4, 6, 2, seed=2).transpose(1, 2)
-    check_affine(video["x"], video["y"], None, df.Noise(5), table_of(torch.float32), levels(2), columns, w=w)
+    video = {name: randn(2, 3, 4, 6, 2, seed=s).transpose(1, 2) for s, name in enumerate("xyw")}
+    if copied:
+        video[copied] = randn(2, 4, 6, 12, 4, seed=3)[:, :, ::2, ::2, ::2]
+    table = table_of(torch.float32)
+    check_affine(video["x"], video["y"], None, df.Noise(5), table, levels(2), (0, 1, 2, 3), w=video["w"])
 
 
 @pytest.mark.parametrize("which", ("x", "y", "z", "other"))

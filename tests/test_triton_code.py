@@ -51,16 +51,28 @@ def test_every_way_compiles(compiled: Any) -> None:
     assert not any(compiled["variants"].values()), "bytes of stack"
 
 
+def test_penalties_round_as_ieee(compiled: Any) -> None:
+    """As they do on the CPU, denormals included (no .ftz); fp64 is the mean's, by the number of elements."""
+    of_mean = ["div.rn.f64"]
+    assert compiled["roundings"] == {
+        "huber": of_mean,
+        "pseudo_huber": ["div.rn.f32", *of_mean, "sqrt.rn.f32"],
+    }
+
+
 def test_values_do_not_recompile(compiled: Any) -> None:
     """Neither a new seed nor another batch: integers are 64 bits wide, whatever they hold."""
     assert compiled["compilations"] == 1
 
 
 def test_in_the_interpreter() -> None:
-    """The shared cases, forward and gradient, and this backend's own tests, where there is no GPU to run them."""
-    wanted = "test_triton or (triton and (test_forward or test_gradient) and not channels_last and not 1.0)"
+    """The shared cases, forward and gradient, the primitives, and this backend's own tests, where no GPU runs them."""
+    ops = "(test_forward or test_gradient) and not channels_last and not 1.0"
+    primitives = "9x5 and (float32 or float64) or any_layout or not_read or nothing"
+    wanted = f"test_triton or (triton and ({ops} or {primitives}))"
+    files = [f"tests/test_{name}.py" for name in ("triton", "ops", "primitives")]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-k", wanted, "tests/test_triton.py", "tests/test_ops.py"],
+        [sys.executable, "-m", "pytest", "-q", "-k", wanted, *files],
         cwd=Path(__file__).parents[1],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,

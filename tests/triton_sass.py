@@ -301,6 +301,12 @@ def amd_scratch(case: Case) -> int:
     return int(re.findall(r"ScratchSize: (\d+)", assembly)[0])
 
 
+def roundings(case: Case) -> list[str]:
+    """The divisions and square roots of a case in fp32, as PTX names them."""
+    ptx = compile_case(case, torch.float32, NVIDIA["sm_90"]).asm["ptx"]
+    return sorted(set(re.findall(r"\b(?:div|sqrt|rcp|rsqrt)\.\S+(?=\s)", ptx)))
+
+
 def main() -> None:
     if sys.argv[1:] == ["--json"]:
         made = [
@@ -322,6 +328,7 @@ def main() -> None:
                     "gfx942": scratch,
                     "variants": stacks,
                     "compilations": sources_of(values_that_differ()),
+                    "roundings": {c.name: roundings(c) for c in CASES if c.name in ("huber", "pseudo_huber")},
                 }
             )
         )
