@@ -10,7 +10,7 @@ import dae_fast as df
 from dae_fast import weighting
 from dae_fast.ops.parameterisation import MIXES
 
-from .cpu_backends import pytest_generate_tests  # noqa: F401
+from .cpu_backends import cpu_backends
 from .test_compile import Recorder
 
 SCHEDULE = df.Schedule.linear(50, 1e-3, 0.2)
@@ -69,6 +69,7 @@ WAYS = (
 )
 
 
+@cpu_backends
 @pytest.mark.parametrize("reduction, fresh, options", WAYS, ids=range(len(WAYS)))
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("predict", EVERY, ids=str)
@@ -91,6 +92,7 @@ def test_value_and_gradient(backend, predict, kind, reduction, fresh, options):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
+@cpu_backends
 def test_is_noise_mse(backend):
     """The same bits, and of the other target too, where that is what it is."""
     pred, x0 = randn(*SHAPE, dtype=torch.float32), randn(*SHAPE, seed=2, dtype=torch.float32)
@@ -132,6 +134,7 @@ def test_edm_loss():
 # Deltas.
 
 
+@cpu_backends
 @pytest.mark.parametrize("predict", ["eps", "v"])
 def test_scheduled_pseudo_huber(backend, predict):
     """huber_c of diffusers' training scripts, schedule "snr"; a column of the residual's rows."""
@@ -163,6 +166,7 @@ def test_deltas_are_no_tables():
     assert len(counts) == 1
 
 
+@cpu_backends
 def test_delta_at_one_level_and_at_levels_by_hand(backend):
     pred, x0 = randn(*SHAPE), randn(*SHAPE, seed=2)
     t, alpha, sigma = 7, SCHEDULE.alpha[7], SCHEDULE.sigma[7]
@@ -178,6 +182,7 @@ def test_delta_at_one_level_and_at_levels_by_hand(backend):
 # Learned log-variance.
 
 
+@cpu_backends
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_log_variance(backend, reduction, masked):
@@ -249,6 +254,7 @@ def test_gradcheck(predict, kind):
 # Masks, noise, values of each sample.
 
 
+@cpu_backends
 @pytest.mark.parametrize("predict", ["x0", "v"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_drawn_masks(backend, predict, reduction):
@@ -268,6 +274,7 @@ def test_drawn_masks(backend, predict, reduction):
             torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-15)
 
 
+@cpu_backends
 @pytest.mark.parametrize("predict", EVERY, ids=str)
 def test_structured_noise(backend, predict):
     """Offset noise is the eps of the target, and pyramid noise."""
@@ -284,6 +291,7 @@ def test_structured_noise(backend, predict):
             torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
 
 
+@cpu_backends
 def test_per_sample(backend):
     """Unweighted, without gradient, and from the pass that makes the loss."""
     pred, x0 = randn(*SHAPE).requires_grad_(), randn(*SHAPE, seed=2)
@@ -311,6 +319,7 @@ def test_one_pass_with_the_gradient(predict, monkeypatch):
     assert len(calls) == 2 and calls[0] is None and calls[1] is not None
 
 
+@cpu_backends
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 2e-6), (torch.float16, 2e-6)])
 @pytest.mark.parametrize("predict", ["eps", "x0", "v", "flow", df.EDM(0.5)], ids=str)
 def test_dtypes(backend, predict, dtype, tolerance):

@@ -10,7 +10,7 @@ import torch
 import dae_fast as df
 from dae_fast.ops.parameterisation import MIXES
 
-from .cpu_backends import pytest_generate_tests  # noqa: F401
+from .cpu_backends import cpu_backends
 from .test_compile import Recorder
 
 EVERY = (*MIXES, df.EDM(0.5), df.EDM(1.0))
@@ -74,6 +74,7 @@ def test_f_of_unit_data_is_minus_v():
     torch.testing.assert_close(F, -v, rtol=1e-12, atol=1e-12)
 
 
+@cpu_backends
 @pytest.mark.parametrize("predict, to", list(itertools.product(EVERY, EVERY)), ids=str)
 def test_every_pair_converts(backend, predict, to):
     """x0 and eps lie a factor of sigma = 80 or 0.002 apart."""
@@ -85,6 +86,7 @@ def test_every_pair_converts(backend, predict, to):
         assert torch.equal(got, named[to](x_t, predictions[predict], LEVEL, predict=predict))
 
 
+@cpu_backends
 @pytest.mark.parametrize("to", ["x0", "eps", "score", df.EDM(1.0)], ids=str)
 def test_clamped(backend, to):
     """By the x0 estimate, limited."""
@@ -99,6 +101,7 @@ def test_clamped(backend, to):
 X_T, PRED = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
+@cpu_backends
 @pytest.mark.parametrize(
     "alpha, sigma, predict, to, wanted",
     [
@@ -140,6 +143,7 @@ def test_gradients():
     assert torch.autograd.gradcheck(converted, (x_t, pred, alpha, sigma))
 
 
+@cpu_backends
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_types_round_once(backend, dtype):
     x_t, pred = X_T.to(dtype), PRED.to(dtype)

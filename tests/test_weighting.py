@@ -13,7 +13,7 @@ import dae_fast as df
 from dae_fast import weighting
 from dae_fast.ops.parameterisation import MIXES
 
-from .cpu_backends import pytest_generate_tests  # noqa: F401
+from .cpu_backends import cpu_backends
 from .test_compile import Recorder
 
 T = 50
@@ -129,6 +129,7 @@ def test_likelihood_of_many_levels_is_that_of_continuous_time():
 # One loss, whatever is predicted.
 
 
+@cpu_backends
 @pytest.mark.parametrize("weight", ALL, ids=str)
 @pytest.mark.parametrize("schedule", [SCHEDULE, EXPLODING, df.Schedule.flow(10)], ids=str)
 def test_the_loss_does_not_depend_on_the_parameterisation(backend, schedule, weight):
@@ -168,6 +169,7 @@ ENDS = {
 }
 
 
+@cpu_backends
 @pytest.mark.parametrize("weight", ENDS, ids=str)
 @pytest.mark.parametrize("end", [0, 1], ids=["pure noise", "no noise"])
 def test_finite_where_the_product_is(backend, weight, end):
@@ -197,6 +199,7 @@ def test_likelihood_at_zero_terminal_snr(predict):
 # Levels of every kind.
 
 
+@cpu_backends
 @pytest.mark.parametrize("weight", [w for w in ALL if not isinstance(w, weighting.Likelihood)], ids=str)
 @pytest.mark.parametrize("predict", ["x0", "v", df.EDM(0.5)], ids=str)
 def test_levels_by_hand(backend, weight, predict):
@@ -239,6 +242,7 @@ def test_worked_out_in_float64_and_rounded_once(dtype):
 # What a caller brings.
 
 
+@cpu_backends
 def test_functions_of_the_level(backend):
     t = torch.tensor([0, 20, 49])
     alpha, sigma = SCHEDULE.alpha[t], SCHEDULE.sigma[t]
