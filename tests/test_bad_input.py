@@ -223,6 +223,81 @@ CALLS = {
         ValueError,
         "noise_mse: return_x0_mse needs level",
     ),
+    "x0 shape": (
+        lambda: df.denoising_loss(X, X[:, :3], NOISE, LEVEL),
+        ValueError,
+        r"denoising_loss: x0 must have shape \(8, 4\), got \(8, 3\)",
+    ),
+    "kind": (
+        lambda: df.denoising_loss(X, X, NOISE, LEVEL, kind="l2"),
+        ValueError,
+        "denoising_loss: kind must be one of 'mse', 'l1', 'huber', 'pseudo_huber', got 'l2'",
+    ),
+    "no delta": (
+        lambda: df.denoising_loss(X, X, NOISE, LEVEL, kind="huber"),
+        ValueError,
+        "denoising_loss: delta must be given for kind='huber'",
+    ),
+    "delta of no Huber": (
+        lambda: df.denoising_loss(X, X, NOISE, LEVEL, delta=1.0),
+        ValueError,
+        "denoising_loss: delta must be None for kind='mse'",
+    ),
+    "delta": (
+        lambda: df.denoising_loss(X, X, NOISE, LEVEL, kind="huber", delta=0.0),
+        ValueError,
+        "denoising_loss: delta must be positive and finite, got 0.0",
+    ),
+    "delta's function": (
+        lambda: df.denoising_loss(X, X, NOISE, LEVEL, kind="huber", delta=lambda alpha, sigma: alpha - 1),
+        ValueError,
+        "denoising_loss: delta must be positive, got -0.4.* from the function",
+    ),
+    "delta's type": (
+        lambda: df.denoising_loss(X, X, NOISE, LEVEL, kind="huber", delta="1"),
+        TypeError,
+        "denoising_loss: delta must be a float or a tensor, got str",
+    ),
+    "no noise": (
+        lambda: df.denoising_loss(X, X, None, LEVEL, predict="v"),
+        ValueError,
+        "denoising_loss: noise must be given for predict='v'",
+    ),
+    "no level": (
+        lambda: df.denoising_loss(X, X, NOISE, None, predict="v"),
+        ValueError,
+        "denoising_loss: level must be given for predict='v'",
+    ),
+    "no level for delta": (
+        lambda: df.denoising_loss(X, X, NOISE, None, kind="huber", delta=lambda alpha, sigma: alpha),
+        ValueError,
+        "denoising_loss: level must be given, of which this delta is a function",
+    ),
+    "level, not read": (
+        lambda: df.denoising_loss(X, X, NOISE, SCHEDULE[torch.zeros(5, dtype=torch.int64)]),
+        ValueError,
+        r"denoising_loss: level must have one entry per sample \(8\), got 5",
+    ),
+    "log_variance": (
+        lambda: df.denoising_loss(X, X, NOISE, LEVEL, log_variance=torch.zeros(4)),
+        ValueError,
+        r"denoising_loss: log_variance must be .* shape \(8,\), one per sample, got \(4,\)",
+    ),
+    "log_variance's type": (
+        lambda: df.denoising_loss(X, X, NOISE, LEVEL, log_variance=0.5),
+        TypeError,
+        r"denoising_loss: log_variance must be a tensor \(B,\), got float",
+    ),
+    "empty mean with log_variance": (
+        lambda: df.denoising_loss(X[:0], X[:0], NOISE, LEVEL, log_variance=torch.zeros(0)),
+        ValueError,
+        r"denoising_loss: the mean over an empty batch \(0, 4\) is not defined",
+    ),
+    "target where sigma is 0": (
+        lambda: df.denoising_loss(X, X, NOISE, df.Level(1.0, 0.0), predict="score"),
+        ValueError,
+        "denoising_loss: has no finite value at alpha = 1.0, sigma = 0.0",
+    ),
     "sample ids": (
         lambda: df.add_noise(X, df.Noise(0, sample=torch.arange(5)), LEVEL),
         ValueError,

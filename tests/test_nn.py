@@ -9,11 +9,12 @@ import torch
 from scipy import stats
 
 import dae_fast as df
-from dae_fast.nn import DenoisingLoss
+from dae_fast.nn import DenoisingLoss, EDMPreconditioner, LevelStatistics
 
 T = 50
 SCHEDULE = df.Schedule.linear(T, 1e-3, 0.2)
-PREDICT = ("eps", "x0", "v", "score", "flow")
+F_OF = df.EDM(0.5)
+PREDICT = ("eps", "x0", "v", "score", "flow", F_OF)
 
 
 class Network(torch.nn.Module):
@@ -43,7 +44,16 @@ def plain(net, x0, eps, t, predict, schedule=SCHEDULE, weight=None, level_weight
     x_t = alpha * x0.double() + sigma * eps.double()
     pred = net(x_t.to(x0.dtype), t, **arguments).double()
     x0, eps = x0.double(), eps.double()
-    target = {"eps": eps, "x0": x0, "v": alpha * eps - sigma * x0, "score": -eps / sigma, "flow": eps - x0}[predict]
+    size = (sigma**2 + (0.5 * alpha) ** 2).sqrt()
+    c_skip, c_out = alpha * 0.25 / size**2, sigma * 0.5 / size
+    target = {
+        "eps": eps,
+        "x0": x0,
+        "v": alpha * eps - sigma * x0,
+        "score": -eps / sigma,
+        "flow": eps - x0,
+        F_OF: (x0 - c_skip * (alpha * x0 + sigma * eps)) / c_out,
+    }[predict]
     # x_t = alpha x0 + sigma eps, solved with the prediction for x0 and eps.
     x0_hat = {
         "eps": lambda: (x_t - sigma * pred) / alpha,
@@ -51,6 +61,7 @@ def plain(net, x0, eps, t, predict, schedule=SCHEDULE, weight=None, level_weight
         "v": lambda: (alpha * x_t - sigma * pred) / (alpha**2 + sigma**2),
         "score": lambda: (x_t + sigma**2 * pred) / alpha,
         "flow": lambda: (x_t - sigma * pred) / (alpha + sigma),
+        F_OF: lambda: c_skip * x_t + c_out * pred,
     }[predict]()
     eps_hat = (x_t - alpha * x0_hat) / sigma
 
@@ -186,6 +197,44 @@ def test_the_network_sees_x_t_and_t():
     assert torch.equal(x_t, df.add_noise(x0, noise, SCHEDULE[t]))
 
 
+@pytest.mark.parametrize("weighting", ["min_snr", df.weighting.MinSNR(2.0), lambda alpha, sigma: alpha])
+def test_weighting(weighting):
+    """What each level counts, times what the caller gives."""
+    x0, eps, t = make()
+    ours, theirs = Network(), Network()
+    got = DenoisingLoss(SCHEDULE, "v", weighting=weighting, level_weight=LEVEL_WEIGHTS)(
+        ours, x0, eps, t, weight=WEIGHTS
+    )
+    snr = SCHEDULE.snr
+    gamma = 5.0 if weighting == "min_snr" else 2.0
+    by_level = SCHEDULE.alpha if callable(weighting) and not isinstance(weighting, df.weighting.MinSNR) else None
+    by_level = snr.clamp(max=gamma) / (snr + 1) if by_level is None else by_level
+    wanted = plain(theirs, x0, eps, t, "v", weight=WEIGHTS, level_weight=LEVEL_WEIGHTS * by_level)
+    compare(got, wanted, ours, theirs)
+
+
+@pytest.mark.parametrize("noise", [df.OffsetNoise(df.Noise(4)), df.PyramidNoise(df.Noise(4))], ids=str)
+def test_structured_noise(noise):
+    x0, _, t = make()
+    x0 = x0[:, :, :, None]
+    found = []
+    for given in (noise, noise.normal(x0.shape, dtype=torch.float64)):
+        pred = x0.clone().requires_grad_()
+        loss = DenoisingLoss(SCHEDULE, "v")(lambda x_t, t, p=pred: p * x_t, x0, given, t)["loss"]
+        found.append((loss, *torch.autograd.grad(loss, pred)))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+def test_drawn_masks():
+    x0, _, t = make()
+    masking, net = df.Masking(0.4, df.Noise(8)), Network()
+    drawn = DenoisingLoss(SCHEDULE)(net, x0, df.Noise(4), t, mask=masking)
+    stored = DenoisingLoss(SCHEDULE)(net, x0, df.Noise(4), t, mask=masking.mask(x0.shape))
+    for name, value in drawn.items():
+        torch.testing.assert_close(value, stored[name], rtol=1e-12, atol=0)
+
+
 # Levels.
 
 
@@ -235,6 +284,24 @@ def test_shards_make_the_whole_batch():
     parts = [objective(net, x0[:4], df.Noise(1)), objective(net, x0[4:], df.Noise(1, first_sample=4))]
     for name, value in whole.items():
         torch.testing.assert_close((parts[0][name] + parts[1][name]) / 2, value, rtol=1e-12, atol=0)
+
+
+def test_continuous_levels():
+    """EDM's training in one call: sigmas drawn log-normal, the preconditioned network, its weight."""
+    schedule, net = df.ContinuousSchedule.edm(), Network()
+    denoiser = EDMPreconditioner(lambda x, c_noise: net(x, c_noise))
+    objective, x0, noise = DenoisingLoss(schedule, "x0", weighting="edm"), make()[0], df.Noise(3)
+    got = objective(denoiser, x0, noise)
+    sigma = schedule.draw(noise, 5)
+    assert torch.equal(objective.draw_levels(noise, x0), sigma)
+    eps, s = noise.normal(x0.shape, dtype=torch.float64), sigma.double()[:, None, None]
+    error = (denoiser(x0 + s * eps, sigma) - x0).square()
+    weight = (s**2 + 0.25) / (0.5 * s) ** 2
+    torch.testing.assert_close(got["loss"], (weight * error).mean(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(got["x0_mse"], error.mean().detach(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(got["noise_mse"], (error / s**2).mean().detach(), rtol=1e-9, atol=0)
+    given = torch.tensor([0.1, 1.0, 2.0, 50.0, 0.002])
+    assert objective(denoiser, x0, noise, given)["loss"].isfinite()
 
 
 # The module.
@@ -289,6 +356,140 @@ def test_it_trains():
     fit = torch.linalg.lstsq(torch.cat((x_t, torch.ones_like(x_t)), 1), eps).solution[:, 0]
     torch.testing.assert_close(torch.stack((net.weight[0, 0], net.bias[0])).detach(), fit, rtol=1e-6, atol=1e-6)
     assert abs(fit[0] - 0.5**0.5) < 4 * (0.5 / 20_000) ** 0.5
+
+
+# EDM's preconditioning.
+
+
+def precondition(net, x, sigma, sigma_data=0.5):
+    """EDMPrecond of Karras et al.'s code."""
+    s = sigma.reshape(-1, 1, 1)
+    c_skip = sigma_data**2 / (s**2 + sigma_data**2)
+    c_out = s * sigma_data / (s**2 + sigma_data**2).sqrt()
+    c_in = 1 / (sigma_data**2 + s**2).sqrt()
+    return c_skip * x + c_out * net(c_in * x, (s.log() / 4).flatten())
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, 1.5])
+def test_preconditioner(backend, sigma_data):
+    x, _, _ = make()
+    sigma = torch.tensor([0.002, 0.3, 1.0, 7.0, 80.0], dtype=torch.float64)
+    nets = Network(), Network()
+    denoiser = EDMPreconditioner(nets[0], sigma_data)
+    assert {name for name, _ in denoiser.named_parameters()} == {"net.weight", "net.bias"}
+    leaves = x.clone().requires_grad_(), x.clone().requires_grad_()
+    got, want = denoiser(leaves[0], sigma), precondition(nets[1], leaves[1], sigma, sigma_data)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    got.square().sum().backward()
+    want.square().sum().backward()
+    for a, b in zip((leaves[0], *nets[0].parameters()), (leaves[1], *nets[1].parameters()), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-11)
+    for level in (df.Level(1.0, sigma), df.Level(torch.ones(5).double(), sigma)):
+        assert torch.equal(denoiser(x, level), got)
+    one = denoiser(x, 0.3)
+    torch.testing.assert_close(denoiser(x, sigma[1]), one, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(one[1], got[1], rtol=1e-12, atol=1e-12)
+
+
+def test_preconditioner_of_any_schedule():
+    """D of x_t / alpha at sigma / alpha."""
+    x, _, t = make()
+    net = Network()
+    alpha, sigma = SCHEDULE.alpha[t], SCHEDULE.sigma[t]
+    got = EDMPreconditioner(net)(x, SCHEDULE[t])
+    want = precondition(net, x / alpha[:, None, None], sigma / alpha)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "data, net, out",
+    [
+        (torch.float32, torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32, torch.float32),
+    ],
+)
+def test_preconditioner_dtypes(data, net, out):
+    x, sigma = make(dtype=data)[0], torch.tensor([0.1, 0.3, 1.0, 7.0, 80.0])
+    got = EDMPreconditioner(Network(net))(x, sigma, gain=0.5)
+    assert got.dtype == out and got.isfinite().all()
+
+
+def test_compiled_preconditioner():
+    x, net, sigma = make()[0], Network(), torch.tensor([0.1, 0.3, 1.0, 7.0, 80.0])
+    denoiser = EDMPreconditioner(net)
+    compiled = torch.compile(denoiser, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, sigma), denoiser(x, sigma))
+    torch.testing.assert_close(compiled(x, SCHEDULE[LEVELS]), denoiser(x, SCHEDULE[LEVELS]))
+
+
+# Statistics of the levels.
+
+
+def test_statistics():
+    stats = LevelStatistics(4)
+    t, loss = torch.tensor([0, 2, 2, 3, 0, 2]), torch.tensor([1.0, 2.0, 4.0, 5.0, 3.0, 6.0])
+    for part in (slice(0, 2), slice(2, 6)):
+        stats.update(t[part], loss[part])
+    assert stats.count.tolist() == [2, 0, 3, 1]
+    assert stats.mean[[0, 2, 3]].tolist() == [2, 4, 5] and stats.mean[1].isnan()
+    torch.testing.assert_close(stats.second_moment[[0, 2, 3]], torch.tensor([5, 56 / 3, 25]).double())
+    other = LevelStatistics(4)
+    other.load_state_dict(stats.state_dict())
+    assert torch.equal(other.total, stats.total) and list(stats.parameters()) == []
+
+
+def test_statistics_in_bins():
+    edges = torch.tensor([0.1, 1.0, 10.0])
+    stats = LevelStatistics(edges)
+    stats.update(torch.tensor([0.1, 0.99, 1.0, 10.0]), torch.tensor([1.0, 3.0, 5.0, 9.0], dtype=torch.bfloat16))
+    assert stats.count.tolist() == [2, 2] and stats.mean.tolist() == [2, 7]
+    stats = LevelStatistics([0, 500, 1000])
+    stats.update(torch.tensor([0, 499, 500, 999]), torch.ones(4))
+    assert stats.count.tolist() == [2, 2]
+
+
+def test_statistics_fade():
+    stats = LevelStatistics(2, decay=0.5)
+    for value in (8.0, 2.0):
+        stats.update(torch.tensor([0]), torch.tensor([value]))
+    assert stats.count[0] == 1.5 and stats.mean[0] == pytest.approx((0.5 * 8 + 2) / 1.5)
+
+
+def test_statistics_of_a_loss():
+    """What the loss is at each level, from its own pass."""
+    x0, eps, t = make()
+    pred, stats = eps * 2, LevelStatistics(T)
+    _, each = df.denoising_loss(pred, x0, eps, SCHEDULE[t], weight="min_snr", return_per_sample=True)
+    stats.update(t, each)
+    for k, level in enumerate(t):
+        torch.testing.assert_close(stats.mean[level], eps[k].square().mean())
+
+
+def test_probabilities():
+    """weights() of improved-diffusion's LossSecondMomentResampler, of all losses there were."""
+    stats = LevelStatistics(3)
+    losses = torch.tensor([[1.0, 3.0], [2.0, 2.0], [0.5, 0.1]])
+    stats.update(torch.arange(3).repeat(2), losses.T.reshape(-1))
+    assert stats.probabilities().tolist() == [1 / 3] * 3, "too few yet"
+    weights = (losses**2).mean(1).sqrt().double()
+    weights /= weights.sum()
+    weights = weights * (1 - 0.001) + 0.001 / 3
+    torch.testing.assert_close(stats.probabilities(least=2), weights, rtol=1e-7, atol=0)
+    nothing = LevelStatistics(2)
+    nothing.update(torch.tensor([0, 1]), torch.zeros(2))
+    assert nothing.probabilities(least=1).tolist() == [0.5, 0.5]
+
+
+def test_statistics_traced():
+    """One graph: nothing looks at a value."""
+    stats, wanted = LevelStatistics(3), LevelStatistics(3)
+    t, loss = torch.tensor([0, 2, 2]), torch.tensor([1.0, 2.0, 4.0])
+    torch.compile(stats.update, fullgraph=True, backend="aot_eager")(t, loss)
+    wanted.update(t, loss)
+    assert torch.equal(stats.squares, wanted.squares)
+    torch.compile(stats.update, fullgraph=True, backend="aot_eager")(torch.tensor([0, 3, -1]), torch.full((3,), 5.0))
+    assert stats.count.tolist() == [2, 0, 2], "what is outside is left out where nobody looks"
 
 
 # Refusals.
@@ -357,9 +558,67 @@ def bad(net=lambda x, t: x, x0=X0, noise=EPS, t=LEVELS, **options):
         (bad(noise=3), TypeError, "DenoisingLoss: noise must be a Noise or a tensor like x0, got int"),
         (bad(x0=[1.0]), TypeError, "DenoisingLoss: x0 must be a tensor, got list"),
         (bad(weight=torch.ones(3)), ValueError, r"weight must be .* shape \(5,\), one per sample, got \(3,\)"),
-        (bad(mask=torch.ones(5, 3, 6)), TypeError, "DenoisingLoss: mask must be a bool tensor or a corruption, got torch.float32"),
+        (
+            bad(mask=torch.ones(5, 3, 6)),
+            TypeError,
+            "DenoisingLoss: mask must be a bool tensor or a corruption, got torch.float32",
+        ),
         (bad(mask=MASK[:2]), ValueError, r"DenoisingLoss: mask must be broadcastable to \(5, 3, 6\), got \(2, 3, 6\)"),
         (bad(x0=X0[:0], noise=EPS[:0], t=LEVELS[:0]), ValueError, "the mean over an empty batch .* is not defined"),
+        (
+            lambda: DenoisingLoss(SCHEDULE, weighting="minsnr"),
+            ValueError,
+            "DenoisingLoss: weight must be one of 'uniform', 'snr', .* got 'minsnr'",
+        ),
+        (lambda: DenoisingLoss(SCHEDULE, weighting=WEIGHTS), TypeError, "DenoisingLoss: weighting must be no tensor"),
+        (
+            lambda: DenoisingLoss(df.ContinuousSchedule.vp(), level_weight=LEVEL_WEIGHTS),
+            ValueError,
+            "DenoisingLoss: level_weight needs a Schedule",
+        ),
+        (lambda: EDMPreconditioner(Network(), 0.0), ValueError, "EDM: sigma_data must be positive, got 0.0"),
+        (
+            lambda: EDMPreconditioner(Network())(X0, 0.0),
+            ValueError,
+            "EDMPreconditioner: has no finite value at alpha = 1.0, sigma = 0.0",
+        ),
+        (
+            lambda: EDMPreconditioner(Network())(X0, df.Level(torch.ones(5), torch.tensor([1.0, 0, 1, 1, 1]))),
+            ValueError,
+            "EDMPreconditioner: has no finite value at sample 1, alpha = 1.0, sigma = 0.0",
+        ),
+        (
+            lambda: EDMPreconditioner(Network())([1.0], 1.0),
+            TypeError,
+            "EDMPreconditioner: x_t must be a tensor, got list",
+        ),
+        (
+            lambda: EDMPreconditioner(lambda x, c: x[:2])(X0, 1.0),
+            ValueError,
+            r"EDMPreconditioner: the network's output must have shape \(5, 3, 6\), got \(2, 3, 6\)",
+        ),
+        (
+            lambda: LevelStatistics(0),
+            ValueError,
+            r"LevelStatistics: bins must be a positive int or edges \(N \+ 1,\), got 0",
+        ),
+        (lambda: LevelStatistics([1.0, 1.0]), ValueError, r"LevelStatistics: edges must be \(N \+ 1,\) and increase"),
+        (lambda: LevelStatistics(3, decay=0.0), ValueError, r"LevelStatistics: decay must be in \(0, 1\], got 0.0"),
+        (
+            lambda: LevelStatistics(3).update(torch.tensor([0, 3]), torch.ones(2)),
+            ValueError,
+            "LevelStatistics: t must lie in the bins, got 3 for sample 1",
+        ),
+        (
+            lambda: LevelStatistics(3).update(torch.tensor([0.5]), torch.ones(1)),
+            TypeError,
+            "LevelStatistics: t must be of integers where bins are counted, got torch.float32",
+        ),
+        (
+            lambda: LevelStatistics(3).update(torch.tensor([0, 1]), torch.ones(3)),
+            ValueError,
+            r"LevelStatistics: loss must be a tensor \(B,\), t and loss of one length, got \(3,\)",
+        ),
     ],
 )
 def test_bad_input(call, error, message):
