@@ -162,12 +162,19 @@ def test_affine_layouts(layout: str, mixed: bool) -> None:
     check_affine(x, y, None, None, table, levels(2), (0, 1, -1, 2), w=w)
 
 
-@pytest.mark.parametrize("copied", (None, "y", "w"))
+def unmergeable(seed: int) -> Tensor:
+    """(2, 4, 3, 6, 2), no two dimensions of a row one in memory."""
+    x = randn(2, 4, 7, 12, 4, seed=seed)[:, :, :6:2, ::2, ::2]
+    assert backend._memory((x,), True)[1] is backend.SCATTERED
+    return x
+
+
+@pytest.mark.parametrize("copied", (None, "x", "y", "w"))
 def test_affine_video(copied: str | None) -> None:
     """(B, T, C, H, W) read as (B, C, T, H, W); a row of four dimensions that do not merge is copied."""
     video = {name: randn(2, 3, 4, 6, 2, seed=s).transpose(1, 2) for s, name in enumerate("xyw")}
     if copied:
-        video[copied] = randn(2, 4, 6, 12, 4, seed=3)[:, :, ::2, ::2, ::2]
+        video[copied] = unmergeable(3)
     table = table_of(torch.float32)
     check_affine(video["x"], video["y"], None, df.Noise(5), table, levels(2), (0, 1, 2, 3), w=video["w"])
 
@@ -176,7 +183,7 @@ def test_affine_video(copied: str | None) -> None:
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last", "sliced", "unmergeable"))
 def test_affine_out(which: str, layout: str) -> None:
     if layout == "unmergeable":
-        operands = [randn(2, 4, 6, 12, 4, seed=s)[:, :, ::2, ::2, ::2] for s in range(4)]
+        operands = [unmergeable(s) for s in range(4)]
     else:
         make = LAYOUTS.get(layout, lambda x: x)
         operands = [make(randn(2, 4, 6, 6, seed=s)) for s in range(4)]
@@ -434,7 +441,7 @@ def test_drawn_masks_and_corruption_in_any_layout(layout: str) -> None:
 
 
 def test_drawn_masks_and_corruption_of_copied_rows() -> None:
-    pred, y = (randn(2, 4, 6, 12, 4, seed=s)[:, :, ::2, ::2, ::2] for s in range(2))
+    pred, y = unmergeable(0), unmergeable(1)
     drawn = Drawn(df.Noise(8), torch.tensor([[2**30, 2**31]], device=DEVICE), True)
     call = "op", pred, y, None, None, table_of(pred.dtype).abs(), levels(2), (1, -1, 3)
     dense = "op", pred.contiguous(), y.contiguous(), *call[3:]
