@@ -13,7 +13,19 @@ import pytest
 import torch
 
 import dae_fast as df
-from dae_fast.samplers import annealed_langevin, ddim, ddpm, langevin
+from dae_fast.samplers import (
+    annealed_langevin,
+    common,
+    ddim,
+    ddpm,
+    euler,
+    euler_ancestral,
+    flow_euler,
+    flow_midpoint,
+    heun,
+    langevin,
+    probability_flow,
+)
 
 FOUR = 4.0
 SCHEDULE = df.Schedule.linear(20, 0.005, 0.4)
@@ -80,6 +92,10 @@ class Gaussian:
 # One step after the other, as the papers write them.
 
 
+def limited(x0, clamp):
+    return clamp(x0) if callable(clamp) else x0.clamp(*clamp)
+
+
 def plain_ddpm(net, x, noise, variance, clamp=None):
     """Ho et al. 2020, algorithm 2; with a clamp, eq. 7 with the clipped x0."""
     T = len(BAR)
@@ -90,22 +106,22 @@ def plain_ddpm(net, x, noise, variance, clamp=None):
         if clamp is None:
             mean = (x - beta / math.sqrt(1 - bar) * eps) / math.sqrt(alpha)
         else:
-            x0 = ((x - math.sqrt(1 - bar) * eps) / math.sqrt(bar)).clamp(*clamp)
+            x0 = limited((x - math.sqrt(1 - bar) * eps) / math.sqrt(bar), clamp)
             mean = (math.sqrt(before) * beta * x0 + math.sqrt(alpha) * (1 - before) * x) / (1 - bar)
         std = math.sqrt(beta if variance == "large" else beta * (1 - before) / (1 - bar))
         x = mean + (std * noise.fold_in(t).normal(x.shape, dtype=x.dtype) if t else 0)
     return x
 
 
-def plain_ddim(net, x, noise, steps, eta, clamp=None):
+def plain_ddim(net, x, noise, steps, eta, clamp=None, levels=None):
     """Song et al. 2021, eqs. 12 and 16; with a clamp, eps is that of the clipped x0."""
-    levels = np.round(np.linspace(len(BAR) - 1, 0, steps)).astype(int).tolist()
+    levels = levels or np.round(np.linspace(len(BAR) - 1, 0, steps)).astype(int).tolist()
     for t, s in zip(levels, [*levels[1:], None], strict=True):
         bar, before = BAR[t], 1.0 if s is None else BAR[s]
         eps = net(x, torch.full(x.shape[:1], t))
         x0 = (x - math.sqrt(1 - bar) * eps) / math.sqrt(bar)
         if clamp is not None:
-            x0 = x0.clamp(*clamp)
+            x0 = limited(x0, clamp)
             eps = (x - math.sqrt(bar) * x0) / math.sqrt(1 - bar)
         std = eta * math.sqrt((1 - before) / (1 - bar)) * math.sqrt(1 - bar / before)
         z = noise.fold_in(t).normal(x.shape, dtype=x.dtype)
@@ -223,6 +239,204 @@ def test_variance_exploding_ancestral_step(backend):
     assert torch.equal(
         from_shape, ddpm(network, noise.fold_in(5).normal((3, 5)) * 3.0, schedule, noise, predict="score")
     )
+
+
+def test_ddim_on_levels_of_ones_own(backend):
+    x, noise, levels = start(5, 7), df.Noise(3), [17, 16, 9, 2]
+    got = ddim(network, x, SCHEDULE, noise, levels=levels, eta=0.5)
+    same(got, plain_ddim(network, x, noise, 4, 0.5, levels=levels))
+    assert torch.equal(ddim(network, x, SCHEDULE, noise, levels=np.array(levels), eta=0.5), got)
+    assert torch.equal(ddim(network, x, SCHEDULE, noise, levels=torch.tensor(levels), eta=0.5), got)
+
+
+# Guidance.
+
+
+def other(x, t=None):
+    """A second network, the unconditional one."""
+    return torch.cos(0.9 * x) * 0.4 - 0.1
+
+
+def score(x, t=None):
+    return -torch.tanh(x)
+
+
+GUIDED = {
+    "langevin": lambda net, x, **o: langevin(lambda x: net(x, torch.zeros(len(x))), x, 0.1, 5, df.Noise(3), **o),
+    "langevin-steps": lambda net, x, **o: langevin(
+        lambda x: net(x, torch.zeros(len(x))), x, torch.linspace(0.1, 0.2, len(x)), 5, df.Noise(3), **o
+    ),
+    "annealed_langevin": lambda net, x, **o: annealed_langevin(
+        net, x, VE, df.Noise(3), step_size=1e-2, steps_per_level=3, **o
+    ),
+    "ddpm": lambda net, x, **o: ddpm(net, x, SCHEDULE, df.Noise(3), **o),
+    "ddim": lambda net, x, **o: ddim(net, x, SCHEDULE, df.Noise(3), steps=6, eta=0.5, predict="v", **o),
+    "euler": lambda net, x, **o: euler(net, x, SCHEDULE, df.Noise(3), steps=6, **o),
+    "euler_ancestral": lambda net, x, **o: euler_ancestral(net, x, SCHEDULE, df.Noise(3), steps=6, **o),
+    "heun": lambda net, x, **o: heun(
+        net, x, VE, df.Noise(3), steps=4, S_churn=1.0, predict="x0", conditioning="sigma", **o
+    ),
+    "flow_euler": lambda net, x, **o: flow_euler(net, x, SCHEDULE, df.Noise(3), steps=6, **o),
+    "flow_midpoint": lambda net, x, **o: flow_midpoint(net, x, SCHEDULE, df.Noise(3), steps=5, **o),
+    "probability_flow": lambda net, x, **o: probability_flow(net, x, VP, df.Noise(3), steps=5, **o),
+}
+LIMITED = [name for name in GUIDED if "langevin" not in name]
+
+
+def limits_of(name):
+    return [{}, {"clamp": (-0.2, 0.6)}, {"threshold": 0.8}] if name in LIMITED else [{}]
+
+
+@pytest.mark.parametrize("g", [0.0, 1.0, 3.5, -1])
+@pytest.mark.parametrize("name", GUIDED)
+def test_guidance_is_the_combined_network(backend, name, g):
+    """u + g (c - u), Ho and Salimans 2022, under every kind of limits too."""
+    x, run = start(5, 7), GUIDED[name]
+    for options in limits_of(name):
+        got = run(lambda x, t: (network(x, t), other(x, t)), x, guidance=g, **options)
+        same(got, run(lambda x, t: other(x, t) + g * (network(x, t) - other(x, t)), x, **options))
+
+
+@pytest.mark.parametrize("name", LIMITED)
+def test_one_launch_for_each_look(name, monkeypatch):
+    """Whatever is folded in; a threshold needs the estimate first, and churn raises x before the look."""
+    looks, launches, affine = [], [], common.affine
+
+    def net(x, t):
+        looks.append(t)
+        return network(x, t), other(x, t)
+
+    def counted(*args, **kwargs):
+        launches.append(args)
+        return affine(*args, **kwargs)
+
+    monkeypatch.setattr(common, "affine", counted)
+    GUIDED[name](net, start(2, 3), guidance=2.0, clamp=1.0)
+    assert len(launches) == len(looks) > 0
+    looks.clear(), launches.clear()
+    GUIDED[name](net, start(2, 3), guidance=2.0, threshold=0.9)
+    assert len(launches) == 2 * len(looks) > 0
+
+
+# Dynamic thresholding.
+
+
+def thresholded(x0, q):
+    """Saharia et al. 2022, section 2.3 and figure A.10."""
+    s = torch.quantile(x0.abs().flatten(1), q, 1).clamp(min=1.0).reshape(-1, *[1] * (x0.dim() - 1))
+    return torch.minimum(torch.maximum(x0, -s), s) / s
+
+
+@pytest.mark.parametrize("q", [0.3, 0.8, 0.995, 1.0])
+def test_thresholding_is_the_formula(backend, q):
+    """On samples that exceed 1, and one that does not."""
+    x, noise = start(5, 3, 4), df.Noise(3)
+    x[2] *= 0.01
+    sizes = []
+
+    def limit(x0):
+        sizes.append(x0.abs().flatten(1).quantile(q, 1))
+        return thresholded(x0, q)
+
+    same(ddpm(network, x, SCHEDULE, noise, threshold=q), plain_ddpm(network, x, noise, "small", limit))
+    got = ddim(network, x, SCHEDULE, noise, steps=6, eta=0.5, threshold=q)
+    same(got, plain_ddim(network, x, noise, 6, 0.5, limit))
+    sizes = torch.stack(sizes)
+    assert (sizes > 1.1).any() and (sizes < 0.9).any()
+    assert got.abs().max() <= 1
+
+
+def test_a_threshold_that_never_acts():
+    """s = 1 for a quantile below 1: a clamp."""
+    x, tiny = 0.1 * start(4, 33), lambda x, t: 0.0 * x
+    short = df.Schedule.linear(5, 0.01, 0.1)
+    assert torch.equal(ddpm(tiny, x, short, N0, threshold=0.9), ddpm(tiny, x, short, N0, clamp=1.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_quantiles(dtype):
+    """Linear between neighbours; what interpolates in half precision rounds once more, to its own ulp."""
+    ulp = torch.finfo(dtype).eps
+    for shape in ((3, 1), (3, 2), (2, 7, 5), (4, 200), (5,)):
+        x = start(*shape, dtype=dtype).abs()
+        for q in (1e-3, 0.25, 0.5, 0.9, 0.995, 1.0):
+            wanted = torch.quantile(x.double().reshape(shape[0], -1), q, 1)
+            got = common.quantile_of_samples(x, q)
+            assert got.shape == shape[:1]
+            torch.testing.assert_close(got.double(), wanted, rtol=2 * ulp, atol=2 * ulp)
+
+
+@pytest.mark.parametrize("shape", [(4,), (1, 1)])
+def test_thresholding_of_scalars(shape):
+    x = 30 * start(*shape)
+    got = ddpm(network, x, SCHEDULE, df.Noise(3), threshold=0.9)
+    same(
+        got, plain_ddpm(network, x, df.Noise(3), "small", lambda x0: thresholded(x0.reshape(-1, 1), 0.9).reshape(shape))
+    )
+
+
+# Learned variance.
+
+
+def plain_learned(net, x, noise, clamp=None):
+    """Nichol and Dhariwal 2021, eq. 15, as p_mean_variance and p_sample of their code have it."""
+    T = len(BAR)
+    for t in reversed(range(T)):
+        bar, before = BAR[t], BAR[t - 1] if t else 1.0
+        alpha, beta = bar / before, 1 - bar / before
+        eps, v = net(x, torch.full(x.shape[:1], t))
+        x0 = (x - math.sqrt(1 - bar) * eps) / math.sqrt(bar)
+        x0 = x0 if clamp is None else limited(x0, clamp)
+        mean = (math.sqrt(before) * beta * x0 + math.sqrt(alpha) * (1 - before) * x) / (1 - bar)
+        if t:
+            min_log, max_log = math.log(beta * (1 - before) / (1 - bar)), math.log(beta)
+            frac = (v + 1) / 2
+            log_variance = frac * max_log + (1 - frac) * min_log
+            mean = mean + torch.exp(0.5 * log_variance) * noise.fold_in(t).normal(x.shape, dtype=x.dtype)
+        x = mean
+    return x
+
+
+def with_variance(x, t):
+    return network(x, t), torch.sin(3 * x)
+
+
+@pytest.mark.parametrize("clamp", [None, (-0.2, 0.6)])
+def test_learned_variance_is_equation_15(backend, clamp):
+    x, noise = start(5, 7), df.Noise(3)
+    got = ddpm(with_variance, x, SCHEDULE, noise, variance="learned", clamp=clamp)
+    same(got, plain_learned(with_variance, x, noise, clamp))
+
+
+@pytest.mark.parametrize("v, variance", [(-1.0, "small"), (1.0, "large")])
+def test_learned_variance_at_its_ends(backend, v, variance):
+    x, noise = start(5, 7), df.Noise(3)
+    got = ddpm(lambda x, t: (network(x, t), torch.full_like(x, v)), x, SCHEDULE, noise, variance="learned")
+    same(got, ddpm(network, x, SCHEDULE, noise, variance=variance))
+
+
+def test_learned_variance_under_guidance(backend):
+    """(conditional, unconditional, v)."""
+    x, noise = start(5, 7), df.Noise(3)
+
+    def net(x, t):
+        return network(x, t), other(x, t), torch.sin(3 * x)
+
+    def combined(x, t):
+        return other(x, t) + 2.5 * (network(x, t) - other(x, t)), torch.sin(3 * x)
+
+    for clamp in (None, (-0.2, 0.6)):
+        got = ddpm(net, x, SCHEDULE, noise, variance="learned", guidance=2.5, clamp=clamp)
+        same(got, plain_learned(combined, x, noise, clamp))
+
+
+def test_learned_variance_where_nothing_is_added():
+    """Two levels alike have a posterior without variance, whose logarithm must not come in."""
+    schedule = df.Schedule.from_betas([0.1, 0.0, 0.2])
+    wanted = ddpm(network, X, schedule, N0)
+    got = ddpm(lambda x, t: (network(x, t), -torch.ones_like(x)), X, schedule, N0, variance="learned")
+    assert wanted.isfinite().all()
+    torch.testing.assert_close(got, wanted)
 
 
 # What a network predicts.
@@ -435,16 +649,39 @@ def polynomial(x, t):
     return 0.5 * x - 0.1 * x * x
 
 
+def two(x, t):
+    """The prediction and a second tensor, the unconditional prediction or v."""
+    return polynomial(x, t), 0.3 * x
+
+
 VE = df.Schedule.geometric(0.1, 2.0, 4)
+VP = df.ContinuousSchedule.vp(0.1, 5.0)
 SAMPLERS = {
     "langevin": lambda x, noise: langevin(lambda x: -0.5 * x, x, 0.1, 5, noise),
     "annealed_langevin": lambda x, noise: annealed_langevin(
         lambda x, t: -0.5 * x, x, VE, noise, step_size=1e-3, steps_per_level=3
     ),
     "ddpm": lambda x, noise: ddpm(polynomial, x, SCHEDULE, noise, clamp=2.0),
+    "ddpm-threshold": lambda x, noise: ddpm(polynomial, x, SCHEDULE, noise, threshold=0.9),
+    "ddpm-learned": lambda x, noise: ddpm(two, x, SCHEDULE, noise, variance="learned", clamp=2.0),
     "ddim": lambda x, noise: ddim(polynomial, x, SCHEDULE, noise, steps=6, eta=0.5),
+    "ddim-guided": lambda x, noise: ddim(two, x, SCHEDULE, noise, steps=6, eta=0.5, guidance=1.5, clamp=2.0),
+    "euler_ancestral": lambda x, noise: euler_ancestral(polynomial, x, SCHEDULE, noise, steps=6, clamp=2.0),
+    "heun": lambda x, noise: heun(
+        polynomial, x, VE, noise, steps=4, S_churn=1.0, predict="x0", conditioning="sigma", clamp=2.0
+    ),
 }
-each_sampler = pytest.mark.parametrize("run", SAMPLERS.values(), ids=SAMPLERS)
+DETERMINISTIC = {
+    "euler": lambda x, noise: euler(polynomial, x, SCHEDULE, noise, steps=6, clamp=2.0),
+    "heun": lambda x, noise: heun(polynomial, x, SCHEDULE, noise, steps=6, clamp=2.0),
+    "flow_euler": lambda x, noise: flow_euler(polynomial, x, SCHEDULE, noise, steps=6, clamp=2.0),
+    "flow_midpoint": lambda x, noise: flow_midpoint(polynomial, x, SCHEDULE, noise, steps=5),
+    "probability_flow": lambda x, noise: probability_flow(lambda x, t: -0.5 * polynomial(x, t), x, VP, noise, steps=5),
+}
+each_drawing_sampler = pytest.mark.parametrize("run", SAMPLERS.values(), ids=SAMPLERS)
+each_sampler = pytest.mark.parametrize(
+    "run", [*SAMPLERS.values(), *DETERMINISTIC.values()], ids=[*SAMPLERS, *(f"{name}-ode" for name in DETERMINISTIC)]
+)
 
 
 @each_sampler
@@ -457,8 +694,20 @@ def test_one_seed_one_result(run, backend):
     assert torch.equal(x, before)  # as it was given
     assert torch.equal(run(x, df.Noise(1)), first)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@each_drawing_sampler
+def test_another_key_another_result(run, backend):
+    x = start(4, 3, 5, 5, dtype=torch.float32)
+    first = run(x, df.Noise(1))
     assert not torch.equal(run(x, df.Noise(2)), first)
     assert not torch.equal(run(x, df.Noise(1).fold_in(0)), first)
+
+
+@pytest.mark.parametrize("run", DETERMINISTIC.values(), ids=DETERMINISTIC)
+def test_steps_without_noise(run):
+    x = start(4, 3, 5, 5, dtype=torch.float32)
+    assert torch.equal(run(x, df.Noise(1)), run(x, df.Noise(2)))
 
 
 @each_sampler
@@ -614,6 +863,41 @@ THREE_IDS = df.Noise(0, sample=torch.zeros(3, dtype=torch.int64))
         (bad(ddpm, net=lambda x, t: x[0]), ValueError, r"the network's output must have shape \(2, 3\), got \(3,\)"),
         (bad(ddpm, net=lambda x, t: (x,)), TypeError, "ddpm: the network's output must be a tensor, got tuple"),
         (
+            bad(ddpm, guidance=2.0),
+            TypeError,
+            r"ddpm: the network's output must be a tuple \(conditional, unconditional\), got Tensor",
+        ),
+        (
+            bad(ddim, steps=2, guidance=2.0, net=lambda x, t: (x, x, x)),
+            TypeError,
+            r"ddim: the network's output must be a tuple \(conditional, unconditional\), got 3 of them",
+        ),
+        (
+            bad(ddim, steps=2, guidance=2.0, net=lambda x, t: (x, x[:1])),
+            ValueError,
+            r"the network's output \(unconditional\) must have shape \(2, 3\), got \(1, 3\)",
+        ),
+        (bad(ddpm, guidance=math.inf), ValueError, "ddpm: guidance must be None or a finite number, got inf"),
+        (bad(ddpm, guidance="7"), ValueError, "ddpm: guidance must be None or a finite number, got '7'"),
+        (
+            bad(ddpm, variance="learned"),
+            TypeError,
+            r"ddpm: the network's output must be a tuple \(prediction, v\), got Tensor",
+        ),
+        (
+            bad(ddpm, variance="learned", guidance=1.0, net=lambda x, t: (x, x)),
+            TypeError,
+            r"must be a tuple \(conditional, unconditional, v\), got 2 of them",
+        ),
+        (
+            bad(ddpm, clamp=1.0, threshold=0.9),
+            ValueError,
+            "ddpm: give clamp or threshold, not both, got 1.0 and 0.9",
+        ),
+        (bad(ddpm, threshold=0.0), ValueError, r"ddpm: threshold must be a quantile in \(0, 1\], got 0.0"),
+        (bad(ddpm, threshold=99.5), ValueError, r"ddpm: threshold must be a quantile in \(0, 1\], got 99.5"),
+        (bad(annealed_langevin, schedule=VE, guidance=2.0), TypeError, "the score must be a tuple"),
+        (
             bad(ddpm, net=lambda x, t: x.int()),
             TypeError,
             "ddpm: the network's output must be float16.* got torch.int32",
@@ -625,6 +909,8 @@ THREE_IDS = df.Noise(0, sample=torch.zeros(3, dtype=torch.int64))
         (bad_chain(score=lambda x: x[:1]), ValueError, r"langevin: the score must have shape \(2, 3\), got \(1, 3\)"),
         (bad_chain(score=lambda x: 0.0), TypeError, "langevin: the score must be a tensor, got float"),
         (bad_chain(step_size=-0.1), ValueError, "step_size must not be negative, got -0.1"),
+        (bad_chain(step_size=torch.tensor([0.1, -0.2])), ValueError, "step_size must not be negative, got -0.2"),
+        (bad_chain(step_size=float("nan")), ValueError, "step_size must not be negative, got nan"),
         (bad_chain(step_size=torch.ones(3)), ValueError, r"step_size must be a float or have shape \(2,\)"),
         (bad_chain(steps=-1), ValueError, "langevin: steps must not be negative, got -1"),
         (bad_chain(x=(2, 3)), TypeError, "langevin: x must be a tensor, got tuple"),

@@ -18,6 +18,7 @@ from ..noise import Noise
 from ..ops.affine import ABSENT, affine
 from ..ops.checks import like, noise_for, samples
 from ..ops.conversions import Bounds, bounds
+from ..ops.parameterisation import Parameterisation
 from ..rows import Rows
 from ..schedule import Schedule
 
@@ -126,6 +127,13 @@ class Limits(NamedTuple):
     low: float = -math.inf
     high: float = math.inf
     quantile: float | None = None
+
+    def read_as(self, predict: Parameterisation) -> Parameterisation:
+        """What a step that divides by sigma should read: x0 where it is limited, else the prediction as it is.
+
+        From the prediction to x0 and back, float32 would lose what cancels where there is little noise.
+        """
+        return predict if self == Limits() else "x0"
 
 
 def limits(op: str, clamp: Bounds | None, threshold: float | None) -> Limits:

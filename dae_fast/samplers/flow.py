@@ -84,12 +84,14 @@ def flow_midpoint(
     starts, middles = chosen[::2], chosen[1::2]
     t, m = ((schedule.alpha[part], schedule.sigma[part]) for part in (starts, middles))
     s = following(*t)
+    limit = limits(op, clamp, threshold)
+    read = limit.read_as(predict)
     update = Update(
         op,
-        torch.cat((estimate(op, predict, *t), estimate(op, predict, *m))),
-        torch.cat((reverse(*t, *m), corrected("flow", t, m, s))),
+        torch.cat((estimate(op, predict, *t), estimate(op, predict, *m, read))),
+        torch.cat((reverse(*t, *m), corrected("flow", read, t, m, s))),
         guidance=guidance,
-        limits=limits(op, clamp, threshold),
+        limits=limit,
     )
     schedule._require_finite(op, update.table, [*starts, *middles])
 

@@ -97,16 +97,18 @@ def heun(
     is_raised = (spread > 0).tolist()
     at_start = raised.tolist() if conditioning == "sigma" else told
     has_slope = sigma_s > 0
+    limit = limits(op, clamp, threshold)
+    read = limit.read_as(predict)
     first = reverse(alpha, raised, alpha_s, sigma_s)
-    second = corrected("eps", (alpha, raised), (alpha_s, sigma_s), (alpha_s, sigma_s))
+    second = corrected("eps", read, (alpha, raised), (alpha_s, sigma_s), (alpha_s, sigma_s))
     second = torch.where(has_slope[:, None], second, 0.0)
-    of_second = torch.where(has_slope[:, None], estimate(op, predict, alpha_s, sigma_s), 0.0)
+    of_second = torch.where(has_slope[:, None], estimate(op, predict, alpha_s, sigma_s, read), 0.0)
     update = Update(
         op,
         torch.cat((estimate(op, predict, alpha, raised), of_second)),
         torch.cat((first, second)),
         guidance=guidance,
-        limits=limits(op, clamp, threshold),
+        limits=limit,
     )
     # Two columns more, of x and of the noise that raises it.
     raising = torch.stack((torch.ones_like(spread), spread), -1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..continuous import ContinuousSchedule
 from ..noise import Noise
 from ..ops.conversions import Bounds
-from ..ops.parameterisation import Parameterisation, conversion
+from ..ops.parameterisation import Parameterisation
 from .common import Network, Update, check_start, draw_start, limits, predicted, progressed, run
 from .tables import estimate
 
@@ -66,22 +66,27 @@ def probability_flow(
     t, alpha, sigma = (c.flip(0) for c in (levels.times, levels.alpha, levels.sigma))
     N = len(t) - 1
     f, half_square = schedule.drift(t), schedule.diffusion(t).square() / 2
-    of_x, of_x0 = conversion("x0", "score")(alpha, sigma)
-    slope_x, slope_x0, h = f - half_square * of_x, -half_square * of_x0, t[1:] - t[:-1]
+    limit = limits(op, clamp, threshold)
+    read = limit.read_as(predict)
+    # F(x, t) = slope_x * x + slope_y * y, y what is read.
+    score_x, score_y = estimate(op, read, alpha, sigma, "score").unbind(1)
+    slope_x, slope_y, h = f - half_square * score_x, -half_square * score_y, t[1:] - t[:-1]
     none, half = torch.zeros_like(h), torch.full_like(h, 0.5)
     # x_m = x + h*F(x, t), x_s = (x + x_m)/2 + h/2 * F(x_m, s), which does not read F(x, t) again; and x0_hat.
-    ahead = torch.stack((1 + h * slope_x[:-1], h * slope_x0[:-1], none), -1)
-    corrected = torch.stack((half + h / 2 * slope_x[1:], h / 2 * slope_x0[1:], half), -1)
-    of_last = torch.tensor([[0.0, 1.0, 0.0]], dtype=torch.float64, device="cpu")
-    of_estimate = estimate(op, predict, alpha, sigma)
-    update = Update(
-        op,
-        torch.cat((of_estimate[:-1], of_estimate[1:], of_estimate[-1:])),
-        torch.cat((ahead, corrected, of_last)),
-        guidance=guidance,
-        limits=limits(op, clamp, threshold),
-    )
-    levels._require_finite(op, update.table, [*range(N, 0, -1), *range(N - 1, -1, -1), 0])
+    ahead = torch.stack((1 + h * slope_x[:-1], h * slope_y[:-1], none), -1)
+    corrected = torch.stack((half + h / 2 * slope_x[1:], h / 2 * slope_y[1:], half), -1)
+    x0_hat = torch.nn.functional.pad(estimate(op, read, alpha, sigma), (0, 1))
+    y = estimate(op, predict, alpha, sigma, read)
+    places, rows = list(range(N, -1, -1)), [(y[:-1], ahead)]
+    at = places[:-1]
+    if method == "heun":
+        rows.append((y[1:], corrected))
+        at += places[1:]
+    if denoise:
+        rows.append((y[-1:], x0_hat[-1:]))
+        at += places[-1:]
+    update = Update(op, *(torch.cat(part) for part in zip(*rows, strict=True)), guidance=guidance, limits=limit)
+    levels._require_finite(op, update.table, at)
     told = t.tolist()
 
     def loop(x: Tensor, noise: Noise, table: Tensor) -> Tensor:
@@ -93,7 +98,7 @@ def probability_flow(
                 prediction = predicted(op, net, ahead, told[i + 1], update.parts)
                 (x,) = update(table, N + i, ahead, prediction, z=x)
         if denoise:
-            (x,) = update(table, 2 * N, x, predicted(op, net, x, told[-1], update.parts))
+            (x,) = update(table, len(table) - 1, x, predicted(op, net, x, told[-1], update.parts))
         return x
 
     if not isinstance(x, Tensor):

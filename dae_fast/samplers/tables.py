@@ -49,12 +49,12 @@ def reverse(
     return torch.stack((c_x, alpha_s - c_x * alpha_t, c_z), -1)
 
 
-def estimate(op: str, predict: Parameterisation, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """(steps, 2): x0_hat = a_x * x_t + a_p * prediction."""
+def estimate(op: str, predict: Parameterisation, alpha: Tensor, sigma: Tensor, to: Parameterisation = "x0") -> Tensor:
+    """(steps, 2): `to`, x0_hat, = a_x * x_t + a_p * prediction."""
     check_name(op, "predict", predict)
-    if predict == "x0":
-        return torch.stack((torch.zeros_like(alpha), torch.ones_like(alpha)), -1)
-    return torch.stack(conversion(predict, "x0")(alpha, sigma), -1)
+    # Not by conversion, which would find x0 from x0 singular where there is no noise.
+    of_x, of_prediction = (0.0, 1.0) if predict == to else conversion(predict, to)(alpha, sigma)
+    return torch.stack([torch.zeros_like(alpha) + c for c in (of_x, of_prediction)], -1)
 
 
 # The variables r, tau in which x/r of a straight path x_t = alpha*x0 + sigma*eps moves at a constant slope: eps
@@ -66,9 +66,10 @@ STRAIGHT: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
 Place = tuple[Tensor, Tensor]  # alpha and sigma
 
 
-def corrected(slope: str, t: Place, m: Place, s: Place) -> Tensor:
-    """(steps, 3): x_s = c_x * x_m + c_m * x0_hat + c_z * x_t, x_m where the Euler step from t leads, x0_hat there.
+def corrected(slope: str, of: Parameterisation, t: Place, m: Place, s: Place) -> Tensor:
+    """(steps, 3): x_s = c_x * x_m + c_m * y + c_z * x_t, x_m where the Euler step from t leads.
 
+    y: what is read at x_m, `of` says what: "x0", or a prediction
     With c = (tau_m - tau_t)/(tau_s - tau_t), h = tau_s - tau_t and k the slope, in x/r:
     x_s = x_t + h * ((1 - 1/2c) * k_t + 1/2c * k_m), of second order: Heun for c = 1, midpoint for c = 1/2
     (the two-stage Runge-Kutta family). k_t is not read again: it is (x_m - x_t)/(c*h).
@@ -77,5 +78,5 @@ def corrected(slope: str, t: Place, m: Place, s: Place) -> Tensor:
     h = tau_s - tau_t
     c = (tau_m - tau_t) / h
     of_m = (1 - 1 / (2 * c)) / c
-    from_x, from_x0 = (h / (2 * c) * k for k in conversion("x0", slope)(*m))
-    return torch.stack((r_s * (of_m / r_m + from_x), r_s * from_x0, r_s * (1 - of_m) / r_t), -1)
+    from_x, from_y = (h / (2 * c) * k for k in conversion(of, slope)(*m))
+    return torch.stack((r_s * (of_m / r_m + from_x), r_s * from_y, r_s * (1 - of_m) / r_t), -1)
