@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from types import ModuleType
+
+if os.environ.get("PYTEST_XDIST_WORKER"):
+    # Two tests at a time: short parallel loops would wait for one another's threads. Read by libgomp when it loads.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from filelock import FileLock
 
 import dae_fast as df
 
@@ -27,10 +34,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def cuda_on_cpu_library(tmp_path_factory: pytest.TempPathFactory):
+def cuda_on_cpu_library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built by the first of the session's processes that asks."""
     from . import cuda_on_cpu
 
-    return cuda_on_cpu.build(tmp_path_factory.mktemp("cuda_on_cpu"))
+    base = tmp_path_factory.getbasetemp()
+    place = (base.parent if hasattr(request.config, "workerinput") else base) / "cuda_on_cpu"
+    with FileLock(f"{place}.lock"):
+        library = place / cuda_on_cpu.LIBRARY
+        if not library.exists():
+            place.mkdir(exist_ok=True)
+            cuda_on_cpu.build(place)
+    return library
 
 
 @pytest.fixture(params=[*BACKENDS, *[CUDA_ON_CPU] * ("native" in BACKENDS)])

@@ -24,8 +24,11 @@ ELEMENTS = {"f32": "float", "f64": "double", "bf16": "__nv_bfloat16", "f16": "__
 FLAGS = ("-x", "c++", "-std=c++20", "-O1", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", f"-I{HERE}")
 
 
-def build(place: Path) -> Path:
-    """The library, in `place`."""
+LIBRARY = "_cuda_on_cpu.so"
+
+
+def build(place: Path) -> None:
+    """LIBRARY, in `place`."""
     cxx = shlex.split(os.environ.get("CXX", "c++"))
     parts = {
         name: ("kernels.cu", f"-DDAE_ELEMENT={element}", f"-DDAE_NAME={name}") for name, element in ELEMENTS.items()
@@ -36,9 +39,7 @@ def build(place: Path) -> Path:
         for name, (source, *options) in parts.items()
     ]
     assert [process.wait() for process in running] == [0] * len(running)
-    library = place / "_cuda_on_cpu.so"
-    subprocess.run([*cxx, "-shared", *(place / f"{name}.o" for name in parts), "-o", library], check=True)
-    return library
+    subprocess.run([*cxx, "-shared", *(place / f"{name}.o" for name in parts), "-o", place / LIBRARY], check=True)
 
 
 @contextmanager
