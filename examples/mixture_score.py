@@ -105,7 +105,7 @@ def energy_distance(x: Tensor, y: Tensor) -> float:
     return (2 * torch.cdist(x, y).mean() - torch.cdist(x, x).mean() - torch.cdist(y, y).mean()).item()
 
 
-def print_table(judged: dict[str, tuple[float, float]], ends: dict[str, Tensor], reference: Tensor) -> None:
+def print_table(judged: dict[str, tuple[float, float]], ends: dict[str, Tensor], distances: dict[str, float]) -> None:
     table = Table(
         title=f"Score of a mixture of {len(MIXTURE.weights)} Gaussians with noise of level {SIGMA}",
         caption=f"{CHAINS} Langevin chains of {CHAIN_STEPS} steps, all from the last mode; "
@@ -116,8 +116,7 @@ def print_table(judged: dict[str, tuple[float, float]], ends: dict[str, Tensor],
     for name, x in ends.items():
         figures = (f"{judged[name][0]:.4f}", f"{judged[name][1]:.4f}") if name in judged else ("", "")
         share = MIXTURE.log_joint(x, SIGMA).softmax(1).mean(0)
-        distance = f"{energy_distance(x, reference):.4f}"
-        table.add_row(name, *figures, distance, " ".join(f"{100 * each:.1f}" for each in share))
+        table.add_row(name, *figures, f"{distances[name]:.4f}", " ".join(f"{100 * each:.1f}" for each in share))
     Console().print(table)
 
 
@@ -156,17 +155,20 @@ def judge(learned: Score, seed: int, out: Path) -> list[str]:
         for name, score in scores.items()
     }
     reference = x_t[-CHAINS:]
-    print_table(judged, ends, reference)
+    distances = {name: energy_distance(x, reference) for name, x in ends.items()}
+    print_table(judged, ends, distances)
     draw_figure(out, scores, ends["learned"])
+    return failures(judged["learned"][0], distances)
 
+
+def failures(error: float, distances: dict[str, float]) -> list[str]:
     problems = []
-    if not judged["learned"][0] < WORST_ERROR:
-        problems.append(f"the learned score is off by {judged['learned'][0]:.1%}, not less than {WORST_ERROR:.0%}")
-    distance = {name: energy_distance(x, reference) for name, x in ends.items()}
-    if not distance["learned"] < distance["linear"] / 2:
+    if not error < WORST_ERROR:
+        problems.append(f"the learned score is off by {error:.1%}, not less than {WORST_ERROR:.0%}")
+    if not distances["learned"] < distances["linear"] / 2:
         problems.append(
-            f"chains on the learned score end at energy distance {distance['learned']:.4f}, "
-            f"not below half of the linear score's {distance['linear']:.4f}"
+            f"chains on the learned score end at energy distance {distances['learned']:.4f}, "
+            f"not below half of the linear score's {distances['linear']:.4f}"
         )
     return problems
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -122,7 +123,7 @@ def draw_figure(out: Path, levels: dict[float, Features], untrained: Features, p
 def failures(levels: dict[float, Features], pixels: Features) -> list[str]:
     problems = []
     frequencies = [each.frequency for each in levels.values()]
-    if frequencies != sorted(frequencies, reverse=True):
+    if not all(higher > lower for higher, lower in pairwise(frequencies)):
         problems.append(f"the filters' frequency does not fall with sigma: {[round(each, 2) for each in frequencies]}")
     middle = max(levels[0.5].accuracy, levels[1.0].accuracy)
     for other, accuracy in {

@@ -147,3 +147,65 @@ def test_mean_frequency_of_waves(example) -> None:
     assert mean_frequency(wave) == pytest.approx(13**0.5, rel=1e-5)
     assert mean_frequency(torch.ones(1, 64)) == pytest.approx(0, abs=1e-5)
     assert mean_frequency(torch.cat((wave, torch.ones(1, 64)))) == pytest.approx(13**0.5 / 3, rel=1e-5)
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("error", "learned", "complaint"),
+    [
+        (0.03, 0.002, None),
+        (0.2, 0.002, "off by 20"),
+        (NAN, 0.002, "off by"),
+        (0.03, 0.03, "energy distance"),
+        (0.03, NAN, "energy distance"),
+    ],
+)
+def test_mixture_score_verdict(example, error: float, learned: float, complaint: str | None) -> None:
+    expect(example("mixture_score").failures(error, {"learned": learned, "linear": 0.04}), complaint)
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "complaint"), [(0.9, None), (0.7, "is not above 80.0% on pixels"), (NAN, "is not above")]
+)
+def test_stacked_verdict(example, accuracy: float, complaint: str | None) -> None:
+    stacked = example("stacked")
+    others = dict.fromkeys(
+        ("pixels", "untrained 1", "untrained 2"), dict.fromkeys(stacked.PER_CLASS, torch.tensor(0.8))
+    )
+    expect(
+        stacked.failures({**others, "trained 2": dict.fromkeys(stacked.PER_CLASS, torch.tensor(accuracy))}), complaint
+    )
+
+
+@pytest.mark.parametrize(("area", "complaint"), [(0.95, None), (0.85, "of the PCA"), (NAN, "is not above")])
+def test_anomaly_verdict(example, area: float, complaint: str | None) -> None:
+    means = {"denoising autoencoder": area, "plain autoencoder": 0.8, "linear denoiser": 0.8, "PCA": 0.87}
+    expect(example("anomaly").failures(means), complaint)
+
+
+@pytest.mark.parametrize(
+    ("frequency", "accuracy", "complaint"),
+    [
+        (2.0, 0.9, None),
+        (3.5, 0.9, "does not fall"),
+        (NAN, 0.9, "does not fall"),
+        (2.0, 0.8, "of pixels"),
+        (2.0, NAN, "of pixels"),
+    ],
+)
+def test_noise_levels_verdict(example, frequency: float, accuracy: float, complaint: str | None) -> None:
+    """By the frequency at the last level, and the accuracy at the middle levels."""
+    module = example("noise_levels")
+    features = {
+        sigma: module.Features(torch.eye(64), 3 - 0.1 * i, accuracy if sigma in (0.5, 1.0) else 0.7)
+        for i, sigma in enumerate(module.SIGMAS)
+    }
+    features[4.0] = module.Features(torch.eye(64), frequency, 0.7)
+    expect(module.failures(features, module.Features(torch.eye(64), 1.3, 0.85)), complaint)
+
+
+def expect(problems: list[str], complaint: str | None) -> None:
+    assert bool(problems) == (complaint is not None), problems
+    assert complaint is None or any(complaint in problem for problem in problems), problems
