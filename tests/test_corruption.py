@@ -246,8 +246,12 @@ class TestTransforms:
         corruption = KINDS[kind](NOISE)
         got = torch.vmap(lambda x: df.corrupt(x, corruption))(x)
         assert torch.equal(got, torch.stack([df.corrupt(row, corruption) for row in x]))
-        got = torch.vmap(lambda x, p: df.corrupt(x, df.Masking(p, NOISE)))(x, p)
-        assert torch.equal(got, torch.stack([df.corrupt(a, df.Masking(b, NOISE)) for a, b in zip(x, p, strict=True)]))
+        for rates, dim in ((p, 0), (p.T, 1), (p[0], None)):
+            got = torch.vmap(lambda x, p: df.corrupt(x, df.Masking(p, NOISE)), (0, dim))(x, rates)
+            each = p if dim is not None else [p[0]] * 3
+            assert torch.equal(
+                got, torch.stack([df.corrupt(a, df.Masking(b, NOISE)) for a, b in zip(x, each, strict=True)])
+            )
         gradient = torch.func.grad(lambda x: df.corrupt(x, corruption).square().sum())(x[0])
         assert torch.equal(gradient, torch.where(corruption.mask((4, 6)), 0, 2 * x[0]))
 
