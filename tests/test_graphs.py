@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import weakref
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -15,10 +16,19 @@ from torch.utils._pytree import tree_leaves
 
 import dae_fast as df
 from dae_fast import graphs, rows
-from dae_fast.ops import langevin as langevin_op
-from dae_fast.samplers import annealed_langevin, ddim, ddpm, langevin
+from dae_fast.samplers import (
+    annealed_langevin,
+    ddim,
+    ddpm,
+    euler_ancestral,
+    flow_midpoint,
+    heun,
+    langevin,
+    probability_flow,
+)
 
 LINEAR = df.Schedule.linear(12, 0.005, 0.4)
+VP = df.ContinuousSchedule.vp()
 VE = df.Schedule.geometric(0.1, 2.0, 20)  # more levels than the cache of constant coefficients holds
 
 aten = torch.ops.aten
@@ -106,7 +116,8 @@ def tapes(monkeypatch):
     """The captures made, on a CPU that passes for a GPU."""
     stream = SimpleNamespace(wait_stream=lambda other: None)
     monkeypatch.setattr(graphs, "DEVICE", "cpu")
-    monkeypatch.setattr(langevin_op, "can_read", lambda t: False)  # values on a GPU are not looked at
+    langevin_module = importlib.import_module("dae_fast.samplers.langevin")  # whose function has its name
+    monkeypatch.setattr(langevin_module, "can_read", lambda t: False)  # values on a GPU are not looked at
     for name, stand_in in {
         "CUDAGraph": Tape,
         "graph": capture,
@@ -141,6 +152,12 @@ class Net(torch.nn.Module):
     def twice(self, x, t):
         return self(x, t) * 2
 
+    def pair(self, x, t):
+        return self(x, t), torch.cos(x)
+
+    def pair_of_scores(self, x):
+        return self(x), -x
+
 
 def start(*shape, dtype=torch.float32, seed=0, device="cpu"):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
@@ -156,6 +173,14 @@ SAMPLERS = {
     ),
     "ddpm": lambda net, x, noise, **o: ddpm(net, x, LINEAR, noise, clamp=2.0, **o),
     "ddim": lambda net, x, noise, **o: ddim(net, x, LINEAR, noise, steps=6, eta=0.5, **o),
+    "euler_ancestral": lambda net, x, noise, **o: euler_ancestral(
+        net, x, LINEAR, noise, levels=[11, 6, 3], threshold=0.9, **o
+    ),
+    "heun": lambda net, x, noise, **o: heun(
+        net, x, VE, noise, steps=5, S_churn=1.0, predict="x0", conditioning="sigma", **o
+    ),
+    "flow_midpoint": lambda net, x, noise, **o: flow_midpoint(net, x, LINEAR, noise, steps=3, **o),
+    "probability_flow": lambda net, x, noise, **o: probability_flow(net, x, VP, noise, steps=3, **o),
 }
 each_sampler = pytest.mark.parametrize("run", SAMPLERS.values(), ids=SAMPLERS)
 
@@ -219,7 +244,7 @@ def test_results_are_the_callers(run, tapes):
     net, x = Net(), start(3, 5)
     first = run(net, x, df.Noise(0), graph=True)
     kept = first.clone()
-    second = run(net, x, df.Noise(1), graph=True)
+    second = run(net, start(3, 5, seed=1), df.Noise(1), graph=True)
     assert torch.equal(first, kept) and not torch.equal(first, second)
     second.zero_()
     assert torch.equal(run(net, x, df.Noise(0), graph=True), kept)
@@ -235,7 +260,8 @@ def test_nothing_is_read_that_may_go(run, tapes):
     places = {t.untyped_storage().data_ptr() for t in (*held, *tree_leaves(captured.kept)) if t is not None}
     assert {t.untyped_storage().data_ptr() for t in tapes[0].outside()} <= places
     hits = rows._constant_rows.cache_info().misses
-    tapes[0].replay()
+    with torch.no_grad():  # as a sampler's call
+        tapes[0].replay()
     assert rows._constant_rows.cache_info().misses == hits
 
 
@@ -271,9 +297,28 @@ def test_what_captures_anew(tapes):
     captures = 0
     tapes.clear()
     net = Net()
+    check(True, partial(ddpm, net, x, LINEAR, noise, threshold=0.9))
+    check(True, partial(ddpm, net, x, LINEAR, noise, threshold=0.8))
+    options = {"steps": 3, "predict": "x0", "conditioning": "sigma"}
+    check(True, partial(heun, net, x, VE, noise, steps=3, predict="x0"))
+    check(True, partial(heun, net, x, VE, noise, **options))
+    check(True, partial(heun, net, x, VE, noise, **options, S_churn=1.0))
+    check(True, partial(heun, net, x, VE, noise, **options, S_churn=1.0, S_noise=0.5))
+    check(False, partial(heun, net, x, VE, noise, **options, S_churn=1.0, S_noise=0.5))
+    captures = 0
+    tapes.clear()
+    net = Net()
+    check(True, partial(probability_flow, net, x, VP, noise, steps=2))
+    check(True, partial(probability_flow, net, x, VP, noise, steps=2, method="euler"))
+    check(True, partial(probability_flow, net, x, VP, noise, steps=2, denoise=False))
+    check(True, partial(probability_flow, net, x, VP, noise, times=[0.9, 0.5, 0.1]))
+    captures = 0
+    tapes.clear()
+    net = Net()
     check(True, partial(ddim, net, x, LINEAR, noise, steps=12))
     check(True, partial(ddim, net, x, LINEAR, noise, steps=11))
     check(True, partial(ddim, net, x, LINEAR, noise, steps=11, eta=1.0))
+    check(True, partial(ddim, net, x, LINEAR, noise, levels=[11, 4]))
     check(True, partial(ddim, Net(), x, LINEAR, noise, steps=11))
     check(True, partial(langevin, net, x, 0.1, 5, noise))
     check(False, partial(langevin, net, x, 0.1, 5, noise))
@@ -410,6 +455,50 @@ def test_bound_methods_share_their_object(tapes):
     assert len(tapes) == 2
 
 
+def test_networks_that_return_more(tapes):
+    """Guidance and a learned variance."""
+    net = Net()
+    kinds = [
+        partial(ddpm, variance="learned"),
+        partial(ddpm, guidance=2.0),
+        partial(ddpm, guidance=2.5),
+        partial(ddpm, guidance=2.5, threshold=0.9),
+        partial(ddpm, guidance=2.5, clamp=0.9),
+        partial(heun, steps=3, guidance=2.0),
+        partial(langevin, step_size=0.1, steps=3, guidance=2.0),
+        partial(langevin, step_size=0.1, steps=3, guidance=2.5),
+        partial(langevin, step_size=torch.tensor([0.1, 0.2, 0.3]), steps=3, guidance=2.0),
+    ]
+    for captures, sampler in enumerate(kinds, 1):
+        if sampler.func is langevin:
+            run = partial(sampler, net.pair_of_scores)
+        else:
+            run = partial(sampler, net.pair, schedule=LINEAR)
+        for seed in range(2):
+            x, noise = start(3, 5, seed=seed), df.Noise(seed)
+            assert torch.equal(run(x=x, noise=noise, graph=True), run(x=x, noise=noise))
+            assert len(tapes) == captures
+
+
+def test_what_the_network_is_told(tapes):
+    """Levels 2 and 1, or sigmas of the same size."""
+    schedule = df.Schedule(torch.ones(3), torch.tensor([0.5, 1.0, 2.0]))
+    net, x, seen = Net(), start(3, 5), []
+
+    def told(x, t):
+        seen.append(t.dtype)
+        return net(x, t)
+
+    for conditioning in ("level", "sigma"):
+        seen.clear()
+        options = {"levels": [2, 1], "conditioning": conditioning}
+        wanted = heun(told, x, schedule, df.Noise(0), **options)
+        assert torch.equal(heun(told, x, schedule, df.Noise(0), **options, graph=True), wanted)
+        assert set(seen) == {torch.int64 if conditioning == "level" else torch.float32}
+        assert len(seen) == 3 + 3 + 3  # eager, the first run, the capture
+    assert len(tapes) == 2
+
+
 @each_sampler
 def test_captures_go_with_their_network(run, tapes):
     net, x = Net(), start(3, 5)
@@ -541,7 +630,7 @@ def test_progress_is_refused(run, tapes):
 
 @each_sampler
 def test_the_cpu_is_refused(run):
-    with pytest.raises(ValueError, match=r"(langevin|ddpm|ddim): graph=True needs x on a CUDA device, got x on cpu"):
+    with pytest.raises(ValueError, match=r"\w+: graph=True needs x on a CUDA device, got x on cpu"):
         run(Net(), X, df.Noise(0), graph=True)
 
 
@@ -571,7 +660,8 @@ def test_gpu_result_of_the_loop(run):
     assert len(graphs._captured[net]) == 2  # with ids and without
     assert not torch.equal(results[0], results[1])
     x = start(3, 4, 5, device="cuda")
-    assert not torch.equal(run(net, x, df.Noise(1), graph=True), run(net, x, df.Noise(2), graph=True))
+    for noise in (df.Noise(1), df.Noise(2)):
+        assert torch.equal(run(net, x, noise, graph=True), run(net, x, noise))
 
 
 @pytest.mark.gpu

@@ -240,6 +240,33 @@ def test_probability_flow_is_equation_13(backend, method, denoise):
     same(probability_flow(score, x, schedule, N0, times=times, method=method, denoise=denoise), wanted, 1e-9)
 
 
+# What a network predicts.
+
+
+@pytest.mark.parametrize("what", ["eps", "x0", "v", "score", "flow", df.EDM(0.5)], ids=str)
+def test_every_parameterisation_gives_the_same_samples(backend, what):
+    """Without limits the second-order steps read the prediction itself, with limits x0 made of it."""
+    x = start(3, 11)
+
+    def of(schedule):
+        """The network with eps = sin(x), as `what`."""
+        return lambda x, t: df.convert(x, torch.sin(x), schedule[t], predict="eps", to=what)
+
+    for limits in ({}, {"clamp": 0.5}, {"threshold": 0.7}):
+        for sampler, schedule in (
+            (euler, KARRAS),
+            (euler_ancestral, KARRAS),
+            (heun, KARRAS),
+            (heun, SCHEDULE),
+            (flow_euler, SCHEDULE),
+            (flow_midpoint, SCHEDULE),
+            (probability_flow, df.ContinuousSchedule.vp(0.1, 5.0, 0.01)),
+        ):
+            by_eps, run = {**limits, "steps": 4, "predict": "eps"}, sampler
+            wanted = run(lambda x, t: torch.sin(x), x, schedule, N0, **by_eps)
+            same(run(of(schedule), x, schedule, N0, **{**by_eps, "predict": what}), wanted, 1e-9)
+
+
 # Order of convergence.
 
 

@@ -38,7 +38,7 @@ def ddpm(
     x: x_T (B, ...) fp16/bf16/fp32/fp64, or a shape: then noise.fold_in(T).normal(shape), fp32 on the CPU
        (with graph on the current CUDA device; times sigma_T when the schedule is not variance preserving)
     noise: Noise; the step from level t uses noise.fold_in(t)
-    predict: what net predicts, "eps", "x0", "v", "score" or "flow"
+    predict: what net predicts, "eps", "x0", "v", "score", "flow" or an EDM
     clamp: c or (low, high), the limits of the x0 estimate in every step
     threshold: dynamic thresholding instead, the quantile (0.995) of a sample's |x0 estimate| that becomes 1
         where it is more (Saharia et al. 2022, section 2.3)
@@ -46,7 +46,7 @@ def ddpm(
         being the conditional one (Ho and Salimans 2022)
     variance: of the step, "small" (the posterior's), "large" (that of q(x_t | x_{t-1}), beta_t), or "learned":
         net returns one more tensor, v in [-1, 1], which interpolates between their logarithms element by
-        element (Nichol and Dhariwal 2021, eq. 15)
+        element, for which the step's noise is made as a tensor (Nichol and Dhariwal 2021, eq. 15)
     progress: show a bar      graph: replay the loop as a CUDA graph      returns: like x_T
     Raises ValueError for a shape mismatch or a level from which `predict` gives no step: eps where
     alpha = 0 (predict v there). Ho et al. 2020, algorithm 2.

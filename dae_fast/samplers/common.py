@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
@@ -149,8 +149,10 @@ def limits(op: str, clamp: Bounds | None, threshold: float | None) -> Limits:
 class Update:
     """Step i of a sampler in one launch, from row i of a table: o_x*x + o_m*x0_hat + o_z*z + o_w*w.
 
-    estimate: (steps, 2) float64, a_x and a_p of x0_hat = a_x*x + a_p*prediction, which `limits` limit
-    outputs: one or two of (steps, 3 or 4) float64: o_x, o_m, o_z and o_w (0). Where o_z is 0, z is not read.
+    estimate: (steps, 2) float64, a_x and a_p of x0_hat = a_x*x + a_p*prediction, which `limits` limit; without
+        limits it may stand for what Limits.read_as says
+    outputs: one or two of (steps, 3 or 4) float64: o_x, o_m, o_z and o_w (0)
+    reads_z: by step, whether o_z is not 0; else z and the noise are not read
     guidance g: the prediction is u + g*(c - u) = g*c + (1 - g)*u of a conditional c and an unconditional u
         (Ho and Salimans 2022), both read by the launch: u takes the place of w.
     """
@@ -162,10 +164,10 @@ class Update:
         outer = [torch.nn.functional.pad(o, (0, 4 - o.shape[1])) for o in outputs]
         self.table = torch.cat((torch.stack((a_x, g * a_p, (1 - g) * a_p), 1), *outer), 1)
         self._outputs = len(outputs)
-        self._reads_z = torch.stack([o[:, 2] != 0 for o in outer]).any(0).tolist()
+        self.reads_z: list[bool] = torch.stack([o[:, 2] != 0 for o in outer]).any(0).tolist()
 
     @property
-    def options(self) -> Hashable:
+    def options(self) -> object:
         """What a captured loop depends on besides the table."""
         return self.limits, self.parts, self._outputs
 
@@ -188,7 +190,7 @@ class Update:
         if quantile is not None:
             (x0_hat,) = affine(self.op, x, p, None, None, Rows(row, None), (0, 1, ABSENT, inner_w), w=w)
             row = _thresholded(row, x0_hat, quantile)
-        reads_z = self._reads_z[i]
+        reads_z = self.reads_z[i]
         z, noise = (z, noise) if reads_z else (None, None)
         of_output = 0, 1, 2 if reads_z else ABSENT, outer_w
         columns = (c if c == ABSENT else 3 + 4 * k + c for k in range(self._outputs) for c in of_output)
@@ -233,7 +235,8 @@ def descend(
 
     def loop(x: Tensor, noise: Noise, table: Tensor) -> Tensor:
         for i, t in enumerate(progressed(levels, progress, op)):
-            (x,) = update(table, i, x, predicted(op, net, x, told[i], update.parts), noise=noise.fold_in(t))
+            fresh = noise.fold_in(t) if update.reads_z[i] else None
+            (x,) = update(table, i, x, predicted(op, net, x, told[i], update.parts), noise=fresh)
         return x
 
     return run(op, net, loop, x, noise, update.table, (*levels, *told, update.options), progress, graph)
@@ -246,14 +249,15 @@ def run(
     x: Tensor,
     noise: Noise,
     table: Tensor,
-    options: Hashable,
+    options: object,
     progress: bool,
     graph: bool,
 ) -> Tensor:
     """loop(x, noise, table), the table rounded once; with graph replayed. options: what else the loop depends on."""
     table = table.to(compute_dtype(x.dtype))
     if graph:
-        return replayed(op, net, loop, x, noise, progress, table=table, options=options)
+        # By repr, for a network told level 1 is not one told sigma 1.0.
+        return replayed(op, net, loop, x, noise, progress, table=table, options=repr(options))
     return loop(x, noise, table.to(x.device))
 
 

@@ -52,9 +52,7 @@ def reverse(
 def estimate(op: str, predict: Parameterisation, alpha: Tensor, sigma: Tensor, to: Parameterisation = "x0") -> Tensor:
     """(steps, 2): `to`, x0_hat, = a_x * x_t + a_p * prediction."""
     check_name(op, "predict", predict)
-    # Not by conversion, which would find x0 from x0 singular where there is no noise.
-    of_x, of_prediction = (0.0, 1.0) if predict == to else conversion(predict, to)(alpha, sigma)
-    return torch.stack([torch.zeros_like(alpha) + c for c in (of_x, of_prediction)], -1)
+    return torch.stack([torch.zeros_like(alpha) + c for c in conversion(predict, to)(alpha, sigma)], -1)
 
 
 # The variables r, tau in which x/r of a straight path x_t = alpha*x0 + sigma*eps moves at a constant slope: eps
