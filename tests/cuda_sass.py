@@ -22,21 +22,17 @@ STREAMS = {
     "affine_kernel<read, 3>": (3, 1),
     "affine_kernel<fresh, 3>": (3, 1),
     "affine_kernel<read, 4>": (4, 1),
-    "affine_kernel<fresh, any>": (3, 2),
-    "affine_kernel<read, any>": (4, 2),
+    "affine_kernel<any>": (4, 2),
     "residual_kernel<fresh, 1>": (1, 1),
     "residual_kernel<fresh, 2>": (2, 1),
     "residual_kernel<read, 2>": (2, 1),
     "residual_kernel<read, 3>": (3, 1),
-    "residual_kernel<fresh, any>": (2, 1),
-    "residual_kernel<read, any>": (3, 1),
+    "residual_kernel<any>": (3, 1),
     "row_dots_kernel<fresh>": (3, 0),
     "row_dots_kernel<read>": (4, 0),
     "corrupt_kernel": (1, 1),
-    "gaussian_kernel<fresh>": (2, 1),
-    "gaussian_kernel<read>": (3, 1),
-    "gaussian_grad_kernel<fresh>": (3, 2),
-    "gaussian_grad_kernel<read>": (4, 2),
+    "gaussian_kernel": (3, 1),
+    "gaussian_grad_kernel": (4, 2),
 }
 
 
@@ -110,8 +106,8 @@ def _describe(mangled: str) -> tuple[str, str, str] | None:
         return None
     name, fresh, inputs, access = kernel.groups()
     arguments = [] if fresh is None else ["fresh" if fresh == "1" else "read"]
-    if inputs:
-        arguments.append("any" if "Lin" in kernel[0] else inputs)
+    if inputs:  # -1 is for all that has no kernel of its own, with fresh noise or without
+        arguments = ["any"] if "Lin" in kernel[0] else [*arguments, inputs]
     return name + f"<{', '.join(arguments)}>" * bool(arguments), match[1] or match[2], access
 
 

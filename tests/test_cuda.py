@@ -31,13 +31,13 @@ MOST = {
     "affine_kernel<read, 1>": 8,
     "affine_kernel<read, 2>": 12,
     "affine_kernel<read, 3>": 15,
-    "affine_kernel<fresh, 3>": 99,
-    "affine_kernel<read, 4>": 99,
+    "affine_kernel<fresh, 3>": 57,
+    "affine_kernel<read, 4>": 19,
     "residual_kernel<fresh, 1>": 67,
     "residual_kernel<fresh, 2>": 68,
     "residual_kernel<read, 2>": 23,
     "residual_kernel<read, 3>": 25,
-    "corrupt_kernel": 99,
+    "corrupt_kernel": 30,
 }
 
 

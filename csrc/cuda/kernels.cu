@@ -24,6 +24,7 @@ struct Rows {
   Table table;
 };
 
+// The first C of the columns, of each row.
 template <int C>
 __device__ __forceinline__ void prepare_coefficients(const Rows& p, const Unit& unit, const int* columns,
                                                      R (&c)[kMaxRows][C]) {
@@ -51,20 +52,19 @@ struct InRow {
 // keeps key and coefficients in registers.
 template <bool kOwnLoop, class E, int C, int K, class Walk>
 __device__ __forceinline__ void walk_rows(const Cut& cut, const Unit& unit, const E (&coefficients)[kMaxRows][C],
-                                          const uint4 (&keys)[K], Walk walk) {
-  constexpr bool kFresh = K == kMaxRows;
+                                          const uint4 (&keys)[K], bool fresh, Walk walk) {
   if constexpr (kOwnLoop) {
     if (unit.rows == 1) {
       E c[C];
 #pragma unroll
       for (int i = 0; i < C; ++i) c[i] = coefficients[0][i];
-      const Key key = kFresh ? to_key(keys[0]) : Key{};
+      const Key key = fresh ? to_key(keys[0]) : Key{};
       return walk([&](int g) { return InRow<E>{{0, unit.begin + g}, c, key}; });
     }
   }
   walk([&](int g) {
     const Place at = place_of(cut, unit, g);
-    return InRow<E>{at, coefficients[at.row], kFresh ? to_key(keys[at.row]) : Key{}};
+    return InRow<E>{at, coefficients[at.row], fresh ? to_key(keys[at.row]) : Key{}};
   });
 }
 
@@ -80,18 +80,18 @@ struct AffineParams : Rows {
 };
 
 // kInputs: with one output and no clamp, how many of x, y, z, w are read, in this order; fresh noise takes z's
-// place and is none of them. kAnyInputs: everything else.
+// place and is none of them. kAnyInputs: everything else, with fresh noise or without.
 constexpr int kAnyInputs = -1;
 template <bool kFresh>
 constexpr int kAllInputs = kFresh ? 3 : 4;
 
-// One output of a group. Where operands have other uses too, one whose column is absent counts as 0 here,
-// whatever it holds.
+// One output of a group, or its estimate. Where operands have other uses too, one whose column is absent counts
+// as 0 here, whatever it holds.
 template <bool kFresh, int kInputs, int N>
 __device__ __forceinline__ void map_group(const int* columns, const R* c, const R (&x)[N], const R (&y)[N],
                                           const R (&z)[N], const R (&w)[N], R (&v)[N]) {
   constexpr bool kGeneral = kInputs == kAnyInputs;
-  const auto used = [&](int k, R v) { return kGeneral && columns[k] == kAbsent ? R(0) : v; };
+  const auto used = [&](int k, R value) { return kGeneral && columns[k] == kAbsent ? R(0) : value; };
   if (kGeneral ? columns[kW] == kAbsent : kInputs < kAllInputs<kFresh>) {
     const Affine<R> f = {c[kX], c[kY], c[kZ]};
 #pragma unroll
@@ -110,12 +110,12 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<T, Access> - (kInputs == kA
   constexpr int N = Memory::N;
   constexpr bool kGeneral = kInputs == kAnyInputs;
   __shared__ R coefficients[kMaxRows][kGeneral ? kColumns : kOfOut2];
-  __shared__ uint4 keys[kFresh ? kMaxRows : 1];
+  __shared__ uint4 keys[kFresh || kGeneral ? kMaxRows : 1];
+  const bool fresh = kGeneral ? p.noise.present : kFresh;
   const Unit unit = unit_at(p.cut, blockIdx.x);
   const Memory memory(access, p.cut, unit);
   const auto reads = [&](int k) {
-    if (kFresh && k == kZ) return false;
-    return kGeneral ? access.has(k) : (k == kW ? kInputs == kAllInputs<kFresh> : k < kInputs);
+    return kGeneral ? access.has(k) : (k == kW ? kInputs == kAllInputs<kFresh> : k < kInputs && !(kFresh && k == kZ));
   };
   Pack<T, N> xs = {}, ys = {}, zs = {}, ws = {};
   const auto fetch = [&](int g) {
@@ -126,19 +126,19 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<T, Access> - (kInputs == kA
   };
   if (threadIdx.x < unit.groups) fetch(threadIdx.x);  // under way while the rows are prepared
   prepare_coefficients(p, unit, p.columns, coefficients);
-  if constexpr (kFresh) prepare_keys(p.noise, unit, keys);
+  if constexpr (kFresh || kGeneral)
+    if (fresh) prepare_keys(p.noise, unit, keys);
   __syncthreads();
 
   const auto walk = [&](auto place) {
 #pragma unroll 1
     for (int g = threadIdx.x, next; g < unit.groups; g = next) {
       R x[N], y[N], z[N], w[N], v[N];
-      widen(xs, x), widen(ys, y), widen(ws, w);
-      if constexpr (!kFresh) widen(zs, z);
+      widen(xs, x), widen(ys, y), widen(zs, z), widen(ws, w);
       next = g + kThreads;
       if (next < unit.groups) fetch(next);
       const auto in = place(g);
-      if constexpr (kFresh) make_normals(memory, in.key, in.at, z);
+      if (fresh) make_normals(memory, in.key, in.at, z);
       const auto map = [&](int first) { map_group<kFresh, kInputs>(p.columns + first, in.c + first, x, y, z, w, v); };
       const auto write = [&](int k) {
         Pack<T, N> out;
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<T, Access> - (kInputs == kA
       }
     }
   };
-  walk_rows<!kGeneral>(p.cut, unit, coefficients, keys, walk);
+  walk_rows<!kGeneral>(p.cut, unit, coefficients, keys, fresh, walk);
 }
 
 enum { kPred, kTargetY, kTargetZ, kMask, kGrad };
@@ -220,7 +220,7 @@ __device__ __forceinline__ R penalise(Penalty penalty, R delta, R (&r)[N]) {
 }
 
 // kInputs: of squares, without a drawn mask, how many of pred, y, z are read, in that order. kAnyInputs:
-// everything else.
+// everything else, with fresh noise or without.
 template <bool kFresh, int kInputs, class Access>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 && kInputs == kAnyInputs ? 2 : 3)
     residual_kernel(const __grid_constant__ ResidualParams p, const __grid_constant__ Access access) {
@@ -228,16 +228,17 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 && kInputs == kAnyInp
   constexpr int N = Memory::N;
   constexpr bool kGeneral = kInputs == kAnyInputs;
   __shared__ R coefficients[kMaxRows][kGeneral ? 3 : 2], scales[kMaxRows], groups[1][kMaxTile];
-  __shared__ uint4 keys[kFresh ? kMaxRows : 1], mask_keys[kGeneral ? kMaxRows : 1];
+  __shared__ uint4 keys[kFresh || kGeneral ? kMaxRows : 1], mask_keys[kGeneral ? kMaxRows : 1];
+  const bool fresh = kGeneral ? p.noise.present : kFresh;
   if (p.loss.only_if_scaled && p.loss.upstream_as<R>() == 1) return;
   const Unit unit = unit_at(p.cut, blockIdx.x);
   const Memory memory(access, p.cut, unit);
-  const auto reads = [&](int k) { return kGeneral ? access.has(k) : k < kInputs; };
+  const auto reads = [&](int k) { return kGeneral ? access.has(k) : k < kInputs && !(kFresh && k == kTargetZ); };
   Pack<T, N> preds = {}, ys = {}, zs = {};
   const auto fetch = [&](int g) {
     memory.read(kPred, g, preds);
     if (reads(kTargetY)) memory.read(kTargetY, g, ys);
-    if (!kFresh && reads(kTargetZ)) memory.read(kTargetZ, g, zs);
+    if (reads(kTargetZ)) memory.read(kTargetZ, g, zs);
   };
   if (threadIdx.x < unit.groups) fetch(threadIdx.x);
   prepare_coefficients(p, unit, p.columns, coefficients);
@@ -245,7 +246,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 && kInputs == kAnyInp
     for (int r = threadIdx.x; r < unit.rows; r += kThreads)
       scales[r] = static_cast<R>(gradient_scale(p.loss.weight_of(unit.row + r), p.loss.upstream_as<R>(),
                                                 p.loss.kept_of(unit.row + r, p.cut.D), p.loss.reduction, p.cut.B));
-  if constexpr (kFresh) prepare_keys(p.noise, unit, keys);
+  if constexpr (kFresh || kGeneral)
+    if (fresh) prepare_keys(p.noise, unit, keys);
   const bool drawn = kGeneral && p.choice.noise.present;
   if constexpr (kGeneral)
     if (drawn) prepare_keys(p.choice.noise, unit, mask_keys);
@@ -255,12 +257,11 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 && kInputs == kAnyInp
 #pragma unroll 1
     for (int g = threadIdx.x, next; g < unit.groups; g = next) {
       R pred[N], y[N], z[N];
-      widen(preds, pred), widen(ys, y);
-      if constexpr (!kFresh) widen(zs, z);
+      widen(preds, pred), widen(ys, y), widen(zs, z);
       next = g + kThreads;
       if (next < unit.groups) fetch(next);
       const auto [at, c, key] = place(g);
-      if constexpr (kFresh) make_normals(memory, key, at, z);
+      if (fresh) make_normals(memory, key, at, z);
       const Affine<R> f = {R(1), c[0], c[1]};
       R r[N];
 #pragma unroll
@@ -292,7 +293,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 && kInputs == kAnyInp
       }
     }
   };
-  walk_rows<!kGeneral>(p.cut, unit, coefficients, keys, walk);
+  walk_rows<!kGeneral>(p.cut, unit, coefficients, keys, fresh, walk);
   if (!p.loss.per_sample && !p.loss.loss) return;
   sums.store(p.cut, unit, groups, p.scratch.sums);
   if (is_last_block(p.scratch.counter)) finish_loss(p);
@@ -384,26 +385,23 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<T, Access>))
       memory.write(kCorrupted, g, pack);
     }
   };
-  walk_rows<!Access::kRagged>(p.cut, unit, thresholds, keys, walk);
+  walk_rows<!Access::kRagged>(p.cut, unit, thresholds, keys, true, walk);
 }
 
 enum { kMu, kLogVar, kEps, kSample };
 
 // What both directions read of a group.
-template <bool kFresh, int N, int K, class Memory, class Access>
-__device__ __forceinline__ Place read_gaussian(const Cut& cut, const Unit& unit, const Memory& memory,
-                                               const Access& access, const uint4 (&keys)[K], int g, R (&mu)[N],
+template <int N, class Memory, class Access>
+__device__ __forceinline__ Place read_gaussian(const Rows& p, const Unit& unit, const Memory& memory,
+                                               const Access& access, const uint4 (&keys)[kMaxRows], int g, R (&mu)[N],
                                                R (&log_var)[N], R (&eps)[N]) {
   Pack<T, N> mus, log_vars, epss = {};
   memory.read(kMu, g, mus);
   memory.read(kLogVar, g, log_vars);
-  if (!kFresh && access.has(kEps)) memory.read(kEps, g, epss);
-  widen(mus, mu), widen(log_vars, log_var);
-  const Place at = place_of(cut, unit, g);
-  if constexpr (kFresh)
-    make_normals(memory, to_key(keys[at.row]), at, eps);
-  else
-    widen(epss, eps);
+  if (access.has(kEps)) memory.read(kEps, g, epss);
+  widen(mus, mu), widen(log_vars, log_var), widen(epss, eps);
+  const Place at = place_of(p.cut, unit, g);
+  if (p.noise.present) make_normals(memory, to_key(keys[at.row]), at, eps);
   return at;
 }
 
@@ -412,22 +410,22 @@ struct GaussianParams : Rows {
   Scratch scratch;
 };
 
-template <bool kFresh, class Access>
+template <class Access>
 __global__ void __launch_bounds__(kThreads, (kBlocks<T, Access>))
     gaussian_kernel(const __grid_constant__ GaussianParams p, const __grid_constant__ Access access) {
   using Memory = typename Access::template InUnit<T>;
   constexpr int N = Memory::N;
   __shared__ R groups[1][kMaxTile];
-  __shared__ uint4 keys[kFresh ? kMaxRows : 1];
+  __shared__ uint4 keys[kMaxRows];
   const Unit unit = unit_at(p.cut, blockIdx.x);
   const Memory memory(access, p.cut, unit);
-  if constexpr (kFresh) prepare_keys(p.noise, unit, keys);
+  if (p.noise.present) prepare_keys(p.noise, unit, keys);
   __syncthreads();
   RowSums<R, 1> sums;
 #pragma unroll 1
   for (int g = threadIdx.x; g < unit.groups; g += kThreads) {
     R mu[N], log_var[N], eps[N], z[N], kl[1] = {R(0)};
-    read_gaussian<kFresh>(p.cut, unit, memory, access, keys, g, mu, log_var, eps);
+    read_gaussian(p, unit, memory, access, keys, g, mu, log_var, eps);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const Gaussian<R> gaussian(mu[i], log_var[i]);
@@ -452,22 +450,22 @@ struct GaussianGradParams : Rows {
   const R* kl_grad;  // (B,), or nullptr for 0
 };
 
-template <bool kFresh, class Access>
+template <class Access>
 __global__ void __launch_bounds__(kThreads, (kBlocks<T, Access>))
     gaussian_grad_kernel(const __grid_constant__ GaussianGradParams p, const __grid_constant__ Access access) {
   using Memory = typename Access::template InUnit<T>;
   constexpr int N = Memory::N;
-  __shared__ uint4 keys[kFresh ? kMaxRows : 1];
+  __shared__ uint4 keys[kMaxRows];
   const Unit unit = unit_at(p.cut, blockIdx.x);
   const Memory memory(access, p.cut, unit);
-  if constexpr (kFresh) prepare_keys(p.noise, unit, keys);
+  if (p.noise.present) prepare_keys(p.noise, unit, keys);
   __syncthreads();
 #pragma unroll 1
   for (int g = threadIdx.x; g < unit.groups; g += kThreads) {
     Pack<T, N> pack = {};
     if (access.has(kZGrad)) memory.read(kZGrad, g, pack);
     R mu[N], log_var[N], eps[N], z_grad[N], gradient[N];
-    const Place at = read_gaussian<kFresh>(p.cut, unit, memory, access, keys, g, mu, log_var, eps);
+    const Place at = read_gaussian(p, unit, memory, access, keys, g, mu, log_var, eps);
     widen(pack, z_grad);
     const R kl_grad = p.kl_grad ? p.kl_grad[unit.row + at.row] : R(0);
 #pragma unroll
@@ -509,7 +507,7 @@ const char* launch_affine(const AffineArgs& a, const Launch& how) {
         if (y && (z || kFresh) && w) return with(affine_kernel<kFresh, kAllInputs<kFresh>, Access>);
       }
     }
-    return with(affine_kernel<kFresh, kAnyInputs, Access>);
+    return with(affine_kernel<false, kAnyInputs, Access>);
   });
 }
 
@@ -533,7 +531,7 @@ const char* launch_residual(const ResidualArgs& a, const LossArgs& loss, Scratch
       if (a.penalty == Penalty::mse && !a.choice.noise.present)
         return more ? with(residual_kernel<kFresh, kLeast + 1, Access>) : with(residual_kernel<kFresh, kLeast, Access>);
     }
-    return with(residual_kernel<kFresh, kAnyInputs, Access>);
+    return with(residual_kernel<false, kAnyInputs, Access>);
   });
 }
 
@@ -554,21 +552,19 @@ const char* launch_corrupt(const CorruptArgs& a, const Launch& how) {
   });
 }
 
-template <bool kFresh>
 const char* launch_gaussian(const GaussianArgs& a, double* kl, Scratch scratch, const Launch& how) {
   const Operand operands[] = {a.mu, a.log_var, a.eps, a.z};
   return how.with_access<T>(a.batch, operands, [&](const auto& access, const Cut& cut) {
     const GaussianParams p{{cut, a.noise, {}}, kl, scratch};
-    return launch(how.stream, cut.units, kThreads, gaussian_kernel<kFresh, std::decay_t<decltype(access)>>, p, access);
+    return launch(how.stream, cut.units, kThreads, gaussian_kernel<std::decay_t<decltype(access)>>, p, access);
   });
 }
 
-template <bool kFresh>
 const char* launch_gaussian_grad(const GaussianGradArgs& a, const Launch& how) {
   const Operand operands[] = {a.mu, a.log_var, a.eps, a.z_grad, a.mu_grad, a.log_var_grad};
   return how.with_access<T>(a.batch, operands, [&](const auto& access, const Cut& cut) {
     const GaussianGradParams p{{cut, a.noise, {}}, static_cast<const R*>(a.kl_grad)};
-    return launch(how.stream, cut.units, kThreads, gaussian_grad_kernel<kFresh, std::decay_t<decltype(access)>>, p,
+    return launch(how.stream, cut.units, kThreads, gaussian_grad_kernel<std::decay_t<decltype(access)>>, p,
                   access);
   });
 }
@@ -592,13 +588,9 @@ const Kernels DAE_JOIN(kernels_, DAE_NAME) = {
     },
     [](const CorruptArgs& a, const Launch& how) { return DAE_NAME::launch_corrupt(a, how); },
     [](const GaussianArgs& a, double* kl, Scratch scratch, const Launch& how) {
-      using namespace DAE_NAME;
-      return a.noise.present ? launch_gaussian<true>(a, kl, scratch, how) : launch_gaussian<false>(a, kl, scratch, how);
+      return DAE_NAME::launch_gaussian(a, kl, scratch, how);
     },
-    [](const GaussianGradArgs& a, const Launch& how) {
-      using namespace DAE_NAME;
-      return a.noise.present ? launch_gaussian_grad<true>(a, how) : launch_gaussian_grad<false>(a, how);
-    },
+    [](const GaussianGradArgs& a, const Launch& how) { return DAE_NAME::launch_gaussian_grad(a, how); },
 };
 
 }  // namespace dae::cuda
