@@ -221,7 +221,7 @@ def launched(call: Callable[[], Any]) -> tuple[Any, tuple[Any, ...]]:
 def compile_case(case: Case, dtype: torch.dtype, target: GPUTarget) -> Any:
     kernel, args = launched(lambda: case.call(torch.empty(case.shape, dtype=dtype)))
     if target.backend == "hip":
-        args = (*args[:-1], False)  # NVIDIA
+        args = tuple(False if name == "NVIDIA" else a for name, a in zip(kernel.arg_names, args, strict=True))
     return backend.compile_for(target, kernel, args)
 
 
