@@ -102,6 +102,12 @@ def test_is_noise_mse(backend):
     torch.testing.assert_close(denoised, torch.nn.functional.mse_loss(pred, x0))
 
 
+@pytest.mark.parametrize("predict, reads", [("eps", False), ("score", False), ("v", True), ("x0", True)])
+def test_x0_is_read_where_the_target_has_it(predict, reads):
+    pred, nothing = randn(*SHAPE), torch.full(SHAPE, torch.nan).double()
+    assert df.denoising_loss(pred, nothing, NOISE, SCHEDULE[LEVELS], predict=predict).isnan() == reads
+
+
 def test_edm_loss():
     """EDMLoss and EDMPrecond of Karras et al.'s code, written out."""
     P_mean, P_std, sigma_data = -1.2, 1.2, 0.5

@@ -489,7 +489,8 @@ def test_statistics_traced():
     wanted.update(t, loss)
     assert torch.equal(stats.squares, wanted.squares)
     torch.compile(stats.update, fullgraph=True, backend="aot_eager")(torch.tensor([0, 3, -1]), torch.full((3,), 5.0))
-    assert stats.count.tolist() == [2, 0, 2], "what is outside is left out where nobody looks"
+    # What is outside is left out where nobody looks.
+    assert stats.count.tolist() == [2, 0, 2] and stats.total.tolist() == [6, 0, 6]
 
 
 # Refusals.

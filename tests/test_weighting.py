@@ -196,6 +196,13 @@ def test_likelihood_at_zero_terminal_snr(predict):
     torch.testing.assert_close(weights("likelihood", level, 1, predict), torch.tensor([ratio]).double())
 
 
+def test_likelihood_between_two_levels_of_pure_noise_is_refused():
+    """What the step adds is not to be seen there."""
+    schedule = df.Schedule.from_betas([0.1, 1.0, 0.5])
+    with pytest.raises(ValueError, match=r"denoising_loss: has no finite value at level 2 of .*, alpha = 0.0"):
+        weights("likelihood", schedule[0], 2)
+
+
 # Levels of every kind.
 
 

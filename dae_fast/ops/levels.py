@@ -37,9 +37,9 @@ def look_up(op: str, rows: Rows) -> Tensor:
 
 
 def alpha_sigma(op: str, level: Level, x: Tensor) -> tuple[Tensor, Tensor]:
-    """float64 on x's device, () or (B,), of batch x; constants."""
+    """float64 on x's device, () or (B,), of batch x."""
     rows = level._rows(op, "alpha, sigma", lambda alpha, sigma: (alpha, sigma), x, torch.float64)
-    pairs = look_up(op, rows).detach()
+    pairs = look_up(op, rows)
     if rows.t is None and pairs.shape[0] == 1:
         pairs = pairs[0]
     alpha, sigma = pairs.unbind(-1)

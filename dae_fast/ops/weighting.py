@@ -212,7 +212,7 @@ def _steps(alpha: Tensor, sigma: Tensor) -> tuple[Tensor]:
     """1 - SNR_t / SNR_{t-1} of all levels of a schedule."""
     snr = (alpha / sigma).square()
     before = torch.cat((torch.full_like(snr[:1], math.inf), snr[:-1]))
-    ratio = torch.where(before.isinf() | (snr == 0), 0.0, snr / before)
+    ratio = torch.where(before.isinf(), 0.0, snr / before)
     return ((1 - ratio).clamp(min=0),)
 
 
