@@ -26,6 +26,7 @@ except ImportError as error:
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from . import triton_gaussian as gaussians
 from . import triton_kernels as kernels
 
 if TYPE_CHECKING:
@@ -614,6 +615,73 @@ def row_dots(g: Tensor, x: Tensor | None, y: Tensor | None, z: Tensor | None, no
     out = torch.zeros(shape[0], call.grid[0], 3, dtype=torch.float64, device=device)
     _launch(call, (g, x, y, z, out, seed, offset, key, sample, first))
     return out.sum(1)
+
+
+@functools.lru_cache(maxsize=4096)
+def _gaussian_call(
+    kernel: Any,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    present: tuple[bool, ...],
+    noise: int,
+    operands: int,
+    aligned: bool,
+    layout: Layout,
+) -> _Call:
+    B, D, V = shape[0], math.prod(shape[1:]), _LANE[dtype]
+    grid, steps, ROWS, LANES = _plan(B, D, V, _STEPS_SUM)
+    spec = noise, aligned and D % V == 0, ROWS, LANES, V, _NVIDIA
+    sizes, strides = layout
+    runtime = B, D, steps, sizes, *strides[:operands]
+    return _Call(kernel, device, grid, (dtype, present, _strided_ones(layout)), runtime, spec)
+
+
+def gaussian(mu: Tensor, log_var: Tensor, eps: Tensor | None, noise: Noise | None) -> tuple[Tensor, Tensor]:
+    """As reference.gaussian, in one launch; the parts of each row's divergence are added after it."""
+    z, shape, device = torch.empty_like(mu), mu.shape, mu.device
+    compute = torch.float64 if mu.dtype == torch.float64 else torch.float32
+    if 0 in shape:
+        return z, torch.zeros(shape[0], dtype=compute, device=device)
+    aligned, layout = _memory((mu, log_var, eps, z), noise is not None)
+    if layout is SCATTERED:
+        dense, *rest = _contiguous(mu, log_var, eps)
+        assert dense is not None and rest[0] is not None
+        return gaussian(dense, rest[0], rest[1], noise)
+    address = _noise(noise, device)
+    present = eps is None, address[2] is None, address[3] is None
+    folded = _NO_NOISE if noise is None else _FOLDED
+    call = _gaussian_call(gaussians.gaussian_kernel, shape, mu.dtype, device, present, folded, 4, aligned, layout)
+    kl = torch.empty(shape[0], call.grid[0], dtype=torch.float64, device=device)
+    _launch(call, (mu, log_var, eps, z, kl, *address))
+    return z, kl.sum(1).to(compute)
+
+
+def gaussian_grad(
+    mu: Tensor,
+    log_var: Tensor,
+    eps: Tensor | None,
+    noise: Noise | None,
+    z_grad: Tensor | None,
+    kl_grad: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """As native.gaussian_grad, in one launch."""
+    mu_grad, log_var_grad, shape, device = torch.empty_like(mu), torch.empty_like(log_var), mu.shape, mu.device
+    if 0 in shape:
+        return mu_grad, log_var_grad
+    operands = mu, log_var, eps, z_grad, mu_grad, log_var_grad
+    aligned, layout = _memory(operands, noise is not None)
+    if layout is SCATTERED:
+        dense, *rest = _contiguous(mu, log_var, eps, z_grad)
+        assert dense is not None and rest[0] is not None
+        return gaussian_grad(dense, rest[0], rest[1], noise, rest[2], kl_grad)
+    address = _noise(noise, device)
+    kl_grad = None if kl_grad is None else kl_grad.contiguous()
+    present = eps is None, z_grad is None, kl_grad is None, address[2] is None, address[3] is None
+    folded = _NO_NOISE if noise is None else _FOLDED
+    call = _gaussian_call(gaussians.gaussian_grad_kernel, shape, mu.dtype, device, present, folded, 6, aligned, layout)
+    _launch(call, (*operands, kl_grad, *address))
+    return mu_grad, log_var_grad
 
 
 @functools.lru_cache(maxsize=4096)

@@ -1,0 +1,162 @@
+"""The Triton kernels of a variational autoencoder's sample and divergence: Gaussian of csrc/ops.h."""
+
+# mypy: ignore-errors
+# ruff: noqa: RET505
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .triton_kernels import NO_NOISE, at, mul_add, narrow, normals, row_key, row_sums, rows_of, tile_mask
+
+
+@triton.jit
+def exponential(x):
+    """e^x, in fp32 operation for operation as csrc/math.h."""
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    else:
+        inside = tl.where(x < -104.0, -104.0, tl.where(x > 89.0, 89.0, x))
+        shifted = tl.fma(inside, 1.44269504, 12582912.0)
+        n = shifted - 12582912.0
+        f = tl.fma(n, 2.12194440e-4, tl.fma(n, -0.693359375, inside))
+        p = tl.fma(f, 1.9875691500e-4, 1.3981999507e-3)
+        p = tl.fma(p, f, 8.3334519073e-3)
+        p = tl.fma(p, f, 4.1665795894e-2)
+        p = tl.fma(p, f, 1.6666665459e-1)
+        p = tl.fma(p, f, 5.0000001201e-1)
+        e = tl.fma(f * f, p, f) + 1.0
+        power = shifted.to(tl.int32, bitcast=True) - 0x4B400000
+        half = power >> 1
+        first = ((half + 127) << 23).to(tl.float32, bitcast=True)
+        second = ((power - half + 127) << 23).to(tl.float32, bitcast=True)
+        return e * first * second
+
+
+@triton.jit
+def gaussian_kernel(
+    mu,
+    log_var,
+    eps,
+    z,
+    kl,
+    seed,
+    offset,
+    key,
+    sample,
+    first_sample,
+    B,
+    D,
+    steps,
+    sizes,
+    mu_strides,
+    log_var_strides,
+    eps_strides,
+    z_strides,
+    NOISE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    V: tl.constexpr,
+    NVIDIA: tl.constexpr,
+):
+    """z = mu + e^(log_var / 2) * eps; kl (B, tiles): this program's part of each row's divergence."""
+    row0, row = rows_of(B, ROWS)
+    if row0 >= B:
+        return
+    if ALIGNED:
+        D = D // V * V  # says that V divides D
+    DTYPE: tl.constexpr = z.dtype.element_ty
+    C: tl.constexpr = tl.float64 if tl.float64 == DTYPE else tl.float32
+    if NOISE != NO_NOISE:
+        seed, offset = row_key(seed, offset, key, sample, first_sample, row, NOISE)
+    total = tl.zeros([ROWS, LANES * V], C)
+    begin = tl.program_id(0) * steps
+    end = tl.minimum(begin + steps, tl.cdiv(D, LANES * V)).to(tl.int32)
+    for step in range(begin.to(tl.int32), end):
+        first = tl.cast(step, tl.int64) * LANES
+        live = tile_mask(row0, first, B, D, ROWS, LANES, V)
+        # What is not there is N(0, 1): its divergence is 0.
+        mean = tl.load(at(mu, row, first, D, sizes, mu_strides, LANES, V), mask=live, other=0.0).to(C)
+        log_variance = tl.load(at(log_var, row, first, D, sizes, log_var_strides, LANES, V), mask=live, other=0.0).to(C)
+        if NOISE != NO_NOISE:
+            e = normals(seed, offset, first, ROWS, LANES, V, NVIDIA).to(C)
+        else:
+            e = tl.load(at(eps, row, first, D, sizes, eps_strides, LANES, V), mask=live).to(C)
+        scale = exponential(0.5 * log_variance)
+        total += 0.5 * (mul_add(mean, mean, mul_add(scale, scale, -1.0)) - log_variance)
+        tl.store(at(z, row, first, D, sizes, z_strides, LANES, V), narrow(mul_add(scale, e, mean), DTYPE), mask=live)
+    existing = row0 + tl.arange(0, ROWS)[:, None] < B if ROWS > 1 else None
+    tl.store(kl + row * tl.num_programs(0) + tl.program_id(0), row_sums(total, ROWS, LANES, V), mask=existing)
+
+
+@triton.jit
+def gaussian_grad_kernel(
+    mu,
+    log_var,
+    eps,
+    z_grad,
+    mu_grad,
+    log_var_grad,
+    kl_grad,
+    seed,
+    offset,
+    key,
+    sample,
+    first_sample,
+    B,
+    D,
+    steps,
+    sizes,
+    mu_strides,
+    log_var_strides,
+    eps_strides,
+    z_grad_strides,
+    mu_grad_strides,
+    log_var_grad_strides,
+    NOISE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    V: tl.constexpr,
+    NVIDIA: tl.constexpr,
+):
+    """The gradients of mu and log_var from z_grad and kl_grad (B,), each of which may be None: 0."""
+    row0, row = rows_of(B, ROWS)
+    if row0 >= B:
+        return
+    if ALIGNED:
+        D = D // V * V  # says that V divides D
+    DTYPE: tl.constexpr = mu.dtype.element_ty
+    C: tl.constexpr = tl.float64 if tl.float64 == DTYPE else tl.float32
+    if NOISE != NO_NOISE:
+        seed, offset = row_key(seed, offset, key, sample, first_sample, row, NOISE)
+    of_kl = 0.0
+    if kl_grad is not None:
+        of_kl = tl.load(kl_grad + row)
+    begin = tl.program_id(0) * steps
+    end = tl.minimum(begin + steps, tl.cdiv(D, LANES * V)).to(tl.int32)
+    for step in range(begin.to(tl.int32), end):
+        first = tl.cast(step, tl.int64) * LANES
+        live = tile_mask(row0, first, B, D, ROWS, LANES, V)
+        mean = tl.load(at(mu, row, first, D, sizes, mu_strides, LANES, V), mask=live).to(C)
+        log_variance = tl.load(at(log_var, row, first, D, sizes, log_var_strides, LANES, V), mask=live).to(C)
+        if NOISE != NO_NOISE:
+            e = normals(seed, offset, first, ROWS, LANES, V, NVIDIA).to(C)
+        else:
+            e = tl.load(at(eps, row, first, D, sizes, eps_strides, LANES, V), mask=live).to(C)
+        if z_grad is not None:
+            g = tl.load(at(z_grad, row, first, D, sizes, z_grad_strides, LANES, V), mask=live).to(C)
+        else:
+            g = tl.zeros([ROWS, LANES * V], C)
+        scale = exponential(0.5 * log_variance)
+        of_kl_here = tl.zeros([ROWS, LANES * V], C) + of_kl
+        of_mu = mul_add(of_kl_here, mean, g)
+        of_log_var = 0.5 * mul_add(g * scale, e, of_kl_here * mul_add(scale, scale, -1.0))
+        tl.store(at(mu_grad, row, first, D, sizes, mu_grad_strides, LANES, V), narrow(of_mu, DTYPE), mask=live)
+        tl.store(
+            at(log_var_grad, row, first, D, sizes, log_var_grad_strides, LANES, V),
+            narrow(of_log_var, DTYPE),
+            mask=live,
+        )
