@@ -812,7 +812,11 @@ def test_no_progress_bar_by_default(run, capfd):
             lambda x: annealed_langevin(lambda x, t: -x, x, VE, df.Noise(0), steps_per_level=2, progress=True),
         ),
         ("ddpm", lambda x: ddpm(polynomial, x, SCHEDULE, df.Noise(0), progress=True)),
+        ("ddpm", lambda x: ddpm(two, x, SCHEDULE, df.Noise(0), variance="learned", progress=True)),
         ("ddim", lambda x: ddim(polynomial, x, SCHEDULE, df.Noise(0), steps=5, progress=True)),
+        ("heun", lambda x: heun(polynomial, x, SCHEDULE, df.Noise(0), steps=5, progress=True)),
+        ("flow_midpoint", lambda x: flow_midpoint(polynomial, x, SCHEDULE, df.Noise(0), steps=5, progress=True)),
+        ("probability_flow", lambda x: probability_flow(polynomial, x, VP, df.Noise(0), steps=5, progress=True)),
     ],
 )
 def test_progress_bar_on_request(name, run, capsys):

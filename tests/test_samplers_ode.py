@@ -466,6 +466,8 @@ def test_starts_of_a_shape():
     at = float(KARRAS.sigma[6])
     own = {"levels": [6, 3, 1]}
     same(heun(network, (2, 3), KARRAS, noise, **own), heun(network, at * z, KARRAS, noise, **own))
+    z = noise.fold_in(20).normal((2, 3))
+    same(euler(network, (2, 3), SCHEDULE, noise, levels=[9, 3]), euler(network, z, SCHEDULE, noise, levels=[9, 3]))
     z = noise.fold_in(24).normal((2, 3))
     same(flow_midpoint(velocity, (2, 3), FLOW, noise, steps=3), flow_midpoint(velocity, z, FLOW, noise, steps=3))
     z = noise.fold_in(0x7374617274).normal((2, 3))

@@ -61,10 +61,9 @@ def ddpm(
         update = Update(op, steps[:, 3:], steps[:, :3], guidance=guidance, limits=limit)
         return descend(op, net, begin(op, x, schedule, noise, levels, graph), noise, levels, update, progress, graph)
     large = reverse_table(op, schedule, levels, predict, 1.0, True)
-    std_small, std_large = steps[:, 2:3].clone(), large[:, 2:3]
+    std_small, std_large = steps[:, 2:3], large[:, 2:3]
     noisy = (std_small > 0).flatten().tolist()
-    steps[:, 2] = 0
-    update = Update(op, steps[:, 3:], steps[:, :3], guidance=guidance, limits=limit)
+    update = Update(op, steps[:, 3:], steps[:, :2], guidance=guidance, limits=limit)
     # ln std = ((1 + v) ln std_large + (1 - v) ln std_small) / 2 = middle + v * half_width
     table = torch.cat((update.table, (std_large * std_small).log() / 2, (std_large / std_small).log() / 2), 1)
     parts = (*(update.parts or ("prediction",)), "v")

@@ -151,7 +151,7 @@ class Update:
 
     estimate: (steps, 2) float64, a_x and a_p of x0_hat = a_x*x + a_p*prediction, which `limits` limit; without
         limits it may stand for what Limits.read_as says
-    outputs: one or two of (steps, 3 or 4) float64: o_x, o_m, o_z and o_w (0)
+    outputs: one or two of (steps, 2 to 4) float64: o_x, o_m, o_z (0) and o_w (0)
     reads_z: by step, whether o_z is not 0; else z and the noise are not read
     guidance g: the prediction is u + g*(c - u) = g*c + (1 - g)*u of a conditional c and an unconditional u
         (Ho and Salimans 2022), both read by the launch: u takes the place of w.
