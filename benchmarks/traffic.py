@@ -22,7 +22,7 @@ import dae_fast as df
 
 from .measure import Peer
 
-_KERNELS = ("affine", "residual", "row_dots", "normal")
+_KERNELS = ("affine", "residual", "row_dots", "corrupt", "gaussian", "gaussian_grad", "normal")
 
 
 def moved_bytes(peer: Peer, values: int) -> int:

@@ -42,6 +42,7 @@ class Case:
     fresh: bool = True  # noise is a Noise; else it is the tensor inputs["noise"]
     uniform: bool = False  # `plain` is given uniforms in [0, 1), the words of a corruption, and no normals
     loss: bool = False  # a reduction, whose point is its gradient
+    sums: tuple[int, ...] = ()  # outputs that are sums over each sample, and so of the compute type
     # Tensors that must be read and written at the least, forward (and backward, for a loss).
     streams: int = 2
     extra: Callable[[Inputs, torch.Generator], None] = field(default=lambda inputs, g: None)
@@ -199,6 +200,12 @@ def _x0_where_struck(i: Inputs, _: Tensor) -> Tensor:
 
 def _loss(**options: Any) -> Callable[[Inputs], Tensor]:
     return lambda i: df.denoising_loss(i["pred"], i["x0"], i["noise"], i["level"], **options)
+
+
+def _sample_and_divergence(i: Inputs, eps: Tensor) -> tuple[Tensor, Tensor]:
+    mu, log_var = i["mu"], i["log_var"]
+    each = 0.5 * (mu**2 + log_var.exp() - 1 - log_var)
+    return mu + (0.5 * log_var).exp() * eps, each.sum(tuple(range(1, each.dim()))) if each.dim() > 1 else each
 
 
 def _weight(inputs: Inputs, g: torch.Generator) -> None:
@@ -368,6 +375,15 @@ CASES = [
         ("x", "score", "step_size"),
         streams=3,
         extra=_step_sizes,
+    ),
+    Case(
+        "reparameterise",
+        lambda i: df.reparameterise(i["mu"], i["log_var"], i["noise"]),
+        _sample_and_divergence,
+        ("mu", "log_var"),
+        ("mu", "log_var"),
+        sums=(1,),
+        streams=3,
     ),
     Case("denoising_loss-v", _loss(predict="v"), _v_loss, ("pred", "x0"), ("pred", "x0"), loss=True, streams=3),
     Case(

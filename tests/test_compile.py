@@ -84,7 +84,7 @@ def test_forward_and_gradient_equal_eager(case: Case) -> None:
     """In one graph, which holds the native kernels."""
     recorder = Recorder()
     assert_equal_to_eager(case, recorder.compile(case.ours), case.inputs(SHAPE, torch.float32))
-    assert recorder.ops & {"affine", "affine2", "sample_means", "corrupt"}
+    assert recorder.ops & {"affine", "affine2", "sample_means", "corrupt", "gaussian"}
 
 
 @pytest.mark.parametrize("name", ["add_noise-fresh", "noise_mse-mask", "langevin_step-per-sample"])

@@ -394,6 +394,16 @@ OP_CALLS: dict[str, tuple[str, list[Any]]] = {
     ),
     "residual_grad": ("residual_grad", [torch.rand(2), *means_arguments(key=KEY, mask=MASK)]),
     "residual_grad tensors": ("residual_grad", [torch.rand(2), *means_arguments(y=torch.randn(2, 3, 4))]),
+    "gaussian": ("gaussian", [leaf(), leaf(), None, KEY, IDS, 0, "reparameterise"]),
+    "gaussian eps": ("gaussian", [leaf(), leaf(), leaf(), None, None, 0, "reparameterise"]),
+    "gaussian_grad": (
+        "gaussian_grad",
+        [torch.randn(2, 3, 4), torch.randn(2), *torch.randn(2, 2, 3, 4), None, KEY, None, 5, "reparameterise"],
+    ),
+    "gaussian_grad of one": (
+        "gaussian_grad",
+        [None, torch.randn(2), *torch.randn(2, 2, 3, 4), torch.randn(2, 3, 4), None, None, 0, "reparameterise"],
+    ),
     "corrupt": ("corrupt", [leaf(), torch.tensor([[2**30, 2**31]]), KEY, None, 5, -1.0, 0.5, "corrupt"]),
     "corrupt ids": ("corrupt", [leaf(), torch.tensor([[0, 2**31], [2**32, 2**32]]), KEY, IDS, 0, 0.0, 1.0, "corrupt"]),
     "fold_in": ("fold_in", [KEY, torch.tensor(3)]),

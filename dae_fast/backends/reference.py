@@ -240,7 +240,7 @@ def gaussian(mu: Tensor, log_var: Tensor, eps: Tensor | None, noise: Noise | Non
         eps = noise_like(noise, mu)
     scale = torch.exp(0.5 * log_variance)
     z = wide if eps is None else wide + scale * eps.to(compute)
-    kl = 0.5 * (wide.square() + (scale.square() - 1) - log_variance)
+    kl = 0.5 * (wide.square() + torch.expm1(log_variance) - log_variance)
     return z.to(mu.dtype), per_sample_sum(kl)
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SAMPLES = ("x", "y", "z", "w", "pred", "upstream", "mask")  # arguments with a row for each sample
+# Arguments with a row for each sample.
+SAMPLES = ("x", "y", "z", "w", "pred", "upstream", "mask", "mu", "log_var", "eps", "z_grad", "kl_grad")
 Rule = Callable[..., tuple[Any, Any]]
 
 
@@ -31,7 +32,7 @@ def rule(op: Any) -> Rule:
         if "B" in given:
             B, given["B"] = given["B"], V * given["B"]
         else:
-            B = given["x" if "x" in given else "pred"].shape[0] // V
+            B = next(given[name] for name in ("x", "pred", "mu") if name in given).shape[0] // V
         if "table" in given:
             table, index = merge_rows(V, B, given["table"], dims["table"], given["index"], dims["index"])
             given["table"], given["index"] = table, index

@@ -19,6 +19,7 @@ from ..rows import Rows
 from .affine import _gradients as affine_gradients
 from .batching import rule
 from .flat import unflatten
+from .reparameterisation import gradients as gaussian_gradients
 from .residual import REDUCTIONS, penalty_columns
 from .residual import gradients as residual_gradients
 
@@ -32,6 +33,9 @@ _SCHEMAS = {
     "sample_means": f"({_RESIDUAL}) -> Tensor",
     "residual_grad": f"(Tensor upstream, {_RESIDUAL}) -> Tensor",
     "corrupt": f"(Tensor x, Tensor thresholds, {_NOISE}, float low, float high, str op) -> Tensor",
+    "gaussian": f"(Tensor mu, Tensor log_var, Tensor? eps, {_NOISE}, str op) -> (Tensor, Tensor)",
+    "gaussian_grad": f"(Tensor? z_grad, Tensor? kl_grad, Tensor mu, Tensor log_var, Tensor? eps, {_NOISE}, str op)"
+    " -> (Tensor, Tensor)",
     "fold_in": "(Tensor key, Tensor data) -> Tensor",
     "fill": "(str op, Tensor key, Tensor? sample, SymInt first_sample, SymInt B, SymInt D, ScalarType dtype) -> Tensor",
 }
@@ -103,6 +107,16 @@ def _corrupt(
     return replaced
 
 
+def _gaussian(mu: Tensor, log_var: Tensor, eps: Any, key: Any, sample: Any, first: int, op: str) -> Any:
+    return kernels_of(mu, op).gaussian(mu, log_var, eps, _noise(key, sample, first))
+
+
+def _gaussian_grad(
+    z_grad: Any, kl_grad: Any, mu: Tensor, log_var: Tensor, eps: Any, key: Any, sample: Any, first: int, op: str
+) -> Any:
+    return kernels_of(mu, op).gaussian_grad(mu, log_var, eps, _noise(key, sample, first), z_grad, kl_grad)
+
+
 def _fill(op: str, key: Tensor, sample: Tensor | None, first: int, B: int, D: int, dtype: torch.dtype) -> Tensor:
     noise = _noise(key, sample, first)
     assert noise is not None
@@ -126,6 +140,8 @@ _KERNELS: dict[str, tuple[Any, Any]] = {
     "sample_means": (_sample_means, _fake_means),
     "residual_grad": (_residual_grad, lambda _upstream, pred, *_: torch.empty_like(pred)),
     "corrupt": (_corrupt, lambda x, *_: torch.empty_like(x)),
+    "gaussian": (_gaussian, lambda mu, *_: (torch.empty_like(mu), _fake_means(mu))),
+    "gaussian_grad": (_gaussian_grad, lambda _z, _kl, mu, v, *_: (torch.empty_like(mu), torch.empty_like(v))),
     "fold_in": (_fold_in, lambda key, data: torch.empty_like(key)),
     "fill": (_fill, lambda op, key, sample, first, B, D, dtype: key.new_empty((B, D), dtype=dtype)),
 }
@@ -177,6 +193,21 @@ def _backward_corrupt(ctx: Any, g: Tensor) -> Any:
     return None, torch.ops.dae_fast.corrupt(g, thresholds, key, sample, first, 0.0, 0.0, op), *[None] * 7
 
 
+def _setup_gaussian(ctx: Any, inputs: Any) -> None:
+    *tensors, first, op = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+    ctx.rest = first, op
+
+
+def _backward_gaussian(ctx: Any, z_grad: Tensor | None, kl_grad: Tensor | None) -> Any:
+    mu, log_var, eps, key, sample = unwrap_dead_wrappers(ctx.saved_tensors)
+    first, op = ctx.rest
+    noise = unflatten(key, sample, first)
+    found = gaussian_gradients(op, ctx.needs_input_grad[1:], z_grad, kl_grad, mu, log_var, eps, noise)
+    return (None, *found, *[None] * 4)
+
+
 def _register_autograd(name: str, setup: Any, backward: Any) -> None:
     """As torch.library.register_autograd, whose ops refuse to run inside torch.func.
 
@@ -212,6 +243,7 @@ def _register_autograd(name: str, setup: Any, backward: Any) -> None:
 for _name in ("affine", "affine2"):
     _register_autograd(_name, _setup_affine, _backward_affine)
 _register_autograd("sample_means", _setup_means, _backward_means)
+_register_autograd("gaussian", _setup_gaussian, _backward_gaussian)
 _register_autograd("corrupt", _setup_corrupt, _backward_corrupt)
 for _name in _KERNELS:
     torch.library.register_vmap(f"dae_fast::{_name}", rule(getattr(torch.ops.dae_fast, _name).default), lib=_library)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from ..backends import kernels, reference
 from ..noise import Noise
 from .checks import like, noise_for, promote, samples
+from .flat import flatten
 from .routing import Route, batchable, route, wants_grad
 
 
@@ -27,18 +29,63 @@ def reparameterise(mu: Tensor, log_var: Tensor, noise: Noise | Tensor) -> tuple[
     like(op, "log_var", log_var, "mu", mu)
     eps, generated = noise_for(op, noise, mu, "mu")
     mu, log_var, eps = promote(mu, log_var, eps)
-    if route(op, mu, log_var, eps) is not Route.DIRECT:
-        return _composed(mu, log_var, eps, generated)
+    way = route(op, mu, log_var, eps)
+    if way is Route.REFERENCE:
+        return reference.gaussian(mu, log_var, eps, generated)
+    if way is Route.DISPATCHER:
+        return torch.ops.dae_fast.gaussian(mu, log_var, eps, *flatten(generated), op)
     if wants_grad(mu, log_var, eps):
         return _Gaussian.apply(mu, log_var, eps, generated, op)
     return kernels(mu, op).gaussian(mu, log_var, eps, generated)
 
 
-def _composed(mu: Tensor, log_var: Tensor, eps: Tensor | None, noise: Noise | None) -> tuple[Tensor, Tensor]:
-    """In plain torch, which has every transform and derivative."""
-    if noise is not None:
-        eps, noise = noise.normal(mu.shape, dtype=reference.compute_dtype(mu.dtype), device=mu.device), None
-    return reference.gaussian(mu, log_var, eps, noise)
+def gradients(
+    op: str,
+    needs: Sequence[bool],
+    z_grad: Tensor | None,
+    kl_grad: Tensor | None,
+    mu: Tensor,
+    log_var: Tensor,
+    eps: Tensor | None,
+    noise: Noise | None,
+) -> list[Tensor | None]:
+    """Of mu, log_var and eps; `needs` says which."""
+    found: list[Tensor | None] = [None] * 3
+    if z_grad is None and kl_grad is None:
+        return found
+    way = route(op, mu, log_var, eps, z_grad, kl_grad)
+    if needs[2] and z_grad is not None:
+        found[2] = z_grad * torch.exp(0.5 * log_var)
+    if torch.is_grad_enabled() or way is Route.REFERENCE:
+        found[:2] = _differentiable(z_grad, kl_grad, mu, log_var, eps, noise)
+    elif way is Route.DISPATCHER:
+        found[:2] = torch.ops.dae_fast.gaussian_grad(z_grad, kl_grad, mu, log_var, eps, *flatten(noise), op)
+    else:
+        found[:2] = kernels(mu, op).gaussian_grad(mu, log_var, eps, noise, z_grad, kl_grad)
+    return found
+
+
+def _differentiable(
+    z_grad: Tensor | None,
+    kl_grad: Tensor | None,
+    mu: Tensor,
+    log_var: Tensor,
+    eps: Tensor | None,
+    noise: Noise | None,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of mu and log_var in plain torch, for double backward."""
+    compute = reference.compute_dtype(mu.dtype)
+    mean, log_variance = mu.to(compute), log_var.to(compute)
+    of_mu, of_log_var = torch.zeros_like(mean), torch.zeros_like(mean)
+    if z_grad is not None:
+        e = noise.normal(mu.shape, dtype=compute, device=mu.device) if noise is not None else eps
+        assert e is not None
+        of_mu = z_grad.to(compute)
+        of_log_var = 0.5 * of_mu * torch.exp(0.5 * log_variance) * e.to(compute)
+    if kl_grad is not None:
+        each = kl_grad.reshape(-1, *[1] * (mu.dim() - 1))
+        of_mu, of_log_var = of_mu + each * mean, of_log_var + 0.5 * each * torch.expm1(log_variance)
+    return of_mu.to(mu.dtype), of_log_var.to(mu.dtype)
 
 
 class _Gaussian(torch.autograd.Function):
@@ -52,19 +99,5 @@ class _Gaussian(torch.autograd.Function):
     @staticmethod
     @batchable
     def backward(ctx: Any, z_grad: Tensor | None, kl_grad: Tensor | None) -> Any:
-        mu, log_var, eps = ctx.saved_tensors
-        noise, op = ctx.rest
-        if z_grad is None and kl_grad is None:
-            return (None,) * 5
-        if torch.is_grad_enabled() or route(op, mu, z_grad, kl_grad) is not Route.DIRECT:
-            given = [t for t in (mu, log_var, eps) if t is not None and t.requires_grad]
-            with torch.enable_grad():
-                outputs = zip(_composed(mu, log_var, eps, noise), (z_grad, kl_grad), strict=True)
-                made, upstream = zip(*[pair for pair in outputs if pair[1] is not None], strict=True)
-                found = iter(torch.autograd.grad(made, given, upstream, create_graph=True, allow_unused=True))
-            return *(next(found) if t is not None and t.requires_grad else None for t in (mu, log_var, eps)), None, None
-        mu_grad, log_var_grad = kernels(mu, op).gaussian_grad(mu, log_var, eps, noise, z_grad, kl_grad)
-        eps_grad = None
-        if ctx.needs_input_grad[2] and z_grad is not None:
-            eps_grad = z_grad * torch.exp(0.5 * log_var)
-        return mu_grad, log_var_grad, eps_grad, None, None
+        (mu, log_var, eps), (noise, op) = ctx.saved_tensors, ctx.rest
+        return *gradients(op, ctx.needs_input_grad, z_grad, kl_grad, mu, log_var, eps, noise), None, None
