@@ -42,7 +42,10 @@ struct Clamp {
   DAE_FN R operator()(R v) const { return v < lo ? lo : (v > hi ? hi : v); }
 };
 
-// rho(r) and half its derivative. The pseudo-Huber 2 delta (sqrt(r^2 + delta^2) - delta) in a form that does not cancel.
+// rho(r) and half its derivative. The pseudo-Huber 2 delta (sqrt(r^2 + delta^2) - delta) in a form that does not cancel,
+// and straight beyond kStraight, where a square would overflow.
+constexpr float kStraight = 1e18f;
+
 template <Penalty kPenalty, class R>
 struct Rho {
   R delta;
@@ -52,15 +55,20 @@ struct Rho {
     if constexpr (kPenalty == Penalty::l1) return size;
     if constexpr (kPenalty == Penalty::huber)
       return size > delta ? delta * (size - R(0.5) * delta) : R(0.5) * (r * r);
-    if constexpr (kPenalty == Penalty::pseudo_huber)
-      return 2 * delta * (r * r / (square_root(mul_add(r, r, delta * delta)) + delta));
+    if constexpr (kPenalty == Penalty::pseudo_huber) {
+      const R bent = size < kStraight ? size : R(kStraight);
+      const R root = square_root(mul_add(bent, bent, delta * delta));
+      return 2 * delta * (bent * bent / (root + delta) + (size - bent));
+    }
   }
   DAE_FN R half_slope(R r) const {
     if constexpr (kPenalty == Penalty::mse) return r;
     if constexpr (kPenalty == Penalty::l1) return r > 0 ? R(0.5) : (r < 0 ? R(-0.5) : r);
     if constexpr (kPenalty == Penalty::huber) return R(0.5) * Clamp<R>{-delta, delta}(r);
-    if constexpr (kPenalty == Penalty::pseudo_huber)
-      return delta * (r / square_root(mul_add(r, r, delta * delta)));
+    if constexpr (kPenalty == Penalty::pseudo_huber) {
+      const R bent = Clamp<R>{-R(kStraight), R(kStraight)}(r);
+      return delta * (bent / square_root(mul_add(bent, bent, delta * delta)));
+    }
   }
 };
 

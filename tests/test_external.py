@@ -42,7 +42,9 @@ def require(library: str) -> None:
         pytest.skip(f"{library}: {MISSING[library]}")
 
 
-@pytest.mark.parametrize(("library", "name"), [(each, name) for each, names in OFFERED.items() for name in names])
+@pytest.mark.parametrize(
+    ("library", "name"), [(each, name) for each, names in OFFERED.items() for name in sorted(names)]
+)
 def test_a_library_does_the_maths_of_the_case(library: str, name: str) -> None:
     require(library)
     where = setting(name)

@@ -200,6 +200,7 @@ def test_penalties_are_torchs(kind: str) -> None:
     torch.testing.assert_close(reference.slope(r, number, delta), grad, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # overflow, numpy's, in Triton's interpreter
 @pytest.mark.parametrize("kind", KINDS)
 def test_residual_of_nan_and_of_nothing(backend: str, kind: str) -> None:
     """NaN reaches the loss and its own gradient; a residual of 0 costs nothing and has no slope."""
@@ -219,6 +220,13 @@ def test_residual_of_nan_and_of_nothing(backend: str, kind: str) -> None:
         "op", bad, pred + 1, None, None, table, None, columns, None, None, 1, True, True, kind=number
     )
     assert loss.isnan() and grad.isnan().sum() == 1 and grad[1, 3].isnan()
+    bad[1, 3], bad[0, 5] = -torch.inf, 3e38
+    _, loss, grad = module_of(backend).residual(
+        "op", bad, pred + 1, None, None, table, None, columns, None, None, 1, True, True, kind=number
+    )
+    assert loss == torch.inf
+    slope = -torch.inf if kind == "mse" else grad[1, 2:5].min()
+    assert grad[1, 3] == slope and grad[0, 5] > 0 and not grad.isnan().any()
 
 
 @settings

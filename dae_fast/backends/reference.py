@@ -110,7 +110,7 @@ def coefficients(table: Tensor, index: Tensor | None, op: str) -> Tensor:
         return table
     inside = (index >= 0) & (index < table.shape[0])
     unreadable = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if not unreadable and index.device.type == "cpu" and not inside.all():
+    if not unreadable and type(index) is Tensor and index.device.type == "cpu" and not inside.all():
         raise_bad_level(op, table, index, int((~inside).nonzero()[0, 0]))
     rows = table[index.long().clamp(0, table.shape[0] - 1)]
     return torch.where(inside[:, None], rows, torch.nan)
@@ -192,6 +192,7 @@ def residual(
 
 # What a residual costs, rho(r): a kind's place here is its number in the kernels.
 KINDS = ("mse", "l1", "huber", "pseudo_huber")
+STRAIGHT = 1e18  # beyond it the pseudo-Huber penalty is straight: a square would overflow
 
 
 def row_of(rows: Tensor, column: int, like: Tensor) -> Tensor:
@@ -209,7 +210,9 @@ def penalty(r: Tensor, kind: int, delta: Tensor | None) -> Tensor:
     if kind == 2:
         size = r.abs()
         return torch.where(size <= delta, 0.5 * r * r, delta * (size - 0.5 * delta))
-    return 2 * delta * (r * r / (torch.sqrt(r * r + delta * delta) + delta))
+    size = r.abs()
+    bent = size.clamp(max=STRAIGHT)
+    return 2 * delta * (bent * bent / (torch.sqrt(bent * bent + delta * delta) + delta) + (size - bent))
 
 
 def slope(r: Tensor, kind: int, delta: Tensor | None) -> Tensor:
@@ -221,7 +224,8 @@ def slope(r: Tensor, kind: int, delta: Tensor | None) -> Tensor:
     assert delta is not None
     if kind == 2:
         return torch.minimum(torch.maximum(r, -delta), delta)
-    return 2 * delta * (r / torch.sqrt(r * r + delta * delta))
+    bent = r.clamp(-STRAIGHT, STRAIGHT)
+    return 2 * delta * (bent / torch.sqrt(bent * bent + delta * delta))
 
 
 def corrupt(x: Tensor, noise: Noise, thresholds: Tensor, low: float, high: float) -> Tensor:

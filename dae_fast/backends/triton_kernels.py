@@ -344,6 +344,10 @@ def divide(a, b):
         return tl.div_rn(a, b)
 
 
+# Beyond it the pseudo-Huber penalty is straight: a square would overflow.
+STRAIGHT = tl.constexpr(1e18)
+
+
 @triton.jit
 def add_penalty(total, r, delta, KIND: tl.constexpr):
     """total + rho(r), operation for operation as csrc/ops.h."""
@@ -355,7 +359,10 @@ def add_penalty(total, r, delta, KIND: tl.constexpr):
         size = tl.abs(r)
         return total + tl.where(size > delta, delta * (size - 0.5 * delta), 0.5 * (r * r))
     else:
-        return total + 2.0 * delta * divide(r * r, square_root(mul_add(r, r, delta * delta)) + delta)
+        size = tl.abs(r)
+        bent = tl.where(size < STRAIGHT, size, STRAIGHT)
+        root = square_root(mul_add(bent, bent, delta * delta))
+        return total + 2.0 * delta * (divide(bent * bent, root + delta) + (size - bent))
 
 
 @triton.jit
@@ -368,7 +375,8 @@ def half_slope(r, delta, KIND: tl.constexpr):
     elif KIND == HUBER:
         return 0.5 * clamp(r, -delta, delta)
     else:
-        return delta * divide(r, square_root(mul_add(r, r, delta * delta)))
+        bent = clamp(r, -STRAIGHT, STRAIGHT)
+        return delta * divide(bent, square_root(mul_add(bent, bent, delta * delta)))
 
 
 @triton.jit
