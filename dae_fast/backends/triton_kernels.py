@@ -359,10 +359,9 @@ def add_penalty(total, r, delta, KIND: tl.constexpr):
         size = tl.abs(r)
         return total + tl.where(size > delta, delta * (size - 0.5 * delta), 0.5 * (r * r))
     else:
-        size = tl.abs(r)
-        bent = tl.where(size < STRAIGHT, size, STRAIGHT)
+        bent = clamp(r, -STRAIGHT, STRAIGHT)  # signed, for one root to serve the slope too
         root = square_root(mul_add(bent, bent, delta * delta))
-        return total + 2.0 * delta * (divide(bent * bent, root + delta) + (size - bent))
+        return total + 2.0 * delta * (divide(bent * bent, root + delta) + (tl.abs(r) - tl.abs(bent)))
 
 
 @triton.jit
