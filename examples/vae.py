@@ -99,7 +99,7 @@ def draw_figure(out: Path, vaes: dict[int, VAE], digits: Digits, noise: df.Noise
     figure, (codes, plane, samples) = plt.subplots(1, 3, figsize=(14, 4.8), layout="constrained")
     mu = vaes[small].encode(digits.test)[0]
     points = codes.scatter(*mu.T, c=digits.test_labels, cmap="tab10", vmin=-0.5, vmax=9.5, s=14)
-    figure.colorbar(points, ax=codes, ticks=range(10), label="digit")
+    figure.colorbar(points, ax=codes, ticks=range(10), label="digit", shrink=0.7)
     codes.set(title=f"Held-out digits in the plane of z, size {small}", aspect="equal")
 
     # Equally probable under the prior, row by row from the top.
