@@ -134,11 +134,17 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<T, Access> - (kInputs == kA
 #pragma unroll 1
     for (int g = threadIdx.x, next; g < unit.groups; g = next) {
       R x[N], y[N], z[N], w[N], v[N];
-      widen(xs, x), widen(ys, y), widen(zs, z), widen(ws, w);
-      next = g + kThreads;
-      if (next < unit.groups) fetch(next);
+      const auto take = [&] {
+        widen(xs, x), widen(ys, y), widen(ws, w);
+        if (!fresh) widen(zs, z);
+        next = g + kThreads;
+        if (next < unit.groups) fetch(next);
+      };
+      // What was fetched needs fewer registers before it is widened: where they are short, the normals come first.
+      if (!kGeneral) take();
       const auto in = place(g);
       if (fresh) make_normals(memory, in.key, in.at, z);
+      if (kGeneral) take();
       const auto map = [&](int first) { map_group<kFresh, kInputs>(p.columns + first, in.c + first, x, y, z, w, v); };
       const auto write = [&](int k) {
         Pack<T, N> out;
