@@ -181,9 +181,10 @@ def _scheduled_delta(alpha: Tensor, sigma: Tensor) -> Tensor:
 
 
 def _pseudo_huber(i: Inputs, eps: Tensor) -> Tensor:
-    """In the form that does not cancel; of an infinite residual it is NaN."""
-    delta, square = _scheduled_delta(*alpha_sigma(i, i["pred"])), (i["pred"] - eps) ** 2
-    return (2 * delta * (square / ((square + delta**2).sqrt() + delta))).mean()
+    """In the form that does not cancel."""
+    delta, r = _scheduled_delta(*alpha_sigma(i, i["pred"])), i["pred"] - eps
+    bent = r**2 / ((r**2 + delta**2).sqrt() + delta)
+    return (2 * delta * torch.where(r.isinf(), r.abs(), bent)).mean()
 
 
 def _min_snr(i: Inputs, eps: Tensor) -> Tensor:

@@ -97,8 +97,8 @@ def denoising_loss(
             LevelStatistics
     returns: fp32 (fp64 for fp64) scalar, or (B,) for "none"
     Reads pred and x0 once (x0 not at all for eps and score) and writes the gradient of pred in the same pass, unless
-    another gradient is wanted too: of x0, a tensor noise, weight, log_variance or level; fp16 and "none" make theirs in
-    backward too. Neither the target nor eps is stored. Raises ValueError on a shape mismatch, the mean of an empty
+    another gradient is wanted too: of x0, a tensor noise or level; fp16 and "none" make theirs in backward too.
+    Neither the target nor eps is stored. Raises ValueError on a shape mismatch, the mean of an empty
     batch, or a level where target or weight is not finite; TypeError for what is no such thing.
     Ho et al. 2020; Hang et al. 2023; Khrapov et al. 2024; log_variance: Karras et al. 2024, eq. 21.
     """
@@ -117,12 +117,11 @@ def denoising_loss(
     else:
         u = _log_variance(op, log_variance, pred)
         w = torch.exp(-u) if w is None else w * torch.exp(-u)
-        each, per_sample = against_target(op, pred, x0, noise, level, predict, w, chosen, "none", kind, delta)
-        loss = each + u
+        loss, per_sample = against_target(op, pred, x0, noise, level, predict, w, chosen, reduction, kind, delta)
         if reduction == "mean":
-            loss = loss.mean()
-        elif reduction == "sum":
-            loss = (loss * kept_elements(pred, chosen)).sum()
+            loss = loss + u.mean()
+        else:
+            loss = loss + (u if reduction == "none" else (u * kept_elements(pred, chosen)).sum())
     return (loss, per_sample) if return_per_sample else loss
 
 

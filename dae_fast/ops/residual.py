@@ -59,7 +59,7 @@ def plain_residual_loss(op: str, pred: Tensor, target: Noise | Tensor, reduction
     made = plain_loss(pred, z, noise, table, number)
     if made is None or made[1] is None:
         return made and made[0]
-    return _Loss.apply(pred, made, (None, z, None, None, None), (op, noise, table, number, 0, None))
+    return _Loss.apply(pred, None, made, (None, z, None, None, None), (op, noise, table, number, 0, None))
 
 
 def residual_loss(
@@ -88,13 +88,13 @@ def residual_loss(
             )
             return (loss, per_sample) if number else (_weighted(per_sample, weight), per_sample)
         # fp16 is left to the lazy way: a loss scale must reach the gradient before it is rounded.
-        if number and pred.dtype != torch.float16 and not wants_grad(y, z, rows.table, weight):
+        if number and pred.dtype != torch.float16 and not wants_grad(y, z, rows.table):
             per_sample, loss, grad = kernels(pred, op).residual(
-                op, pred, y, z, noise, *rows, columns, mask, weight, number, True, True, kind=kind
+                op, pred, y, z, noise, *rows, columns, mask, weight, number, True, wants_grad(pred), kind=kind
             )
             call = op, noise, rows.table, number, kind, mask if isinstance(mask, Drawn) else None
-            others = y, z, rows.t, weight, mask if isinstance(mask, Tensor) else None
-            return _Loss.apply(pred, (loss, grad), others, call), per_sample
+            others = y, z, rows.t, mask if isinstance(mask, Tensor) else None, per_sample
+            return _Loss.apply(pred, weight, (loss, grad), others, call), per_sample
     per_sample = sample_means(op, pred, y, z, noise, rows, mask, kind)
     loss = _weighted(per_sample, weight)
     if reduction == "mean":
@@ -236,25 +236,36 @@ class _Loss(torch.autograd.Function):
     """Eager; gives the loss the gradient of pred that was made with it, for an upstream gradient of 1."""
 
     @staticmethod
-    def forward(ctx: Any, pred: Tensor, made: tuple[Tensor, Tensor], others: tuple[Any, ...], call: Any) -> Tensor:
+    def forward(
+        ctx: Any, pred: Tensor, weight: Tensor | None, made: tuple[Tensor, Tensor | None], others: Any, call: Any
+    ) -> Tensor:
         loss, ctx.grad = made
-        ctx.save_for_backward(pred, *others)
+        ctx.save_for_backward(pred, weight, *others)
         ctx.call = call
         return loss
 
     @staticmethod
     @batchable
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        pred, y, z, index, weight, mask = ctx.saved_tensors
+        pred, weight, y, z, index, mask, per_sample = ctx.saved_tensors
         op, noise, table, reduction, kind, drawn = ctx.call
-        mask = drawn or mask
+        mask, rows = drawn or mask, Rows(table, index)
         # Given away at its first use: held any longer, it would be copied into pred.grad.
         grad, ctx.grad = ctx.grad, None
-        if torch.is_grad_enabled() or route(op, upstream, pred) is not Route.DIRECT:
-            kept = _kept(pred, mask)
-            each = upstream / pred.shape[0] if REDUCTIONS[reduction] == "mean" else upstream * kept
-            per_sample = each.expand(pred.shape[0]) if weight is None else each * weight.to(upstream.dtype)
-            grad = _pred_gradient(op, per_sample, pred, y, z, noise, Rows(table, index), mask, kind)
+        in_torch = torch.is_grad_enabled() or route(op, upstream, pred) is not Route.DIRECT
+        of_weight = None
+        if in_torch or ctx.needs_input_grad[1]:
+            mean = REDUCTIONS[reduction] == "mean"
+            each = upstream / pred.shape[0] if mean else upstream * _kept(pred, mask)
+        if ctx.needs_input_grad[1]:
+            if in_torch:  # differentiable in turn
+                per_sample = sample_means(op, pred, y, z, noise, rows, mask, kind)
+            of_weight = (each * per_sample).to(weight.dtype)
+        if not ctx.needs_input_grad[0]:
+            return None, of_weight, None, None, None
+        if in_torch:
+            by_sample = each.expand(pred.shape[0]) if weight is None else each * weight.to(upstream.dtype)
+            grad = _pred_gradient(op, by_sample, pred, y, z, noise, rows, mask, kind)
         else:
             # Where upstream is not 1 it is made again, not multiplied: as many bytes, and one rounding.
             _, _, grad = kernels(pred, op).residual(
@@ -275,4 +286,4 @@ class _Loss(torch.autograd.Function):
                 grad,
                 kind=kind,
             )
-        return grad, None, None, None
+        return grad, of_weight, None, None, None
