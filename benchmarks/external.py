@@ -21,7 +21,7 @@ import dae_fast as df
 from dae_fast.backends.reference import compute_dtype
 from dae_fast.ops.affine import ABSENT, affine
 from dae_fast.rows import Rows
-from dae_fast.samplers import _reverse_table
+from dae_fast.samplers.tables import reverse_table
 from tests.cases import DTYPES, SCHEDULE, TABLES, Case, Inputs, Result, alpha_sigma
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def _noise_alone(i: Inputs) -> Tensor:
 
 def _sampler_step(op: str, eta: float, clamp: float) -> Call:
     """One turn of a sampler's loop, the network's output being given."""
-    table = _reverse_table(op, SCHEDULE, [STEP_LEVEL, STEP_LEVEL - 1], "eps", eta, False)[:1]
+    table = reverse_table(op, SCHEDULE, [STEP_LEVEL, STEP_LEVEL - 1], "eps", eta, False)[:1]
     rows = {dtype: table.to(compute_dtype(dtype)) for dtype in DTYPES}
 
     def step(i: Inputs) -> Tensor:

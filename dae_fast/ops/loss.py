@@ -72,8 +72,8 @@ def noise_mse(
     Ho et al. 2020, eq. 14.
     """
     op = "noise_mse"
-    options = any(v is not None for v in (weight, level, level_weight, mask)) or return_x0_mse
-    if not options and not is_compiling():
+    plain = weight is None and level is None and level_weight is None and mask is None and not return_x0_mse
+    if plain and not is_compiling():
         loss = plain_residual_loss(op, pred, noise, reduction)
         if loss is not None:
             return loss

@@ -19,7 +19,6 @@ from .langevin import annealed_langevin, langevin
 from .ode import euler, heun
 from .predictor_corrector import predictor_corrector
 from .probability_flow import probability_flow
-from .tables import reverse_table as _reverse_table  # noqa: F401  benchmarks/external.py times one step
 
 __all__ = [
     "annealed_langevin",

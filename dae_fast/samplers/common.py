@@ -121,6 +121,20 @@ def guided(op: str, guidance: float | None) -> tuple[str, ...]:
     return GUIDED
 
 
+def mix(guidance: float | None, alpha: Tensor) -> Tensor:
+    """(steps, 2) like alpha (steps,): what `mixed` weighs the predictions with."""
+    g = 1.0 if guidance is None else float(guidance)
+    return alpha.new_tensor([[g, 1 - g]]).expand(len(alpha), 2)
+
+
+def mixed(op: str, row: Tensor, prediction: Sequence[Tensor]) -> Tensor:
+    """The prediction; under guidance g * conditional + (1 - g) * unconditional, in a launch of its own."""
+    first, *second = prediction
+    if not second:
+        return first
+    return affine(op, first, second[0], None, None, Rows(row, None), (0, 1, ABSENT, ABSENT))[0]
+
+
 class Limits(NamedTuple):
     """Of the x0 estimate: fixed ones, or those of its own quantile."""
 

@@ -9,12 +9,24 @@ import torch
 from torch import Tensor
 
 from ..noise import Noise
-from ..ops.affine import ABSENT, affine
 from ..ops.conversions import Bounds
 from ..ops.parameterisation import Parameterisation
-from ..rows import Rows
 from ..schedule import Schedule
-from .common import Limits, Network, Update, begin, conditions, grid, guided, limits, predicted, progressed, run
+from .common import (
+    Limits,
+    Network,
+    Update,
+    begin,
+    conditions,
+    grid,
+    guided,
+    limits,
+    mix,
+    mixed,
+    predicted,
+    progressed,
+    run,
+)
 from .tables import estimate, following
 
 
@@ -122,20 +134,6 @@ def _multistep(
 
     x = begin(op, x, schedule, noise, levels, graph)
     return run(op, net, loop, x, noise, table, (*levels, *told, parts, update.options), progress, graph)
-
-
-def mix(guidance: float | None, alpha: Tensor) -> Tensor:
-    """(steps, 2) like alpha (steps,): what `mixed` weighs the predictions with."""
-    g = 1.0 if guidance is None else float(guidance)
-    return alpha.new_tensor([[g, 1 - g]]).expand(len(alpha), 2)
-
-
-def mixed(op: str, row: Tensor, prediction: Sequence[Tensor]) -> Tensor:
-    """The prediction; under guidance g * conditional + (1 - g) * unconditional, in a launch of its own."""
-    first, *second = prediction
-    if not second:
-        return first
-    return affine(op, first, second[0], None, None, Rows(row, None), (0, 1, ABSENT, ABSENT))[0]
 
 
 def _second_order(alpha_t: Tensor, sigma_t: Tensor, alpha_s: Tensor, sigma_s: Tensor, eta: float) -> Tensor:

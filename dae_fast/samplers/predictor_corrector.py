@@ -17,8 +17,7 @@ from ..ops.parameterisation import Parameterisation, conversion
 from ..ops.residual import sample_means
 from ..rows import Coefficients, Rows, stack_rows
 from ..schedule import Schedule
-from .common import Limits, Network, Update, begin, grid, limits, predicted, progressed, run
-from .dpm_solver import mix, mixed
+from .common import Limits, Network, Update, begin, grid, limits, mix, mixed, predicted, progressed, run
 from .tables import estimate, following, reverse
 
 PREDICTORS = "reverse_diffusion", "ancestral"
