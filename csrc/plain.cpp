@@ -248,11 +248,12 @@ class PlainLoss : PlainCall {
     LossArgs of_loss{};
     of_loss.reduction = static_cast<Reduction>(PyLong_AsLong(a[4]));
     of_loss.loss = address(loss.get());
+    std::optional<Owned> scratch;  // until the kernel is launched
     Scratch room;
     if (device_ >= 0 || g_pretend_gpu) {
-      const Owned scratch(PyObject_CallOneArg(a[5], x_));
-      room = {static_cast<double*>(address(PyTuple_GET_ITEM(scratch.get(), 0))),
-              static_cast<uint32_t*>(address(PyTuple_GET_ITEM(scratch.get(), 1)))};
+      scratch.emplace(PyObject_CallOneArg(a[5], x_));
+      room = {static_cast<double*>(address(PyTuple_GET_ITEM(scratch->get(), 0))),
+              static_cast<uint32_t*>(address(PyTuple_GET_ITEM(scratch->get(), 1)))};
     }
     launch([&](const Api& api, Queue queue) { return api.residual(args, of_loss, room, queue); });
     return PyTuple_Pack(2, loss.get(), grad.get());
