@@ -103,8 +103,13 @@ __device__ __forceinline__ void map_group(const int* columns, const R* c, const 
   }
 }
 
+// Four tensors on their way, or three of doubles, want more registers than kBlocks leaves.
+template <int kInputs, class Access>
+constexpr int kAffineBlocks =
+    kBlocks<T, Access> - (kInputs == kAnyInputs || kInputs > (sizeof(T) == 8 ? 2 : 3) ? 1 : 0);
+
 template <bool kFresh, int kInputs, class Access>
-__global__ void __launch_bounds__(kThreads, (kBlocks<T, Access> - (kInputs == kAnyInputs ? 1 : 0)))
+__global__ void __launch_bounds__(kThreads, (kAffineBlocks<kInputs, Access>))
     affine_kernel(const __grid_constant__ AffineParams p, const __grid_constant__ Access access) {
   using Memory = typename Access::template InUnit<T>;
   constexpr int N = Memory::N;
@@ -131,7 +136,6 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<T, Access> - (kInputs == kA
   __syncthreads();
 
   const auto walk = [&](auto place) {
-#pragma unroll 1
     for (int g = threadIdx.x, next; g < unit.groups; g = next) {
       R x[N], y[N], z[N], w[N], v[N];
       const auto take = [&] {
