@@ -138,7 +138,7 @@ def draw_figure(
         at = [place + 0.27 * (i - 1) for place in range(len(RATIOS))]
         bars.bar(at, by_ratio.values(), 0.25, color=COLOURS[name], label=name)
     bars.set_xticks(range(len(RATIOS)), [f"{ratio:.0%}" for ratio in RATIOS])
-    bars.set(title="Error of removed patches, held-out images", xlabel="removed")
+    bars.set(title="Error of removed patches, held-out images", xlabel="removed", ylim=(0, 0.4))
     bars.legend(frameon=False)
 
     removed = df.patch_mask(noise, len(patches), PATCHES, SHOWN)

@@ -86,7 +86,7 @@ def print_table(bounds: dict[int, Bound]) -> None:
         caption="a lower bound for the VAE, exact for probabilistic PCA",
     )
     for column in ("size of z", "VAE: ELBO", "KL(q | prior)", "sigma", "probabilistic PCA", "VAE is ahead by"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right" if table.columns else "left")
     for latent, each in bounds.items():
         figures = f"{each.elbo:.2f}", f"{each.kl:.2f}", f"{each.sigma:.3f}", f"{each.pca:.2f}"
         table.add_row(str(latent), *figures, f"{each.elbo - each.pca:.2f}")
