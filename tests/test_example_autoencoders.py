@@ -151,6 +151,21 @@ def test_a_fill_does_not_look_at_removed_patches(example, name: str) -> None:
     assert (moved.abs().amax((1, 2)) > 0.01).all()  # and does look at the others
 
 
+def test_decoder_sees_codes_in_place_and_tokens_elsewhere(example) -> None:
+    mae = example("mae")
+    torch.manual_seed(0)
+    net, patches = mae.MaskedAutoencoder(), torch.randn(30, 16, 4)
+    net.encoder = torch.nn.Identity()  # so that a patch's code is its own
+    seen = []
+    net.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    removed = df.patch_mask(df.Noise(2), 30, 16, 0.75)
+    with torch.no_grad():
+        net(patches, removed)
+        codes = net.to_code(net.embed(patches) + net.position)
+    expected = torch.where(removed.mask[:, :, None], net.token, codes).flatten(1)
+    torch.testing.assert_close(seen[0], expected, rtol=1e-5, atol=1e-6)  # products of other shapes
+
+
 def test_linear_fill_is_the_conditional_mean(example) -> None:
     mae = example("mae")
     torch.manual_seed(0)
