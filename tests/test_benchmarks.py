@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -441,13 +442,15 @@ def test_pytest_form(tmp_path):
     call += ["--case", "add_noise-tensor", "--shape", "8x16", "--dtype", "float32", "--peer", "eager", "--peer", OURS]
     call += ["--benchmark-max-time=0.01", "--benchmark-min-rounds=1"]
     root = Path(__file__).parent.parent
-    saved = subprocess.run([*call, "--benchmark-save=first"], cwd=root, capture_output=True, text=True)
+    # Beside other tests pytest-benchmark would measure nothing.
+    alone = {k: v for k, v in os.environ.items() if k != "PYTEST_XDIST_WORKER"}
+    saved = subprocess.run([*call, "--benchmark-save=first"], cwd=root, env=alone, capture_output=True, text=True)
     assert saved.returncode == 0, saved.stdout
     assert "benchmark 'add_noise-tensor 8x16 float32, forward': 2 tests" in saved.stdout
     (file,) = tmp_path.rglob("*first.json")
     found = json.loads(file.read_text())["benchmarks"]
     assert {benchmark["name"] for benchmark in found} == {EAGER, OURS}
-    compared = subprocess.run([*call, "--benchmark-compare=0001"], cwd=root, capture_output=True, text=True)
+    compared = subprocess.run([*call, "--benchmark-compare=0001"], cwd=root, env=alone, capture_output=True, text=True)
     assert compared.returncode == 0, compared.stdout
     assert f"{OURS} (0001_first)" in compared.stdout and f"{OURS} (NOW)" in compared.stdout
 

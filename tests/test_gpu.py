@@ -544,3 +544,17 @@ def test_host_cost(backend: str, capsys: pytest.CaptureFixture[str]) -> None:
         lines.append(f"{name} {seconds * 1e6:.1f}")
     with capsys.disabled():
         print(f"\nhost microseconds a call, {backend}: {', '.join(lines)}")
+
+
+def test_continuous_times_out_of_range_are_nan() -> None:
+    outside = [False, True, True, True, False]
+    edm = df.ContinuousSchedule.edm()
+    t = torch.tensor([0.5, -1.0, 81.0, float("nan"), 80.0], device=DEVICE)
+    level = edm[t]
+    assert level.alpha.isnan().tolist() == level.sigma.isnan().tolist() == outside
+    assert df.add_noise(torch.zeros(5, 3, device=DEVICE), df.Noise(0), level).isnan().all(1).tolist() == outside
+    # exp of another device may differ in its last bit, before the rounding to fp32.
+    drawn = edm.draw(df.Noise(0), 100, device=DEVICE)
+    torch.testing.assert_close(drawn.cpu(), edm.draw(df.Noise(0), 100), rtol=2e-7, atol=0)
+    times = torch.tensor([0.5, 1.0], device=DEVICE)
+    assert df.ContinuousSchedule.flow().drift(times).isnan().tolist() == [False, True]
