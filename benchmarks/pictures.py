@@ -280,7 +280,7 @@ def _seconds(value: float, _: object) -> str:
 
 # How it is drawn, inches, and what it is for whoever cannot see it.
 PICTURES: dict[str, tuple[Draw, tuple[float, float], str]] = {
-    "speedup": (_speedup, (10, 6), "How many times as fast as eager PyTorch and torch.compile every op is"),
+    "speedup": (_speedup, (10, 8.5), "How many times as fast as eager PyTorch and torch.compile every op is"),
     "roofline": (_roofline, (7.5, 4.2), "Values per second over bytes moved per value, against the measured limits"),
     "size": (_size, (10, 4.6), "Time of the main ops over the number of values, tiny to large"),
     "memory": (_memory, (6, 3.4), "Peak memory of a training step over the batch size"),
