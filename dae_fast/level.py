@@ -27,10 +27,10 @@ def check_per_sample(op: str, name: str, value: float | Tensor, x: Tensor) -> fl
         if value.device != x.device:
             raise ValueError(f"{op}: {name} must be on {x.device} like the samples, got {value.device}")
         return value
-    return _number(op, name, value)
+    return as_number(op, name, value)
 
 
-def _number(op: str, name: str, value: Any) -> float:
+def as_number(op: str, name: str, value: Any) -> float:
     """int, float or a numpy scalar."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{op}: {name} must be a float or a tensor, got {type(value).__name__}")
@@ -136,7 +136,7 @@ class Level:
 def _checked(name: str, value: float | Tensor) -> float | Tensor:
     """Of a Level: a number or a floating tensor () or (B,), finite and not negative."""
     if not isinstance(value, Tensor):
-        value = _number("Level", name, value)
+        value = as_number("Level", name, value)
         if not 0 <= value < math.inf:
             raise ValueError(f"Level: {name} must be finite and not negative, got {value}")
     elif not value.is_floating_point() or value.dim() > 1:

@@ -29,7 +29,7 @@ def module_of(backend: str) -> ModuleType:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:
-            if item.get_closest_marker("gpu"):
+            if item.get_closest_marker("gpu"):  # its tensors are on one; `make gpu-check` runs these
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 

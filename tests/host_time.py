@@ -89,8 +89,8 @@ def _pretend_triton() -> None:
     from dae_fast.backends import triton
 
     triton._launch = lambda call, args: None
-    kept = torch.zeros(1, dtype=torch.int32)
-    triton.ticket = lambda device: kept  # as on a GPU, where it is kept from call to call
+    kept = torch.empty(4096, dtype=torch.float64), torch.zeros(1, dtype=torch.int32)
+    triton.workspace = lambda device, doubles: kept  # as on a GPU, where it is kept from call to call
     triton.supports = lambda device: True
     df.backends._loaded["triton"] = triton, ""
 

@@ -241,7 +241,7 @@ def test_equal_to_torchs_own_stateless_stream() -> None:
     try:
         key = random.key(42)
         theirs = random.normal(key, (1 << 16,))
-    except (RuntimeError, NotImplementedError) as error:
+    except NotImplementedError as error:  # torch's dispatcher: before 2.14 the module has no kernel for the CPU
         pytest.skip(f"torch.func._random does not run on this torch's CPU: {str(error).splitlines()[0][:90]}")
     ours = stream("normal", "native", *(int(w) % 2**64 for w in key.tolist()), 1 << 16)
     difference = (ours - theirs).abs()

@@ -483,7 +483,7 @@ def test_residual_ticket_starts_again(D: int, monkeypatch: pytest.MonkeyPatch) -
     pred = randn(300 if D < 100 else 3, D)
     sums = torch.empty(4096, dtype=torch.float64, device=DEVICE)
     ticket = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    monkeypatch.setattr(backend, "_workspace", lambda call: (sums, ticket))
+    monkeypatch.setattr(backend, "workspace", lambda device, doubles: (sums, ticket))
     losses = []
     for _ in range(2):
         sums.fill_(torch.nan)

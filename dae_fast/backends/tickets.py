@@ -29,11 +29,6 @@ def workspace(device: torch.device, doubles: int) -> tuple[Tensor, Tensor]:
     return kept
 
 
-def ticket(device: torch.device) -> Tensor:
-    """The counter alone."""
-    return workspace(device, 0)[1]
-
-
 def _keep(device: torch.device, stream: tuple[int, int], doubles: int) -> None:
     with torch.cuda.stream(torch.cuda.ExternalStream(stream[1], device=device)):
         _kept[stream] = _made(device, max(doubles, 4096))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .reference import per_sample_sum
-from .tickets import ticket
+from .tickets import workspace
 
 try:
     import triton
@@ -501,7 +501,7 @@ def residual(
         aligned,
         layout,
     )
-    sums, ticket = _workspace(call) if call.parts else (None, None)
+    sums, ticket = workspace(device, call.parts) if call.parts else (None, None)
     _launch(
         call,
         (
@@ -528,11 +528,6 @@ def residual(
         ),
     )
     return per_sample, loss, grad
-
-
-def _workspace(call: _Call) -> tuple[Tensor, Tensor]:
-    """Room for the programs' sums, and the ticket: a zeroed int32 that the kernel leaves at zero."""
-    return torch.empty(call.parts, dtype=torch.float64, device=call.device), ticket(call.device)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..backends import kernels, reference
-from ..level import _number, can_read, check_per_sample
+from ..level import as_number, can_read, check_per_sample
 from ..noise import Noise
 from ..rows import stack_rows
 from .checks import samples
@@ -110,7 +110,7 @@ class SaltAndPepper(Corruption):
     ) -> None:
         super().__init__(p, noise)
         name = type(self).__name__
-        self._low, self._high = _number(name, "low", low), _number(name, "high", high)
+        self._low, self._high = as_number(name, "low", low), as_number(name, "high", high)
         if isinstance(salt, Tensor):
             raise TypeError(f"{name}: salt must be a float, got a tensor")
         self._salt: float = _probability(name, "salt", salt)  # type: ignore[assignment]
@@ -149,7 +149,7 @@ def corrupt(x: Tensor, corruption: Masking | SaltAndPepper, value: float = 0.0) 
     """
     op = "corrupt"
     samples(op, "x", x)
-    low = high = _number(op, "value", value)
+    low = high = as_number(op, "value", value)
     if isinstance(corruption, SaltAndPepper):
         if value != 0.0:
             raise ValueError(f"{op}: value is for a Masking; SaltAndPepper has low and high, got value={value}")
@@ -231,7 +231,7 @@ def patch_mask(noise: Noise, B: int, patches: int, ratio: float, *, device: torc
 def _probability(op: str, name: str, value: float | Tensor) -> float | Tensor:
     """A number, or a floating tensor () or (B,), in [0, 1]."""
     if not isinstance(value, Tensor):
-        value = _number(op, name, value)
+        value = as_number(op, name, value)
         if not 0 <= value <= 1:
             raise ValueError(f"{op}: {name} must be in [0, 1], got {value}")
     elif not value.is_floating_point() or value.dim() > 1:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backends.reference import compute_dtype
-from ..level import Level, _number, can_read, check_per_sample
+from ..level import Level, as_number, can_read, check_per_sample
 from ..noise import Noise
 from ..rows import Coefficients, Rows, stack_rows
 from .affine import ABSENT, affine
@@ -19,8 +19,7 @@ from .levels import look_up, rows_for, value_at
 from .loss import Selecting, check, loss_mask
 from .noising import operands
 from .parameterisation import Parameterisation, check_name, mix
-from .residual import KINDS, Mask, Reduction, penalty_columns, residual_loss
-from .residual import _kept as kept_elements
+from .residual import KINDS, Mask, Reduction, kept_elements, penalty_columns, residual_loss
 from .structured import StructuredNoise
 from .weighting import Weight, weight_for
 
@@ -221,7 +220,7 @@ def _penalty(
         if can_read(value) and not (value > 0).all():
             raise ValueError(f"{op}: delta must be positive, got {float(value.min())} from the function")
         return number, value
-    delta = _number(op, "delta", delta)
+    delta = as_number(op, "delta", delta)
     if not 0 < delta < math.inf:
         raise ValueError(f"{op}: delta must be positive and finite, got {delta}")
     return number, delta

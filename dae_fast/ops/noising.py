@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from ..backends.reference import compute_dtype
-from ..level import Level, _number
+from ..level import Level, as_number
 from ..noise import Noise
 from ..rows import Coefficients
 from .affine import ABSENT, Columns, affine, affine_into
@@ -63,7 +63,7 @@ def add_noise(
     x, y = promote(x0, y)
     if target is not None:
         check_name(op, "target", target)
-    gamma = 0.0 if perturbation is None else _number(op, "perturbation", perturbation)
+    gamma = 0.0 if perturbation is None else as_number(op, "perturbation", perturbation)
     if not 0 <= gamma < math.inf:
         raise ValueError(f"{op}: perturbation must be finite and not negative, got {gamma}")
     if gamma and generated is None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import vjp
 
 from ..backends.reference import compute_dtype, per_sample_sum
-from ..level import _number, can_read
+from ..level import as_number, can_read
 from ..noise import Noise
 from ..rows import stack_rows
 from . import checks
@@ -49,7 +49,7 @@ def kl_sparsity(h: Tensor, rate: float = 0.05) -> Tensor:
     """
     op = "kl_sparsity"
     checks.samples(op, "h", h)
-    rate = _number(op, "rate", rate)
+    rate = as_number(op, "rate", rate)
     if not 0 < rate < 1:
         raise ValueError(f"{op}: rate must be in (0, 1), got {rate}")
     if not h.shape[0]:

@@ -100,7 +100,7 @@ def residual_loss(
     if reduction == "mean":
         loss = loss.mean()
     elif reduction == "sum":
-        loss = (loss * _kept(pred, mask)).sum()
+        loss = (loss * kept_elements(pred, mask)).sum()
     return loss, per_sample.detach()
 
 
@@ -135,7 +135,8 @@ def _weighted(per_sample: Tensor, weight: Tensor | None) -> Tensor:
     return per_sample if weight is None else per_sample * weight.to(per_sample.dtype)
 
 
-def _kept(pred: Tensor, mask: Mask) -> Tensor | int:
+def kept_elements(pred: Tensor, mask: Mask) -> Tensor | int:
+    """How many of each sample count: (B,), or one number for all."""
     B = pred.shape[0]
     if mask is None:
         return pred.numel() // B if B else 0
@@ -168,7 +169,7 @@ def _pred_gradient(
         return torch.ops.dae_fast.residual_grad(upstream, pred, y, z, *seen(rows), mask, *flatten(noise), kind, op)
     # Differentiable in turn, for double backward and transforms: torch's arithmetic around a fused r.
     r = affine(op, pred, y, z, noise, rows, COLUMNS)[0]
-    kept = _kept(pred, mask)
+    kept = kept_elements(pred, mask)
     scale = upstream / (kept.clamp(min=1) if isinstance(kept, Tensor) else max(kept, 1))
     if mask is not None:
         r = torch.where(mask, r, 0)
@@ -256,7 +257,7 @@ class _Loss(torch.autograd.Function):
         of_weight = None
         if in_torch or ctx.needs_input_grad[1]:
             mean = REDUCTIONS[reduction] == "mean"
-            each = upstream / pred.shape[0] if mean else upstream * _kept(pred, mask)
+            each = upstream / pred.shape[0] if mean else upstream * kept_elements(pred, mask)
         if ctx.needs_input_grad[1]:
             if in_torch:  # differentiable in turn
                 per_sample = sample_means(op, pred, y, z, noise, rows, mask, kind)

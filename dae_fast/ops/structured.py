@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ..backends.reference import compute_dtype
-from ..level import _number
+from ..level import as_number
 from ..noise import Noise
 from ..rows import stack_rows
 from .affine import ABSENT, affine
@@ -23,7 +24,7 @@ PYRAMID_TAG = 0x707972616D6964  # "pyramid"
 Operands = tuple[Tensor | None, Noise, float, float]
 
 
-class StructuredNoise:
+class StructuredNoise(ABC):
     """What OffsetNoise and PyramidNoise share: factor_y * y + factor_eps * eps, eps fresh and independent of y."""
 
     __slots__ = ("_noise",)
@@ -33,13 +34,13 @@ class StructuredNoise:
             raise TypeError(f"{type(self).__name__}: noise must be a Noise, got {type(noise).__name__}")
         self._noise = noise
 
+    @abstractmethod
     def as_operands(self, x: Tensor) -> Operands:
         """(y, noise, factor_y, factor_eps) for samples x: the noise is factor_y * y + factor_eps * eps, and eps is
         what `noise` is for x's shape. y is like x, perhaps of stride 0, and has no gradient; None where it is 0.
 
         So it is one more tensor in an op's affine map, whose kernel makes eps.
         """
-        raise NotImplementedError
 
     def normal(
         self, shape: Sequence[int], *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
@@ -74,7 +75,7 @@ class OffsetNoise(StructuredNoise):
 
     def __init__(self, noise: Noise, strength: float = 0.1) -> None:
         super().__init__(noise)
-        self._strength = _number("OffsetNoise", "strength", strength)
+        self._strength = as_number("OffsetNoise", "strength", strength)
 
     def fold_in(self, data: int | Tensor) -> OffsetNoise:
         """As Noise.fold_in."""
@@ -109,7 +110,7 @@ class PyramidNoise(StructuredNoise):
 
     def __init__(self, noise: Noise, discount: float = 0.8, levels: int | None = None) -> None:
         super().__init__(noise)
-        self._discount = _number("PyramidNoise", "discount", discount)
+        self._discount = as_number("PyramidNoise", "discount", discount)
         if not 0 <= self._discount < math.inf:
             raise ValueError(f"PyramidNoise: discount must be finite and not negative, got {discount}")
         if levels is not None and levels < 1:

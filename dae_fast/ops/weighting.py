@@ -9,6 +9,7 @@ the SNR. Each is proportional to the two together, so that the weighted loss doe
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -24,7 +25,7 @@ from .levels import look_up, rows_for, value_at
 from .parameterisation import Parameterisation, check_name, error_ratio, errors
 
 
-class Weighting:
+class Weighting(ABC):
     """What `weight=` takes besides names, functions of (alpha, sigma) and tensors.
 
     Called with (eps_error, x0_error), float64 tensors that may be 0 or infinite, it gives the weight of the
@@ -40,8 +41,8 @@ class Weighting:
             if not value > 0:
                 raise ValueError(f"{type(self).__name__}: {name} must be positive, got {value}")
 
-    def __call__(self, eps_error: Tensor, x0_error: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def __call__(self, eps_error: Tensor, x0_error: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
