@@ -19,10 +19,10 @@ from torch import Tensor
 
 import dae_fast as df
 from dae_fast.backends.reference import compute_dtype
-from dae_fast.ops.affine import ABSENT, affine
-from dae_fast.rows import Rows
+from dae_fast.ops.structured import OFFSET_TAG
+from dae_fast.samplers.common import Limits, Update
 from dae_fast.samplers.tables import reverse_table
-from tests.cases import DTYPES, SCHEDULE, TABLES, Case, Inputs, Result, alpha_sigma
+from tests.cases import DTYPES, NORMAL, SCHEDULE, TABLES, Case, Inputs, Law, Result, alpha_sigma, noised
 
 if TYPE_CHECKING:
     from .peers import Setting, Tensors
@@ -34,6 +34,7 @@ CPU = torch.device("cpu")
 # For the gate, of the largest value: these libraries keep tables in float32, and where sigma is the square root of
 # 1 - alpha_bar in it, low levels have lost digits (diffusers is off by 3.7e-6, plain torch with good tables by 2e-7).
 TABLE_ERROR = 1e-5
+GUIDANCE, OFFSET = 3.0, 0.1
 STEP_LEVEL = 500  # of the sampler steps: any level will do, it changes coefficients alone
 
 
@@ -68,18 +69,47 @@ def _noise_alone(i: Inputs) -> Tensor:
     return i["noise"].normal(x0.shape, dtype=x0.dtype, device=x0.device)
 
 
-def _sampler_step(op: str, eta: float, clamp: float) -> Call:
-    """One turn of a sampler's loop, the network's output being given."""
+def _sampler_step(op: str, eta: float, clamp: float, guidance: float | None = None) -> Call:
+    """One turn of a sampler's loop, the network's output (outputs, under guidance) being given."""
     table = reverse_table(op, SCHEDULE, [STEP_LEVEL, STEP_LEVEL - 1], "eps", eta, False)[:1]
-    rows = {dtype: table.to(compute_dtype(dtype)) for dtype in DTYPES}
+    update = Update(op, table[:, 3:], table[:, :3], guidance=guidance, limits=Limits(-clamp, clamp))
+    tables = {dtype: update.table.to(compute_dtype(dtype)) for dtype in DTYPES}
 
     def step(i: Inputs) -> Tensor:
-        x, noise = i["x"], i.get("noise")
-        columns = (0, 1, ABSENT if noise is None else 2, ABSENT)
-        row = Rows(rows[x.dtype].to(x.device), None)
-        return affine(op, x, i["pred"], None, noise, row, columns, (3, 4, ABSENT, -clamp, clamp))[0]
+        x = i["x"]
+        prediction = (i["pred"],) if guidance is None else (i["pred"], i["unconditional"])
+        return update(tables[x.dtype].to(x.device), 0, x, prediction, noise=i.get("noise"))[0]
 
     return step
+
+
+def _plain_guided(i: Inputs, eps: Tensor) -> Tensor:
+    """Ho and Salimans 2022, then the DDPM step."""
+    u = i["unconditional"]
+    return _plain_ddpm({**i, "pred": u + GUIDANCE * (i["pred"] - u)}, eps)
+
+
+def _offset(i: Inputs) -> Tensor:
+    x_t = df.add_noise(i["x0"], df.OffsetNoise(i["noise"], OFFSET), i["level"])
+    assert isinstance(x_t, Tensor)
+    return x_t
+
+
+def _with_offset(eps: Tensor, n: Tensor) -> Tensor:
+    return eps + OFFSET * n.reshape(*n.shape, *[1] * (eps.dim() - 2))
+
+
+def _given_offset(noise: df.Noise, like: Tensor, dtype: torch.dtype) -> Tensor:
+    n = noise.fold_in(OFFSET_TAG).normal(like.shape[:2], dtype=dtype, device=like.device)
+    return _with_offset(NORMAL.given(noise, like, dtype), n)
+
+
+WITH_OFFSET = Law(
+    lambda like: _with_offset(
+        torch.randn_like(like), torch.randn(like.shape[:2], dtype=like.dtype, device=like.device)
+    ),
+    _given_offset,
+)
 
 
 def _at_step(x: Tensor) -> tuple[Tensor, ...]:
@@ -125,6 +155,15 @@ def _network(x_t: Tensor, pred: Tensor) -> Tensor:
 CASES = (
     Case("normal-fresh", _noise_alone, lambda i, eps: eps, ("x0",), (), streams=1),
     Case("ddpm_step-fresh", _sampler_step("ddpm", 1.0, 1.0), _plain_ddpm, ("x", "pred"), (), streams=3),
+    Case(
+        "guided_step-fresh",
+        _sampler_step("ddpm", 1.0, 1.0, GUIDANCE),
+        _plain_guided,
+        ("x", "pred", "unconditional"),
+        (),
+        streams=4,
+    ),
+    Case("add_noise-offset", _offset, noised, ("x0",), ("x0",), law=WITH_OFFSET),
     Case("ddim_step", _sampler_step("ddim", 0.0, math.inf), _plain_ddim, ("x", "pred"), (), fresh=False, streams=3),
     Case("objective-fresh", _objective, _plain_objective, ("pred", "x0"), ("pred",), loss=True, streams=3),
 )

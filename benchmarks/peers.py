@@ -174,7 +174,7 @@ def _plain(case: Case, buffers: Sequence[Inputs], *, compiled: bool = False) -> 
 
     def step(*values: Tensor) -> Result:
         given: Inputs = {**constants, **dict(zip(tensors, values, strict=True))}
-        eps: Any = case.draw(given[first]) if fresh else given.get("noise")
+        eps: Any = case.law.drawn(given[first]) if fresh else given.get("noise")
         return plain(given, eps)
 
     if compiled:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import dae_fast as df
 from dae_fast.ops.corruption import MASK_TAG
+from dae_fast.ops.noising import PERTURBATION_TAG
 
 SCHEDULE = df.Schedule.linear(1000)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -31,6 +32,28 @@ Result = Tensor | tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
+class Law:
+    """What a case's noise is, like the samples."""
+
+    drawn: Callable[[Tensor], Tensor]  # as a loop written by hand draws it
+    given: Callable[[df.Noise, Tensor, torch.dtype], Tensor]  # the same of a Noise
+
+
+def _normal(noise: df.Noise, like: Tensor, dtype: torch.dtype) -> Tensor:
+    return noise.normal(like.shape, dtype=dtype, device=like.device)
+
+
+NORMAL = Law(torch.randn_like, _normal)
+# In fp64: rounded, a word could cross a threshold.
+UNIFORM = Law(torch.rand_like, lambda n, like, _: n.fold_in(MASK_TAG).bits(like.shape, device=like.device) * 2.0**-32)
+PERTURBATION = 0.1
+PERTURBED = Law(
+    lambda like: torch.randn_like(like) + PERTURBATION * torch.randn_like(like),
+    lambda n, like, dtype: _normal(n, like, dtype) + PERTURBATION * _normal(n.fold_in(PERTURBATION_TAG), like, dtype),
+)
+
+
+@dataclass(frozen=True)
 class Case:
     name: str
     ours: Callable[[Inputs], Result]
@@ -40,7 +63,7 @@ class Case:
     tensors: tuple[str, ...]  # the floating inputs of the samples' shape, in the order they are drawn
     grads: tuple[str, ...]  # which inputs have gradients
     fresh: bool = True  # noise is a Noise; else it is the tensor inputs["noise"]
-    uniform: bool = False  # `plain` is given uniforms in [0, 1), the words of a corruption, and no normals
+    law: Law = NORMAL  # of the noise that `plain` is given
     loss: bool = False  # a reduction, whose point is its gradient
     sums: tuple[int, ...] = ()  # outputs that are sums over each sample, and so of the compute type
     # Tensors that must be read and written at the least, forward (and backward, for a loss).
@@ -67,18 +90,11 @@ class Case:
         """The tensor whose shape the noise has."""
         return inputs[self.tensors[0]]
 
-    def draw(self, like: Tensor) -> Tensor:
-        """The noise as a loop written by hand draws it."""
-        return torch.rand_like(like) if self.uniform else torch.randn_like(like)
-
     def eps(self, inputs: Inputs, dtype: torch.dtype) -> Any:
         """The noise that `plain` needs, as a tensor; None where there is none."""
         if not self.fresh:
             return inputs.get("noise")
-        first = self.first(inputs)
-        if self.uniform:  # in fp64: rounded, a word could cross a threshold
-            return inputs["noise"].fold_in(MASK_TAG).bits(first.shape, device=first.device) * 2.0**-32
-        return inputs["noise"].normal(first.shape, dtype=dtype, device=first.device)
+        return self.law.given(inputs["noise"], self.first(inputs), dtype)
 
 
 def widen(inputs: Inputs) -> Inputs:
@@ -95,7 +111,7 @@ def alpha_sigma(i: Inputs, like: Tensor) -> tuple[Tensor, Tensor]:
     return column(alpha[i["t"]], like), column(sigma[i["t"]], like)
 
 
-def _noised(i: Inputs, eps: Tensor) -> Tensor:
+def noised(i: Inputs, eps: Tensor) -> Tensor:
     alpha, sigma = alpha_sigma(i, i["x0"])
     return alpha * i["x0"] + sigma * eps
 
@@ -127,6 +143,12 @@ def _eps_from_x0(i: Inputs, _: Tensor) -> Tensor:
 
 def _score(i: Inputs, _: Tensor) -> Tensor:
     return -i["pred"] / alpha_sigma(i, i["x_t"])[1]
+
+
+def _edm_from_eps(i: Inputs, _: Tensor) -> Tensor:
+    alpha, sigma = alpha_sigma(i, i["x_t"])
+    size = (sigma**2 + (0.5 * alpha) ** 2) ** 0.5
+    return (sigma / size * i["x_t"] - size * i["pred"]) / (0.5 * alpha)
 
 
 def _v(i: Inputs, _: Tensor) -> Tensor:
@@ -209,6 +231,10 @@ def _sample_and_divergence(i: Inputs, eps: Tensor) -> tuple[Tensor, Tensor]:
     return mu + (0.5 * log_var).exp() * eps, each.sum(tuple(range(1, each.dim()))) if each.dim() > 1 else each
 
 
+def _l1(i: Inputs, _: Tensor) -> Tensor:
+    return i["pred"].abs().mean()
+
+
 def _weight(inputs: Inputs, g: torch.Generator) -> None:
     inputs["weight"] = torch.rand(inputs["t"].shape, generator=g)
 
@@ -234,11 +260,11 @@ def _step(i: Inputs) -> Tensor:
 
 
 CASES = [
-    Case("add_noise-fresh", lambda i: df.add_noise(i["x0"], i["noise"], i["level"]), _noised, ("x0",), ("x0",)),
+    Case("add_noise-fresh", lambda i: df.add_noise(i["x0"], i["noise"], i["level"]), noised, ("x0",), ("x0",)),
     Case(
         "add_noise-tensor",
         lambda i: df.add_noise(i["x0"], i["noise"], i["level"]),
-        _noised,
+        noised,
         ("x0", "noise"),
         ("x0", "noise"),
         fresh=False,
@@ -251,6 +277,14 @@ CASES = [
         ("x0",),
         ("x0",),
         streams=3,
+    ),
+    Case(
+        "add_noise-perturbed",
+        lambda i: df.add_noise(i["x0"], i["noise"], i["level"], perturbation=PERTURBATION),
+        noised,
+        ("x0",),
+        ("x0",),
+        law=PERTURBED,
     ),
     Case(
         "noise_mse-fresh",
@@ -341,6 +375,15 @@ CASES = [
     ),
     Case("to_score-eps", _convert(df.to_score), _score, ("x_t", "pred"), ("pred",), fresh=False, streams=2),
     Case("to_v-eps", _convert(df.to_v), _v, ("x_t", "pred"), ("x_t", "pred"), fresh=False, streams=3),
+    Case(
+        "convert-F",
+        lambda i: df.convert(i["x_t"], i["pred"], i["level"], predict="eps", to=df.EDM(0.5)),
+        _edm_from_eps,
+        ("x_t", "pred"),
+        ("x_t", "pred"),
+        fresh=False,
+        streams=3,
+    ),
     Case("langevin_step-fresh", _step, _stepped, ("x", "score"), ("x", "score"), streams=3, extra=_step_size),
     Case(
         "corrupt-mask",
@@ -348,7 +391,7 @@ CASES = [
         lambda i, u: torch.where(u < 0.25, 0.0, i["x"]),
         ("x",),
         ("x",),
-        uniform=True,
+        law=UNIFORM,
     ),
     Case(
         "corrupt-salt",
@@ -356,7 +399,7 @@ CASES = [
         lambda i, u: torch.where(u < 0.25, -1.0, torch.where(u < 0.5, 1.0, i["x"])),
         ("x",),
         ("x",),
-        uniform=True,
+        law=UNIFORM,
     ),
     Case(
         "langevin_step-tensor",
@@ -386,6 +429,7 @@ CASES = [
         sums=(1,),
         streams=3,
     ),
+    Case("l1_penalty", lambda i: df.l1_penalty(i["pred"]), _l1, ("pred",), ("pred",), fresh=False, loss=True),
     Case("denoising_loss-v", _loss(predict="v"), _v_loss, ("pred", "x0"), ("pred", "x0"), loss=True, streams=3),
     Case(
         "denoising_loss-F",
