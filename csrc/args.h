@@ -34,6 +34,8 @@ struct Noise {
   uint64_t first_sample = 0;
 };
 
+constexpr int kAbsent = -1;  // a column number: this coefficient is 0
+
 // (rows, columns) coefficients in the compute type. Row b reads table[index[b]], table[b], or
 // table[0] when there is one row.
 struct Table {
@@ -43,10 +45,20 @@ struct Table {
   bool index_is_int64;
 };
 
+// Column `column` of row b; NaN where the level lies outside the table.
+template <class R>
+DAE_FN R coefficient(const Table& table, int64_t b, int column) {
+  if (column == kAbsent) return R(0);
+  int64_t i = table.rows == 1 ? 0 : b;
+  if (table.index) {
+    i = table.index_is_int64 ? static_cast<const int64_t*>(table.index)[b] : static_cast<const int32_t*>(table.index)[b];
+    if (i < 0 || i >= table.rows) return static_cast<R>(bits_as<float>(0x7fc00000u));
+  }
+  return static_cast<const R*>(table.data)[i * table.columns + column];
+}
+
 // rho(r): r^2, |r|, Huber's, or 2 delta (sqrt(r^2 + delta^2) - delta).
 enum class Penalty : int { mse, l1, huber, pseudo_huber };
-
-constexpr int kAbsent = -1;  // a column number: this coefficient is 0
 
 // A row's dimensions, merged where they can be, are no more than this on a GPU.
 constexpr int kMaxDims = 8;
@@ -111,11 +123,18 @@ struct LossArgs {
   const void* upstream;  // one number of the compute type, or nullptr for 1
   bool only_if_scaled;   // leave everything as it is when *upstream is 1
   void *per_sample, *loss;  // of the compute type; nullptr: not wanted
+  // Columns of the residual's table: one more factor of the weight, and the factors of two further means over the
+  // batch of the samples' means, (2,) of the compute type where they are wanted.
+  int weight_column = kAbsent, also_columns[2] = {kAbsent, kAbsent};
+  void* also = nullptr;
 
-  DAE_FN double weight_of(int64_t row) const {
-    if (!weight) return 1;
-    return weight_is_double ? static_cast<const double*>(weight)[row]
-                            : static_cast<double>(static_cast<const float*>(weight)[row]);
+  template <class R>
+  DAE_FN double weight_of(const Table& table, int64_t row) const {
+    double w = 1;
+    if (weight)
+      w = weight_is_double ? static_cast<const double*>(weight)[row]
+                           : static_cast<double>(static_cast<const float*>(weight)[row]);
+    return weight_column == kAbsent ? w : w * static_cast<double>(coefficient<R>(table, row, weight_column));
   }
   DAE_FN double kept_of(int64_t row, int64_t D) const { return kept ? kept[row] : static_cast<double>(D); }
   template <class R>
@@ -161,7 +180,10 @@ struct GaussianGradArgs {
 struct BitsArgs {
   Batch batch;
   Noise noise;
-  int64_t* out;  // (B, D) words
+  int64_t* out;    // (B, D)
+  uint64_t below;  // a word w becomes floor(w * below / 2^32); 2^32: w itself
+
+  DAE_FN int64_t scaled(uint32_t word) const { return static_cast<int64_t>(word * below >> 32); }
 };
 
 }  // namespace dae

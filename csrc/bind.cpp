@@ -69,15 +69,15 @@ int64_t affine(const py::object& x, const py::object& y, const py::object& z, co
   return bad;
 }
 
-// reduction: 0 one value per sample, 1 mean over samples of each sample's mean, 2 sum. per_sample, loss and grad
-// are written where they are given.
+// columns: n1, n2, delta, the weight's, and two of `also`. reduction: 0 one value per sample, 1 mean over samples of
+// each sample's mean, 2 sum. per_sample, loss, also and grad are written where they are given.
 int64_t residual(const py::object& pred, const py::object& y, const py::object& z,
                  const py::object& noise, const py::object& table, const py::object& index,
-                 const std::array<int, 3>& columns, int kind, const py::object& mask, const py::object& mask_noise,
+                 const std::array<int, 6>& columns, int kind, const py::object& mask, const py::object& mask_noise,
                  const py::object& thresholds, bool keeps, const py::object& kept,
                  const py::object& weight, const py::object& upstream, bool only_if_scaled, int reduction,
-                 const py::object& per_sample, const py::object& loss, const py::object& grad,
-                 const py::object& sums, const py::object& counter) {
+                 const py::object& per_sample, const py::object& loss, const py::object& also,
+                 const py::object& grad, const py::object& sums, const py::object& counter) {
   const Operands operands(pred.ptr(), {pred.ptr(), y.ptr(), z.ptr(), mask.ptr(), grad.ptr()},
                           !noise.is_none() || !mask_noise.is_none());
   ResidualArgs a{operands.batch, operands[0], operands[1], operands[2], operands[3], operands[4]};
@@ -85,7 +85,7 @@ int64_t residual(const py::object& pred, const py::object& y, const py::object& 
   a.penalty = static_cast<Penalty>(kind);
   a.noise = read_noise(noise.ptr(), false);
   a.table = read_table(table.ptr(), index.ptr());
-  for (size_t i = 0; i < columns.size(); ++i) a.columns[i] = columns[i];
+  for (int i = 0; i < 3; ++i) a.columns[i] = columns[i];
   Dtype weight_dtype = Dtype::f32;
   if (!weight.is_none()) read_dtype(weight.ptr(), weight_dtype);
   const LossArgs args{static_cast<Reduction>(reduction),
@@ -95,7 +95,10 @@ int64_t residual(const py::object& pred, const py::object& y, const py::object& 
                       address_or_null(upstream),
                       only_if_scaled,
                       address_or_null(per_sample),
-                      address_or_null(loss)};
+                      address_or_null(loss),
+                      columns[3],
+                      {columns[4], columns[5]},
+                      address_or_null(also)};
   const Scratch scratch{static_cast<double*>(address_or_null(sums)), static_cast<uint32_t*>(address_or_null(counter))};
   const Queue q = queue_of(pred.ptr());
   const int64_t bad = q.device < 0 ? bad_level(a.table, a.batch.B) : kNoBadLevel;
@@ -156,10 +159,10 @@ void gaussian_grad(const py::object& mu, const py::object& log_var, const py::ob
   run(q, a.batch, &Api::gaussian_grad, a, q);
 }
 
-// out: (B, D) int64 words.
-void bits(const py::object& noise, bool raw, const py::object& out) {
+// out: (B, D) int64 words, scaled to [0, below).
+void bits(const py::object& noise, bool raw, uint64_t below, const py::object& out) {
   const Operands operands(out.ptr(), {out.ptr()}, true);
-  const BitsArgs a{operands.batch, read_noise(noise.ptr(), raw), static_cast<int64_t*>(address(out.ptr()))};
+  const BitsArgs a{operands.batch, read_noise(noise.ptr(), raw), static_cast<int64_t*>(address(out.ptr())), below};
   const Queue q = queue_of(out.ptr());
   run(q, a.batch, &Api::bits, a, q);
 }

@@ -39,7 +39,9 @@ struct TorchState {
   }
 };
 
-bool g_plain = true;
+// Who launches a device's plain calls: True, this module; a Python module with plain_affine and plain_loss; None: there
+// are none.
+PyObject *g_on_cpu = Py_True, *g_on_gpu = Py_True;
 bool g_pretend_gpu = false;
 
 bool asks_true(PyObject* function) { return is_true(Owned(PyObject_CallNoArgs(function))); }
@@ -81,13 +83,14 @@ class PlainCall {
  protected:
   bool read_first(PyObject* x) {
     const TorchState& torch = TorchState::get();
-    if (!g_plain || !nothing_around(torch)) return false;
+    if (!nothing_around(torch)) return false;
     x_ = x;
     if (!is_dense_float(x_)) return false;
     dtype_.emplace(attribute(x_, names().dtype).release());
     if (!is_compute_dtype(dtype_->get(), batch_.dtype)) return false;
     device_ = device_number(x_);
-    if (!is_of_its_kind(x_) || (device_ >= 0 && !cuda_api())) return false;
+    launcher_ = device_ < 0 ? g_on_cpu : g_on_gpu;
+    if (launcher_ == Py_None || !is_of_its_kind(x_) || (is_ours() && device_ >= 0 && !cuda_api())) return false;
     shape_.emplace(attribute(x_, names().shape).release());
     const Py_ssize_t ndim = PyTuple_GET_SIZE(shape_->get());
     if (!ndim) return false;
@@ -97,12 +100,20 @@ class PlainCall {
     return batch_.B && batch_.D;
   }
 
+  bool is_ours() const { return launcher_ == Py_True; }
+
+  void* place_of(PyObject* t) {
+    void* place = address(t);
+    places_ |= reinterpret_cast<uintptr_t>(place);
+    return place;
+  }
+
   // None, or a tensor like the first.
-  bool read_another(PyObject* t, Operand& operand) const {
+  bool read_another(PyObject* t, Operand& operand) {
     if (t == Py_None) return true;
     if (!is_dense_float(t) || attribute(t, names().dtype).get() != dtype_->get() || !is_on_device(t) || !has_shape_of_first(t) || wants_grad(t))
       return false;
-    operand.data = address(t);
+    operand.data = place_of(t);
     return true;
   }
 
@@ -134,11 +145,52 @@ class PlainCall {
     return true;
   }
 
+  // source: a Level whose schedule has a table of that name, or without a name a table of one row or of one for each
+  // sample.
+  bool read_source(PyObject* name, PyObject* source, Table& read) {
+    if (name == Py_None) {
+      if (wants_grad(source)) return false;
+      table_ = source;
+      read = read_table(source, Py_None);
+      return true;
+    }
+    const Owned schedule = attribute(source, names().schedule);
+    if (schedule.get() == Py_None) return false;
+    const Owned tables = attribute(schedule.get(), names().tables), device = attribute(x_, names().device);
+    const Owned place(PyTuple_Pack(3, name, compute_dtype(), device.get()));
+    table_ = PyDict_GetItemWithError(tables.get(), place.get());
+    if (!table_) {
+      if (PyErr_Occurred()) throw PythonError();
+      return false;  // not made yet
+    }
+    index_.emplace(attribute(source, names().t).release());
+    PyObject* t = index_->get();
+    if (PyLong_Check(t)) {
+      read = read_table(table_, Py_None);
+      const int64_t size = batch_.dtype == Dtype::f64 ? sizeof(double) : sizeof(float);
+      read.data = static_cast<const char*>(read.data) + PyLong_AsLongLong(t) * read.columns * size;
+      read.rows = 1;
+      return true;
+    }
+    if (!is_of_samples(t)) return false;
+    read = read_table(table_, t);
+    return device_ >= 0 || bad_level(read, batch_.B) < 0;
+  }
+
   PyObject* compute_dtype() const { return batch_.dtype == Dtype::f64 ? dae::torch().f64 : dae::torch().f32; }
 
   PyObject* empty_like_first() const {
     PyObject* const given[] = {x_};
     return PyObject_Vectorcall(TorchState::get().empty_like, given, 1, nullptr);
+  }
+
+  PyObject* index() const { return index_ ? index_->get() : Py_None; }
+
+  // launcher.name(aligned, shape, dtype, *arguments); aligned: every tensor lies on 16 bytes.
+  template <class... Arguments>
+  void launch_elsewhere(PyObject* name, Arguments... arguments) const {
+    PyObject* const given[] = {launcher_, places_ % 16 ? Py_False : Py_True, shape_->get(), dtype_->get(), arguments...};
+    const Owned nothing(PyObject_VectorcallMethod(name, given, sizeof...(arguments) + 4, nullptr));
   }
 
   // Without the GIL where it takes long; raises what went wrong.
@@ -159,16 +211,17 @@ class PlainCall {
     throw PythonError();
   }
 
-  PyObject* x_ = nullptr;
+  PyObject *x_ = nullptr, *table_ = nullptr;
   Batch batch_{};
   int64_t device_ = -1;
 
  private:
-  std::optional<Owned> dtype_, shape_;  // of x
+  PyObject* launcher_ = Py_None;
+  uintptr_t places_ = 0;                        // of all tensors, or-ed
+  std::optional<Owned> dtype_, shape_, index_;  // of x, and of the table's rows
 };
 
-// (columns, x, y, z, noise, name, source); source is a Level whose schedule has a table of that name, or without
-// a name a table of one row or of one for each sample. The result is a new tensor.
+// (columns, x, y, z, noise, name, source); name and source as in read_source. The result is a new tensor.
 class PlainAffine : PlainCall {
  public:
   static constexpr Py_ssize_t kArguments = 7;
@@ -179,7 +232,7 @@ class PlainAffine : PlainCall {
     AffineArgs args{};
     for (int i = 0; i < 8; ++i)
       args.columns[i] = i < 3 ? static_cast<int>(PyLong_AsLong(PyTuple_GET_ITEM(a[0], i))) : kAbsent;
-    args.x.data = address(a[1]);
+    args.x.data = place_of(a[1]);
     if (!read_another(a[2], args.y) || !read_another(a[3], args.z) || !read_its_noise(a[4], args.noise) ||
         !read_source(a[5], a[6], args.table))
       return Py_NewRef(Py_None);
@@ -188,75 +241,70 @@ class PlainAffine : PlainCall {
     for (int k = 0; k < 3; ++k)  // checked, and not read
       if (args.columns[k] == kAbsent) operands[k]->data = nullptr;
     Owned out(empty_like_first());
-    args.out.data = address(out.get());
-    launch([&](const Api& api, Queue queue) { return api.affine(args, queue); });
+    args.out.data = place_of(out.get());
+    if (is_ours())
+      launch([&](const Api& api, Queue queue) { return api.affine(args, queue); });
+    else
+      launch_elsewhere(names().plain_affine, a[0], a[1], a[2], a[3], a[4], table_, index(), out.get());
     return out.release();
-  }
-
- private:
-  bool read_source(PyObject* name, PyObject* source, Table& read) const {
-    if (name == Py_None) {
-      if (wants_grad(source)) return false;
-      read = read_table(source, Py_None);
-      return true;
-    }
-    const Owned schedule = attribute(source, names().schedule);
-    if (schedule.get() == Py_None) return false;
-    const Owned tables = attribute(schedule.get(), names().tables), device = attribute(x_, names().device);
-    const Owned place(PyTuple_Pack(3, name, compute_dtype(), device.get()));
-    PyObject* table = PyDict_GetItemWithError(tables.get(), place.get());
-    if (!table) {
-      if (PyErr_Occurred()) throw PythonError();
-      return false;  // not made yet
-    }
-    const Owned t = attribute(source, names().t);
-    if (PyLong_Check(t.get())) {
-      read = read_table(table, Py_None);
-      const int64_t size = batch_.dtype == Dtype::f64 ? sizeof(double) : sizeof(float);
-      read.data = static_cast<const char*>(read.data) + to_int(t) * read.columns * size;
-      read.rows = 1;
-      return true;
-    }
-    if (!is_of_samples(t.get())) return false;
-    read = read_table(table, t.get());
-    return device_ >= 0 || bad_level(read, batch_.B) < 0;
   }
 };
 
-// (pred, z, noise, table, reduction, scratch): the loss of pred against z or noise, without weights or mask. The
-// result is (loss, its gradient or None if pred wants none). scratch(pred) is what a GPU's reduction needs.
+// (pred, y, z, noise, columns, kind, reduction, name, source, scratch): the loss of pred against y and z or noise,
+// without a mask or further weights; columns as in bind.cpp's residual. The result is (loss, its gradient or None if
+// pred wants none, `also` or None without its columns). scratch(pred) is what a GPU's reduction needs.
 class PlainLoss : PlainCall {
  public:
-  static constexpr Py_ssize_t kArguments = 6;
+  static constexpr Py_ssize_t kArguments = 10;
   static constexpr const char* kName = "plain_loss";
 
   PyObject* run(PyObject* const* a) {
     ResidualArgs args{};
-    if (!read_first(a[0]) || !read_another(a[1], args.z) || !read_its_noise(a[2], args.noise))
+    if (!read_first(a[0]) || !read_another(a[1], args.y) || !read_another(a[2], args.z) ||
+        !read_its_noise(a[3], args.noise) || !read_source(a[7], a[8], args.table))
       return Py_NewRef(Py_None);
     const bool wanted = wants_grad(a[0]);
     if (wanted && batch_.dtype == Dtype::f16) return Py_NewRef(Py_None);  // its scale is not known yet
     args.batch = batch_;
-    args.pred.data = address(a[0]);
-    args.table = read_table(a[3], Py_None);
-    args.columns[0] = 1, args.columns[1] = 2, args.columns[2] = kAbsent;
+    args.pred.data = place_of(a[0]);
+    int columns[6];
+    for (int i = 0; i < 6; ++i) columns[i] = static_cast<int>(PyLong_AsLong(PyTuple_GET_ITEM(a[4], i)));
+    for (int i = 0; i < 3; ++i) args.columns[i] = columns[i];
+    PyObject* const y = columns[0] == kAbsent ? Py_None : a[1];  // checked, and not read
+    if (y == Py_None) args.y.data = nullptr;
+    args.penalty = static_cast<Penalty>(PyLong_AsLong(a[5]));
 
-    const Owned scalar(PyTuple_New(0));
-    const Owned loss(PyObject_CallMethodOneArg(a[3], names().new_empty, scalar.get()));
+    const Owned loss(new_empty(PyTuple_New(0)));
     const Owned grad(wanted ? empty_like_first() : Py_NewRef(Py_None));
-    if (wanted) args.grad.data = address(grad.get());
-    LossArgs of_loss{};
-    of_loss.reduction = static_cast<Reduction>(PyLong_AsLong(a[4]));
-    of_loss.loss = address(loss.get());
-    std::optional<Owned> scratch;  // until the kernel is launched
-    Scratch room;
-    if (device_ >= 0 || g_pretend_gpu) {
-      scratch.emplace(PyObject_CallOneArg(a[5], x_));
-      room = {static_cast<double*>(address(PyTuple_GET_ITEM(scratch->get(), 0))),
-              static_cast<uint32_t*>(address(PyTuple_GET_ITEM(scratch->get(), 1)))};
+    const Owned also(columns[4] == kAbsent ? Py_NewRef(Py_None) : new_empty(Py_BuildValue("(i)", 2)));
+    if (wanted) args.grad.data = place_of(grad.get());
+    if (!is_ours()) {
+      launch_elsewhere(names().plain_loss, a[0], y, a[2], a[3], a[4], a[5], a[6], table_, index(), loss.get(),
+                       grad.get(), also.get());
+    } else {
+      LossArgs of_loss{};
+      of_loss.reduction = static_cast<Reduction>(PyLong_AsLong(a[6]));
+      of_loss.loss = address(loss.get());
+      of_loss.weight_column = columns[3];
+      of_loss.also_columns[0] = columns[4], of_loss.also_columns[1] = columns[5];
+      if (also.get() != Py_None) of_loss.also = address(also.get());
+      std::optional<Owned> scratch;  // until the kernel is launched
+      Scratch room;
+      if (device_ >= 0 || g_pretend_gpu) {
+        scratch.emplace(PyObject_CallOneArg(a[9], x_));
+        room = {static_cast<double*>(address(PyTuple_GET_ITEM(scratch->get(), 0))),
+                static_cast<uint32_t*>(address(PyTuple_GET_ITEM(scratch->get(), 1)))};
+      }
+      launch([&](const Api& api, Queue queue) { return api.residual(args, of_loss, room, queue); });
     }
-    launch([&](const Api& api, Queue queue) { return api.residual(args, of_loss, room, queue); });
-    return PyTuple_Pack(2, loss.get(), grad.get());
+    return PyTuple_Pack(3, loss.get(), grad.get(), also.get());
+  }
+
+ private:
+  // Of the table's dtype and device, in `shape`, which is taken over.
+  PyObject* new_empty(PyObject* shape) const {
+    const Owned owned(shape);
+    return PyObject_CallMethodOneArg(table_, names().new_empty, owned.get());
   }
 };
 
@@ -271,15 +319,19 @@ PyObject* plain(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   }
 }
 
-template <class Call>
-PyMethodDef plain_method() {
-  PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t) = plain<Call>;
-  return {Call::kName, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL,
-          "None where the call is not plain: gradients, strides, modes, or bad input."};
+PyMethodDef method(const char* name, PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t), const char* doc) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, doc};
 }
 
-PyObject* use_plain(PyObject*, PyObject* yes) {
-  g_plain = yes == Py_True;
+template <class Call>
+PyMethodDef plain_method() {
+  return method(Call::kName, plain<Call>, "None where the call is not plain: gradients, strides, modes, or bad input.");
+}
+
+PyObject* use_plain(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 2) return PyErr_Format(PyExc_TypeError, "use_plain takes 2 arguments");
+  PyObject** const launchers[] = {&g_on_cpu, &g_on_gpu};
+  for (int k = 0; k < 2; ++k) *launchers[k] = Py_NewRef(arguments[k]);  // modules, which stay
   Py_RETURN_NONE;
 }
 
@@ -291,7 +343,7 @@ PyObject* pretend_gpu(PyObject*, PyObject* yes) {
 PyMethodDef g_methods[] = {
     plain_method<PlainAffine>(),
     plain_method<PlainLoss>(),
-    {"use_plain", use_plain, METH_O, "Whether plain calls are taken at all."},
+    method("use_plain", use_plain, "Who launches plain calls on the CPU, and on a GPU."),
     {"pretend_gpu", pretend_gpu, METH_O, "Sends CPU tensors to a CUDA library that was compiled for the CPU, to test it."},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -21,7 +21,8 @@ const Names& names() {
       intern("data_ptr"),   intern("dtype"),         intern("shape"),  intern("stride"),     intern("device"),
       intern("is_contiguous"), intern("is_cpu"),     intern("is_cuda"), intern("get_device"), intern("requires_grad"),
       intern("is_neg"),     intern("new_empty"),     intern("_seed"),         intern("_offset"), intern("_key_tensor"), intern("_sample"),
-      intern("_first_sample"), intern("_schedule"),  intern("_t"),     intern("_tables")};
+      intern("_first_sample"), intern("_schedule"),  intern("_t"),     intern("_tables"),
+      intern("plain_affine"),  intern("plain_loss")};
   return known;
 }
 

@@ -43,6 +43,7 @@ struct Names {
       *is_neg, *new_empty;
   PyObject *seed, *offset, *key_tensor, *sample, *first_sample;  // of a Noise
   PyObject *schedule, *t, *tables;                               // of a Level and its Schedule
+  PyObject *plain_affine, *plain_loss;                           // of a backend in Python
 };
 const Names& names();
 

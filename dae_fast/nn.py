@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .backends.reference import compute_dtype
 from .continuous import ContinuousSchedule
@@ -14,13 +15,14 @@ from .level import Level, can_read
 from .noise import Noise
 from .ops.affine import ABSENT, affine
 from .ops.checks import like, noise_for, promote, samples
-from .ops.denoising import AnyNoise, against_target, target_coefficients
+from .ops.denoising import AnyNoise, LossColumns, against_target, plain_against_target, plan
 from .ops.levels import look_up, rows_for
 from .ops.loss import Selecting, check, check_level_weight, loss_mask, loss_weight
 from .ops.noising import add_noise
-from .ops.parameterisation import EDM, Parameterisation, check_name, errors
+from .ops.parameterisation import EDM, Parameterisation, check_name
+from .ops.residual import Looked
 from .ops.structured import StructuredNoise
-from .ops.weighting import Weight, check_weighting, weight_for
+from .ops.weighting import Weight, Weighting, check_weighting, weight_for
 from .rows import Rows, table_of
 from .schedule import Schedule
 
@@ -56,8 +58,7 @@ class DenoisingLoss(torch.nn.Module):
         check_name(op, "predict", predict)
         if isinstance(weighting, Tensor):
             raise TypeError(f"{op}: weighting must be no tensor; give level_weight, or weight with the batch")
-        if weighting is not None and weighting != "uniform":
-            check_weighting(op, weighting)
+        named = None if weighting is None or weighting == "uniform" else check_weighting(op, weighting)
         if level_weight is not None:
             if not isinstance(schedule, Schedule):
                 raise ValueError(f"{op}: level_weight needs a Schedule, whose levels are counted")
@@ -66,9 +67,11 @@ class DenoisingLoss(torch.nn.Module):
         self.predict = predict
         self.weighting = weighting
         self.register_buffer("level_weight", level_weight)
+        columns = LossColumns(predict, named if isinstance(named, Weighting) else None, errors=True)
+        # Of a plain call; None where the weight is no column.
+        self._plan = plan(columns) if named is None or isinstance(named, Weighting) else None
         if isinstance(schedule, Schedule):
-            for key, made in (("target", target_coefficients(predict)), ("errors from", errors(predict))):
-                table_of(schedule, op, f"{key} {predict}", made, torch.float32, torch.device("cpu"))
+            table_of(schedule, op, columns.name, columns.coefficients, torch.float32, torch.device("cpu"))
 
     def draw_levels(self, noise: Noise, x0: Tensor) -> Tensor:
         """(B,) schedule.draw: int64 levels or float32 times, a function of the noise's key and sample ids."""
@@ -95,7 +98,7 @@ class DenoisingLoss(torch.nn.Module):
         "x0_mse", unweighted and without; scalars, fp32 (fp64 for fp64)
         Raises ValueError on a shape mismatch, a level outside the schedule or an empty batch.
         """
-        op, predict = "DenoisingLoss", self.predict
+        op = "DenoisingLoss"
         samples(op, "x0", x0)
         if not isinstance(noise, StructuredNoise):
             noise_for(op, noise, x0, "x0")
@@ -110,15 +113,34 @@ class DenoisingLoss(torch.nn.Module):
         assert isinstance(x_t, Tensor)
         pred = net(x_t, t, **net_arguments)
         like(op, "the network's output", pred, "x0", x0)
+        looked = None
+        if weight is None and self.level_weight is None and mask is None and not is_compiling():
+            looked = plain_against_target(op, pred, x0, noise, level, self._plan, "mean") if self._plan else None
+        if looked is None:
+            looked = self._looked(op, pred, x0, noise, level, weight, mask)
+        loss, errors = looked
+        assert errors is not None
+        noise_mse, x0_mse = errors.unbind()
+        return {"loss": loss, "noise_mse": noise_mse, "x0_mse": x0_mse}
+
+    def _looked(
+        self,
+        op: str,
+        pred: Tensor,
+        x0: Tensor,
+        noise: AnyNoise,
+        level: Level,
+        weight: Tensor | None,
+        mask: Tensor | Selecting | None,
+    ) -> Looked:
         w = loss_weight(op, pred, level, weight, self.level_weight)
-        by_level = weight_for(op, self.weighting, level, pred, predict)
+        weighting, by_level = weight_for(op, self.weighting, level, pred, self.predict)
         if by_level is not None:
             w = by_level if w is None else w * by_level
+        columns = LossColumns(self.predict, weighting, errors=True)
         chosen, how = loss_mask(op, pred, mask), check(op, pred, "mean")
-        loss, mse = against_target(op, pred, x0, noise, level, predict, w, chosen, how)
-        rows = rows_for(op, level, ("errors from", predict), errors(predict), mse, mse.dtype)
-        noise_mse, x0_mse = (mse @ look_up(op, rows) / mse.shape[0]).unbind()
-        return {"loss": loss, "noise_mse": noise_mse, "x0_mse": x0_mse}
+        loss, _, errors = against_target(op, pred, x0, noise, level, columns, w, chosen, how)
+        return loss, errors
 
 
 class EDMPreconditioner(torch.nn.Module):

@@ -157,12 +157,15 @@ class Noise:
         """
         return fill("normal", self, tuple(shape), dtype, torch.device(device))
 
-    def bits(self, shape: Sequence[int], *, device: torch.device | str = "cpu") -> Tensor:
+    def bits(self, shape: Sequence[int], *, below: int = 2**32, device: torch.device | str = "cpu") -> Tensor:
         """The words behind the noise, int64 in [0, 2**32): element i of row b is word i of its stream.
 
+        below: in [1, 2**32]: word w becomes floor(w * below / 2**32), uniform in [0, below) to below / 2**32
         Use a key of their own (fold_in a tag) for decisions that must not depend on the normals.
         """
-        return fill("bits", self, tuple(shape), torch.int64, torch.device(device))
+        if not 1 <= below <= 2**32:
+            raise ValueError(f"bits: below must be in [1, 2**32], got {below}")
+        return fill("bits", self, tuple(shape), torch.int64, torch.device(device), below)
 
     def __repr__(self) -> str:
         ids = f", sample={tuple(self._sample.shape)}" if self._sample is not None else ""
@@ -183,7 +186,9 @@ def _fold(noise: Noise, data: Tensor | int) -> Tensor:
     return torch.ops.dae_fast.fold_in(noise._as_tensor().to(place.device), data)
 
 
-def fill(op: str, noise: Noise, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def fill(
+    op: str, noise: Noise, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, below: int = 2**32
+) -> Tensor:
     """`shape` full of the noise's normals or words."""
     if not shape or any(n < 0 for n in shape):
         raise ValueError(f"{op}: shape must be (B, ...), got {shape}")
@@ -196,8 +201,9 @@ def fill(op: str, noise: Noise, shape: tuple[int, ...], dtype: torch.dtype, devi
     way = route(op, place, noise._key_tensor, noise._sample)
     if way is not Route.DISPATCHER:
         module = reference if way is Route.REFERENCE else kernels(place, op)
-        values = module.words(noise, B, D, device) if op == "bits" else module.normal(noise, B, D, dtype, device)
-        return values.reshape(shape)
+        if op == "bits":
+            return module.words(noise, B, D, device, below=below).reshape(shape)
+        return module.normal(noise, B, D, dtype, device).reshape(shape)
     key, sample = noise._as_tensor().to(device), noise._sample
-    flat: Tensor = torch.ops.dae_fast.fill(op, key, sample, noise._first_sample, B, D, dtype)
+    flat: Tensor = torch.ops.dae_fast.fill(op, key, sample, noise._first_sample, B, D, dtype, below)
     return flat.reshape(shape)

@@ -193,8 +193,7 @@ class Schedule:
         Entry b is floor(w T / 2^32), w word 0 of sample b in the stream noise.fold_in(LEVEL_TAG).
         Raises TypeError unless noise is a Noise, ValueError where its sample ids are not (B,).
         """
-        words = level_stream(f"{self._name}.draw", noise).bits((B,), device=device)
-        return (words * len(self)) >> 32
+        return level_stream(f"{self._name}.draw", noise).bits((B,), below=len(self), device=device)
 
     @property
     def variance_preserving(self) -> bool:

@@ -432,7 +432,10 @@ static void bits(const BitsArgs& a, int64_t unit_begin, int64_t unit_end) {
   const Cut cut(a.batch.B, a.batch.D);
   for (int64_t u = unit_begin; u < unit_end; ++u) {
     const Unit unit = unit_at(a.batch, cut, u);
-    generate<ToWord<int64_t>>(a.noise, unit, a.out + unit.row * a.batch.D + unit.begin);
+    int64_t* out = a.out + unit.row * a.batch.D + unit.begin;
+    generate<ToWord<int64_t>>(a.noise, unit, out);
+    if (a.below >> 32) continue;
+    for (int64_t i = 0; i < unit.count(); ++i) out[i] = a.scaled(static_cast<uint32_t>(out[i]));
   }
 }
 

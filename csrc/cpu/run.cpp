@@ -41,30 +41,33 @@ const char* affine(const AffineArgs& a, Queue) {
 template <class R>
 void finish_loss(const std::vector<double>& sums, const ResidualArgs& a, const LossArgs& loss) {
   const int64_t B = a.batch.B;
-  double total = 0;
+  double total = 0, also[2] = {0, 0};
   sum_rows(sums, B, [&](int64_t b, double sum) {
     const double mean = row_mean(sum, loss.kept_of(b, a.batch.D));
-    total += loss_term(loss.weight_of(b), sum, mean, loss.reduction);
+    total += loss_term(loss.weight_of<R>(a.table, b), sum, mean, loss.reduction);
+    for (int k = 0; k < 2; ++k) also[k] += mean * static_cast<double>(coefficient<R>(a.table, b, loss.also_columns[k]));
     if (loss.per_sample) static_cast<R*>(loss.per_sample)[b] = static_cast<R>(mean);
   });
-  if (loss.reduction == Reduction::mean) total /= static_cast<double>(B);
-  if (loss.loss) *static_cast<R*>(loss.loss) = static_cast<R>(total);
+  const double count = static_cast<double>(B);
+  if (loss.loss) *static_cast<R*>(loss.loss) = static_cast<R>(loss.reduction == Reduction::mean ? total / count : total);
+  for (int k = 0; loss.also && k < 2; ++k) static_cast<R*>(loss.also)[k] = static_cast<R>(also[k] / count);
+}
+
+template <class R>
+void residual_as(const ResidualArgs& a, const LossArgs& loss) {
+  const int64_t B = a.batch.B, D = a.batch.D;
+  const double upstream = loss.upstream_as<R>();
+  if (loss.only_if_scaled && upstream == 1) return;
+  std::vector<double> scale(B), sums(B * Cut(B, D).segments_per_row);
+  for (int64_t b = 0; b < B; ++b)
+    scale[b] = gradient_scale(loss.weight_of<R>(a.table, b), upstream, loss.kept_of(b, D), loss.reduction, B);
+  ResidualWork work{a, scale.data(), sums.data()};
+  launch(isa().kernels->residual, work, kNsResidual + of_noise(a.noise) + of_noise(a.choice.noise));
+  finish_loss<R>(sums, a, loss);
 }
 
 const char* residual(const ResidualArgs& a, const LossArgs& loss, Scratch, Queue) {
-  const int64_t B = a.batch.B, D = a.batch.D;
-  const bool wide = a.batch.dtype == Dtype::f64;
-  const double upstream = wide ? loss.upstream_as<double>() : loss.upstream_as<float>();
-  if (loss.only_if_scaled && upstream == 1) return nullptr;
-  std::vector<double> scale(B), sums(B * Cut(B, D).segments_per_row);
-  for (int64_t b = 0; b < B; ++b)
-    scale[b] = gradient_scale(loss.weight_of(b), upstream, loss.kept_of(b, D), loss.reduction, B);
-  ResidualWork work{a, scale.data(), sums.data()};
-  launch(isa().kernels->residual, work, kNsResidual + of_noise(a.noise) + of_noise(a.choice.noise));
-  if (wide)
-    finish_loss<double>(sums, a, loss);
-  else
-    finish_loss<float>(sums, a, loss);
+  a.batch.dtype == Dtype::f64 ? residual_as<double>(a, loss) : residual_as<float>(a, loss);
   return nullptr;
 }
 

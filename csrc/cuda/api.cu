@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kThreads) bits_kernel(const __grid_constant__ 
   int64_t* out = a.out + row * a.batch.D;
 #pragma unroll
   for (int k = 0; k < 4; ++k)
-    if (4 * block + k < a.batch.D) out[4 * block + k] = b.r[k];
+    if (4 * block + k < a.batch.D) out[4 * block + k] = a.scaled(b.r[k]);
 }
 
 const char* bits(const BitsArgs& a, Queue queue) {

@@ -233,16 +233,4 @@ __device__ __forceinline__ void normals(Key key, int64_t element, float (&z)[N])
   }
 }
 
-// Column `column` of row b; NaN where the level lies outside the table.
-template <class R>
-__device__ __forceinline__ R coefficient(const Table& table, int64_t b, int column) {
-  if (column == kAbsent) return R(0);
-  int64_t i = table.rows == 1 ? 0 : b;
-  if (table.index) {
-    i = table.index_is_int64 ? static_cast<const int64_t*>(table.index)[b] : static_cast<const int32_t*>(table.index)[b];
-    if (i < 0 || i >= table.rows) return static_cast<R>(bits_as<float>(0x7fc00000u));
-  }
-  return static_cast<const R*>(table.data)[i * table.columns + column];
-}
-
 }  // namespace dae::cuda

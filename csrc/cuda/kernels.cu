@@ -184,18 +184,27 @@ struct ResidualParams : Rows {
 
 // The last thread block: means of the samples, and the loss.
 __device__ __forceinline__ void finish_loss(const ResidualParams& p) {
-  double total = 0;
+  double total = 0, also[2] = {0, 0};
   sum_rows(
       p.cut.B, p.cut.segments_per_row, [&](int64_t i) { return read_sum(p.scratch.sums, i); },
       [&](int64_t row, double sum) {
         const double mean = row_mean(sum, p.loss.kept_of(row, p.cut.D));
         if (p.loss.per_sample) static_cast<R*>(p.loss.per_sample)[row] = static_cast<R>(mean);
-        total += loss_term(p.loss.weight_of(row), sum, mean, p.loss.reduction);
+        total += loss_term(p.loss.weight_of<R>(p.table, row), sum, mean, p.loss.reduction);
+#pragma unroll
+        for (int k = 0; k < 2; ++k)
+          also[k] += mean * static_cast<double>(coefficient<R>(p.table, row, p.loss.also_columns[k]));
       });
+  const double count = static_cast<double>(p.cut.B);
   total = block_sum(total);
   if (p.loss.loss && threadIdx.x == 0)
-    *static_cast<R*>(p.loss.loss) =
-        static_cast<R>(p.loss.reduction == Reduction::mean ? total / static_cast<double>(p.cut.B) : total);
+    *static_cast<R*>(p.loss.loss) = static_cast<R>(p.loss.reduction == Reduction::mean ? total / count : total);
+  if (!p.loss.also) return;
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    also[k] = block_sum(also[k]);
+    if (threadIdx.x == 0) static_cast<R*>(p.loss.also)[k] = static_cast<R>(also[k] / count);
+  }
 }
 
 // The sum of rho over a group's residuals, which become rho'(r) / 2.
@@ -254,7 +263,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 && kInputs == kAnyInp
   prepare_coefficients(p, unit, p.columns, coefficients);
   if (access.has(kGrad))
     for (int r = threadIdx.x; r < unit.rows; r += kThreads)
-      scales[r] = static_cast<R>(gradient_scale(p.loss.weight_of(unit.row + r), p.loss.upstream_as<R>(),
+      scales[r] = static_cast<R>(gradient_scale(p.loss.weight_of<R>(p.table, unit.row + r), p.loss.upstream_as<R>(),
                                                 p.loss.kept_of(unit.row + r, p.cut.D), p.loss.reduction, p.cut.B));
   if constexpr (kFresh || kGeneral)
     if (fresh) prepare_keys(p.noise, unit, keys);

@@ -20,6 +20,7 @@ from . import reference
 NAMES = ("reference", "native", "triton")
 _loaded: dict[str, tuple[ModuleType | None, str]] = {}
 _forced: str | None = None
+_default: dict[str, str] = {}
 
 
 def _load(name: str) -> tuple[ModuleType | None, str]:
@@ -31,6 +32,7 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
             _loaded[name] = (None, missing) if missing else (module, "")
         except ImportError as error:
             _loaded[name] = None, str(error)
+        _choose_launchers()
     return _loaded[name]
 
 
@@ -139,8 +141,23 @@ def use_backend(name: str | None) -> _Choice:
 def _force(name: str | None) -> None:
     global _forced
     _forced = name
-    if not missing("native"):
-        module("native").use_plain(name in (None, "native"))
+    _choose_launchers()
+
+
+def _choose_launchers() -> None:
+    """Tells the native core, which recognises plain calls on every device, what launches them there."""
+    native, _ = _loaded.get("native", (None, ""))
+    if native is not None:
+        native.use_plain(*(_launcher(torch.device(kind)) for kind in ("cpu", "cuda")))
+
+
+def _launcher(device: torch.device) -> Any:
+    """As csrc/plain.cpp takes it: True, the core itself; a backend; None: no call is plain."""
+    name = _forced or default_name(device.type)
+    if name == "native":
+        return True
+    module, _ = _loaded.get(name, (None, ""))
+    return module if name == "triton" and module is not None and module.supports(device) else None
 
 
 def backend_names() -> tuple[str, ...]:
@@ -149,3 +166,4 @@ def backend_names() -> tuple[str, ...]:
 
 
 _default = _defaults()
+_choose_launchers()

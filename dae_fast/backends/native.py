@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .reference import compute_dtype, raise_bad_level
+from .reference import columns_of_residual, compute_dtype, raise_bad_level
 from .tickets import workspace
 
 try:
@@ -24,6 +24,7 @@ except ImportError as error:
     raise ImportError(build_error("native") or f"the extension module did not load: {error}") from error
 
 if TYPE_CHECKING:
+    from ..level import Level
     from ..noise import Noise
     from ..ops.residual import Drawn
 
@@ -94,10 +95,21 @@ def _walkable(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 
 def plain_loss(
-    pred: Tensor, z: Tensor | None, noise: Noise | None, table: Tensor, reduction: int
-) -> tuple[Tensor, Tensor | None] | None:
-    """(loss, gradient of pred or None) of a plain call with table (1, n1, n2); None for everything else."""
-    return _core.plain_loss(pred, z, noise, table, reduction, _scratch)
+    pred: Tensor,
+    y: Tensor | None,
+    z: Tensor | None,
+    noise: Noise | None,
+    columns: tuple[int, ...],
+    kind: int,
+    reduction: int,
+    name: str | None,
+    source: Tensor | Level,
+) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
+    """(loss, gradient of pred or None, also or None) of a plain call, arguments as in residual; None for all else.
+
+    source: a table of one row or one for each sample; with a name, the level whose schedule has a table of that name.
+    """
+    return _core.plain_loss(pred, y, z, noise, columns, kind, reduction, name, source, _scratch)
 
 
 def _scratch(x: Tensor, columns: int = 1) -> tuple[Tensor | None, Tensor | None]:
@@ -143,7 +155,7 @@ def residual(
     noise: Noise | None,
     table: Tensor,
     index: Tensor | None,
-    columns: tuple[int, int, int],
+    columns: tuple[int, ...],
     mask: Tensor | Drawn | None,
     weight: Tensor | None,
     reduction: int,
@@ -152,10 +164,12 @@ def residual(
     upstream: Tensor | None = None,
     made: Tensor | None = None,
     kind: int = 0,
+    also: Tensor | None = None,
 ) -> tuple[Any, Any, Tensor | None]:
     """One pass over pred: the unweighted mean of each sample, the weighted loss, its gradient.
 
-    columns and kind as in reference.residual.
+    columns and kind as in reference.residual, which knows the first three columns; then may come that of one more
+    factor of the weight, and two whose products with the samples' means are averaged over the batch in `also` (2,).
     weight: (B,). reduction: 0 none, 1 mean, 2 sum. With upstream () only the gradient, times upstream; `made` is
     the one for 1, returned when that is what upstream turns out to be and written anew otherwise.
     """
@@ -182,7 +196,7 @@ def residual(
         noise,
         table,
         index,
-        columns,
+        columns_of_residual(columns),
         kind,
         in_memory,
         mask_noise,
@@ -195,6 +209,7 @@ def residual(
         reduction,
         per_sample,
         loss if want_loss else None,
+        also,
         grad,
         sums,
         counter,
@@ -260,8 +275,8 @@ def normal(noise: Noise, B: int, D: int, dtype: torch.dtype, device: torch.devic
     return affine("normal", None, None, None, noise, one, None, (-1, -1, 0, -1), None, out, not fold)[0]
 
 
-def words(noise: Noise, B: int, D: int, device: torch.device, fold: bool = True) -> Tensor:
-    """(B, D) words, int64 in [0, 2**32)."""
+def words(noise: Noise, B: int, D: int, device: torch.device, fold: bool = True, below: int = 2**32) -> Tensor:
+    """(B, D) words w as floor(w * below / 2^32), int64."""
     out = torch.empty(B, D, dtype=torch.int64, device=device)
-    _core.bits(noise, not fold, out)
+    _core.bits(noise, not fold, below, out)
     return out

@@ -58,8 +58,8 @@ def fold_in(seed: int, offset: int, data: int) -> tuple[int, int]:
     return tuple(w - (w >> 63 << 64) for w in (r0 | r1 << 32, r2 | r3 << 32))  # type: ignore[return-value]
 
 
-def words(noise: Noise, B: int, D: int, device: torch.device, fold: bool = True) -> Tensor:
-    """(B, D) words of the noise; with fold=False every row is the raw stream of the key."""
+def words(noise: Noise, B: int, D: int, device: torch.device, fold: bool = True, below: int = 2**32) -> Tensor:
+    """(B, D) words w of the noise as floor(w * below / 2^32); with fold=False a row is the raw stream of the key."""
     key = noise._as_tensor().to(device)
     seed, offset = key[0].expand(B, 1), key[1].expand(B, 1)
     if fold:
@@ -69,7 +69,8 @@ def words(noise: Noise, B: int, D: int, device: torch.device, fold: bool = True)
         r0, r1, r2, r3 = block_at(key[0], key[1], ids)
         seed, offset = (r0 | r1 << 32)[:, None], (r2 | r3 << 32)[:, None]
     n = torch.arange((D + 3) // 4, device=device)[None, :]
-    return torch.stack(block_at(seed, offset, n), -1).flatten(1)[:, :D]
+    made = torch.stack(block_at(seed, offset, n), -1).flatten(1)[:, :D]
+    return made if below == 2**32 else (made * below) >> 32
 
 
 def normal(noise: Noise, B: int, D: int, dtype: torch.dtype, device: torch.device, fold: bool = True) -> Tensor:
@@ -165,7 +166,7 @@ def residual(
     noise: Noise | None,
     table: Tensor,
     index: Tensor | None,
-    columns: tuple[int, int, int],
+    columns: tuple[int, ...],
     mask: Tensor | None,
     kind: int = 0,
 ) -> tuple[Tensor, Tensor]:
@@ -188,6 +189,11 @@ def residual(
         kept = per_sample_sum(mask).to(compute)
     delta = row_of(rows, columns[2], r) if columns[2] >= 0 else None
     return per_sample_sum(penalty(r, kind, delta)), kept
+
+
+def columns_of_residual(columns: tuple[int, ...]) -> tuple[int, ...]:
+    """All six: of n1, n2, delta; then, absent (-1) where not given, those that a loss reads when it is summed."""
+    return columns + (-1,) * (6 - len(columns))
 
 
 # What a residual costs, rho(r): a kind's place here is its number in the kernels.

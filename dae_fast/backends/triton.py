@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .reference import per_sample_sum
+from .reference import columns_of_residual, per_sample_sum
 from .tickets import workspace
 
 try:
@@ -306,6 +306,25 @@ def _affine_call(
     return _Call(kernels.affine_kernel, device, grid, (dtype, present, index, _strided_ones(layout)), runtime, spec)
 
 
+def plain_affine(
+    aligned: bool,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    columns: tuple[int, ...],
+    x: Tensor,
+    y: Tensor | None,
+    z: Tensor | None,
+    noise: Noise | None,
+    table: Tensor,
+    index: Tensor | int | None,
+    out: Tensor,
+) -> None:
+    """For csrc/plain.cpp, which has checked that the tensors are contiguous. index: an int is of one row for all."""
+    if isinstance(index, int):
+        table, index = table[index : index + 1], None
+    _run_affine(aligned, CONTIGUOUS, shape, dtype, x, y, z, noise, table, index, columns, None, out, None, None)
+
+
 def affine(
     op: str,
     x: Tensor,
@@ -324,7 +343,7 @@ def affine(
         out = torch.empty_like(x)
     out2 = torch.empty_like(x) if len(columns) == 8 else None
     results = (out,) if out2 is None else (out, out2)
-    shape, device = x.shape, x.device
+    shape = x.shape
     if 0 in shape:
         return results
     aligned, layout = _memory((x, y, z, w, out, out2), noise is not None)
@@ -332,10 +351,32 @@ def affine(
         y, z, w = _contiguous(y, z, w)
         made = affine(op, x.contiguous(), y, z, noise, table, index, columns, clamp, w=w)
         return (out.copy_(made[0]), *made[1:])
+    _run_affine(aligned, layout, shape, x.dtype, x, y, z, noise, table, index, columns, clamp, out, out2, w)
+    return results
+
+
+def _run_affine(
+    aligned: bool,
+    layout: Layout,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    x: Tensor,
+    y: Tensor | None,
+    z: Tensor | None,
+    noise: Noise | None,
+    table: Tensor,
+    index: Tensor | None,
+    columns: tuple[int, ...],
+    clamp: tuple[int, int, int, float, float] | None,
+    out: Tensor,
+    out2: Tensor | None,
+    w: Tensor | None,
+) -> None:
+    device = x.device
     seed, offset, key, sample, first = _noise(noise, device)
     call = _affine_call(
         shape,
-        x.dtype,
+        dtype,
         device,
         (y is None, z is None, w is None, key is None, sample is None),
         None if index is None else index.dtype,
@@ -347,7 +388,6 @@ def affine(
         layout,
     )
     _launch(call, (x, y, z, w, out, out2, table, index, seed, offset, key, sample, first))
-    return results
 
 
 @functools.lru_cache(maxsize=4096)
@@ -360,7 +400,7 @@ def _residual_call(
     weight: torch.dtype | None,
     table: tuple[int, int],
     noise: int,
-    columns: tuple[int, int, int],
+    columns: tuple[int, ...],
     kind: int,
     keeps: bool,
     masked: bool,
@@ -378,7 +418,8 @@ def _residual_call(
     # Of the gradient, without what differs from row to row.
     factor = 2.0 / (B if reduction == _MEAN else 1) / (1 if reduction == _SUM or masked else D)
     spec = (
-        (_ABSENT, *columns),
+        (_ABSENT, *columns[:3]),
+        (*columns[3:], _ABSENT),
         kind,
         keeps,
         K,
@@ -397,7 +438,8 @@ def _residual_call(
     types = dtype, present, index, weight, want_loss, want_grad, _strided_ones(layout)
     parts = 0
     if want_loss or not (want_grad or one_tile):
-        parts = -(-B // ROWS) if one_tile else B * grid[0]
+        # Of one tile: a sum of each program, and two more for `also`.
+        parts = -(-B // ROWS) * (1 if columns[4] == _ABSENT else 3) if one_tile else B * grid[0]
     runtime = levels, _bits(factor), B, D, steps, sizes, *strides[:5]
     return _Call(kernels.residual_kernel, device, grid, types, runtime, spec, parts)
 
@@ -410,7 +452,7 @@ def residual(
     noise: Noise | None,
     table: Tensor,
     index: Tensor | None,
-    columns: tuple[int, int, int],
+    columns: tuple[int, ...],
     mask: Tensor | Drawn | None,
     weight: Tensor | None,
     reduction: int,
@@ -419,10 +461,11 @@ def residual(
     upstream: Tensor | None = None,
     made: Tensor | None = None,
     kind: int = 0,
+    also: Tensor | None = None,
 ) -> tuple[Any, Any, Tensor | None]:
     """One pass over pred: the unweighted mean of each sample, the weighted loss, its gradient.
 
-    columns and kind as in reference.residual. weight: (B,) fp32 or fp64. reduction: 0 none, 1 mean, 2 sum.
+    columns, kind and also as in native.residual. weight: (B,) fp32 or fp64. reduction: 0 none, 1 mean, 2 sum.
     upstream: () on the device, multiplies the gradient; the kernel reads it. made: the gradient for an
     upstream of 1, left as it is when upstream is 1 and made again in place otherwise.
     None for the means when only the gradient is wanted, and for the loss unless it is wanted.
@@ -431,11 +474,12 @@ def residual(
     shape, device = pred.shape, pred.device
     per_sample = table.new_empty(shape[0]) if want_loss or not want_grad else None
     loss = table.new_empty(()) if want_loss else None
+    columns = columns_of_residual(columns)
     grad = (torch.empty_like(pred) if made is None else made) if want_grad else None
     if made is not None and upstream is None:
         return per_sample, loss, made
     if 0 in shape:
-        for nothing in (per_sample, loss):
+        for nothing in (per_sample, loss, also):
             if nothing is not None:
                 nothing.zero_()
         return per_sample, loss, grad
@@ -462,27 +506,125 @@ def residual(
             upstream,
             dense,
             kind,
+            also,
         )
         return result if made is None or result[2] is None else (*result[:2], made.copy_(result[2]))
-    seed, offset, key, sample, first = _noise(noise, device)
     choice, keeps, kept = _NO_CHOICE, False, None
     if drawn is not None:
         choice, keeps = _choice(drawn.noise, drawn.thresholds, device), drawn.kept
         kept = _count(shape, choice, keeps, device)
     elif stored is not None:
         kept = per_sample_sum(stored)
-    call = _residual_call(
+    _run_residual(
+        aligned,
+        layout,
         shape,
         pred.dtype,
+        pred,
+        y,
+        z,
+        noise,
+        table,
+        index,
+        columns,
+        kind,
+        reduction,
+        grad,
+        loss,
+        also,
+        per_sample,
+        None if weight is None else weight.contiguous(),
+        stored,
+        choice,
+        keeps,
+        kept,
+        upstream,
+        made is not None,
+    )
+    return per_sample, loss, grad
+
+
+def plain_loss(
+    aligned: bool,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    pred: Tensor,
+    y: Tensor | None,
+    z: Tensor | None,
+    noise: Noise | None,
+    columns: tuple[int, ...],
+    kind: int,
+    reduction: int,
+    table: Tensor,
+    index: Tensor | int | None,
+    loss: Tensor,
+    grad: Tensor | None,
+    also: Tensor | None,
+) -> None:
+    """For csrc/plain.cpp, as plain_affine."""
+    if isinstance(index, int):
+        table, index = table[index : index + 1], None
+    _run_residual(
+        aligned,
+        CONTIGUOUS,
+        shape,
+        dtype,
+        pred,
+        y,
+        z,
+        noise,
+        table,
+        index,
+        columns,
+        kind,
+        reduction,
+        grad,
+        loss,
+        also,
+        table.new_empty(shape[0]),
+    )
+
+
+def _run_residual(
+    aligned: bool,
+    layout: Layout,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    pred: Tensor,
+    y: Tensor | None,
+    z: Tensor | None,
+    noise: Noise | None,
+    table: Tensor,
+    index: Tensor | None,
+    columns: tuple[int, ...],
+    kind: int,
+    reduction: int,
+    grad: Tensor | None,
+    loss: Tensor | None,
+    also: Tensor | None,
+    per_sample: Tensor | None,
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    choice: Choice = _NO_CHOICE,
+    keeps: bool = False,
+    kept: Tensor | None = None,
+    upstream: Tensor | None = None,
+    made: bool = False,
+) -> None:
+    device = pred.device
+    seed, offset, key, sample, first = _noise(noise, device)
+    call = _residual_call(
+        shape,
+        dtype,
         device,
         (
             y is None,
             z is None,
-            stored is None,
+            mask is None,
             upstream is None,
             key is None,
             sample is None,
-            drawn is None,
+            choice[5] is None,
             choice[2] is None,
             choice[3] is None,
         ),
@@ -495,39 +637,15 @@ def residual(
         keeps,
         kept is not None,
         reduction,
-        made is not None,
-        want_loss,
-        want_grad,
+        made,
+        loss is not None,
+        grad is not None,
         aligned,
         layout,
     )
     sums, ticket = workspace(device, call.parts) if call.parts else (None, None)
-    _launch(
-        call,
-        (
-            pred,
-            y,
-            z,
-            stored,
-            grad,
-            table,
-            index,
-            None if weight is None else weight.contiguous(),
-            kept,
-            upstream,
-            seed,
-            offset,
-            key,
-            sample,
-            first,
-            *choice,
-            sums,
-            ticket,
-            per_sample,
-            loss,
-        ),
-    )
-    return per_sample, loss, grad
+    streams = pred, y, z, mask, grad, table, index, weight, kept, upstream
+    _launch(call, (*streams, seed, offset, key, sample, first, *choice, sums, ticket, per_sample, loss, also))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -681,19 +799,21 @@ def gaussian_grad(
 
 @functools.lru_cache(maxsize=4096)
 def _fill_call(
-    B: int, D: int, dtype: torch.dtype, device: torch.device, fold: bool, present: tuple[bool, ...]
+    B: int, D: int, dtype: torch.dtype, device: torch.device, fold: bool, present: tuple[bool, ...], below: int
 ) -> _Call:
     V = _LANE[dtype]
     grid, steps, ROWS, LANES = _plan(B, D, V, _STEPS_MAP)
     spec = _FOLDED if fold else _RAW, D % V == 0, ROWS, LANES, V, _NVIDIA
-    return _Call(kernels.fill_kernel, device, grid, (dtype, present), (B, D, steps), spec)
+    return _Call(kernels.fill_kernel, device, grid, (dtype, present), (B, D, steps, below), spec)
 
 
-def _fill(noise: Noise, B: int, D: int, dtype: torch.dtype, device: torch.device | str, fold: bool) -> Tensor:
+def _fill(
+    noise: Noise, B: int, D: int, dtype: torch.dtype, device: torch.device | str, fold: bool, below: int = 2**32
+) -> Tensor:
     out = torch.empty(B, D, dtype=dtype, device=device)
     if out.numel():
         seed, offset, key, sample, first = _noise(noise, out.device)
-        call = _fill_call(B, D, dtype, out.device, fold, (key is None, sample is None))
+        call = _fill_call(B, D, dtype, out.device, fold, (key is None, sample is None), below)
         _launch(call, (out, seed, offset, key, sample, first))
     return out
 
@@ -703,9 +823,9 @@ def normal(noise: Noise, B: int, D: int, dtype: torch.dtype, device: torch.devic
     return _fill(noise, B, D, dtype, device, fold)
 
 
-def words(noise: Noise, B: int, D: int, device: torch.device | str, fold: bool = True) -> Tensor:
-    """(B, D) words, int64 in [0, 2**32)."""
-    return _fill(noise, B, D, torch.int64, device, fold)
+def words(noise: Noise, B: int, D: int, device: torch.device | str, fold: bool = True, below: int = 2**32) -> Tensor:
+    """(B, D) words w as floor(w * below / 2^32), int64."""
+    return _fill(noise, B, D, torch.int64, device, fold, below)
 
 
 def fold_in_tensor(noise: Noise, data: Tensor | int) -> Tensor:

@@ -523,6 +523,7 @@ def residual_kernel(
     ticket,
     per_sample,
     loss,
+    also,
     levels,
     factor,
     B,
@@ -535,6 +536,7 @@ def residual_kernel(
     mask_strides,
     grad_strides,
     COLUMNS: tl.constexpr,
+    FURTHER: tl.constexpr,
     KIND: tl.constexpr,
     KEEPS: tl.constexpr,
     K: tl.constexpr,
@@ -551,7 +553,8 @@ def residual_kernel(
 ):
     """r = mask * (pred + n1*y + n2*z); its gradient factor * weight * upstream / kept * rho'(r) / 2, and the loss.
 
-    COLUMNS: an absent one, those of n1 and n2, and of rho's delta.
+    COLUMNS: an absent one, those of n1 and n2, and of rho's delta. FURTHER: that of one more factor of the weight, the
+    two whose products with the samples' means are averaged in `also` (None without them), and an absent one.
     thresholds: (1 or B, 2) where the mask is drawn, else None; threshold_step: from row to row.
     kept: (B,) int64, the elements that count, or None for all (factor then holds 1 / D).
     Each program leaves its sums in `sums`; the one that draws the last ticket adds them, in one order
@@ -573,8 +576,11 @@ def residual_kernel(
         mask_seed, mask_offset = row_key(mask_seed, mask_offset, mask_key, mask_sample, mask_first_sample, row, FOLDED)
         second = tl.load(thresholds + row * threshold_step + 1)
     c = coefficients(table, index, levels, row, K, SHARED, COLUMNS)
+    further = coefficients(table, index, levels, row, K, SHARED, FURTHER)
     if grad is not None:
         scale = as_double(factor)
+        if FURTHER[0] >= 0:
+            scale *= further[0].to(tl.float64)
         if weight is not None:
             scale *= tl.load(weight + row).to(tl.float64)
         if upstream is not None:
@@ -614,20 +620,41 @@ def residual_kernel(
         mine = row_sums(total, ROWS, LANES, V)
         existing = row0 + tl.arange(0, ROWS)[:, None] < B if ROWS > 1 else None
         if ONE_TILE:
-            part = finish_rows(mine, row, existing, weight, kept, per_sample, D, REDUCTION)
+            part, mean = finish_rows(mine, row, existing, further, weight, kept, per_sample, D, FURTHER, REDUCTION)
             if loss is not None:
-                if ROWS > 1:
-                    part = tl.sum(tl.where(existing, part, 0.0))
-                tl.store(sums + row0 // ROWS, part)
-                if last_to_finish(ticket, tl.cdiv(B, ROWS)):
-                    write_loss(loss, add_parts(sums, tl.cdiv(B, ROWS)), B, REDUCTION)
+                programs = tl.cdiv(B, ROWS)
+                tl.store(sums + row0 // ROWS, sum_of_rows(part, existing, ROWS))
+                if also is not None:
+                    for k in tl.static_range(2):
+                        weighed = sum_of_rows(mean * further[k + 1], existing, ROWS)
+                        tl.store(sums + (k + 1) * programs + row0 // ROWS, weighed)
+                if last_to_finish(ticket, programs):
+                    write_loss(loss, add_parts(sums, programs), B, REDUCTION)
+                    if also is not None:
+                        for k in tl.static_range(2):
+                            write_loss(also + k, add_parts(sums + (k + 1) * programs, programs), B, REDUCE_MEAN)
         else:
             tiles = tl.num_programs(0)
             tl.store(sums + row * tiles + tl.program_id(0), mine, mask=existing)
             if last_to_finish(ticket, tl.cdiv(B, ROWS) * tiles):
-                value = add_tiles(sums, tiles, weight, kept, per_sample, B, D, REDUCTION)
+                total = tl.zeros([FINAL_ROWS], tl.float64)
+                also0 = tl.zeros([FINAL_ROWS], tl.float64)
+                also1 = tl.zeros([FINAL_ROWS], tl.float64)
+                for first_row in range(0, B.to(tl.int32), FINAL_ROWS):
+                    rows = first_row + tl.arange(0, FINAL_ROWS)
+                    real = rows < B
+                    w = coefficients(table, index, levels, tl.minimum(rows, B - 1), K, SHARED, FURTHER)
+                    row_total = add_tiles(sums, tiles, rows, B)
+                    part, mean = finish_rows(row_total, rows, real, w, weight, kept, per_sample, D, FURTHER, REDUCTION)
+                    total += tl.where(real, part, 0.0)
+                    if also is not None:
+                        also0 += tl.where(real, mean * w[1], 0.0)
+                        also1 += tl.where(real, mean * w[2], 0.0)
                 if loss is not None:
-                    write_loss(loss, value, B, REDUCTION)
+                    write_loss(loss, tl.sum(total), B, REDUCTION)
+                if also is not None:
+                    write_loss(also, tl.sum(also0), B, REDUCE_MEAN)
+                    write_loss(also + 1, tl.sum(also1), B, REDUCE_MEAN)
 
 
 @triton.jit
@@ -637,8 +664,8 @@ def reciprocal(kept):
 
 
 @triton.jit
-def finish_rows(sums, row, existing, weight, kept, per_sample, D, REDUCTION: tl.constexpr):
-    """Writes the mean of each row's sum; returns what it adds to the loss."""
+def finish_rows(sums, row, existing, c, weight, kept, per_sample, D, FURTHER: tl.constexpr, REDUCTION: tl.constexpr):
+    """Writes the mean of each row's sum; returns what it adds to the loss, and the mean. c: its columns FURTHER."""
     if kept is None:
         mean = sums / D.to(tl.float64)
     else:
@@ -647,7 +674,15 @@ def finish_rows(sums, row, existing, weight, kept, per_sample, D, REDUCTION: tl.
     part = sums if REDUCTION == REDUCE_SUM else mean
     if weight is not None:
         part *= tl.load(weight + row, mask=existing, other=0.0).to(tl.float64)
-    return part
+    if FURTHER[0] >= 0:
+        part *= c[0].to(tl.float64)
+    return part, mean
+
+
+@triton.jit
+def sum_of_rows(values, existing, ROWS: tl.constexpr):
+    """A program's rows, added."""
+    return values if ROWS == 1 else tl.sum(tl.where(existing, values, 0.0))
 
 
 @triton.jit
@@ -671,19 +706,15 @@ def add_parts(sums, count):
 
 
 @triton.jit
-def add_tiles(sums, tiles, weight, kept, per_sample, B, D, REDUCTION: tl.constexpr):
-    """The loss from the (B, tiles) sums, and the mean of each row on the way."""
+def add_tiles(sums, tiles, row, B):
+    """The sum over each row's tiles, of FINAL_ROWS rows."""
     total = tl.zeros([FINAL_ROWS], tl.float64)
-    for first in range(0, B.to(tl.int32), FINAL_ROWS):
-        row = first + tl.arange(0, FINAL_ROWS)
-        row_total = tl.zeros([FINAL_ROWS], tl.float64)
-        for tile0 in range(0, tiles, FINAL_TILES):
-            tile = tile0 + tl.arange(0, FINAL_TILES)[None, :]
-            live = (row[:, None] < B) & (tile < tiles)
-            address = sums + row[:, None].to(tl.int64) * tiles + tile
-            row_total += tl.sum(tl.load(address, mask=live, other=0.0, cache_modifier=".cg"), 1)
-        total += finish_rows(row_total, row, row < B, weight, kept, per_sample, D, REDUCTION)
-    return tl.sum(total)
+    for tile0 in range(0, tiles, FINAL_TILES):
+        tile = tile0 + tl.arange(0, FINAL_TILES)[None, :]
+        live = (row[:, None] < B) & (tile < tiles)
+        address = sums + row[:, None].to(tl.int64) * tiles + tile
+        total += tl.sum(tl.load(address, mask=live, other=0.0, cache_modifier=".cg"), 1)
+    return total
 
 
 @triton.jit
@@ -857,6 +888,7 @@ def fill_kernel(
     B,
     D,
     steps,
+    limit,
     NOISE: tl.constexpr,
     ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
@@ -864,7 +896,7 @@ def fill_kernel(
     V: tl.constexpr,
     NVIDIA: tl.constexpr,
 ):
-    """out (B, D): the normals, or for an int64 `out` the words behind them."""
+    """out (B, D): the normals, or for an int64 `out` words w as floor(w * limit / 2^32)."""
     row0, row = rows_of(B, ROWS)
     if row0 >= B:
         return
@@ -877,7 +909,8 @@ def fill_kernel(
     for step in range(begin.to(tl.int32), end):
         first = tl.cast(step, tl.int64) * LANES
         if tl.int64 == DTYPE:
-            value = words(seed, offset, first, ROWS, LANES, V).to(tl.int64)
+            word = words(seed, offset, first, ROWS, LANES, V).to(tl.uint64)
+            value = (word * limit.to(tl.uint64) >> 32).to(tl.int64)
         else:
             value = narrow(normals(seed, offset, first, ROWS, LANES, V, NVIDIA), DTYPE)
         tl.store(at(out, row, first, D, None, None, LANES, V), value, mask=tile_mask(row0, first, B, D, ROWS, LANES, V))

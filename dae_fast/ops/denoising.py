@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, overload
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ..backends.reference import compute_dtype
 from ..level import Level, as_number, can_read, check_per_sample
@@ -18,10 +21,21 @@ from .checks import level_for, like, promote, samples
 from .levels import look_up, rows_for, value_at
 from .loss import Selecting, check, loss_mask
 from .noising import operands
-from .parameterisation import Parameterisation, check_name, mix
-from .residual import KINDS, Mask, Reduction, kept_elements, penalty_columns, residual_loss
+from .parameterisation import Parameterisation, check_name, errors, mix
+from .residual import (
+    KINDS,
+    UNWEIGHED,
+    Looked,
+    Mask,
+    Reduction,
+    Weighing,
+    kept_elements,
+    penalty_columns,
+    plain_residual_loss,
+    residual_loss,
+)
 from .structured import StructuredNoise
-from .weighting import Weight, weight_for
+from .weighting import NAMES, Weight, Weighting, by_errors, weight_for
 
 Kind = Literal["mse", "l1", "huber", "pseudo_huber"]
 Delta = float | Callable[[Tensor, Tensor], Any]
@@ -102,26 +116,152 @@ def denoising_loss(
     Ho et al. 2020; Hang et al. 2023; Khrapov et al. 2024; log_variance: Karras et al. 2024, eq. 21.
     """
     op = "denoising_loss"
+    check_name(op, "predict", predict)
+    if (
+        mask is None
+        and log_variance is None
+        and delta is None
+        and not return_per_sample
+        and (weight is None or (isinstance(weight, str) and weight in _NAMED))
+        and not is_compiling()
+    ):
+        done = plain_against_target(op, pred, x0, noise, level, _plan(predict, _NAMED[weight]), reduction, kind)
+        if done is not None:
+            return done[0]
     samples(op, "pred", pred)
     like(op, "x0", x0, "pred", pred)
-    check_name(op, "predict", predict)
     if level is not None:
         level_for(op, level)
         level._check(op, pred)
     check(op, pred, reduction)
-    w = weight_for(op, weight, level, pred, predict)
-    chosen = loss_mask(op, pred, mask)
-    if log_variance is None:
-        loss, per_sample = against_target(op, pred, x0, noise, level, predict, w, chosen, reduction, kind, delta)
-    else:
+    weighting, w = weight_for(op, weight, level, pred, predict)
+    chosen, u = loss_mask(op, pred, mask), None
+    if log_variance is not None:
         u = _log_variance(op, log_variance, pred)
         w = torch.exp(-u) if w is None else w * torch.exp(-u)
-        loss, per_sample = against_target(op, pred, x0, noise, level, predict, w, chosen, reduction, kind, delta)
+    columns = LossColumns(predict, weighting)
+    loss, per_sample, _ = against_target(op, pred, x0, noise, level, columns, w, chosen, reduction, kind, delta)
+    if u is not None:
         if reduction == "mean":
             loss = loss + u.mean()
         else:
             loss = loss + (u if reduction == "none" else (u * kept_elements(pred, chosen)).sum())
     return (loss, per_sample) if return_per_sample else loss
+
+
+@dataclass(frozen=True)
+class LossColumns:
+    """The table of a denoising loss: a residual's (1, n1, n2) of pred, y and noise in pred - p0*x0 - p1*noise, then
+    a weighting's column, then the mean squared errors of eps and of x0 for each unit of the prediction's.
+
+    of_y, of_eps: the noise is of_y*y + of_eps*eps, y standing for x0 as well.
+    """
+
+    predict: Parameterisation
+    weighting: Weighting | None = None
+    errors: bool = False
+    of_y: float = 0.0
+    of_eps: float = 1.0
+
+    @property
+    def coefficients(self) -> Coefficients:
+        predict, of_y, of_eps = self.predict, self.of_y, self.of_eps  # torch.compile takes these, and not self
+        weight = None if self.weighting is None else by_errors(self.weighting, predict)
+        further = errors(predict) if self.errors else None
+
+        def row(alpha: Any, sigma: Any) -> tuple[Any, ...]:
+            p0, p1 = mix(predict, alpha, sigma)
+            constants = [v.detach() if isinstance(v, Tensor) else v for v in (alpha, sigma)]
+            made = [f(*constants) for f in (weight, further) if f is not None]
+            return 1.0, -p0 - p1 * of_y, -p1 * of_eps, *(c for columns in made for c in columns)
+
+        return row
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """As rows_for takes it."""
+        shares = () if (self.of_y, self.of_eps) == (0.0, 1.0) else (self.of_y, self.of_eps)
+        weight = () if self.weighting is None else ("weighted by", self.weighting)
+        return "loss of", self.predict, *shares, *weight, *(("with errors",) if self.errors else ())
+
+    @property
+    def name(self) -> str:
+        """The table's, as a schedule keeps it."""
+        return " ".join(map(str, self.key))
+
+    @property
+    def row(self) -> tuple[float, ...] | None:
+        """The one row where all levels have the same."""
+        same = self.predict in ("eps", "x0") and self.weighting is None and not self.errors
+        return self.coefficients(1.0, 1.0) if same else None
+
+    def weighing(self, kind: int) -> Weighing:
+        """Where the columns lie, a kind's delta coming in between."""
+        last = 2 if penalty_columns(kind)[2] == ABSENT else 3
+        factor = ABSENT if self.weighting is None else (last := last + 1)
+        return Weighing(factor, (last + 1, last + 2) if self.errors else UNWEIGHED.also)
+
+
+class Plan(NamedTuple):
+    """What a plain call takes of LossColumns, worked out once."""
+
+    row: tuple[float, ...] | None
+    name: str
+    weighing: Weighing  # of a kind without delta
+    of_x0: int  # its column, perhaps ABSENT
+    reads_noise: bool
+
+
+def plan(columns: LossColumns) -> Plan:
+    predict = columns.predict
+    of_x0 = ABSENT if predict in ("eps", "score") else 1
+    return Plan(columns.row, columns.name, columns.weighing(0), of_x0, predict != "x0")
+
+
+@lru_cache(maxsize=64)
+def _plan(predict: Parameterisation, weighting: Weighting | None) -> Plan:
+    return plan(LossColumns(predict, weighting))
+
+
+# Weights that a plain call may have; the others of weighting.NAMES are no columns.
+_NAMED: dict[str | None, Weighting | None] = {
+    None: None,
+    "uniform": None,
+    **{name: w for name, w in NAMES.items() if isinstance(w, Weighting)},
+}
+
+
+def plain_against_target(
+    op: str,
+    pred: Tensor,
+    x0: Tensor,
+    noise: AnyNoise | None,
+    level: Level | None,
+    plan: Plan,
+    reduction: Reduction,
+    kind: Kind = "mse",
+) -> Looked | None:
+    """against_target of a plain call; None where that has to look."""
+    if kind not in ("mse", "l1") or not isinstance(pred, Tensor):
+        return None
+    target: Any = noise if plan.reads_noise else None
+    if noise is target:
+        if noise is None and plan.reads_noise:
+            return None
+    elif type(noise) is Noise:
+        noise._check(op, pred.shape[0], pred.device)
+    else:
+        return None
+    if plan.row is None:
+        if type(level) is not Level:
+            return None
+    elif level is not None:
+        level_for(op, level)
+        level._check(op, pred)
+    number, of_x0 = KINDS.index(kind), plan.of_x0
+    return plain_residual_loss(
+        op, pred, x0, target, reduction, plan.row, level, plan.name, plan.weighing, number, of_x0
+    )
 
 
 def against_target(
@@ -130,17 +270,17 @@ def against_target(
     x0: Tensor,
     noise: AnyNoise | None,
     level: Level | None,
-    predict: Parameterisation,
+    columns: LossColumns,
     weight: Tensor | None,
     mask: Mask,
     reduction: Reduction,
     kind: Kind = "mse",
     delta: Delta | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(loss, mean of rho of each sample): pred against p0*x0 + p1*noise. All but noise, kind and delta is checked."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As residual_loss: pred against p0*x0 + p1*noise. All but noise, kind and delta is checked."""
+    predict = columns.predict
     y = None if predict in ("eps", "score") else x0
     z = generated = None
-    of_y, of_eps = 0.0, 1.0  # shares of the noise that y and the generated eps are
     if noise is not None:
         z, generated, of_z, of_eps = operands(op, noise, x0)
     elif predict != "x0":
@@ -150,55 +290,38 @@ def against_target(
     pred, y, z = promote(pred, y, z)
     if z is not None and generated is not None:  # structured noise
         if y is None:
-            y, z, of_y = z, None, of_z
+            y, z = z, None
+            columns = replace(columns, of_y=of_z, of_eps=of_eps)
         else:
             shares = stack_rows(op, (of_z, of_eps), z, compute_dtype(z.dtype))
             (z,) = affine(op, z, None, None, generated, shares, (0, ABSENT, 1, ABSENT))
-            generated, of_eps = None, 1.0
+            generated = None
+    elif generated is not None and of_eps != 1:
+        columns = replace(columns, of_eps=of_eps)
     number, delta_at = _penalty(op, pred, level, kind, delta)
-    rows = _target_rows(op, pred, level, predict, of_y, of_eps, delta_at)
-    return residual_loss(op, pred, y, z, generated, rows, weight, mask, reduction, number)
+    rows = _rows(op, pred, level, columns, delta_at)
+    return residual_loss(op, pred, y, z, generated, rows, weight, mask, reduction, number, columns.weighing(number))
 
 
-def target_coefficients(predict: Parameterisation, of_y: float = 0.0, of_eps: float = 1.0) -> Coefficients:
-    """A residual's row: of pred, y and noise in pred - p0*x0 - p1*(of_y*y + of_eps*eps), y standing for x0 as well."""
-
-    def coefficients(alpha: Any, sigma: Any) -> tuple[Any, ...]:
-        p0, p1 = mix(predict, alpha, sigma)
-        return 1.0, -p0 - p1 * of_y, -p1 * of_eps
-
-    return coefficients
-
-
-def _target_rows(
-    op: str,
-    pred: Tensor,
-    level: Level | None,
-    predict: Parameterisation,
-    of_y: float,
-    of_eps: float,
-    delta: float | Tensor | None,
-) -> Rows:
-    """What a residual reads: target_coefficients, then delta where it is given."""
-    coefficients = target_coefficients(predict, of_y, of_eps)
-    compute = compute_dtype(pred.dtype)
-    if predict in ("eps", "x0"):  # the same at every level
-        columns = coefficients(1.0, 1.0)
+def _rows(op: str, pred: Tensor, level: Level | None, columns: LossColumns, delta: float | Tensor | None) -> Rows:
+    """What a residual reads, with delta as its fourth column where it is given."""
+    compute, row = compute_dtype(pred.dtype), columns.row
+    if row is not None:
         if not isinstance(delta, Tensor):
-            return stack_rows(op, columns if delta is None else (*columns, delta), pred, compute)
-        rows = stack_rows(op, columns, pred, compute)
+            return stack_rows(op, row if delta is None else (*row, delta), pred, compute)
+        rows = stack_rows(op, row, pred, compute)
     elif level is None:
-        raise ValueError(f"{op}: level must be given for predict={predict!r}")
+        raise ValueError(f"{op}: level must be given for predict={columns.predict!r}")
     else:
-        shares = () if (of_y, of_eps) == (0.0, 1.0) else (of_y, of_eps)
-        rows = rows_for(op, level, ("target", predict, *shares), coefficients, pred, compute)
+        rows = rows_for(op, level, columns.key, columns.coefficients, pred, compute)
     if delta is None:
         return rows
     # Not in the schedule's table, which would be another for every delta of a loop that changes it.
     table = look_up(op, rows)
     column = torch.as_tensor(delta, dtype=compute, device=pred.device).reshape(-1, 1)
     B = max(len(table), len(column))
-    return Rows(torch.cat((table.expand(B, -1), column.expand(B, -1)), 1), None)
+    table = table.expand(B, -1)
+    return Rows(torch.cat((table[:, :3], column.expand(B, -1), table[:, 3:]), 1), None)
 
 
 def _penalty(

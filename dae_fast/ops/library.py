@@ -37,7 +37,8 @@ _SCHEMAS = {
     "gaussian_grad": f"(Tensor? z_grad, Tensor? kl_grad, Tensor mu, Tensor log_var, Tensor? eps, {_NOISE}, str op)"
     " -> (Tensor, Tensor)",
     "fold_in": "(Tensor key, Tensor data) -> Tensor",
-    "fill": "(str op, Tensor key, Tensor? sample, SymInt first_sample, SymInt B, SymInt D, ScalarType dtype) -> Tensor",
+    "fill": "(str op, Tensor key, Tensor? sample, SymInt first_sample, SymInt B, SymInt D, ScalarType dtype, int below)"
+    " -> Tensor",
 }
 
 _library = Library("dae_fast", "DEF")
@@ -117,11 +118,18 @@ def _gaussian_grad(
     return kernels_of(mu, op).gaussian_grad(mu, log_var, eps, _noise(key, sample, first), z_grad, kl_grad)
 
 
-def _fill(op: str, key: Tensor, sample: Tensor | None, first: int, B: int, D: int, dtype: torch.dtype) -> Tensor:
+def _fill(
+    op: str, key: Tensor, sample: Tensor | None, first: int, B: int, D: int, dtype: torch.dtype, below: int
+) -> Tensor:
     noise = _noise(key, sample, first)
     assert noise is not None
     module = kernels_of(key, op)
-    return module.words(noise, B, D, key.device) if op == "bits" else module.normal(noise, B, D, dtype, key.device)
+    made: Tensor = (
+        module.words(noise, B, D, key.device, below=below)
+        if op == "bits"
+        else module.normal(noise, B, D, dtype, key.device)
+    )
+    return made
 
 
 def _fold_in(key: Tensor, data: Tensor) -> Tensor:
@@ -143,7 +151,7 @@ _KERNELS: dict[str, tuple[Any, Any]] = {
     "gaussian": (_gaussian, lambda mu, *_: (torch.empty_like(mu), _fake_means(mu))),
     "gaussian_grad": (_gaussian_grad, lambda _z, _kl, mu, v, *_: (torch.empty_like(mu), torch.empty_like(v))),
     "fold_in": (_fold_in, lambda key, data: torch.empty_like(key)),
-    "fill": (_fill, lambda op, key, sample, first, B, D, dtype: key.new_empty((B, D), dtype=dtype)),
+    "fill": (_fill, lambda op, key, sample, first, B, D, dtype, below: key.new_empty((B, D), dtype=dtype)),
 }
 for _name, (_kernel, _fake) in _KERNELS.items():
     for _device in ("CPU", "CUDA"):

@@ -74,9 +74,9 @@ def noise_mse(
     op = "noise_mse"
     plain = weight is None and level is None and level_weight is None and mask is None and not return_x0_mse
     if plain and not is_compiling():
-        loss = plain_residual_loss(op, pred, noise, reduction)
-        if loss is not None:
-            return loss
+        done = plain_residual_loss(op, pred, None, noise, reduction)
+        if done is not None:
+            return done[0]
     samples(op, "pred", pred)
     z, generated = noise_for(op, noise, pred, "pred")
     if z is not None and z.dtype != pred.dtype:
@@ -85,7 +85,7 @@ def noise_mse(
         level_for(op, level)
     rows = stack_rows(op, MINUS_TARGET, pred, compute_dtype(pred.dtype))
     weight = loss_weight(op, pred, level, weight, level_weight)
-    loss, mse = residual_loss(
+    loss, mse, _ = residual_loss(
         op, pred, z, None, generated, rows, weight, loss_mask(op, pred, mask), check(op, pred, reduction)
     )
     if not return_x0_mse:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.func import vjp
 
 from ..backends.reference import compute_dtype, per_sample_sum
@@ -16,8 +17,9 @@ from ..noise import Noise
 from ..rows import stack_rows
 from . import checks
 from .loss import check
-from .residual import KINDS, Reduction, residual_loss
+from .residual import KINDS, Reduction, plain_residual_loss, residual_loss
 
+ALONE = (1.0, 0.0, 0.0)  # a residual's row: against nothing
 CONTRACTION_TAG = 0x6A61636F  # "jaco"; of the directions, so that they do not depend on a corruption of the same noise
 
 
@@ -30,11 +32,14 @@ def l1_penalty(h: Tensor, *, reduction: Reduction = "mean") -> Tensor:
     Reads h once and writes its gradient in the same pass (fp16, and "none", in backward): sign(h) / (B N), 0 at 0.
     Raises ValueError for the mean of an empty batch. Tibshirani 1996; as a code's: Ranzato et al. 2008.
     """
-    op = "l1_penalty"
+    op, kind = "l1_penalty", KINDS.index("l1")
+    if not is_compiling():
+        done = plain_residual_loss(op, h, None, None, reduction, ALONE, kind=kind)
+        if done is not None:
+            return done[0]
     checks.samples(op, "h", h)
-    rows = stack_rows(op, (1.0, 0.0, 0.0), h, compute_dtype(h.dtype))  # against nothing
-    loss, _ = residual_loss(op, h, None, None, None, rows, None, None, check(op, h, reduction), kind=KINDS.index("l1"))
-    return loss
+    rows = stack_rows(op, ALONE, h, compute_dtype(h.dtype))
+    return residual_loss(op, h, None, None, None, rows, None, None, check(op, h, reduction), kind)[0]
 
 
 def kl_sparsity(h: Tensor, rate: float = 0.05) -> Tensor:

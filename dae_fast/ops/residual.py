@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..backends import kernels, reference
 from ..backends.reference import row_of
+from ..level import Level
 from ..noise import Noise
 from ..rows import Rows, constant_rows
 from .affine import ABSENT, Gradients, affine, row_dots
@@ -44,22 +45,65 @@ class Drawn(NamedTuple):
 Mask = Tensor | Drawn | None
 
 
+class Weighing(NamedTuple):
+    """Columns of a residual's table that are read when a loss is summed."""
+
+    factor: int = ABSENT  # multiplies each sample's weight
+    also: tuple[int, int] = (ABSENT, ABSENT)  # multiply the samples' means, in two further means over the batch
+
+
+UNWEIGHED = Weighing()
+
+
 def penalty_columns(kind: int) -> tuple[int, int, int]:
     """Of n1, n2 and delta."""
     return 1, 2, 3 if KINDS[kind] in ("huber", "pseudo_huber") else ABSENT
 
 
-def plain_residual_loss(op: str, pred: Tensor, target: Noise | Tensor, reduction: str) -> Tensor | None:
-    """The loss of a plain call, pred - target unweighted; None where residual_loss has to look."""
+Looked = tuple[Tensor, Tensor | None]  # the loss, and `also`
+
+
+def plain_residual_loss(
+    op: str,
+    pred: Tensor,
+    y: Tensor | None,
+    target: Noise | Tensor | None,
+    reduction: str,
+    row: tuple[float, ...] | None = MINUS_TARGET,
+    level: Level | None = None,
+    name: str | None = None,
+    weighing: Weighing = UNWEIGHED,
+    kind: int = 0,
+    of_y: int = 1,
+) -> Looked | None:
+    """The loss of a plain call, without weight and mask; None where residual_loss has to look.
+
+    The table is `row`, or without one that which level's schedule has under `name`. kind: one without a delta.
+    of_y: y's column; ABSENT: y is looked at, and not read.
+    """
     if reduction not in REDUCTIONS[1:] or not isinstance(pred, Tensor):
         return None
     z, noise = (None, target) if type(target) is Noise else (target, None)
-    number = REDUCTIONS.index(reduction)
-    table, _ = constant_rows(op, MINUS_TARGET, pred, reference.compute_dtype(pred.dtype))
-    made = plain_loss(pred, z, noise, table, number)
-    if made is None or made[1] is None:
-        return made and made[0]
-    return _Loss.apply(pred, None, made, (None, z, None, None, None), (op, noise, table, number, 0, None))
+    number, columns = REDUCTIONS.index(reduction), (of_y, 2, ABSENT, weighing.factor, *weighing.also)
+    source: Any = level
+    if row is not None:
+        name = None
+        source, _ = constant_rows(op, row, pred, reference.compute_dtype(pred.dtype))
+    made = plain_loss(pred, y, z, noise, columns, kind, number, name, source)
+    if made is None:
+        return None
+    loss, grad, also = made
+    if grad is None:
+        return loss, also
+    if row is None:
+        assert level is not None and level._schedule is not None and name is not None
+        table = level._schedule._tables[name, reference.compute_dtype(pred.dtype), pred.device]
+        t = level._t
+        rows = Rows(table[t : t + 1], None) if isinstance(t, int) else Rows(table, t)
+    else:
+        rows = Rows(source, None)
+    call = op, noise, rows.table, number, kind, None, weighing.factor
+    return _Loss.apply(pred, None, (loss, grad), (None if of_y == ABSENT else y, z, rows.t, None, None), call), also
 
 
 def residual_loss(
@@ -73,35 +117,57 @@ def residual_loss(
     mask: Mask,
     reduction: Reduction,
     kind: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """(loss, mean of rho(r) of each sample without weight or gradient).
+    weighing: Weighing = UNWEIGHED,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(loss, mean of rho(r) of each sample without weight or gradient, `also` (2,) or None without its columns).
 
     weight: (B,). mask: bool like pred, True where an element counts; the mean is over those.
-    kind: rho's place in KINDS; where it has a delta, that is the table's fourth column, taken as a constant.
+    kind: rho's place in KINDS; where it has a delta, that is the table's fourth column, taken as a constant, as those
+    of `weighing` are.
     """
     number = REDUCTIONS.index(reduction)
-    columns = penalty_columns(kind)
+    columns = *penalty_columns(kind), weighing.factor, *weighing.also
+    also = None if weighing.also == UNWEIGHED.also else rows.table.new_empty(2)
+    assert number or also is None, "further means are those of a loss that is summed"
+    wanted = {"kind": kind, "also": also}
     if route(op, pred, y, z, rows.table, weight, *tensors_of(mask)) is Route.DIRECT:
         if not wants_grad(pred, y, z, rows.table, weight):
             per_sample, loss, _ = kernels(pred, op).residual(
-                op, pred, y, z, noise, *rows, columns, mask, weight, number, number > 0, False, kind=kind
+                op, pred, y, z, noise, *rows, columns, mask, weight, number, number > 0, False, **wanted
             )
-            return (loss, per_sample) if number else (_weighted(per_sample, weight), per_sample)
+            return loss if number else _weighted(op, per_sample, weight, rows, weighing), per_sample, also
         # fp16 is left to the lazy way: a loss scale must reach the gradient before it is rounded.
         if number and pred.dtype != torch.float16 and not wants_grad(y, z, rows.table):
             per_sample, loss, grad = kernels(pred, op).residual(
-                op, pred, y, z, noise, *rows, columns, mask, weight, number, True, wants_grad(pred), kind=kind
+                op,
+                pred,
+                y,
+                z,
+                noise,
+                *rows,
+                columns,
+                mask,
+                weight,
+                number,
+                True,
+                wants_grad(pred),
+                kind=kind,
+                also=also,
             )
-            call = op, noise, rows.table, number, kind, mask if isinstance(mask, Drawn) else None
+            call = op, noise, rows.table, number, kind, mask if isinstance(mask, Drawn) else None, weighing.factor
             others = y, z, rows.t, mask if isinstance(mask, Tensor) else None, per_sample
-            return _Loss.apply(pred, weight, (loss, grad), others, call), per_sample
+            return _Loss.apply(pred, weight, (loss, grad), others, call), per_sample, also
     per_sample = sample_means(op, pred, y, z, noise, rows, mask, kind)
-    loss = _weighted(per_sample, weight)
+    loss = _weighted(op, per_sample, weight, rows, weighing)
     if reduction == "mean":
         loss = loss.mean()
     elif reduction == "sum":
         loss = (loss * kept_elements(pred, mask)).sum()
-    return loss, per_sample.detach()
+    means = per_sample.detach()
+    if also is not None:
+        factors = reference.coefficients(*seen(rows), op).detach()[:, list(weighing.also)]
+        also = (means[:, None] * factors).mean(0)
+    return loss, means, also
 
 
 def sample_means(
@@ -131,8 +197,17 @@ def tensors_of(mask: Mask) -> tuple[Tensor | None, ...]:
     return (mask.thresholds,) if isinstance(mask, Drawn) else (mask,)
 
 
-def _weighted(per_sample: Tensor, weight: Tensor | None) -> Tensor:
-    return per_sample if weight is None else per_sample * weight.to(per_sample.dtype)
+def _weighted(op: str, per_sample: Tensor, weight: Tensor | None, rows: Rows, weighing: Weighing) -> Tensor:
+    """Torch's own arithmetic."""
+    if weight is not None:
+        per_sample = per_sample * weight.to(per_sample.dtype)
+    factor = _factor(op, rows, weighing.factor)
+    return per_sample if factor is None else per_sample * factor
+
+
+def _factor(op: str, rows: Rows, column: int) -> Tensor | None:
+    """(B,) or (1,), a constant."""
+    return None if column == ABSENT else reference.coefficients(*seen(rows), op).detach()[:, column]
 
 
 def kept_elements(pred: Tensor, mask: Mask) -> Tensor | int:
@@ -249,7 +324,7 @@ class _Loss(torch.autograd.Function):
     @batchable
     def backward(ctx: Any, upstream: Tensor) -> Any:
         pred, weight, y, z, index, mask, per_sample = ctx.saved_tensors
-        op, noise, table, reduction, kind, drawn = ctx.call
+        op, noise, table, reduction, kind, drawn, factor_column = ctx.call
         mask, rows = drawn or mask, Rows(table, index)
         # Given away at its first use: held any longer, it would be copied into pred.grad.
         grad, ctx.grad = ctx.grad, None
@@ -261,11 +336,13 @@ class _Loss(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             if in_torch:  # differentiable in turn
                 per_sample = sample_means(op, pred, y, z, noise, rows, mask, kind)
-            of_weight = (each * per_sample).to(weight.dtype)
+            of_weight = each * per_sample
+            factor = _factor(op, rows, factor_column)
+            of_weight = (of_weight if factor is None else of_weight * factor).to(weight.dtype)
         if not ctx.needs_input_grad[0]:
             return None, of_weight, None, None, None
         if in_torch:
-            by_sample = each.expand(pred.shape[0]) if weight is None else each * weight.to(upstream.dtype)
+            by_sample = _weighted(op, each.expand(pred.shape[0]), weight, rows, Weighing(factor_column))
             grad = _pred_gradient(op, by_sample, pred, y, z, noise, rows, mask, kind)
         else:
             # Where upstream is not 1 it is made again, not multiplied: as many bytes, and one rounding.
@@ -277,7 +354,7 @@ class _Loss(torch.autograd.Function):
                 noise,
                 table,
                 index,
-                penalty_columns(kind),
+                (*penalty_columns(kind), factor_column),
                 mask,
                 weight,
                 reduction,

@@ -25,7 +25,9 @@ def _no_core(*_: Any) -> None:
 # torch.compiler.is_compiling(), which cannot look inside.
 _native = backends.module("native")
 plain_affine: Callable[..., Tensor | None] = _no_core if _native is None else _native.plain_affine
-plain_loss: Callable[..., tuple[Tensor, Tensor | None] | None] = _no_core if _native is None else _native.plain_loss
+plain_loss: Callable[..., tuple[Tensor, Tensor | None, Tensor | None] | None] = (
+    _no_core if _native is None else _native.plain_loss
+)
 
 
 class Route(Enum):

@@ -156,26 +156,30 @@ Function = Callable[[Tensor, Tensor], Any]
 Weight = str | Weighting | Likelihood | OnError | Function | Tensor | None
 
 
-def weight_for(op: str, weight: Weight, level: Level | None, pred: Tensor, predict: Parameterisation) -> Tensor | None:
-    """(B,) for a prediction like pred; None: every sample counts the same. A constant, unless a tensor is given."""
+def weight_for(
+    op: str, weight: Weight, level: Level | None, pred: Tensor, predict: Parameterisation
+) -> tuple[Weighting | None, Tensor | None]:
+    """Of a prediction like pred: a weighting, which is to be a column of the loss's table, or (B,).
+
+    Neither: every sample counts the same. A constant, unless a tensor is given.
+    """
     if weight is None or (isinstance(weight, str) and weight == "uniform"):
-        return None
+        return None, None
     if isinstance(weight, Tensor):
         check_per_sample(op, "weight", weight, pred)
-        return weight.expand(pred.shape[0])
+        return None, weight.expand(pred.shape[0])
     found = check_weighting(op, weight)
     if level is None:
         raise ValueError(f"{op}: level must be given, of which this weight is a function")
-    dtype = compute_dtype(pred.dtype)
     if isinstance(found, Weighting):
-        value = _column(op, level, pred, ("weight", found, "of", predict), _by_errors(found, predict), dtype)
-    elif isinstance(found, Likelihood):
+        return found, None
+    if isinstance(found, Likelihood):
         value = _step(op, level, pred) * _error("eps", op, level, pred, predict)
     elif isinstance(found, OnError):
         value = _of_error(op, found.weight, level, pred) * _error(found.of, op, level, pred, predict)
     else:
         value = value_at(op, "weight", found, level, pred)
-    return value.to(dtype).expand(pred.shape[0])
+    return None, value.to(compute_dtype(pred.dtype)).expand(pred.shape[0])
 
 
 def check_weighting(op: str, weight: Any) -> Weighting | Likelihood | OnError | Function:
@@ -206,7 +210,7 @@ def _step(op: str, level: Level, pred: Tensor) -> Tensor:
             f"{op}: the likelihood's weight is that of a step between levels and needs level=schedule[t]; in "
             "continuous time give OnError('score', schedule.diffusion(t) ** 2)"
         )
-    return _column(op, level, pred, ("likelihood",), _steps, torch.float64)
+    return _column(op, level, pred, ("likelihood",), _steps)
 
 
 def _steps(alpha: Tensor, sigma: Tensor) -> tuple[Tensor]:
@@ -217,7 +221,9 @@ def _steps(alpha: Tensor, sigma: Tensor) -> tuple[Tensor]:
     return ((1 - ratio).clamp(min=0),)
 
 
-def _by_errors(weighting: Weighting, predict: Parameterisation) -> Coefficients:
+def by_errors(weighting: Weighting, predict: Parameterisation) -> Coefficients:
+    """Its column of a loss's table."""
+
     def weight(alpha: Tensor, sigma: Tensor) -> Tensor:
         pair = errors(predict)(alpha, sigma)
         return weighting(*(k if isinstance(k, Tensor) else torch.full_like(alpha, k) for k in pair))
@@ -229,7 +235,7 @@ def _error(of: Parameterisation, op: str, level: Level, pred: Tensor, predict: P
     """Squared error of `of` for each unit of the prediction's."""
     ratio = error_ratio(predict, of)
     made = _in_float64(lambda alpha, sigma: ratio(alpha, sigma)[0])
-    return _column(op, level, pred, ("error of", of, "from", predict), made, torch.float64)
+    return _column(op, level, pred, ("error of", of, "from", predict), made)
 
 
 def _in_float64(function: Function) -> Coefficients:
@@ -245,9 +251,7 @@ def _in_float64(function: Function) -> Coefficients:
     return coefficients
 
 
-def _column(
-    op: str, level: Level, pred: Tensor, key: tuple[Any, ...], coefficients: Coefficients, dtype: torch.dtype
-) -> Tensor:
-    """(1,) or (B,), a constant."""
-    rows = rows_for(op, level, key, coefficients, pred, dtype)
+def _column(op: str, level: Level, pred: Tensor, key: tuple[Any, ...], coefficients: Coefficients) -> Tensor:
+    """(1,) or (B,) float64, a constant."""
+    rows = rows_for(op, level, key, coefficients, pred, torch.float64)
     return look_up(op, rows)[:, 0].to(pred.device).detach()
