@@ -270,8 +270,9 @@ class PlainLoss : PlainCall {
     int columns[6];
     for (int i = 0; i < 6; ++i) columns[i] = static_cast<int>(PyLong_AsLong(PyTuple_GET_ITEM(a[4], i)));
     for (int i = 0; i < 3; ++i) args.columns[i] = columns[i];
-    PyObject* const y = columns[0] == kAbsent ? Py_None : a[1];  // checked, and not read
-    if (y == Py_None) args.y.data = nullptr;
+    PyObject *y = a[1], *z = a[2], *noise = a[3];
+    if (columns[0] == kAbsent) y = Py_None, args.y = {};  // checked, and not read
+    if (columns[1] == kAbsent) z = noise = Py_None, args.z = {}, args.noise = {};
     args.penalty = static_cast<Penalty>(PyLong_AsLong(a[5]));
 
     const Owned loss(new_empty(PyTuple_New(0)));
@@ -279,7 +280,7 @@ class PlainLoss : PlainCall {
     const Owned also(columns[4] == kAbsent ? Py_NewRef(Py_None) : new_empty(Py_BuildValue("(i)", 2)));
     if (wanted) args.grad.data = place_of(grad.get());
     if (!is_ours()) {
-      launch_elsewhere(names().plain_loss, a[0], y, a[2], a[3], a[4], a[5], a[6], table_, index(), loss.get(),
+      launch_elsewhere(names().plain_loss, a[0], y, z, noise, a[4], a[5], a[6], table_, index(), loss.get(),
                        grad.get(), also.get());
     } else {
       LossArgs of_loss{};

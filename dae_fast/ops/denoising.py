@@ -209,13 +209,13 @@ class Plan(NamedTuple):
     name: str
     weighing: Weighing  # of a kind without delta
     of_x0: int  # its column, perhaps ABSENT
-    reads_noise: bool
+    of_noise: int
 
 
 def plan(columns: LossColumns) -> Plan:
     predict = columns.predict
-    of_x0 = ABSENT if predict in ("eps", "score") else 1
-    return Plan(columns.row, columns.name, columns.weighing(0), of_x0, predict != "x0")
+    of_x0, of_noise = ABSENT if predict in ("eps", "score") else 1, ABSENT if predict == "x0" else 2
+    return Plan(columns.row, columns.name, columns.weighing(0), of_x0, of_noise)
 
 
 @lru_cache(maxsize=64)
@@ -242,15 +242,9 @@ def plain_against_target(
     kind: Kind = "mse",
 ) -> Looked | None:
     """against_target of a plain call; None where that has to look."""
-    if kind not in ("mse", "l1") or not isinstance(pred, Tensor):
+    if kind not in ("mse", "l1") or not isinstance(pred, Tensor) or not isinstance(x0, Tensor):
         return None
-    target: Any = noise if plan.reads_noise else None
-    if noise is target:
-        if noise is None and plan.reads_noise:
-            return None
-    elif type(noise) is Noise:
-        noise._check(op, pred.shape[0], pred.device)
-    else:
+    if noise is None and plan.of_noise != ABSENT:
         return None
     if plan.row is None:
         if type(level) is not Level:
@@ -258,9 +252,19 @@ def plain_against_target(
     elif level is not None:
         level_for(op, level)
         level._check(op, pred)
-    number, of_x0 = KINDS.index(kind), plan.of_x0
     return plain_residual_loss(
-        op, pred, x0, target, reduction, plan.row, level, plan.name, plan.weighing, number, of_x0
+        op,
+        pred,
+        x0,
+        noise,
+        reduction,
+        plan.row,
+        level,
+        plan.name,
+        plan.weighing,
+        KINDS.index(kind),
+        plan.of_x0,
+        plan.of_noise,
     )
 
 

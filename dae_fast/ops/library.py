@@ -37,8 +37,9 @@ _SCHEMAS = {
     "gaussian_grad": f"(Tensor? z_grad, Tensor? kl_grad, Tensor mu, Tensor log_var, Tensor? eps, {_NOISE}, str op)"
     " -> (Tensor, Tensor)",
     "fold_in": "(Tensor key, Tensor data) -> Tensor",
-    "fill": "(str op, Tensor key, Tensor? sample, SymInt first_sample, SymInt B, SymInt D, ScalarType dtype, int below)"
-    " -> Tensor",
+    # A default, for graphs that torch.compile kept from before there was a limit.
+    "fill": "(str op, Tensor key, Tensor? sample, SymInt first_sample, SymInt B, SymInt D, ScalarType dtype, "
+    "int below=4294967296) -> Tensor",
 }
 
 _library = Library("dae_fast", "DEF")
@@ -119,7 +120,7 @@ def _gaussian_grad(
 
 
 def _fill(
-    op: str, key: Tensor, sample: Tensor | None, first: int, B: int, D: int, dtype: torch.dtype, below: int
+    op: str, key: Tensor, sample: Tensor | None, first: int, B: int, D: int, dtype: torch.dtype, below: int = 2**32
 ) -> Tensor:
     noise = _noise(key, sample, first)
     assert noise is not None
@@ -151,7 +152,7 @@ _KERNELS: dict[str, tuple[Any, Any]] = {
     "gaussian": (_gaussian, lambda mu, *_: (torch.empty_like(mu), _fake_means(mu))),
     "gaussian_grad": (_gaussian_grad, lambda _z, _kl, mu, v, *_: (torch.empty_like(mu), torch.empty_like(v))),
     "fold_in": (_fold_in, lambda key, data: torch.empty_like(key)),
-    "fill": (_fill, lambda op, key, sample, first, B, D, dtype, below: key.new_empty((B, D), dtype=dtype)),
+    "fill": (_fill, lambda op, key, sample, first, B, D, dtype, *_: key.new_empty((B, D), dtype=dtype)),
 }
 for _name, (_kernel, _fake) in _KERNELS.items():
     for _device in ("CPU", "CUDA"):

@@ -67,7 +67,7 @@ def plain_residual_loss(
     op: str,
     pred: Tensor,
     y: Tensor | None,
-    target: Noise | Tensor | None,
+    target: Any,
     reduction: str,
     row: tuple[float, ...] | None = MINUS_TARGET,
     level: Level | None = None,
@@ -75,16 +75,17 @@ def plain_residual_loss(
     weighing: Weighing = UNWEIGHED,
     kind: int = 0,
     of_y: int = 1,
+    of_z: int = 2,
 ) -> Looked | None:
     """The loss of a plain call, without weight and mask; None where residual_loss has to look.
 
     The table is `row`, or without one that which level's schedule has under `name`. kind: one without a delta.
-    of_y: y's column; ABSENT: y is looked at, and not read.
+    of_y, of_z: columns of y and of the target; ABSENT: it is looked at, and not read.
     """
     if reduction not in REDUCTIONS[1:] or not isinstance(pred, Tensor):
         return None
     z, noise = (None, target) if type(target) is Noise else (target, None)
-    number, columns = REDUCTIONS.index(reduction), (of_y, 2, ABSENT, weighing.factor, *weighing.also)
+    number, columns = REDUCTIONS.index(reduction), (of_y, of_z, ABSENT, weighing.factor, *weighing.also)
     source: Any = level
     if row is not None:
         name = None
@@ -102,8 +103,12 @@ def plain_residual_loss(
         rows = Rows(table[t : t + 1], None) if isinstance(t, int) else Rows(table, t)
     else:
         rows = Rows(source, None)
+    if of_y == ABSENT:
+        y = None
+    if of_z == ABSENT:
+        z = noise = None
     call = op, noise, rows.table, number, kind, None, weighing.factor
-    return _Loss.apply(pred, None, (loss, grad), (None if of_y == ABSENT else y, z, rows.t, None, None), call), also
+    return _Loss.apply(pred, None, (loss, grad), (y, z, rows.t, None, None), call), also
 
 
 def residual_loss(

@@ -1,0 +1,229 @@
+"""Plain eager calls, which the native core recognises: the bits of the general way, and what that refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import dae_fast as df
+from dae_fast.ops import affine, conversions, langevin, noising, residual
+
+from .cases import DTYPES
+from .conftest import BACKENDS
+
+pytestmark = pytest.mark.skipif("native" not in BACKENDS, reason="there is no native core")
+
+SCHEDULE = df.Schedule.linear(50, 1e-3, 0.2)
+SHAPE = (5, 3, 8)
+LEVELS = torch.tensor([0, 7, 20, 49, 33])
+Call = Callable[..., Any]
+
+
+def tensors(dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    g = torch.Generator().manual_seed(3)
+    return tuple(torch.randn(SHAPE, generator=g, dtype=torch.float64).to(dtype) for _ in range(3))
+
+
+LOSSES: dict[str, Call] = {
+    "noise_mse": lambda p, x0, noise, level: df.noise_mse(p, noise),
+    "noise_mse, sum": lambda p, x0, noise, level: df.noise_mse(p, noise, reduction="sum"),
+    "l1_penalty": lambda p, x0, noise, level: df.l1_penalty(p),
+    "l1_penalty, sum": lambda p, x0, noise, level: df.l1_penalty(p, reduction="sum"),
+    "eps": df.denoising_loss,
+    "eps without level": lambda p, x0, noise, level: df.denoising_loss(p, x0, noise, None),
+    "x0": lambda p, x0, noise, level: df.denoising_loss(p, x0, noise, level, predict="x0"),
+    "x0 alone": lambda p, x0, noise, level: df.denoising_loss(p, x0, None, None, predict="x0"),
+    "v, l1": lambda *a: df.denoising_loss(*a, predict="v", kind="l1"),
+    "v, sum": lambda *a: df.denoising_loss(*a, predict="v", reduction="sum"),
+    "flow": lambda *a: df.denoising_loss(*a, predict="flow", weight="uniform"),
+    "F": lambda *a: df.denoising_loss(*a, predict=df.EDM(0.5)),
+    "score, snr": lambda *a: df.denoising_loss(*a, predict="score", weight="snr"),
+    "eps, min_snr": lambda *a: df.denoising_loss(*a, weight="min_snr"),
+    "x0, min_snr": lambda *a: df.denoising_loss(*a, predict="x0", weight="min_snr"),
+    "v, p2, sum": lambda *a: df.denoising_loss(*a, predict="v", weight="p2", reduction="sum"),
+}
+FORMS = {"each its level": LEVELS, "int32 levels": LEVELS.int(), "one level": 7}
+
+
+class Spy:
+    """plain_loss and plain_affine, counted; or refusing."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.taken = 0
+        self.refuses = False
+        monkeypatch.setattr(residual, "plain_loss", self._around(residual.plain_loss))
+        around = self._around(noising.plain_affine)
+        for module in (noising, conversions, langevin):
+            monkeypatch.setattr(module, "plain_affine", around)
+
+    def _around(self, original: Call) -> Call:
+        def call(*arguments: Any) -> Any:
+            made = None if self.refuses else original(*arguments)
+            self.taken += made is not None
+            return made
+
+        return call
+
+
+@pytest.fixture
+def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
+    return Spy(monkeypatch)
+
+
+def both_ways(spy: Spy, call: Callable[[], tuple[Tensor, ...]]) -> None:
+    """Equal bits; the first call may have to make a table."""
+    call()
+    spy.taken = 0
+    plain = call()
+    assert spy.taken == 1
+    spy.refuses = True
+    general = call()
+    spy.refuses = False
+    assert len(plain) == len(general)
+    for ours, theirs in zip(plain, general, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs)
+
+
+@pytest.fixture
+def with_kernels(backend: str) -> str:
+    if backend == "reference":
+        pytest.skip("it has no plain calls")
+    return backend
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("fresh", [True, False], ids=["Noise", "tensor"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses(with_kernels: str, spy: Spy, name: str, fresh: bool, form: str) -> None:
+    pred, x0, eps = tensors()
+    noise: Any = df.Noise(4).fold_in(9) if fresh else eps
+    level = SCHEDULE[FORMS[form]]
+    both_ways(spy, lambda: (LOSSES[name](pred, x0, noise, level),))
+    leaf = pred.clone().requires_grad_()
+
+    def with_gradient() -> tuple[Tensor, ...]:
+        loss = LOSSES[name](leaf, x0, noise, level)
+        return loss.detach(), *torch.autograd.grad(loss, leaf), *torch.autograd.grad(2 * loss_again(), leaf)
+
+    def loss_again() -> Tensor:
+        spy.taken -= 1  # of the second, whose upstream gradient is not 1
+        return LOSSES[name](leaf, x0, noise, level)
+
+    def counted() -> tuple[Tensor, ...]:
+        results = with_gradient()
+        if spy.refuses:
+            spy.taken = 0
+        return results
+
+    both_ways(spy, counted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_dtypes(with_kernels: str, spy: Spy, dtype: torch.dtype) -> None:
+    pred, x0, eps = tensors(dtype)
+    level, noise = SCHEDULE[LEVELS], df.Noise(1)
+    for call in (
+        lambda: df.denoising_loss(pred, x0, noise, level, predict="v", weight="min_snr"),
+        lambda: df.add_noise(x0, noise, level),
+        lambda: df.to_x0(x0, pred, level),
+        lambda: df.langevin_step(x0, pred, 0.1, eps),
+    ):
+        both_ways(spy, lambda call=call: (call(),))
+
+
+@pytest.mark.parametrize("weighting", [None, "min_snr", df.weighting.MinSNR(3.0)], ids=str)
+@pytest.mark.parametrize("predict", ["eps", "x0", "v", df.EDM(0.5)], ids=str)
+def test_the_objective_and_its_errors(with_kernels: str, spy: Spy, predict: Any, weighting: Any) -> None:
+    pred, x0, _ = tensors()
+    pred.requires_grad_()
+    objective = df.nn.DenoisingLoss(SCHEDULE, predict, weighting=weighting)
+
+    def call() -> tuple[Tensor, ...]:
+        values = objective(lambda x, t: pred, x0, df.Noise(2))
+        spy.taken -= not spy.refuses  # of add_noise
+        return tuple(v.detach() for v in values.values())
+
+    both_ways(spy, call)
+
+
+def test_samples_ids_and_keys_in_memory(with_kernels: str, spy: Spy) -> None:
+    pred, x0, _ = tensors()
+    level, ids = SCHEDULE[LEVELS], torch.tensor([9, 2**40, 3, 3, -1])
+    for noise in (df.Noise(7, sample=ids), df.Noise(7, first_sample=11), df.Noise(7).to("cpu")):
+        both_ways(spy, lambda noise=noise: (df.denoising_loss(pred, x0, noise, level, predict="v"),))
+        both_ways(spy, lambda noise=noise: (df.add_noise(x0, noise, level),))
+
+
+def test_misaligned_samples(with_kernels: str, spy: Spy) -> None:
+    held = torch.randn(1 + 2 * 5 * 24)
+    pred, x0 = held[1:121].reshape(SHAPE), held[121:].reshape(SHAPE)
+    level = SCHEDULE[LEVELS]
+    both_ways(spy, lambda: (df.denoising_loss(pred, x0, df.Noise(0), level, predict="v"),))
+    both_ways(spy, lambda: (df.add_noise(x0, df.Noise(0), level),))
+
+
+def test_what_is_not_plain(with_kernels: str, spy: Spy) -> None:
+    """Another layout, type or gradient goes the general way; what is wrong is refused, and read by nobody."""
+    pred, x0, eps = tensors()
+    level, noise = SCHEDULE[LEVELS], df.Noise(0)
+    loss = df.denoising_loss
+    loss(pred, x0, noise, level, predict="v")
+    spy.taken = 0
+    strided = pred.transpose(1, 2).contiguous().transpose(1, 2)
+    leaf = x0.clone().requires_grad_()
+    for call in (
+        lambda: loss(strided, x0, noise, level, predict="v"),
+        lambda: loss(pred, strided, noise, level, predict="v"),
+        lambda: loss(pred, x0.double(), noise, level, predict="v"),
+        lambda: loss(pred, leaf, noise, level, predict="v"),
+        lambda: loss(pred, leaf, noise, level),
+        lambda: loss(pred.half().requires_grad_(), x0.half(), noise, level),
+        lambda: loss(pred, x0, noise, df.Level(0.6, 0.8), predict="v"),
+        lambda: loss(pred, x0, df.OffsetNoise(noise), level),
+        lambda: loss(pred, x0, noise, level, kind="huber", delta=1.0),
+        lambda: loss(pred, x0, noise, level, mask=x0 > 0),
+        lambda: loss(pred, x0, noise, level, weight=torch.ones(5)),
+        lambda: loss(pred, x0, noise, level, weight="likelihood"),
+        lambda: loss(pred, x0, noise, level, reduction="none"),
+        lambda: df.noise_mse(pred, noise, reduction="none"),
+        lambda: df.l1_penalty(strided),
+    ):
+        assert torch.isfinite(call()).all()
+    for error, match, call in (
+        (ValueError, r"x0 must have shape \(5, 3, 8\), got \(5, 3, 7\)", lambda: loss(pred, x0[..., :7], noise, level)),
+        (TypeError, "x0 must be a tensor, got NoneType", lambda: loss(pred, None, noise, level)),
+        (ValueError, "noise must have shape", lambda: loss(pred, x0, eps[:3], level)),
+        (ValueError, "noise must be given", lambda: loss(pred, x0, None, level)),
+        (TypeError, "noise must be a Noise", lambda: loss(pred, x0, 3, level, predict="x0")),
+        (ValueError, "noise.sample must", lambda: loss(pred, x0, df.Noise(0, sample=LEVELS[:3]), level, predict="x0")),
+        (ValueError, "one entry per sample", lambda: loss(pred, x0, noise, SCHEDULE[LEVELS[:3]])),
+        (ValueError, "one entry per sample", lambda: loss(pred, x0, noise, SCHEDULE[LEVELS[:3]], predict="v")),
+        (TypeError, "level must be a Level", lambda: loss(pred, x0, noise, LEVELS)),
+        (ValueError, "kind must be one of", lambda: loss(pred, x0, noise, level, kind="l2")),
+        (ValueError, "reduction must be", lambda: loss(pred, x0, noise, level, reduction="max")),
+        (TypeError, "pred must be a tensor", lambda: loss([1.0], x0, noise, level)),
+    ):
+        with pytest.raises(error, match=match):
+            call()
+    if with_kernels == "native":  # a GPU's levels nobody looks at
+        with pytest.raises(ValueError, match=r"level must be in \[0, 50\)"):
+            loss(pred, x0, noise, SCHEDULE[LEVELS + 30], predict="v")
+    assert spy.taken == 0
+
+
+def test_backends_launch_their_own(spy: Spy) -> None:
+    """A forced backend runs the plain calls too; the reference has none."""
+    pred, x0, _ = tensors()
+    for name in BACKENDS:
+        with df.use_backend(name):
+            df.add_noise(x0, df.Noise(0), SCHEDULE[LEVELS])
+            spy.taken = 0
+            df.add_noise(x0, df.Noise(0), SCHEDULE[LEVELS])
+            df.noise_mse(pred, df.Noise(0))
+            assert spy.taken == (0 if name == "reference" else 2)
+    assert affine.kernels(x0, "op") is df.backends.module("native")
