@@ -1,6 +1,6 @@
 """`python -m benchmarks.growth`: how cost grows with threads, chains, steps and the batch. Three minutes.
 
-The growth with size is in the suite's own rows; `fit` puts a line through it.
+The growth with size is in the suite's own rows; `fit` puts a line through it. All samplers: benchmarks.samplers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 import dae_fast as df
 from tests.cases import SCHEDULE, TABLES, column
 
-from . import memory
+from . import loops, memory
 from .environment import CPU, RESULTS, default_backend, environment, results_name
 from .measure import Peer, interleave
 from .peers import COMPILE, EAGER, Setting, own_leaves, peer
@@ -98,42 +98,22 @@ def _threads() -> Iterator[Study]:
 
 def _langevin() -> Iterator[Study]:
     """A Gaussian's score, which costs one pass: what is left is the loop."""
-    h = 0.01
-
-    def score(x: Tensor) -> Tensor:
-        return -x
-
-    def plain(x: Tensor, steps: int) -> Tensor:
-        for _ in range(steps):
-            x = x + h * score(x) + (2 * h) ** 0.5 * torch.randn_like(x)
-        return x
-
     sizes = [(chains, FIXED_STEPS, "chains") for chains in CHAINS] + [(FIXED_CHAINS, s, "steps") for s in STEPS]
     for chains, steps, along in sizes:
         x = torch.randn(chains, CHAIN)
-        ours = partial(df.samplers.langevin, score, x, h, steps, df.Noise(0))
-        yield "langevin", along, chains if along == "chains" else steps, {EAGER: partial(plain, x, steps), OURS: ours}
+        ours = partial(df.samplers.langevin, loops.score, x, loops.STEP_SIZE, steps, df.Noise(0))
+        by_hand = partial(loops.langevin(loops.STEP_SIZE, steps), loops.score, x, loops.fresh)
+        yield "langevin", along, chains if along == "chains" else steps, {EAGER: by_hand, OURS: ours}
 
 
 def _ddim() -> Iterator[Study]:
     """The exact eps of Gaussian data; deterministic steps, whose noise nobody draws."""
-    alphas, sigmas = TABLES[torch.float32, "cpu"]
-
-    def net(x: Tensor, t: Tensor) -> Tensor:
-        return 0.5 * x
-
-    def plain(x: Tensor, steps: int) -> Tensor:
-        levels = torch.linspace(len(SCHEDULE) - 1, 0, steps, dtype=torch.float64).round().long().tolist()
-        for t, s in zip(levels, [*levels[1:], None], strict=True):
-            eps = net(x, torch.full(x.shape[:1], t))
-            x0 = (x - sigmas[t] * eps) / alphas[t]
-            x = x0 if s is None else alphas[s] * x0 + sigmas[s] * eps
-        return x
-
     for steps in STEPS:
         x = torch.randn(FIXED_CHAINS, CHAIN)
-        ours = partial(df.samplers.ddim, net, x, SCHEDULE, df.Noise(0), steps=steps)
-        yield "ddim", "steps", steps, {EAGER: partial(plain, x, steps), OURS: ours}
+        levels = torch.linspace(len(SCHEDULE) - 1, 0, steps, dtype=torch.float64).round().long().tolist()
+        by_hand = partial(loops.ddim(SCHEDULE, levels, x.dtype), loops.half, x, loops.fresh)
+        ours = partial(df.samplers.ddim, loops.half, x, SCHEDULE, df.Noise(0), steps=steps)
+        yield "ddim", "steps", steps, {EAGER: by_hand, OURS: ours}
 
 
 def _training_step() -> Iterator[Study]:

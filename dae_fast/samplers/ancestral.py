@@ -12,6 +12,7 @@ from ..backends.reference import compute_dtype
 from ..noise import Noise
 from ..ops.conversions import Bounds
 from ..ops.parameterisation import Parameterisation
+from ..ops.reparameterisation import reparameterise
 from ..schedule import Schedule
 from .common import Network, Update, begin, conditions, descend, grid, limits, predicted, progressed, run
 from .tables import reverse_table
@@ -46,7 +47,7 @@ def ddpm(
         being the conditional one (Ho and Salimans 2022)
     variance: of the step, "small" (the posterior's), "large" (that of q(x_t | x_{t-1}), beta_t), or "learned":
         net returns one more tensor, v in [-1, 1], which interpolates between their logarithms element by
-        element, for which the step's noise is made as a tensor (Nichol and Dhariwal 2021, eq. 15)
+        element (Nichol and Dhariwal 2021, eq. 15); the noise is added by a launch of its own, and never stored
     progress: show a bar      graph: replay the loop as a CUDA graph      returns: like x_T
     Raises ValueError for a shape mismatch or a level from which `predict` gives no step: eps where
     alpha = 0 (predict v there). Ho et al. 2020, algorithm 2.
@@ -64,8 +65,8 @@ def ddpm(
     std_small, std_large = steps[:, 2:3], large[:, 2:3]
     noisy = (std_small > 0).flatten().tolist()
     update = Update(op, steps[:, 3:], steps[:, :2], guidance=guidance, limits=limit)
-    # ln std = ((1 + v) ln std_large + (1 - v) ln std_small) / 2 = middle + v * half_width
-    table = torch.cat((update.table, (std_large * std_small).log() / 2, (std_large / std_small).log() / 2), 1)
+    # ln var = (1 + v) ln std_large + (1 - v) ln std_small = middle + half_width * v
+    table = torch.cat((update.table, (std_large * std_small).log(), (std_large / std_small).log()), 1)
     parts = (*(update.parts or ("prediction",)), "v")
 
     def loop(x: Tensor, noise: Noise, table: Tensor) -> Tensor:
@@ -74,10 +75,9 @@ def ddpm(
             *prediction, v = predicted(op, net, x, t, parts)
             (x,) = update(table, i, x, tuple(prediction))
             if noisy[i]:
-                # The affine map has one factor a sample; here each element has its own, so z is made as a tensor.
-                middle, half_width = table[i, -2], table[i, -1]
-                z = noise.fold_in(t).normal(x.shape, dtype=compute, device=x.device)
-                x = torch.addcmul(x.to(compute), (middle + half_width * v.to(compute)).exp(), z).to(x.dtype)
+                # The affine map has one factor a sample; here each element has its own.
+                log_var = torch.addcmul(table[i, -2], table[i, -1], v.to(compute))
+                x = reparameterise(x.to(compute), log_var, noise.fold_in(t))[0].to(x.dtype)
         return x
 
     x = begin(op, x, schedule, noise, levels, graph)
