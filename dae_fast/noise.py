@@ -157,15 +157,15 @@ class Noise:
         """
         return fill("normal", self, tuple(shape), dtype, torch.device(device))
 
-    def bits(self, shape: Sequence[int], *, below: int = 2**32, device: torch.device | str = "cpu") -> Tensor:
+    def bits(self, shape: Sequence[int], *, below: int | None = None, device: torch.device | str = "cpu") -> Tensor:
         """The words behind the noise, int64 in [0, 2**32): element i of row b is word i of its stream.
 
-        below: in [1, 2**32]: word w becomes floor(w * below / 2**32), uniform in [0, below) to below / 2**32
+        below: in [1, 2**31]: word w becomes floor(w * below / 2**32), uniform in [0, below) but for below / 2**32
         Use a key of their own (fold_in a tag) for decisions that must not depend on the normals.
         """
-        if not 1 <= below <= 2**32:
-            raise ValueError(f"bits: below must be in [1, 2**32], got {below}")
-        return fill("bits", self, tuple(shape), torch.int64, torch.device(device), below)
+        if below is not None and not 1 <= below <= 2**31:
+            raise ValueError(f"bits: below must be in [1, 2**31], got {below}")
+        return fill("bits", self, tuple(shape), torch.int64, torch.device(device), below or 2**32)
 
     def __repr__(self) -> str:
         ids = f", sample={tuple(self._sample.shape)}" if self._sample is not None else ""

@@ -11,6 +11,8 @@ from scipy import stats
 import dae_fast as df
 from dae_fast.nn import DenoisingLoss, EDMPreconditioner, LevelStatistics
 
+from .conftest import BACKENDS
+
 T = 50
 SCHEDULE = df.Schedule.linear(T, 1e-3, 0.2)
 F_OF = df.EDM(0.5)
@@ -276,6 +278,22 @@ def test_levels_depend_on_seed_step_and_sample_alone():
     state = torch.get_rng_state()
     objective(lambda x, t: x, x0, noise)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.skipif("native" not in BACKENDS, reason="the reference is many operations")
+@pytest.mark.parametrize("weighting", [None, "min_snr"])
+@pytest.mark.parametrize("predict", ["eps", "v", F_OF], ids=str)
+def test_a_training_step_is_three_launches(predict, weighting):
+    """Levels, noising, and the loss with its weights, errors and gradient: all else allocates, or is a view."""
+    objective, x0 = DenoisingLoss(SCHEDULE, predict, weighting=weighting), torch.randn(5, 3, 6)
+    net = Network(torch.float32)
+    pred = torch.randn(5, 3, 6, requires_grad=True)
+    objective(net, x0, df.Noise(0))  # tables are made
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        objective(lambda x, t: pred, x0, df.Noise(1))
+    views = {"view", "reshape", "unbind", "select", "as_strided", "empty", "empty_like", "empty_strided", "new_empty"}
+    launches = [e.name for e in seen.events() if e.name.removeprefix("aten::") not in {*views, "_Loss"}]
+    assert [name.split()[0] for name in launches] == [f"dae_fast::{n}" for n in ("bits", "add_noise", "DenoisingLoss")]
 
 
 def test_shards_make_the_whole_batch():

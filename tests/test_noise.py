@@ -39,6 +39,16 @@ def element(kind: str, backend: str, key: list[int], i: int) -> float:
     return stream(kind, backend, seed, (offset + i // 4) % 2**64, 4)[i % 4].item()
 
 
+def test_bits_below_a_limit(backend: str) -> None:
+    noise = df.Noise(6, first_sample=9)
+    words = noise.bits((5, 37)).flatten().tolist()
+    for below in (1, 3, 1000, 2**31):
+        assert noise.bits((5, 37), below=below).flatten().tolist() == [w * below >> 32 for w in words]
+    for bad in (0, -1, 2**31 + 1):
+        with pytest.raises(ValueError, match=rf"bits: below must be in \[1, 2\*\*31\], got {bad}"):
+            noise.bits((5,), below=bad)
+
+
 class TestKnownAnswers:
     @pytest.mark.parametrize("case", VECTORS["philox4x32_10"], ids=str)
     def test_philox(self, backend: str, case: dict) -> None:

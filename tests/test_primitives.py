@@ -181,6 +181,52 @@ def test_residual(backend: str, mask_name: str, kind: str, shape: tuple[int, ...
         assert (got[2][~wide_mask] == 0).all()
 
 
+# Short rows, rows of one tile, rows of several, and more rows than the last program takes at a time.
+WEIGHED_SHAPES = ((9, 5), (70, 3, 8), (3, 9001), (131, 2500))
+
+
+@pytest.mark.parametrize("shape", WEIGHED_SHAPES, ids=str)
+@pytest.mark.parametrize("index", [None, torch.int64, torch.int32], ids=["rows", "levels", "int32 levels"])
+@pytest.mark.parametrize("options", ["alone", "weight and mask", "sum", "one row", "bf16", "fp64"])
+def test_residual_weighing(backend: str, options: str, index: torch.dtype | None, shape: tuple[int, ...]) -> None:
+    """One more factor of the weight and two further means, read from the table when the loss is summed."""
+    if backend == "reference":
+        pytest.skip("its means are weighed by torch")
+    B, dtype = shape[0], {"bf16": torch.bfloat16, "fp64": torch.float64}.get(options, torch.float32)
+    pred, y = randn(shape, dtype, 0), randn(shape, dtype, 1)
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.5 if "mask" in options else None
+    weight = torch.rand(B, generator=torch.Generator().manual_seed(4)) if "weight" in options else None
+    levels = 1 if options == "one row" and index is None else B if index is None else 7
+    table = table_of(dtype, levels, 7)
+    t = None if index is None else torch.randint(7, (B,), generator=torch.Generator().manual_seed(2)).to(index)
+    reduction, also = 2 if options == "sum" else 1, table.new_full((2,), torch.nan)
+    columns = (1, -1, -1, 3, 6, 5)
+    per_sample, loss, grad = module_of(backend).residual(
+        "op", pred, y, None, None, table, t, columns, mask, weight, reduction, True, True, also=also
+    )
+    wide = pred.double().requires_grad_()
+    sums, kept = reference.residual("op", wide, y.double(), None, None, table.double(), t, columns[:3], mask)
+    means = sums / kept.clamp(min=1)
+    factor, *others = reference.coefficients(table.double(), t, "op")[:, list(columns[3:])].expand(B, -1).unbind(1)
+    w = factor if weight is None else factor * weight.double()
+    wanted = (w * sums).sum() if reduction == 2 else (w * means).mean()
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-6
+    assert_sum(loss, wanted.detach(), (w * (sums if reduction == 2 else means / B)).abs().sum().detach(), tolerance)
+    for got, other in zip(also, others, strict=True):
+        assert_sum(got, (other * means).mean().detach(), (other * means).abs().mean().detach(), tolerance)
+    torch.testing.assert_close(per_sample.double(), means.detach(), rtol=tolerance, atol=tolerance)
+    (wanted_grad,) = torch.autograd.grad(wanted, wide)
+    rounding = torch.finfo(dtype).eps
+    torch.testing.assert_close(
+        grad.double(), wanted_grad, rtol=rounding, atol=float(tolerance * wanted_grad.abs().max())
+    )
+
+
+def assert_sum(got: Tensor, wanted: Tensor, terms: Tensor, tolerance: float) -> None:
+    """Terms of both signs may cancel: what they lost is measured by their size."""
+    assert (got.double() - wanted).abs() <= tolerance * terms
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_penalties_are_torchs(kind: str) -> None:
     r = torch.cat((torch.linspace(-3, 3, 1001, dtype=torch.float64), torch.tensor([0.0, 1e-9, -1e-9, 1e9]).double()))
