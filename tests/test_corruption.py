@@ -281,6 +281,59 @@ class TestTransforms:
         assert torch.equal(got, want)
 
 
+class TestMasksOfTracedLosses:
+    """A drawn mask stays a key under torch.compile and torch.func: its words are made in the loss's kernel."""
+
+    def loss(self, pred: Tensor, noise: df.Noise, p: float | Tensor, *, kept: bool = False) -> Tensor:
+        masking = df.Masking(p, noise)
+        mask = masking.kept if kept else masking
+        return df.denoising_loss(pred, torch.zeros_like(pred), None, None, predict="x0", mask=mask)
+
+    @pytest.mark.parametrize("kept", [False, True])
+    def test_compile(self, kept: bool) -> None:
+        counter = CompileCounterWithBackend("aot_eager")
+        torch._dynamo.reset()
+        compiled = torch.compile(self.loss, fullgraph=True, backend=counter)
+        pred = torch.randn(4, 7, requires_grad=True)
+        for k in range(4):
+            noise = NOISE.fold_in(k)
+            found = []
+            for f in (self.loss, compiled):
+                loss = f(pred, noise, PER_SAMPLE[:4], kept=kept)
+                found.append((loss.detach(), *torch.autograd.grad(loss, pred)))
+            torch.testing.assert_close(*found)
+        nodes = [n for g in counter.graphs for n in g.graph.nodes]
+        assert not any(n.meta.get("example_value", torch.zeros(())).dtype == torch.bool for n in nodes if has_shape(n))
+        assert not any("dae_fast.fill" in str(n.target) for n in nodes)
+        torch._dynamo.reset()
+
+    def test_vmap_and_grad(self) -> None:
+        pred, ids = torch.randn(3, 4, 6), torch.arange(12).reshape(3, 4)
+        p = torch.rand(3, 4, generator=torch.Generator().manual_seed(0))
+
+        def of(pred: Tensor, p: Tensor, ids: Tensor) -> Tensor:
+            return self.loss(pred, df.Noise(3, sample=ids), p)
+
+        arguments = list(zip(pred, p, ids, strict=True))
+        torch.testing.assert_close(torch.vmap(of)(pred, p, ids), torch.stack([of(*a) for a in arguments]))
+        got = torch.vmap(torch.func.grad(of))(pred, p, ids)
+        for gradient, given in zip(got, arguments, strict=True):
+            leaf = given[0].clone().requires_grad_()
+            torch.testing.assert_close(gradient, torch.autograd.grad(of(leaf, *given[1:]), leaf)[0])
+        shared = torch.vmap(lambda pred: self.loss(pred, NOISE, 0.4))(pred)
+        torch.testing.assert_close(shared, torch.stack([self.loss(each, NOISE, 0.4) for each in pred]))
+
+    def test_vmap_over_keys_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="vmap over noise keys is not supported"):
+            torch.vmap(lambda key: self.loss(torch.zeros(2, 3), df.Noise(key), 0.5))(torch.ones(3, 2).long())
+
+
+def has_shape(node: torch.fx.Node) -> bool:
+    """Of the samples, in what torch.compile traced."""
+    value = node.meta.get("example_value")
+    return isinstance(value, Tensor) and value.dim() == 2
+
+
 class TestPatchMask:
     @pytest.mark.parametrize("ratio", [0.0, 0.25, 0.6, 0.75, 1.0])
     @pytest.mark.parametrize("N", [0, 1, 49, 196])

@@ -333,6 +333,11 @@ def means_arguments(**given: Any) -> list[Any]:
         "table": torch.rand(1, 3),
         "index": None,
         "mask": None,
+        "mask_key": None,
+        "mask_sample": None,
+        "mask_first_sample": 0,
+        "thresholds": None,
+        "keeps": False,
         "key": None,
         "sample": None,
         "first_sample": 0,
@@ -343,6 +348,7 @@ def means_arguments(**given: Any) -> list[Any]:
 
 
 KEY, IDS, INDEX = torch.tensor([3, -4]), torch.tensor([9, 2]), torch.tensor([1, 0])
+STRUCK = torch.tensor([[2**30, 2**31], [0, 2**32]])
 
 
 def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -380,6 +386,14 @@ OP_CALLS: dict[str, tuple[str, list[Any]]] = {
     "sample_means": ("sample_means", means_arguments(key=KEY)),
     "sample_means tensors": ("sample_means", means_arguments(pred=leaf(), y=leaf(), z=leaf())),
     "sample_means mask": ("sample_means", means_arguments(pred=leaf(), key=KEY, sample=IDS, mask=MASK)),
+    "sample_means drawn mask": (
+        "sample_means",
+        means_arguments(pred=leaf(), key=KEY, mask_key=torch.tensor([5, 6]), mask_sample=IDS, thresholds=STRUCK),
+    ),
+    "residual_grad drawn mask": (
+        "residual_grad",
+        [torch.rand(2), *means_arguments(key=KEY, mask_key=KEY, mask_first_sample=4, thresholds=STRUCK, keeps=True)],
+    ),
     "sample_means learned": (
         "sample_means",
         means_arguments(pred=leaf(), y=leaf(), key=KEY, index=INDEX, table=leaf(4, 3)),
@@ -438,7 +452,10 @@ def test_ops_take_any_strides() -> None:
     dense = {k: v.contiguous() for k, v in strided.items()}
     affine = torch.ops.dae_fast.affine
     assert torch.equal(affine(*affine_arguments(**strided)), affine(*affine_arguments(**dense)))
-    strided["pred"], dense["pred"] = strided.pop("x"), dense.pop("x")
+    for given in (strided, dense):
+        given["pred"] = given.pop("x")
+        given |= {"mask_key": given["key"], "mask_sample": given["sample"]}
+    strided["thresholds"], dense["thresholds"] = STRUCK.T.contiguous().T, STRUCK
     means = torch.ops.dae_fast.sample_means
     assert torch.equal(means(*means_arguments(**strided)), means(*means_arguments(**dense)))
     fill = torch.ops.dae_fast.fill

@@ -19,9 +19,9 @@ def rule(op: Any) -> Rule:
 
     def merged_call(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
         V = info.batch_size
-        given = dict(zip(names, arguments, strict=True))
-        dims = dict(zip(names, in_dims, strict=True))
-        if dims["key"] is not None or dims.get("data") is not None:
+        given = dict(zip(names, arguments, strict=False))  # torch leaves out what is at its default
+        dims = dict(zip(names, in_dims, strict=False))
+        if any(dims.get(name) is not None for name in ("key", "mask_key", "data")):
             raise ValueError(
                 "vmap over noise keys is not supported: share one key and vmap over its sample ids, "
                 "Noise(seed, sample=ids)"
@@ -36,13 +36,16 @@ def rule(op: Any) -> Rule:
         if "table" in given:
             table, index = merge_rows(V, B, given["table"], dims["table"], given["index"], dims["index"])
             given["table"], given["index"] = table, index
-        if "thresholds" in given:
+        if given.get("thresholds") is not None:
             given["thresholds"], _ = merge_rows(V, B, given["thresholds"], dims["thresholds"], None, None)
-        if given["key"] is not None:
-            ids = given["sample"]
+        for of in ("", "mask_"):
+            key = given.get(f"{of}key")
+            if key is None:
+                continue
+            ids = given[f"{of}sample"]
             if ids is None:
-                ids = torch.arange(B, device=given["key"].device) + given["first_sample"]
-            given["sample"], given["first_sample"] = merge(ids, dims["sample"], V), 0
+                ids = torch.arange(B, device=key.device) + given[f"{of}first_sample"]
+            given[f"{of}sample"], given[f"{of}first_sample"] = merge(ids, dims[f"{of}sample"], V), 0
         outputs = op(**given)
         if isinstance(outputs, Tensor):
             return outputs.unflatten(0, (V, B)), 0

@@ -20,13 +20,14 @@ from .affine import _gradients as affine_gradients
 from .batching import rule
 from .flat import unflatten
 from .reparameterisation import gradients as gaussian_gradients
-from .residual import REDUCTIONS, penalty_columns
+from .residual import REDUCTIONS, FlatMask, penalty_columns
 from .residual import gradients as residual_gradients
 
 _NOISE = "Tensor? key, Tensor? sample, SymInt first_sample"
 _ROWS = "Tensor table, Tensor? index"
 _AFFINE = f"(Tensor x, Tensor? y, Tensor? z, Tensor? w, {_ROWS}, {_NOISE}, int[] columns, str op)"
-_RESIDUAL = f"Tensor pred, Tensor? y, Tensor? z, {_ROWS}, Tensor? mask, {_NOISE}, int kind, str op"
+_MASK = "Tensor? mask, Tensor? mask_key, Tensor? mask_sample, SymInt mask_first_sample, Tensor? thresholds, bool keeps"
+_RESIDUAL = f"Tensor pred, Tensor? y, Tensor? z, {_ROWS}, {_MASK}, {_NOISE}, int kind, str op"
 _SCHEMAS = {
     "affine": f"{_AFFINE} -> Tensor",
     "affine2": f"{_AFFINE} -> (Tensor, Tensor)",
@@ -69,36 +70,36 @@ def _affine(*args: Any) -> Tensor:
     return result
 
 
-def _sample_means(
-    pred: Any, y: Any, z: Any, table: Any, index: Any, mask: Any, key: Any, sample: Any, first: Any, kind: Any, op: Any
-) -> Tensor:
-    noise, columns = _noise(key, sample, first), penalty_columns(kind)
-    number = REDUCTIONS.index("none")
-    means, _, _ = kernels_of(pred, op).residual(
-        op, pred, y, z, noise, *_dense(table, index), columns, mask, None, number, False, False, kind=kind
+def _residual(pred: Any, y: Any, z: Any, table: Any, index: Any, *rest: Any, upstream: Any = None) -> Any:
+    """(sample means, None, gradient or None)."""
+    (*mask, key, sample, first, kind, op), number = rest, REDUCTIONS.index("none")
+    stored, mask_key, mask_sample, mask_first, thresholds, keeps = mask
+    mask_key, mask_sample, thresholds = _dense(mask_key, mask_sample, thresholds)
+    whole = FlatMask(stored, mask_key, mask_sample, mask_first, thresholds, keeps).whole()
+    return kernels_of(pred, op).residual(
+        op,
+        pred,
+        y,
+        z,
+        _noise(key, sample, first),
+        *_dense(table, index),
+        penalty_columns(kind),
+        whole,
+        upstream,
+        number,
+        False,
+        upstream is not None,
+        kind=kind,
     )
+
+
+def _sample_means(*args: Any) -> Tensor:
+    means: Tensor = _residual(*args)[0]
     return means
 
 
-def _residual_grad(
-    upstream: Any,
-    pred: Any,
-    y: Any,
-    z: Any,
-    table: Any,
-    index: Any,
-    mask: Any,
-    key: Any,
-    sample: Any,
-    first: Any,
-    kind: Any,
-    op: Any,
-) -> Tensor:
-    noise, columns, number = _noise(key, sample, first), penalty_columns(kind), REDUCTIONS.index("none")
-    _, _, grad = kernels_of(pred, op).residual(
-        op, pred, y, z, noise, *_dense(table, index), columns, mask, upstream, number, False, True, kind=kind
-    )
-    assert grad is not None
+def _residual_grad(upstream: Any, *args: Any) -> Tensor:
+    grad: Tensor = _residual(*args, upstream=upstream)[2]
     return grad
 
 
@@ -178,17 +179,20 @@ def _backward_affine(ctx: Any, *grads: Tensor | None) -> Any:
 
 
 def _setup_means(ctx: Any, inputs: Any) -> None:
-    *tensors, first, kind, op = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.rest = first, kind, op
+    *tensors, mask_first, thresholds, keeps, key, sample, first, kind, op = inputs
+    ctx.save_for_backward(*tensors, thresholds, key, sample)
+    ctx.rest = mask_first, keeps, first, kind, op
 
 
 def _backward_means(ctx: Any, upstream: Tensor) -> Any:
-    pred, y, z, table, index, mask, key, sample = unwrap_dead_wrappers(ctx.saved_tensors)
-    first, kind, op = ctx.rest
+    pred, y, z, table, index, stored, mask_key, mask_sample, thresholds, key, sample = unwrap_dead_wrappers(
+        ctx.saved_tensors
+    )
+    mask_first, keeps, first, kind, op = ctx.rest
     noise, rows = unflatten(key, sample, first), Rows(table, index)
+    mask = FlatMask(stored, mask_key, mask_sample, mask_first, thresholds, keeps).whole()
     found = residual_gradients(op, ctx.needs_input_grad[1:], upstream, pred, y, z, noise, rows, mask, kind)
-    return (None, *found, *[None] * 7)
+    return (None, *found, *[None] * 12)
 
 
 def _setup_corrupt(ctx: Any, inputs: Any) -> None:

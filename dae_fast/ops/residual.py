@@ -16,7 +16,7 @@ from ..level import Level
 from ..noise import Noise
 from ..rows import Rows, constant_rows
 from .affine import ABSENT, Gradients, affine, row_dots
-from .flat import flatten, seen
+from .flat import flatten, seen, unflatten
 from .routing import Route, batchable, plain_loss, route, wants_grad
 
 Reduction = Literal["mean", "sum", "none"]
@@ -43,6 +43,29 @@ class Drawn(NamedTuple):
 
 
 Mask = Tensor | Drawn | None
+
+
+class FlatMask(NamedTuple):
+    """A mask as the plain arguments that torch.library takes."""
+
+    mask: Tensor | None
+    key: Tensor | None
+    sample: Tensor | None
+    first_sample: int
+    thresholds: Tensor | None
+    keeps: bool
+
+    @classmethod
+    def of(cls, mask: Mask) -> FlatMask:
+        if isinstance(mask, Drawn):
+            return cls(None, *flatten(mask.noise), mask.thresholds, mask.kept)
+        return cls(mask, None, None, 0, None, False)
+
+    def whole(self) -> Mask:
+        noise = unflatten(self.key, self.sample, self.first_sample)
+        if noise is None or self.thresholds is None:
+            return self.mask
+        return Drawn(noise, self.thresholds, self.keeps)
 
 
 class Weighing(NamedTuple):
@@ -189,12 +212,11 @@ def sample_means(
     way = route(op, pred, y, z, rows.table, *tensors_of(mask))
     if way is Route.DIRECT:
         return _SampleMeans.apply(pred, y, z, rows.table, (rows.t, op, noise, mask, kind))
-    if isinstance(mask, Drawn):
-        mask = mask.on(pred)
     if way is Route.REFERENCE:
-        sums, kept = reference.residual(op, pred, y, z, noise, *rows, penalty_columns(kind), mask, kind)
+        stored = mask.on(pred) if isinstance(mask, Drawn) else mask
+        sums, kept = reference.residual(op, pred, y, z, noise, *rows, penalty_columns(kind), stored, kind)
         return sums / kept.clamp(min=1)
-    return torch.ops.dae_fast.sample_means(pred, y, z, *seen(rows), mask, *flatten(noise), kind, op)
+    return torch.ops.dae_fast.sample_means(pred, y, z, *seen(rows), *FlatMask.of(mask), *flatten(noise), kind, op)
 
 
 def tensors_of(mask: Mask) -> tuple[Tensor | None, ...]:
@@ -243,10 +265,12 @@ def _pred_gradient(
         )
         assert grad is not None
         return grad
+    if way is Route.DISPATCHER and not torch.is_grad_enabled():
+        return torch.ops.dae_fast.residual_grad(
+            upstream, pred, y, z, *seen(rows), *FlatMask.of(mask), *flatten(noise), kind, op
+        )
     if isinstance(mask, Drawn):
         mask = mask.on(pred)
-    if way is Route.DISPATCHER and not torch.is_grad_enabled():
-        return torch.ops.dae_fast.residual_grad(upstream, pred, y, z, *seen(rows), mask, *flatten(noise), kind, op)
     # Differentiable in turn, for double backward and transforms: torch's arithmetic around a fused r.
     r = affine(op, pred, y, z, noise, rows, COLUMNS)[0]
     kept = kept_elements(pred, mask)
