@@ -111,8 +111,8 @@ class PlainCall {
   // None, or a tensor like the first.
   bool read_another(PyObject* t, Operand& operand) {
     if (t == Py_None) return true;
-    if (!is_dense_float(t) || attribute(t, names().dtype).get() != dtype_->get() || !is_on_device(t) || !has_shape_of_first(t) || wants_grad(t))
-      return false;
+    if (!is_dense_float(t) || attribute(t, names().dtype).get() != dtype_->get() || !is_on_device(t)) return false;
+    if (!has_shape_of_first(t) || wants_grad(t)) return false;
     operand.data = place_of(t);
     return true;
   }
@@ -189,7 +189,8 @@ class PlainCall {
   // launcher.name(aligned, shape, dtype, *arguments); aligned: every tensor lies on 16 bytes.
   template <class... Arguments>
   void launch_elsewhere(PyObject* name, Arguments... arguments) const {
-    PyObject* const given[] = {launcher_, places_ % 16 ? Py_False : Py_True, shape_->get(), dtype_->get(), arguments...};
+    PyObject* const aligned = places_ % 16 ? Py_False : Py_True;
+    PyObject* const given[] = {launcher_, aligned, shape_->get(), dtype_->get(), arguments...};
     const Owned nothing(PyObject_VectorcallMethod(name, given, sizeof...(arguments) + 4, nullptr));
   }
 
@@ -252,7 +253,7 @@ class PlainAffine : PlainCall {
 
 // (pred, y, z, noise, columns, kind, reduction, name, source, scratch): the loss of pred against y and z or noise,
 // without a mask or further weights; columns as in bind.cpp's residual. The result is (loss, its gradient or None if
-// pred wants none, `also` or None without its columns). scratch(pred) is what a GPU's reduction needs.
+// pred wants none, `also` or None without its columns). scratch(device, doubles) is what a GPU's reduction needs.
 class PlainLoss : PlainCall {
  public:
   static constexpr Py_ssize_t kArguments = 10;
@@ -292,7 +293,10 @@ class PlainLoss : PlainCall {
       std::optional<Owned> scratch;  // until the kernel is launched
       Scratch room;
       if (device_ >= 0 || g_pretend_gpu) {
-        scratch.emplace(PyObject_CallOneArg(a[9], x_));
+        const Owned device = attribute(x_, names().device);
+        const Owned doubles(PyLong_FromLongLong(scratch_doubles(batch_.B, batch_.D, 1)));
+        PyObject* const given[] = {device.get(), doubles.get()};
+        scratch.emplace(PyObject_Vectorcall(a[9], given, 2, nullptr));
         room = {static_cast<double*>(address(PyTuple_GET_ITEM(scratch->get(), 0))),
                 static_cast<uint32_t*>(address(PyTuple_GET_ITEM(scratch->get(), 1)))};
       }
@@ -345,7 +349,7 @@ PyMethodDef g_methods[] = {
     plain_method<PlainAffine>(),
     plain_method<PlainLoss>(),
     method("use_plain", use_plain, "Who launches plain calls on the CPU, and on a GPU."),
-    {"pretend_gpu", pretend_gpu, METH_O, "Sends CPU tensors to a CUDA library that was compiled for the CPU, to test it."},
+    {"pretend_gpu", pretend_gpu, METH_O, "Sends CPU tensors to a CUDA library compiled for the CPU, to test it."},
     {nullptr, nullptr, 0, nullptr},
 };
 

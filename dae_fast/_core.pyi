@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .noise import Noise
@@ -124,7 +125,7 @@ def plain_loss(
     reduction: int,
     name: str | None,
     source: Any,
-    scratch: Callable[[Tensor], tuple[Tensor | None, Tensor | None]],
+    scratch: Callable[[torch.device, int], tuple[Tensor, Tensor]],
     /,
 ) -> tuple[Tensor, Tensor | None, Tensor | None] | None: ...
 def use_plain(on_cpu: Any, on_gpu: Any, /) -> None: ...

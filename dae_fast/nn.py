@@ -15,7 +15,7 @@ from .level import Level, can_read
 from .noise import Noise
 from .ops.affine import ABSENT, affine
 from .ops.checks import like, noise_for, promote, samples
-from .ops.denoising import AnyNoise, LossColumns, against_target, plain_against_target, plan
+from .ops.denoising import AnyNoise, LossColumns, against_target, plain_against_target
 from .ops.levels import look_up, rows_for
 from .ops.loss import Selecting, check, check_level_weight, loss_mask, loss_weight
 from .ops.noising import add_noise
@@ -69,7 +69,7 @@ class DenoisingLoss(torch.nn.Module):
         self.register_buffer("level_weight", level_weight)
         columns = LossColumns(predict, named if isinstance(named, Weighting) else None, errors=True)
         # Of a plain call; None where the weight is no column.
-        self._plan = plan(columns) if named is None or isinstance(named, Weighting) else None
+        self._plan = columns.plan if named is None or isinstance(named, Weighting) else None
         if isinstance(schedule, Schedule):
             table_of(schedule, op, columns.name, columns.coefficients, torch.float32, torch.device("cpu"))
 

@@ -109,7 +109,7 @@ def plain_loss(
 
     source: a table of one row or one for each sample; with a name, the level whose schedule has a table of that name.
     """
-    return _core.plain_loss(pred, y, z, noise, columns, kind, reduction, name, source, _scratch)
+    return _core.plain_loss(pred, y, z, noise, columns, kind, reduction, name, source, workspace)
 
 
 def _scratch(x: Tensor, columns: int = 1) -> tuple[Tensor | None, Tensor | None]:

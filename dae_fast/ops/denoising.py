@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from .residual import (
     UNWEIGHED,
     Looked,
     Mask,
+    Plan,
     Reduction,
     Weighing,
     kept_elements,
@@ -201,26 +202,17 @@ class LossColumns:
         factor = ABSENT if self.weighting is None else (last := last + 1)
         return Weighing(factor, (last + 1, last + 2) if self.errors else UNWEIGHED.also)
 
-
-class Plan(NamedTuple):
-    """What a plain call takes of LossColumns, worked out once."""
-
-    row: tuple[float, ...] | None
-    name: str
-    weighing: Weighing  # of a kind without delta
-    of_x0: int  # its column, perhaps ABSENT
-    of_noise: int
-
-
-def plan(columns: LossColumns) -> Plan:
-    predict = columns.predict
-    of_x0, of_noise = ABSENT if predict in ("eps", "score") else 1, ABSENT if predict == "x0" else 2
-    return Plan(columns.row, columns.name, columns.weighing(0), of_x0, of_noise)
+    @property
+    def plan(self) -> Plan:
+        """Of a plain call, which has no delta."""
+        of_x0, of_noise = ABSENT if self.predict in ("eps", "score") else 1, ABSENT if self.predict == "x0" else 2
+        factor, also = self.weighing(0)
+        return Plan(self.row, self.name, (of_x0, of_noise, ABSENT, factor, *also))
 
 
 @lru_cache(maxsize=64)
 def _plan(predict: Parameterisation, weighting: Weighting | None) -> Plan:
-    return plan(LossColumns(predict, weighting))
+    return LossColumns(predict, weighting).plan
 
 
 # Weights that a plain call may have; the others of weighting.NAMES are no columns.
@@ -244,7 +236,7 @@ def plain_against_target(
     """against_target of a plain call; None where that has to look."""
     if kind not in ("mse", "l1") or not isinstance(pred, Tensor) or not isinstance(x0, Tensor):
         return None
-    if noise is None and plan.of_noise != ABSENT:
+    if noise is None and plan.columns[1] != ABSENT:
         return None
     if plan.row is None:
         if type(level) is not Level:
@@ -252,20 +244,7 @@ def plain_against_target(
     elif level is not None:
         level_for(op, level)
         level._check(op, pred)
-    return plain_residual_loss(
-        op,
-        pred,
-        x0,
-        noise,
-        reduction,
-        plan.row,
-        level,
-        plan.name,
-        plan.weighing,
-        KINDS.index(kind),
-        plan.of_x0,
-        plan.of_noise,
-    )
+    return plain_residual_loss(op, pred, x0, noise, reduction, plan, level, KINDS.index(kind))
 
 
 def against_target(

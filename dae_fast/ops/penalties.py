@@ -17,9 +17,10 @@ from ..noise import Noise
 from ..rows import stack_rows
 from . import checks
 from .loss import check
-from .residual import KINDS, Reduction, plain_residual_loss, residual_loss
+from .residual import KINDS, Plan, Reduction, plain_residual_loss, residual_loss
 
-ALONE = (1.0, 0.0, 0.0)  # a residual's row: against nothing
+_ALONE = (1.0, 0.0, 0.0)  # a residual's row: against nothing
+_PLAIN = Plan(_ALONE)
 CONTRACTION_TAG = 0x6A61636F  # "jaco"; of the directions, so that they do not depend on a corruption of the same noise
 
 
@@ -34,11 +35,11 @@ def l1_penalty(h: Tensor, *, reduction: Reduction = "mean") -> Tensor:
     """
     op, kind = "l1_penalty", KINDS.index("l1")
     if not is_compiling():
-        done = plain_residual_loss(op, h, None, None, reduction, ALONE, kind=kind)
+        done = plain_residual_loss(op, h, None, None, reduction, _PLAIN, kind=kind)
         if done is not None:
             return done[0]
     checks.samples(op, "h", h)
-    rows = stack_rows(op, ALONE, h, compute_dtype(h.dtype))
+    rows = stack_rows(op, _ALONE, h, compute_dtype(h.dtype))
     return residual_loss(op, h, None, None, None, rows, None, None, check(op, h, reduction), kind)[0]
 
 

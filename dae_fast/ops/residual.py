@@ -21,6 +21,7 @@ from .routing import Route, batchable, plain_loss, route, wants_grad
 
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS = ("none", "mean", "sum")  # a reduction's place here is its number in the native core
+_REDUCED = {"mean": 1, "sum": 2}
 MINUS_TARGET = (1.0, -1.0, -1.0)  # a table's row for pred - y, pred - z and pred - noise
 COLUMNS = (0, 1, 2, ABSENT)  # a table holds (1, n1, n2): r = 1*pred + n1*y + n2*z; then rho's delta where it has one
 KINDS = reference.KINDS
@@ -86,51 +87,57 @@ def penalty_columns(kind: int) -> tuple[int, int, int]:
 Looked = tuple[Tensor, Tensor | None]  # the loss, and `also`
 
 
+class Plan(NamedTuple):
+    """Of plain calls: a table, and its columns as the kernels take them, worked out once.
+
+    row: the table's one row; None: the table is what the level's schedule has under `name`
+    columns: ABSENT for y or the target: it is looked at, and not read
+    """
+
+    row: tuple[float, ...] | None = MINUS_TARGET
+    name: str | None = None
+    columns: tuple[int, ...] = (1, 2, ABSENT, ABSENT, ABSENT, ABSENT)
+
+
+AGAINST_NOISE = Plan()
+
+
 def plain_residual_loss(
     op: str,
     pred: Tensor,
     y: Tensor | None,
     target: Any,
     reduction: str,
-    row: tuple[float, ...] | None = MINUS_TARGET,
+    plan: Plan = AGAINST_NOISE,
     level: Level | None = None,
-    name: str | None = None,
-    weighing: Weighing = UNWEIGHED,
     kind: int = 0,
-    of_y: int = 1,
-    of_z: int = 2,
 ) -> Looked | None:
-    """The loss of a plain call, without weight and mask; None where residual_loss has to look.
-
-    The table is `row`, or without one that which level's schedule has under `name`. kind: one without a delta.
-    of_y, of_z: columns of y and of the target; ABSENT: it is looked at, and not read.
-    """
-    if reduction not in REDUCTIONS[1:] or not isinstance(pred, Tensor):
+    """The loss of a plain call, without weight, mask or delta; None where residual_loss has to look."""
+    number = _REDUCED.get(reduction)
+    if number is None or not isinstance(pred, Tensor):
         return None
+    row, name, columns = plan
     z, noise = (None, target) if type(target) is Noise else (target, None)
-    number, columns = REDUCTIONS.index(reduction), (of_y, of_z, ABSENT, weighing.factor, *weighing.also)
     source: Any = level
     if row is not None:
-        name = None
         source, _ = constant_rows(op, row, pred, reference.compute_dtype(pred.dtype))
-    made = plain_loss(pred, y, z, noise, columns, kind, number, name, source)
+    made = plain_loss(pred, y, z, noise, columns, kind, number, None if row else name, source)
     if made is None:
         return None
     loss, grad, also = made
     if grad is None:
         return loss, also
-    if row is None:
-        assert level is not None and level._schedule is not None and name is not None
-        table = level._schedule._tables[name, reference.compute_dtype(pred.dtype), pred.device]
-        t = level._t
-        rows = Rows(table[t : t + 1], None) if isinstance(t, int) else Rows(table, t)
-    else:
+    if row is not None:
         rows = Rows(source, None)
-    if of_y == ABSENT:
+    else:
+        assert level is not None and level._schedule is not None and name is not None
+        table, t = level._schedule._tables[name, reference.compute_dtype(pred.dtype), pred.device], level._t
+        rows = Rows(table[t : t + 1], None) if isinstance(t, int) else Rows(table, t)
+    if columns[0] == ABSENT:
         y = None
-    if of_z == ABSENT:
+    if columns[1] == ABSENT:
         z = noise = None
-    call = op, noise, rows.table, number, kind, None, weighing.factor
+    call = op, noise, rows.table, number, kind, None, columns[3]
     return _Loss.apply(pred, None, (loss, grad), (y, z, rows.t, None, None), call), also
 
 
