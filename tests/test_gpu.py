@@ -398,12 +398,14 @@ def test_a_key_on_the_device_does_not_synchronise(backend: str) -> None:
 class TestLaunches:
     """As the profiler counts them: kernels, copies and fills."""
 
-    @pytest.mark.parametrize(
-        # A mask must be counted first; coefficients that come as tensors are worked out by torch.
-        "case",
-        [c for c in CASES if c.name not in ("noise_mse-mask", "noise_mse-drawn", "langevin_step-per-sample")],
-        ids=str,
+    MORE = (
+        *("noise_mse-mask", "noise_mse-drawn", "denoising_loss-struck"),  # a mask must be counted first
+        *("langevin_step-per-sample", "denoising_loss-pseudo_huber"),  # coefficients worked out by torch
+        "add_noise-perturbed",  # noise twice
+        "reparameterise",  # the divergence is rounded by torch
     )
+
+    @pytest.mark.parametrize("case", [c for c in CASES if c.name not in MORE], ids=str)
     def test_one_to_an_op(self, backend: str, case: Case) -> None:
         inputs = case.inputs(FLAT, torch.float32, device=DEVICE)
         with torch.no_grad():
@@ -431,6 +433,19 @@ class TestLaunches:
 
         step()
         assert usage(step, 1, torch.device(DEVICE)).launches <= 4
+
+    @pytest.mark.parametrize("weighting", [None, "min_snr"])
+    def test_three_to_the_objective(self, backend: str, weighting: str | None) -> None:
+        """Levels, noising, and the loss with its weights, errors and gradient."""
+        x0, pred = torch.randn(2, *FLAT, device=DEVICE)
+        pred.requires_grad_()
+        objective = df.nn.DenoisingLoss(SCHEDULE, "v", weighting=weighting)
+
+        def step() -> object:
+            return objective(lambda x, t: pred, x0, df.Noise(0).fold_in(5))
+
+        step()
+        assert usage(step, 1, torch.device(DEVICE)).launches == 3
 
 
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
