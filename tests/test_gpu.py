@@ -395,15 +395,17 @@ def test_a_key_on_the_device_does_not_synchronise(backend: str) -> None:
         call()
 
 
+# Cases of more than one launch.
+MORE = (
+    *("noise_mse-mask", "noise_mse-drawn", "denoising_loss-struck"),  # a mask must be counted first
+    *("langevin_step-per-sample", "denoising_loss-pseudo_huber"),  # coefficients worked out by torch
+    "add_noise-perturbed",  # noise twice
+    "reparameterise",  # the divergence is rounded by torch
+)
+
+
 class TestLaunches:
     """As the profiler counts them: kernels, copies and fills."""
-
-    MORE = (
-        *("noise_mse-mask", "noise_mse-drawn", "denoising_loss-struck"),  # a mask must be counted first
-        *("langevin_step-per-sample", "denoising_loss-pseudo_huber"),  # coefficients worked out by torch
-        "add_noise-perturbed",  # noise twice
-        "reparameterise",  # the divergence is rounded by torch
-    )
 
     @pytest.mark.parametrize("case", [c for c in CASES if c.name not in MORE], ids=str)
     def test_one_to_an_op(self, backend: str, case: Case) -> None:
