@@ -5,6 +5,7 @@ The ops of the shared case list use part of it each; here are the combinations.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -13,10 +14,12 @@ from torch import Tensor
 
 import dae_fast as df
 from dae_fast.backends import reference
+from dae_fast.ops.affine import affine
 from dae_fast.ops.residual import Drawn
+from dae_fast.rows import Rows
 
 from .cases import DTYPES
-from .conftest import module_of
+from .conftest import GPU_CODE, module_of
 
 SHAPES = ((5, 2, 3, 8), (3, 1301), (9, 5), (2, 3, 7, 5))
 NOISE = df.Noise(5).fold_in(3)
@@ -110,23 +113,110 @@ def test_an_absent_w_is_not_read(backend: str) -> None:
     assert torch.isfinite(got).all()
 
 
-def test_gradients_of_four_tensors(backend: str) -> None:
-    """Of every input and coefficient, with a clamp and without, first and second order."""
-    from dae_fast.ops.affine import affine
-    from dae_fast.rows import Rows
+BOUNDS = (-0.5, 0.5)
+GRADIENTS = {
+    "two outputs": ((0, 1, 2, 3, -1, 4, -1, 5), None, False),
+    "clamped": ((0, 1, 2, 3), (4, 5, 6, *BOUNDS), False),
+    "clamped, noise": ((0, 1, 2, 3), (4, 5, 6, *BOUNDS), True),
+    "clamped, two outputs": ((0, 1, 2, 3, 3, 2, 1, 0), (4, 5, 6, *BOUNDS), False),
+    "clamped, two outputs, noise": ((0, 1, 2, -1, -1, 3, -1, 4), (4, 5, 6, *BOUNDS), True),
+    "clamped, the second without it": ((-1, 1, -1, -1, 2, -1, 3, -1), (4, 5, -1, *BOUNDS), False),
+    "clamped from below": ((0, 1, 2, 3), (4, 5, 6, -0.5, math.inf), False),
+    "clamped from above": ((0, 1, 2, 3), (4, 5, 6, -math.inf, 0.5), False),
+    "clamped by nothing": ((0, 1, 2, 3), (4, 5, 6, -math.inf, math.inf), False),
+    "clamped, w outside": ((0, 1, -1, 3), (4, 5, -1, *BOUNDS), False),
+}
+LEVELS = {"each its row": (2, None), "one row": (1, None), "levels": (3, torch.tensor([2, 0]))}
 
+
+def mapped(
+    pattern: str, x: Tensor, y: Tensor, z: Tensor, w: Tensor, table: Tensor, t: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    columns, clamp, fresh = GRADIENTS[pattern]
+    third, noise = (None, NOISE) if fresh else (z, None)
+    return affine("op", x, y, third, noise, Rows(table, t), columns, clamp, w)
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize("pattern", GRADIENTS)
+def test_gradients_of_four_tensors(backend: str, pattern: str, levels: str) -> None:
+    """Of every input and coefficient, with a clamp and without, first and second order, and batched."""
+    count, t = LEVELS[levels]
+    if backend in GPU_CODE and t is None:
+        pytest.skip("slow there; what differs is not the backend's")
     tensors = [randn((2, 3), torch.float64, seed).requires_grad_() for seed in range(4)]
-    table = randn((2, 7), torch.float64, 9).requires_grad_()
+    table = randn((count, 7), torch.float64, 9).requires_grad_()
 
-    def plain(x: Tensor, y: Tensor, z: Tensor, w: Tensor, table: Tensor) -> tuple[Tensor, ...]:
-        return affine("op", x, y, z, None, Rows(table, None), (0, 1, 2, 3, -1, 4, -1, 5), w=w)
+    def f(*inputs: Tensor) -> tuple[Tensor, ...]:
+        return mapped(pattern, *inputs, t=t)
 
-    def clamped(x: Tensor, y: Tensor, z: Tensor, w: Tensor, table: Tensor) -> tuple[Tensor, ...]:
-        return affine("op", x, y, z, None, Rows(table, None), (0, 1, 2, 3), (4, 5, 6, -0.5, 0.5), w)
+    assert torch.autograd.gradcheck(f, (*tensors, table), check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(f, (*tensors, table))
 
-    for f in (plain, clamped):
-        assert torch.autograd.gradcheck(f, (*tensors, table))
-        assert torch.autograd.gradgradcheck(f, (*tensors, table))
+
+@pytest.mark.parametrize("pattern", [p for p in GRADIENTS if "clamped" in p])
+def test_clamped_gradients_are_those_of_plain_torch(backend: str, pattern: str) -> None:
+    """All of them, each alone, and from each output alone; the values are those of a call without gradients."""
+    shape, (columns, clamp, fresh) = (3, 70), GRADIENTS[pattern]
+    leaves = [randn(shape, torch.float64, seed).requires_grad_() for seed in range(4)]
+    leaves.append(randn((3, 7), torch.float64, 9).requires_grad_())
+    outputs = mapped(pattern, *leaves)
+    with torch.no_grad():
+        assert all(map(torch.equal, outputs, mapped(pattern, *leaves)))
+    x, y, z, w, table = leaves
+    c = [column[:, None] for column in table.T]
+    a0, a1, a3, lo, hi = clamp
+    within = sum(c[a] * t for a, t in ((a0, x), (a1, y), (a3, w)) if a >= 0).clamp(lo, hi)
+    third = NOISE.normal(shape, dtype=torch.float64) if fresh else z
+    plain = [
+        sum(c[k] * t for k, t in zip(columns[i : i + 4], (x, within, third, w), strict=True) if k >= 0)
+        for i in range(0, len(columns), 4)
+    ]
+    upstream = [randn(shape, torch.float64, 20 + k) for k in range(len(plain))]
+    for chosen in (slice(None), slice(1), slice(1, None))[: 2 * len(plain) - 1]:
+        arguments = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+        want = torch.autograd.grad(plain[chosen], leaves, upstream[chosen], **arguments)
+        got = torch.autograd.grad(outputs[chosen], leaves, upstream[chosen], **arguments)
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+        for leaf, g in zip(leaves, got, strict=True):
+            alone = mapped(pattern, *(t if t is leaf else t.detach() for t in leaves))
+            if all(a.requires_grad for a in alone[chosen]):
+                (again,) = torch.autograd.grad(alone[chosen], leaf, upstream[chosen], **arguments)
+                torch.testing.assert_close(again, g, rtol=1e-12, atol=1e-12)
+
+
+LARGEST = torch.finfo(torch.float32).max
+SIDES = [(-1.0, 1.0), (0.1, 0.1), (-math.inf, 1.0), (-1.0, math.inf), (-math.inf, math.inf), (-LARGEST, LARGEST)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("lo", "hi"), SIDES)
+def test_gradients_at_the_bounds_are_torchs(backend: str, lo: float, hi: float, dtype: torch.dtype) -> None:
+    """For estimates at a bound, beside it, infinite and NaN, in vectors and in the rest of a row."""
+    special = [lo, hi, -0.0, 0.0, -math.inf, math.inf, math.nan, -2.0, 2.0, torch.finfo(dtype).max]
+    one = torch.tensor(special, dtype=dtype)
+    beside = [one.nextafter(torch.full_like(one, s * math.inf)) for s in (1, -1)]
+    y = torch.cat((one, *beside)).repeat(1, 5)[:, :139].requires_grad_()
+    table = torch.ones(1, 1, dtype=dtype)
+    for upstream in (torch.arange(139, dtype=dtype)[None] - 50, torch.full_like(y, math.inf), y.detach()):
+        (out,) = affine("op", y.detach(), y, None, None, Rows(table, None), (-1, 0, -1, -1), (-1, 0, -1, lo, hi))
+        got = torch.autograd.grad(out, y, upstream)
+        want = torch.autograd.grad(y.clamp(lo, hi), y, upstream)
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_types_have_gradients_where_the_forward_does_not_clamp(backend: str, dtype: torch.dtype) -> None:
+    """The estimate x + y/64 is exact in fp32; some of those outside the bounds would round to a bound."""
+    x = torch.where(randn((3, 70), dtype, 0) > 0, 1, -1).to(dtype).requires_grad_()
+    y = (0.1 * randn((3, 70), torch.float64, 1)).to(dtype).requires_grad_()
+    table = torch.tensor([[1.0, 2.0**-6]])
+    (out,) = affine("op", x, y, None, None, Rows(table, None), (-1, 0, -1, -1), (0, 1, -1, -1.0, 1.0))
+    estimate = (x.double() + y.double() / 64).detach()
+    inside = estimate.abs() <= 1
+    assert (inside != (estimate.to(dtype).abs() <= 1)).any()
+    for g, coefficient in zip(torch.autograd.grad(out.sum(), (x, y)), table[0], strict=True):
+        assert torch.equal(g, inside.to(dtype) * coefficient.to(dtype))
 
 
 KINDS = ("mse", "l1", "huber", "pseudo_huber")

@@ -6,7 +6,9 @@ is its own gradient.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from ..backends import kernels, reference
 from ..noise import Noise
-from ..rows import Rows
+from ..rows import Rows, outside_modes
 from .flat import flatten, seen
 from .routing import Route, batchable, route, wants_grad
 
@@ -41,8 +43,12 @@ def affine(
     way = route(op, x, y, z, w, rows.table)
     if way is Route.REFERENCE:
         return reference.affine(op, x, y, z, noise, *rows, columns, clamp, w)
-    if clamp is not None and (way is not Route.DIRECT or wants_grad(x, y, z, w, rows.table)):
-        # Where gradients or tracing are in play the clamp is torch's own, between two fused passes
+    if way is Route.DIRECT:
+        if wants_grad(x, y, z, w, rows.table):
+            return _tuple(_Affine.apply(x, y, z, w, rows.table, (rows.t, op, noise, columns, clamp)))
+        return kernels(x, op).affine(op, x, y, z, noise, *rows, columns, clamp, w=w)
+    if clamp is not None:
+        # Where a call is traced or transformed the clamp is torch's own, between two fused passes
         # in the compute type: rounded to half in between, it would clamp other elements.
         a0, a1, a3, lo, hi = clamp
         dtype, compute = x.dtype, reference.compute_dtype(x.dtype)
@@ -50,10 +56,6 @@ def affine(
         estimate = affine(op, x.to(compute), wide_y, None, None, rows, (a0, a1, ABSENT, a3), w=wide_w)[0]
         made = affine(op, x.to(compute), estimate.clamp(lo, hi), wide_z, noise, rows, columns, w=wide_w)
         return tuple(t.to(dtype) for t in made)
-    if way is Route.DIRECT:
-        if wants_grad(x, y, z, w, rows.table):
-            return _tuple(_Affine.apply(x, y, z, w, rows.table, (rows.t, op, noise, columns)))
-        return kernels(x, op).affine(op, x, y, z, noise, *rows, columns, clamp, w=w)
     call = torch.ops.dae_fast.affine if len(columns) == 4 else torch.ops.dae_fast.affine2
     return _tuple(call(x, y, z, w, *seen(rows), *flatten(noise), columns, op))
 
@@ -84,6 +86,8 @@ def _tuple(result: Any) -> tuple[Tensor, ...]:
 
 
 Gradients = list[Tensor | None]
+Given = list[tuple[Tensor, Columns]]  # gradients of outputs, each with the four columns of its output
+_NOT_GIVEN = ((None, (ABSENT,) * 4),) * 2
 
 
 def _gradients(
@@ -94,30 +98,93 @@ def _gradients(
     rows: Rows,
     columns: Columns,
     op: str,
+    clamp: Clamp | None = None,
 ) -> Gradients:
-    """Of x, y, z, w and the table; `needs` says which. inputs (x, y, z, w) are read for the table's alone.
+    """Of x, y, z, w and the table; `needs` says which. inputs (x, y, z, w) are read for a clamp and for the table's."""
+    given = [(g, columns[4 * k : 4 * k + 4]) for k, g in enumerate(grads) if g is not None]
+    if not given:
+        return [None] * 5
+    if clamp is not None:
+        return _clamped_gradients(needs, given, inputs, noise, rows, op, clamp)
+    of_table = _table_gradient(given, inputs, noise, rows, op) if needs[4] else None
+    return [*_input_gradients(needs, given, rows, op), of_table]
+
+
+def _input_gradients(needs: Sequence[bool], given: Given, rows: Rows, op: str) -> Gradients:
+    """Of x, y, z and w, from one to three gradients.
 
     d x = c0 * g, and so on: affine maps of the output gradients, two inputs to a pass.
     """
-    result: Gradients = [None] * 5
-    given = [(g, columns[4 * k : 4 * k + 4]) for k, g in enumerate(grads) if g is not None]
-    if not given:
-        return result
-    (g1, columns1), (g2, columns2) = given[0], (given[1] if len(given) == 2 else (None, (ABSENT,) * 4))
+    result: Gradients = [None] * 4
+    (g1, columns1), (g2, columns2), (g3, columns3) = (*given, *_NOT_GIVEN)[:3]
+    assert g1 is not None
     wanted = [k for k in range(4) if needs[k]]
     for first in range(0, len(wanted), 2):
         pair = wanted[first : first + 2]
-        maps = tuple(c for k in pair for c in (columns1[k], columns2[k], ABSENT, ABSENT))
-        for k, gradient in zip(pair, affine(op, g1, g2, None, None, rows, maps), strict=True):
+        maps = tuple(c for k in pair for c in (columns1[k], columns2[k], columns3[k], ABSENT))
+        for k, gradient in zip(pair, affine(op, g1, g2, g3, None, rows, maps), strict=True):
             result[k] = gradient
-    if needs[4]:
-        result[4] = _table_gradient(given, inputs, noise, rows, op)
     return result
 
 
-def _table_gradient(
-    given: list[tuple[Tensor, Columns]], inputs: Sequence[Tensor | None], noise: Noise | None, rows: Rows, op: str
-) -> Tensor:
+def _clamped_gradients(
+    needs: Sequence[bool],
+    given: Given,
+    inputs: Sequence[Tensor | None],
+    noise: Noise | None,
+    rows: Rows,
+    op: str,
+    clamp: Clamp,
+) -> Gradients:
+    """The estimate counts as one more output, the only one that reads y. All in the compute type."""
+    dtype = given[0][0].dtype
+    a0, a1, a3, lo, hi = clamp
+    of_estimate = (a0, a1, ABSENT, a3)
+    given = [(_wide(g), columns) for g, columns in given]
+    inner: Given = [(_estimate_gradient(given, inputs, rows, op, clamp), of_estimate)]
+    outer: Given = [(g, (c0, ABSENT, c2, c3)) for g, (c0, _, c2, c3) in given]
+    found = [None if t is None else t.to(dtype) for t in _input_gradients(needs, outer + inner, rows, op)]
+    if not needs[4]:
+        return [*found, None]
+    x, y, z, w = (_wide(t) for t in inputs)
+    clamped = affine(op, x, y, None, None, rows, of_estimate, w=w)[0].clamp(lo, hi)
+    of_outer = _table_gradient(given, (x, clamped, z, w), noise, rows, op)
+    return [*found, of_outer + _table_gradient(inner, (x, y, None, w), None, rows, op)]
+
+
+def _estimate_gradient(given: Given, inputs: Sequence[Tensor | None], rows: Rows, op: str, clamp: Clamp) -> Tensor:
+    """0 outside the bounds and for NaN, as torch.clamp's: lo <= estimate <= hi decides.
+
+    Without a bool tensor: on a CPU torch.where takes ten times as long for one as all of this.
+    """
+    a0, a1, a3, lo, hi = clamp
+    x, y, _, w = inputs
+    # Made again, and not rounded: other elements would be within the bounds.
+    estimate = affine(op, _wide(x), _wide(y), None, None, rows, (a0, a1, ABSENT, a3), w=_wide(w))[0].detach()
+    low, high, neginf, posinf = _open_interval(lo, hi, estimate.dtype)
+    estimate.nan_to_num_(math.inf, posinf, neginf)
+    g = _input_gradients((False, True, False, False), given, rows, op)[1]
+    return torch.ops.aten.hardtanh_backward(g, estimate, low, high)
+
+
+def _wide(t: Any) -> Any:
+    return None if t is None else t.to(reference.compute_dtype(t.dtype))
+
+
+@lru_cache(maxsize=64)
+def _open_interval(lo: float, hi: float, dtype: torch.dtype) -> tuple[float, float, float | None, float | None]:
+    """(low, high, neginf, posinf): hardtanh_backward is 0 at low and high and beyond, and inside for lo <= t <= hi.
+
+    Of a NaN it makes one thing or another, so a NaN becomes infinite, never inside. What is infinite stays so,
+    but within an infinite bound it becomes the largest number (None), which is.
+    """
+    with outside_modes():
+        infinite = torch.tensor([-math.inf, math.inf], dtype=dtype)
+        low, high = torch.tensor([lo, hi], dtype=dtype).nextafter(infinite).tolist()
+    return low, high, None if lo == -math.inf else -math.inf, None if hi == math.inf else math.inf
+
+
+def _table_gradient(given: Given, inputs: Sequence[Tensor | None], noise: Noise | None, rows: Rows, op: str) -> Tensor:
     """Sums over each sample of output gradient times input, gathered to the table's rows."""
     table, index = rows
     B = given[0][0].shape[0]
@@ -161,20 +228,22 @@ class _Affine(torch.autograd.Function):
         table: Tensor,
         rest: tuple[Any, ...],
     ) -> Any:
-        index, op, noise, columns = rest
+        index, op, noise, columns, clamp = rest
         ctx.set_materialize_grads(False)
         if table.requires_grad:
             ctx.save_for_backward(table, index, x, y, z, w)
+        elif clamp is not None:
+            ctx.save_for_backward(table, index, x, y, None, w)
         else:
             ctx.save_for_backward(table, index)
-        ctx.rest = noise, columns, op
-        outputs = kernels(x, op).affine(op, x, y, z, noise, table, index, columns, w=w)
+        ctx.rest = noise, columns, clamp, op
+        outputs = kernels(x, op).affine(op, x, y, z, noise, table, index, columns, clamp, w=w)
         return outputs if len(outputs) > 1 else outputs[0]
 
     @staticmethod
     @batchable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         table, index, *inputs = ctx.saved_tensors
-        noise, columns, op = ctx.rest
-        found = _gradients(ctx.needs_input_grad, grads, inputs, noise, Rows(table, index), columns, op)
-        return (*found, None)
+        noise, columns, clamp, op = ctx.rest
+        rows, needs = Rows(table, index), ctx.needs_input_grad
+        return (*_gradients(needs, grads, inputs, noise, rows, columns, op, clamp), None)
