@@ -145,13 +145,16 @@ class PlainCall {
     return true;
   }
 
-  // source: a Level whose schedule has a table of that name, or without a name a table of one row or of one for each
-  // sample.
+  // source: a Level whose schedule has a table of that name; or a table, of which an int names the row, or without a
+  // name one of one row or of one for each sample.
   bool read_source(PyObject* name, PyObject* source, Table& read) {
-    if (name == Py_None) {
+    if (name == Py_None || PyLong_Check(name)) {
       if (wants_grad(source)) return false;
       table_ = source;
       read = read_table(source, Py_None);
+      if (name == Py_None) return true;
+      if (!is_dense(source)) return false;
+      take_row(name, read);
       return true;
     }
     const Owned schedule = attribute(source, names().schedule);
@@ -163,18 +166,24 @@ class PlainCall {
       if (PyErr_Occurred()) throw PythonError();
       return false;  // not made yet
     }
-    index_.emplace(attribute(source, names().t).release());
-    PyObject* t = index_->get();
-    if (PyLong_Check(t)) {
+    Owned t = attribute(source, names().t);
+    if (PyLong_Check(t.get())) {
       read = read_table(table_, Py_None);
-      const int64_t size = batch_.dtype == Dtype::f64 ? sizeof(double) : sizeof(float);
-      read.data = static_cast<const char*>(read.data) + PyLong_AsLongLong(t) * read.columns * size;
-      read.rows = 1;
+      take_row(t.get(), read);
       return true;
     }
-    if (!is_of_samples(t)) return false;
-    read = read_table(table_, t);
+    if (!is_of_samples(t.get())) return false;
+    index_.emplace(t.release());
+    read = read_table(table_, index());
     return device_ >= 0 || bad_level(read, batch_.B) < 0;
+  }
+
+  // One row for all samples, which is there.
+  void take_row(PyObject* i, Table& read) {
+    index_.emplace(Py_NewRef(i));
+    const int64_t size = batch_.dtype == Dtype::f64 ? sizeof(double) : sizeof(float);
+    read.data = static_cast<const char*>(read.data) + PyLong_AsLongLong(i) * read.columns * size;
+    read.rows = 1;
   }
 
   PyObject* compute_dtype() const { return batch_.dtype == Dtype::f64 ? dae::torch().f64 : dae::torch().f32; }
@@ -222,32 +231,50 @@ class PlainCall {
   std::optional<Owned> dtype_, shape_, index_;  // of x, and of the table's rows
 };
 
-// (columns, x, y, z, noise, name, source); name and source as in read_source. The result is a new tensor.
+// (columns, x, y, z, noise, name, source, w, clamp); name and source as in read_source, columns and clamp as in bind.cpp's
+// affine. The result is a new tensor, or with eight columns two.
 class PlainAffine : PlainCall {
  public:
-  static constexpr Py_ssize_t kArguments = 7;
+  static constexpr Py_ssize_t kArguments = 9;
   static constexpr const char* kName = "plain_affine";
 
   PyObject* run(PyObject* const* a) {
     if (!read_first(a[1]) || wants_grad(a[1])) return Py_NewRef(Py_None);
     AffineArgs args{};
-    for (int i = 0; i < 8; ++i)
-      args.columns[i] = i < 3 ? static_cast<int>(PyLong_AsLong(PyTuple_GET_ITEM(a[0], i))) : kAbsent;
+    const Py_ssize_t columns = PyTuple_GET_SIZE(a[0]);
+    for (int i = 0; i < 8; ++i) args.columns[i] = i < columns ? column(a[0], i) : kAbsent;
+    args.clamped = a[8] != Py_None;
+    if (args.clamped) {
+      for (int i = 0; i < 3; ++i) args.inner[i] = column(a[8], i);
+      args.lo = PyFloat_AsDouble(PyTuple_GET_ITEM(a[8], 3)), args.hi = PyFloat_AsDouble(PyTuple_GET_ITEM(a[8], 4));
+    }
     args.x.data = place_of(a[1]);
-    if (!read_another(a[2], args.y) || !read_another(a[3], args.z) || !read_its_noise(a[4], args.noise) ||
-        !read_source(a[5], a[6], args.table))
+    if (!read_another(a[2], args.y) || !read_another(a[3], args.z) || !read_another(a[7], args.w) ||
+        !read_its_noise(a[4], args.noise) || !read_source(a[5], a[6], args.table))
       return Py_NewRef(Py_None);
     args.batch = batch_;
-    Operand* const operands[] = {&args.x, &args.y, &args.z};
-    for (int k = 0; k < 3; ++k)  // checked, and not read
-      if (args.columns[k] == kAbsent) operands[k]->data = nullptr;
-    Owned out(empty_like_first());
+    // Checked, and not read where nothing wants it.
+    if (!wanted(args, 0, args.inner[0])) args.x.data = nullptr;
+    if (!wanted(args, 1, args.inner[1])) args.y.data = nullptr;
+    if (!wanted(args, 2, kAbsent)) args.z.data = nullptr;
+    if (!wanted(args, 3, args.inner[2])) args.w.data = nullptr;
+    const Owned out(empty_like_first()), out2(columns == 8 ? empty_like_first() : Py_NewRef(Py_None));
     args.out.data = place_of(out.get());
+    if (out2.get() != Py_None) args.out2.data = place_of(out2.get());
     if (is_ours())
       launch([&](const Api& api, Queue queue) { return api.affine(args, queue); });
     else
-      launch_elsewhere(names().plain_affine, a[0], a[1], a[2], a[3], a[4], table_, index(), out.get());
-    return out.release();
+      launch_elsewhere(names().plain_affine, a[0], a[1], a[2], a[3], a[4], a[7], a[8], table_, index(), out.get(),
+                       out2.get());
+    return out2.get() == Py_None ? Py_NewRef(out.get()) : PyTuple_Pack(2, out.get(), out2.get());
+  }
+
+ private:
+  static int column(PyObject* tuple, int i) { return static_cast<int>(PyLong_AsLong(PyTuple_GET_ITEM(tuple, i))); }
+
+  // Of operand k, whose column of the estimate is `inner`.
+  static bool wanted(const AffineArgs& args, int k, int inner) {
+    return args.columns[k] != kAbsent || args.columns[4 + k] != kAbsent || (args.clamped && inner != kAbsent);
   }
 };
 

@@ -106,15 +106,17 @@ def max_threads() -> int: ...
 def load_cuda(path: str, /) -> int: ...
 def on_gpu(tensor: Tensor, /) -> bool: ...
 def plain_affine(
-    columns: tuple[int, int, int, int],
+    columns: tuple[int, ...],
     x: Tensor,
     y: Tensor | None,
     z: Tensor | None,
     noise: Noise | None,
-    name: str | None,
+    name: str | int | None,
     source: Any,
+    w: Tensor | None,
+    clamp: tuple[int, int, int, float, float] | None,
     /,
-) -> Tensor | None: ...
+) -> Any: ...
 def plain_loss(
     pred: Tensor,
     y: Tensor | None,

@@ -11,6 +11,9 @@ from torch import Tensor
 
 import dae_fast as df
 from dae_fast.ops import affine, conversions, langevin, noising, residual
+from dae_fast.ops.routing import plain_affine
+from dae_fast.rows import Rows
+from dae_fast.samplers import common
 
 from .cases import DTYPES
 from .conftest import BACKENDS
@@ -57,7 +60,7 @@ class Spy:
         self.refuses = False
         monkeypatch.setattr(residual, "plain_loss", self._around(residual.plain_loss))
         around = self._around(noising.plain_affine)
-        for module in (noising, conversions, langevin):
+        for module in (noising, conversions, langevin, common):
             monkeypatch.setattr(module, "plain_affine", around)
 
     def _around(self, original: Call) -> Call:
@@ -131,6 +134,8 @@ def test_dtypes(with_kernels: str, spy: Spy, dtype: torch.dtype) -> None:
         lambda: df.denoising_loss(pred, x0, noise, level, predict="v", weight="min_snr"),
         lambda: df.add_noise(x0, noise, level),
         lambda: df.to_x0(x0, pred, level),
+        lambda: df.to_x0(x0, pred, level, clamp=0.5),
+        lambda: df.to_eps(x0, pred, level, predict="x0", clamp=(-0.2, 0.7)),
         lambda: df.langevin_step(x0, pred, 0.1, eps),
     ):
         both_ways(spy, lambda call=call: (call(),))
@@ -157,6 +162,46 @@ def test_samples_ids_and_keys_in_memory(with_kernels: str, spy: Spy) -> None:
     for noise in (df.Noise(7, sample=ids), df.Noise(7, first_sample=11), df.Noise(7).to("cpu")):
         both_ways(spy, lambda noise=noise: (df.denoising_loss(pred, x0, noise, level, predict="v"),))
         both_ways(spy, lambda noise=noise: (df.add_noise(x0, noise, level),))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("fresh", [True, False], ids=["Noise", "tensor"])
+@pytest.mark.parametrize(
+    ("columns", "clamp"),
+    [
+        ((0, 1, 2, 3), None),
+        ((0, 1, -1, 3), (4, 5, 6, -0.5, 0.7)),
+        ((0, 1, 2, -1), (4, 5, -1, -0.5, 0.7)),
+        ((-1, 1, -1, -1), (-1, 5, -1, -0.5, 0.7)),
+        ((0, 1, 2, -1, 3, 4, -1, 5), None),
+        ((0, 1, 2, 3, -1, 1, -1, -1), (4, 5, 6, -0.5, 0.7)),
+    ],
+    ids=str,
+)
+def test_steps(with_kernels: str, columns: Any, clamp: Any, fresh: bool, dtype: torch.dtype) -> None:
+    """What the samplers call: a row of a table by its number, four tensors, a clamp, two outputs."""
+    x, y, z, w = (*tensors(dtype), tensors(dtype)[0].flip(0))
+    g = torch.Generator().manual_seed(0)
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    table = torch.randn(4, 7, generator=g, dtype=torch.float64).to(compute)
+    noise, z = (df.Noise(3), None) if fresh else (None, z)
+    unwanted = x.clone()
+    unwanted[:] = torch.nan  # of an operand without a column nothing is read
+    given = [t if wanted_at(columns, clamp, k) else unwanted for k, t in enumerate((x, y, z, w))]
+    made = plain_affine(columns, *given[:3], noise, 2, table, given[3], clamp)
+    general = affine.affine("op", *given[:3], noise, Rows(table[2:3], None), columns, clamp, given[3])
+    made = made if isinstance(made, tuple) else (made,)
+    assert len(made) == len(general) == len(columns) // 4
+    for ours, theirs in zip(made, general, strict=True):
+        assert torch.isfinite(ours).all()
+        assert torch.equal(ours, theirs)
+    strided = torch.randn(4, 8, generator=g).to(compute)[:, 1:]
+    assert plain_affine(columns, *given[:3], noise, 2, strided, given[3], clamp) is None
+
+
+def wanted_at(columns: tuple[int, ...], clamp: Any, k: int) -> bool:
+    inner = () if clamp is None else (clamp[0], clamp[1], -1, clamp[2])
+    return k == 2 or any(part[k] != -1 for part in (columns[:4], columns[4:], inner) if part)
 
 
 def test_misaligned_samples(with_kernels: str, spy: Spy) -> None:

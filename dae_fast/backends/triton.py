@@ -315,14 +315,17 @@ def plain_affine(
     y: Tensor | None,
     z: Tensor | None,
     noise: Noise | None,
+    w: Tensor | None,
+    clamp: tuple[int, int, int, float, float] | None,
     table: Tensor,
     index: Tensor | int | None,
     out: Tensor,
+    out2: Tensor | None,
 ) -> None:
     """For csrc/plain.cpp, which has checked that the tensors are contiguous. index: an int is of one row for all."""
     if isinstance(index, int):
         table, index = table[index : index + 1], None
-    _run_affine(aligned, CONTIGUOUS, shape, dtype, x, y, z, noise, table, index, columns, None, out, None, None)
+    _run_affine(aligned, CONTIGUOUS, shape, dtype, x, y, z, noise, table, index, columns, clamp, out, out2, w)
 
 
 def affine(

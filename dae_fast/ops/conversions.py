@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.compiler import is_compiling
@@ -94,10 +94,8 @@ def _convert(
     predict: Parameterisation,
     clamp: Bounds | None,
 ) -> Tensor:
-    plain = _PLAIN.get((predict, to))
-    if plain and clamp is None and type(level) is Level and not is_compiling():
-        columns, name = plain
-        converted = plain_affine(columns, x_t, pred, None, None, name, level)
+    if type(level) is Level and not is_compiling() and (predict, to) in _PLAIN:
+        converted = _plainly(op, x_t, pred, level, _PLAIN[predict, to], clamp)
         if converted is not None:
             return converted
     samples(op, "x_t", x_t)
@@ -119,9 +117,8 @@ def _convert(
     if predict == "x0" and to == "x0":
         return pred.clamp(low, high)
     rows = rows_for(op, level, (predict, "to", to, "by x0"), _by_x0(predict, to), x_t, compute)
-    inner: Clamp = (2 if predict != "x0" else ABSENT, 3, ABSENT, low, high)
-    outer = (0 if to != "x0" else ABSENT, 1, ABSENT, ABSENT)
-    return affine(op, x_t, pred, None, None, rows, outer, inner)[0]
+    outer, inner = _clamped_columns(predict, to)
+    return affine(op, x_t, pred, None, None, rows, outer, (*inner, low, high))[0]
 
 
 def _columns(predict: Parameterisation, to: Parameterisation) -> Columns:
@@ -129,10 +126,37 @@ def _columns(predict: Parameterisation, to: Parameterisation) -> Columns:
     return (ABSENT if {predict, to} == {"eps", "score"} else 0, 1, ABSENT, ABSENT)
 
 
-# Columns and the table's name of the conversions between names, which a plain call looks up.
-_PLAIN: dict[tuple[Parameterisation, Parameterisation], tuple[Columns, str]] = {
-    (predict, to): (_columns(predict, to), f"{predict} to {to}") for predict in MIXES for to in MIXES if predict != to
+def _clamped_columns(predict: Parameterisation, to: Parameterisation) -> tuple[Columns, tuple[int, int, int]]:
+    """Of the result, and of the x0 that the clamp is about."""
+    return (0 if to != "x0" else ABSENT, 1, ABSENT, ABSENT), (2 if predict != "x0" else ABSENT, 3, ABSENT)
+
+
+class _Plain(NamedTuple):
+    """A conversion between names, as a plain call looks it up."""
+
+    name: str
+    columns: Columns
+    outer: Columns
+    inner: tuple[int, int, int]
+
+
+_PLAIN: dict[tuple[Parameterisation, Parameterisation], _Plain] = {
+    (predict, to): _Plain(f"{predict} to {to}", _columns(predict, to), *_clamped_columns(predict, to))
+    for predict in MIXES
+    for to in MIXES
+    if predict != to
 }
+
+
+def _plainly(op: str, x_t: Tensor, pred: Tensor, level: Level, plain: _Plain, clamp: Bounds | None) -> Tensor | None:
+    """The result of a plain call; None where _convert has to look."""
+    converted: Tensor | None
+    if clamp is None:
+        converted = plain_affine(plain.columns, x_t, pred, None, None, plain.name, level, None, None)
+    else:
+        limits: Clamp = (*plain.inner, *bounds(op, clamp))
+        converted = plain_affine(plain.outer, x_t, pred, None, None, f"{plain.name} by x0", level, None, limits)
+    return converted
 
 
 def _by_x0(predict: Parameterisation, to: Parameterisation) -> Coefficients:

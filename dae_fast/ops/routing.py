@@ -24,7 +24,7 @@ def _no_core(*_: Any) -> None:
 # A plain call, straight from Python's objects to the kernel: the result, or None for everything else. Guard it with
 # torch.compiler.is_compiling(), which cannot look inside.
 _native = backends.module("native")
-plain_affine: Callable[..., Tensor | None] = _no_core if _native is None else _native.plain_affine
+plain_affine: Callable[..., Any] = _no_core if _native is None else _native.plain_affine
 plain_loss: Callable[..., tuple[Tensor, Tensor | None, Tensor | None] | None] = (
     _no_core if _native is None else _native.plain_loss
 )

@@ -11,14 +11,16 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ..backends.reference import compute_dtype
 from ..graphs import replayed, start_device
 from ..noise import Noise
-from ..ops.affine import ABSENT, affine
+from ..ops.affine import ABSENT, Clamp, Columns, affine
 from ..ops.checks import like, noise_for, samples
 from ..ops.conversions import Bounds, bounds
 from ..ops.parameterisation import Parameterisation
+from ..ops.routing import plain_affine
 from ..rows import Rows
 from ..schedule import Schedule
 
@@ -169,21 +171,40 @@ class Update:
     reads_z: by step, whether o_z is not 0; else z and the noise are not read
     guidance g: the prediction is u + g*(c - u) = g*c + (1 - g)*u of a conditional c and an unconditional u
         (Ho and Salimans 2022), both read by the launch: u takes the place of w.
+    Without limits the estimate's coefficients are multiplied into the outputs': no estimate is made.
     """
 
     def __init__(self, op: str, estimate: Tensor, *outputs: Tensor, guidance: float | None, limits: Limits) -> None:
         self.op, self.limits, self.parts = op, limits, guided(op, guidance)
-        g = 1.0 if guidance is None else float(guidance)
         a_x, a_p = estimate.unbind(1)
+        a_c, a_u = (mix(guidance, a_x) * a_p[:, None]).unbind(1)
         outer = [torch.nn.functional.pad(o, (0, 4 - o.shape[1])) for o in outputs]
-        self.table = torch.cat((torch.stack((a_x, g * a_p, (1 - g) * a_p), 1), *outer), 1)
-        self._outputs = len(outputs)
         self.reads_z: list[bool] = torch.stack([o[:, 2] != 0 for o in outer]).any(0).tolist()
+        self._estimates = limits != Limits()
+        if self._estimates:
+            self.table = torch.cat((torch.stack((a_x, a_c, a_u), 1), *outer), 1)
+        else:
+            self.table = torch.cat([self._direct(o, a_x, a_c, a_u) for o in outer], 1)
+        self._outputs = len(outputs)
+
+    def _direct(self, output: Tensor, a_x: Tensor, a_c: Tensor, a_u: Tensor) -> Tensor:
+        """(steps, 4): of x, the prediction, z and w."""
+        o_x, o_m, o_z, o_w = output.unbind(1)
+        return torch.stack((o_x + o_m * a_x, o_m * a_c, o_z, o_m * a_u if self.parts else o_w), 1)
 
     @property
     def options(self) -> object:
         """What a captured loop depends on besides the table."""
         return self.limits, self.parts, self._outputs
+
+    def _columns(self, reads_z: bool, reads_w: bool) -> tuple[Columns, Clamp | None]:
+        """Of the outputs, and of the estimate."""
+        of_w = reads_w and not (self.parts and self._estimates)  # there u is read by the estimate alone
+        of_output = 0, 1, 2 if reads_z else ABSENT, 3 if of_w else ABSENT
+        first = 3 if self._estimates else 0
+        columns = tuple(c if c == ABSENT else first + 4 * k + c for k in range(self._outputs) for c in of_output)
+        low, high, _ = self.limits
+        return columns, (0, 1, 2 if self.parts else ABSENT, low, high) if self._estimates else None
 
     def __call__(
         self,
@@ -197,18 +218,20 @@ class Update:
     ) -> tuple[Tensor, ...]:
         """table: self.table in the dtype of the arithmetic, on x's device; prediction: (p,) or (c, u)."""
         p, *u = prediction
-        inner_w, outer_w = (2, ABSENT) if u else (ABSENT, ABSENT if w is None else 3)
         w = u[0] if u else w
-        row = table[i : i + 1]
-        low, high, quantile = self.limits
-        if quantile is not None:
-            (x0_hat,) = affine(self.op, x, p, None, None, Rows(row, None), (0, 1, ABSENT, inner_w), w=w)
-            row = _thresholded(row, x0_hat, quantile)
-        reads_z = self.reads_z[i]
+        reads_z, quantile = self.reads_z[i], self.limits.quantile
         z, noise = (z, noise) if reads_z else (None, None)
-        of_output = 0, 1, 2 if reads_z else ABSENT, outer_w
-        columns = (c if c == ABSENT else 3 + 4 * k + c for k in range(self._outputs) for c in of_output)
-        return affine(self.op, x, p, z, noise, Rows(row, None), tuple(columns), (0, 1, inner_w, low, high), w=w)
+        columns, clamp = self._columns(reads_z, w is not None)
+        if quantile is None and not is_compiling():
+            stepped = plain_affine(columns, x, p, z, noise, i, table, w, clamp)
+            if stepped is not None:
+                return stepped if isinstance(stepped, tuple) else (stepped,)
+        row = table[i : i + 1]
+        if quantile is not None:
+            of_u = 2 if u else ABSENT
+            (x0_hat,) = affine(self.op, x, p, None, None, Rows(row, None), (0, 1, ABSENT, of_u), w=w)
+            row = _thresholded(row, x0_hat, quantile)
+        return affine(self.op, x, p, z, noise, Rows(row, None), columns, clamp, w=w)
 
 
 def _thresholded(row: Tensor, x0_hat: Tensor, quantile: float) -> Tensor:

@@ -92,7 +92,8 @@ def predictor_corrector(
     reads_x = bool((q_x != 0).any())
 
     def loop(x: Tensor, noise: Noise, table: Tensor) -> Tensor:
-        of_predictor, of_corrector = table.split([predicting.table.shape[1], correcting.shape[1]], 1)
+        parts = table.split([predicting.table.shape[1], correcting.shape[1]], 1)
+        of_predictor, of_corrector = (part.contiguous() for part in parts)
         for i, t in enumerate(progressed(chosen, progress, op)):
             for k in range(corrector_steps if i else 0):
                 prediction = predicted(op, net, x, t, predicting.parts)
