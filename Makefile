@@ -18,6 +18,7 @@ test: .venv/test
 bench: .venv/test
 	$(BIN)/python -m dae_fast bench
 	$(BIN)/python -m benchmarks.growth
+	$(BIN)/python -m benchmarks.samplers
 	$(BIN)/python -m benchmarks.readme_table
 
 # PROFILE="--task U-Net --steps 50", say. Nsight Systems where nsys is on the PATH, torch.profiler elsewhere.

@@ -15,7 +15,7 @@ from torch import Tensor
 import dae_fast as df
 from dae_fast.backends import reference
 from dae_fast.ops.affine import affine
-from dae_fast.ops.residual import Drawn
+from dae_fast.ops.masks import Drawn
 from dae_fast.rows import Rows
 
 from .cases import DTYPES

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import dae_fast as df
 from dae_fast.backends import reference
-from dae_fast.ops.residual import Drawn
+from dae_fast.ops.masks import Drawn
 
 pytest.importorskip("triton")
 from dae_fast.backends import triton as backend

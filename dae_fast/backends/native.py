@@ -26,7 +26,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     from ..level import Level
     from ..noise import Noise
-    from ..ops.residual import Drawn
+    from ..ops.masks import Drawn
 
 fold_in = _core.fold_in
 isa = _core.isa

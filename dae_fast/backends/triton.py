@@ -31,7 +31,7 @@ from . import triton_kernels as kernels
 
 if TYPE_CHECKING:
     from ..noise import Noise
-    from ..ops.residual import Drawn
+    from ..ops.masks import Drawn
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 # Whose square root the kernels use (sqrt_rn).

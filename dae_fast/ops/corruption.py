@@ -19,7 +19,7 @@ from ..noise import Noise
 from ..rows import stack_rows
 from .checks import samples
 from .flat import flatten, seen
-from .residual import Drawn
+from .masks import Drawn
 from .routing import Route, batchable, route, wants_grad
 
 # Streams of their own, so that what is struck does not depend on the normals of the same noise.

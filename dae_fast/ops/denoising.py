@@ -20,17 +20,16 @@ from .affine import ABSENT, affine
 from .checks import level_for, like, promote, samples
 from .levels import look_up, rows_for, value_at
 from .loss import Selecting, check, loss_mask
+from .masks import Mask, kept_elements
 from .noising import operands
 from .parameterisation import Parameterisation, check_name, errors, mix
 from .residual import (
     KINDS,
     UNWEIGHED,
     Looked,
-    Mask,
     Plan,
     Reduction,
     Weighing,
-    kept_elements,
     penalty_columns,
     plain_residual_loss,
     residual_loss,

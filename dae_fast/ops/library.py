@@ -19,8 +19,9 @@ from ..rows import Rows
 from .affine import _gradients as affine_gradients
 from .batching import rule
 from .flat import unflatten
+from .masks import FlatMask
 from .reparameterisation import gradients as gaussian_gradients
-from .residual import REDUCTIONS, FlatMask, penalty_columns
+from .residual import REDUCTIONS, penalty_columns
 from .residual import gradients as residual_gradients
 
 _NOISE = "Tensor? key, Tensor? sample, SymInt first_sample"

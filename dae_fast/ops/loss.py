@@ -16,8 +16,9 @@ from ..schedule import Schedule
 from .checks import level_for, noise_for, promote, samples
 from .flat import seen
 from .levels import look_up
+from .masks import Drawn, Mask
 from .parameterisation import error_ratio
-from .residual import MINUS_TARGET, REDUCTIONS, Drawn, Mask, Reduction, plain_residual_loss, residual_loss
+from .residual import MINUS_TARGET, REDUCTIONS, Reduction, plain_residual_loss, residual_loss
 
 
 @overload

@@ -16,7 +16,8 @@ from ..level import Level
 from ..noise import Noise
 from ..rows import Rows, constant_rows
 from .affine import ABSENT, Gradients, affine, row_dots
-from .flat import flatten, seen, unflatten
+from .flat import flatten, seen
+from .masks import Drawn, FlatMask, Mask, kept_elements, tensors_of
 from .routing import Route, batchable, plain_loss, route, wants_grad
 
 Reduction = Literal["mean", "sum", "none"]
@@ -25,48 +26,6 @@ _REDUCED = {"mean": 1, "sum": 2}
 MINUS_TARGET = (1.0, -1.0, -1.0)  # a table's row for pred - y, pred - z and pred - noise
 COLUMNS = (0, 1, 2, ABSENT)  # a table holds (1, n1, n2): r = 1*pred + n1*y + n2*z; then rho's delta where it has one
 KINDS = reference.KINDS
-
-
-class Drawn(NamedTuple):
-    """A mask that is words of a noise stream, made in the kernel: what a corruption strikes, or leaves.
-
-    thresholds: int64 (1 or B, 2); struck are the elements whose word is below the second.
-    """
-
-    noise: Noise
-    thresholds: Tensor
-    kept: bool  # counts what is left
-
-    def on(self, x: Tensor) -> Tensor:
-        """As a bool tensor like x."""
-        below = self.noise.bits(x.shape, device=x.device) < row_of(self.thresholds, 1, x)
-        return ~below if self.kept else below
-
-
-Mask = Tensor | Drawn | None
-
-
-class FlatMask(NamedTuple):
-    """A mask as the plain arguments that torch.library takes."""
-
-    mask: Tensor | None
-    key: Tensor | None
-    sample: Tensor | None
-    first_sample: int
-    thresholds: Tensor | None
-    keeps: bool
-
-    @classmethod
-    def of(cls, mask: Mask) -> FlatMask:
-        if isinstance(mask, Drawn):
-            return cls(None, *flatten(mask.noise), mask.thresholds, mask.kept)
-        return cls(mask, None, None, 0, None, False)
-
-    def whole(self) -> Mask:
-        noise = unflatten(self.key, self.sample, self.first_sample)
-        if noise is None or self.thresholds is None:
-            return self.mask
-        return Drawn(noise, self.thresholds, self.keeps)
 
 
 class Weighing(NamedTuple):
@@ -226,11 +185,6 @@ def sample_means(
     return torch.ops.dae_fast.sample_means(pred, y, z, *seen(rows), *FlatMask.of(mask), *flatten(noise), kind, op)
 
 
-def tensors_of(mask: Mask) -> tuple[Tensor | None, ...]:
-    """What decides an op's route."""
-    return (mask.thresholds,) if isinstance(mask, Drawn) else (mask,)
-
-
 def _weighted(op: str, per_sample: Tensor, weight: Tensor | None, rows: Rows, weighing: Weighing) -> Tensor:
     """Torch's own arithmetic."""
     if weight is not None:
@@ -242,14 +196,6 @@ def _weighted(op: str, per_sample: Tensor, weight: Tensor | None, rows: Rows, we
 def _factor(op: str, rows: Rows, column: int) -> Tensor | None:
     """(B,) or (1,), a constant."""
     return None if column == ABSENT else reference.coefficients(*seen(rows), op).detach()[:, column]
-
-
-def kept_elements(pred: Tensor, mask: Mask) -> Tensor | int:
-    """How many of each sample count: (B,), or one number for all."""
-    B = pred.shape[0]
-    if mask is None:
-        return pred.numel() // B if B else 0
-    return reference.per_sample_sum(mask.on(pred) if isinstance(mask, Drawn) else mask)
 
 
 def _pred_gradient(

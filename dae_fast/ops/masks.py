@@ -1,0 +1,66 @@
+"""Which elements of a loss count: a bool tensor, or words of a noise stream, which are not stored."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..backends.reference import per_sample_sum, row_of
+from ..noise import Noise
+from .flat import flatten, unflatten
+
+
+class Drawn(NamedTuple):
+    """A mask that is words of a noise stream, made in the kernel: what a corruption strikes, or leaves.
+
+    thresholds: int64 (1 or B, 2); struck are the elements whose word is below the second.
+    """
+
+    noise: Noise
+    thresholds: Tensor
+    kept: bool  # counts what is left
+
+    def on(self, x: Tensor) -> Tensor:
+        """As a bool tensor like x."""
+        below = self.noise.bits(x.shape, device=x.device) < row_of(self.thresholds, 1, x)
+        return ~below if self.kept else below
+
+
+Mask = Tensor | Drawn | None
+
+
+class FlatMask(NamedTuple):
+    """A mask as the plain arguments that torch.library takes."""
+
+    mask: Tensor | None
+    key: Tensor | None
+    sample: Tensor | None
+    first_sample: int
+    thresholds: Tensor | None
+    keeps: bool
+
+    @classmethod
+    def of(cls, mask: Mask) -> FlatMask:
+        if isinstance(mask, Drawn):
+            return cls(None, *flatten(mask.noise), mask.thresholds, mask.kept)
+        return cls(mask, None, None, 0, None, False)
+
+    def whole(self) -> Mask:
+        noise = unflatten(self.key, self.sample, self.first_sample)
+        if noise is None or self.thresholds is None:
+            return self.mask
+        return Drawn(noise, self.thresholds, self.keeps)
+
+
+def tensors_of(mask: Mask) -> tuple[Tensor | None, ...]:
+    """What decides an op's route."""
+    return (mask.thresholds,) if isinstance(mask, Drawn) else (mask,)
+
+
+def kept_elements(pred: Tensor, mask: Mask) -> Tensor | int:
+    """How many of each sample count: (B,), or one number for all."""
+    B = pred.shape[0]
+    if mask is None:
+        return pred.numel() // B if B else 0
+    return per_sample_sum(mask.on(pred) if isinstance(mask, Drawn) else mask)
