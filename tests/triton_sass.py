@@ -131,6 +131,11 @@ def _variants() -> dict[str, Callable[[], Any]]:
     def residual(pred: Tensor, *rest: Any, noise: Any = NOISE, **options: Any) -> Any:
         return backend.residual("op", pred, None, None, noise, f32, LEVELS, (1, 2, 3), *rest, **options)
 
+    def weighed(pred: Tensor, table: Tensor, mask: Any = None, weight: Tensor | None = None) -> Any:
+        columns, also = (1, 2, -1, 3, 0, 1), table.new_empty(2)
+        given = "op", pred, pred, None, NOISE, table, LEVELS, columns, mask, weight, 1, True, True
+        return backend.residual(*given, also=also)
+
     def of_fp64(kind: int) -> Any:
         wide = x.double()
         return backend.residual("op", wide, wide, None, None, f64, None, (1, 2, 3), left, *mean, kind=kind)
@@ -157,6 +162,10 @@ def _variants() -> dict[str, Callable[[], Any]]:
         "means of rows of 2": lambda: residual(short, None, None, 0, False, False),
         "gradient for an upstream": lambda: residual(x, None, weight, 1, False, True, one),
         "gradient made again": lambda: residual(x, None, None, 1, False, True, one, torch.empty(LONG)),
+        "weighed": lambda: weighed(x, f32),
+        "weighed rows of 2": lambda: weighed(short, f32, left, weight),
+        "weighed odd rows": lambda: weighed(odd, f32, weight=weight),
+        "weighed fp64": lambda: weighed(x.double(), f64),
         "penalties of rows of 2": lambda: residual(short, left, *mean, kind=PSEUDO_HUBER),
         "penalties of odd rows": lambda: residual(odd, struck, *mean, kind=KINDS.index("huber")),
         "penalties of channels_last": lambda: residual(last, left, *mean, kind=KINDS.index("l1")),
@@ -174,6 +183,7 @@ def _variants() -> dict[str, Callable[[], Any]]:
         "row_dots of channels_last": lambda: backend.row_dots(last, x, None, None, in_memory),
         "no coefficient": lambda: backend.affine("op", x, None, None, None, f32, None, (-1, -1, -1, -1, 0, -1, -1, -1)),
         "words": lambda: backend.words(NOISE, 64, 785, "cpu", fold=False),
+        "levels": lambda: backend.words(NOISE, 64, 1, "cpu", below=1000),
         "normals": lambda: backend.normal(in_memory, 64, 2, torch.float16, "cpu"),
         "fold_in": lambda: backend.fold_in_tensor(in_memory, 3),
         "fold_in of a tensor": lambda: backend.fold_in_tensor(NOISE, LEVELS[0]),

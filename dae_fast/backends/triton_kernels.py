@@ -637,24 +637,24 @@ def residual_kernel(
             tiles = tl.num_programs(0)
             tl.store(sums + row * tiles + tl.program_id(0), mine, mask=existing)
             if last_to_finish(ticket, tl.cdiv(B, ROWS) * tiles):
-                total = tl.zeros([FINAL_ROWS], tl.float64)
-                also0 = tl.zeros([FINAL_ROWS], tl.float64)
-                also1 = tl.zeros([FINAL_ROWS], tl.float64)
-                for first_row in range(0, B.to(tl.int32), FINAL_ROWS):
-                    rows = first_row + tl.arange(0, FINAL_ROWS)
-                    real = rows < B
-                    w = coefficients(table, index, levels, tl.minimum(rows, B - 1), K, SHARED, FURTHER)
-                    row_total = add_tiles(sums, tiles, rows, B)
-                    part, mean = finish_rows(row_total, rows, real, w, weight, kept, per_sample, D, FURTHER, REDUCTION)
-                    total += tl.where(real, part, 0.0)
-                    if also is not None:
-                        also0 += tl.where(real, mean * w[1], 0.0)
-                        also1 += tl.where(real, mean * w[2], 0.0)
-                if loss is not None:
-                    write_loss(loss, tl.sum(total), B, REDUCTION)
-                if also is not None:
-                    write_loss(also, tl.sum(also0), B, REDUCE_MEAN)
-                    write_loss(also + 1, tl.sum(also1), B, REDUCE_MEAN)
+                finish_tiles(
+                    sums,
+                    tiles,
+                    table,
+                    index,
+                    levels,
+                    weight,
+                    kept,
+                    per_sample,
+                    loss,
+                    also,
+                    B,
+                    D,
+                    K,
+                    SHARED,
+                    FURTHER,
+                    REDUCTION,
+                )
 
 
 @triton.jit
@@ -703,6 +703,46 @@ def add_parts(sums, count):
     for first in range(0, count.to(tl.int32), FINAL_ROWS * FINAL_TILES):
         total += tl.load(sums + first + lanes, mask=first + lanes < count, other=0.0, cache_modifier=".cg")
     return tl.sum(total)
+
+
+@triton.jit
+def finish_tiles(
+    sums,
+    tiles,
+    table,
+    index,
+    levels,
+    weight,
+    kept,
+    per_sample,
+    loss,
+    also,
+    B,
+    D,
+    K: tl.constexpr,
+    SHARED: tl.constexpr,
+    FURTHER: tl.constexpr,
+    REDUCTION: tl.constexpr,
+):
+    """The loss from the (B, tiles) sums, the further means, and the mean of each row on the way."""
+    total = tl.zeros([FINAL_ROWS], tl.float64)
+    also0 = tl.zeros([FINAL_ROWS], tl.float64)
+    also1 = tl.zeros([FINAL_ROWS], tl.float64)
+    for first in range(0, B.to(tl.int32), FINAL_ROWS):
+        row = first + tl.arange(0, FINAL_ROWS)
+        existing = row < B
+        c = coefficients(table, index, levels, tl.minimum(row, B - 1), K, SHARED, FURTHER)
+        row_total = add_tiles(sums, tiles, row, B)
+        part, mean = finish_rows(row_total, row, existing, c, weight, kept, per_sample, D, FURTHER, REDUCTION)
+        total += tl.where(existing, part, 0.0)
+        if also is not None:
+            also0 += tl.where(existing, mean * c[1], 0.0)
+            also1 += tl.where(existing, mean * c[2], 0.0)
+    if loss is not None:
+        write_loss(loss, tl.sum(total), B, REDUCTION)
+    if also is not None:
+        write_loss(also, tl.sum(also0), B, REDUCE_MEAN)
+        write_loss(also + 1, tl.sum(also1), B, REDUCE_MEAN)
 
 
 @triton.jit
