@@ -30,7 +30,7 @@ struct Api {
   const char* (*row_dots)(const RowDotsArgs&, double* out, Scratch, Queue);  // out (B, 3)
   const char* (*mask_count)(const MaskArgs&, double* kept, Scratch, Queue);  // kept (B,)
   const char* (*corrupt)(const CorruptArgs&, Queue);
-  const char* (*gaussian)(const GaussianArgs&, double* kl, Scratch, Queue);  // kl (B,)
+  const char* (*gaussian)(const GaussianArgs&, void* kl, Scratch, Queue);  // kl (B,) of the compute type
   const char* (*gaussian_grad)(const GaussianGradArgs&, Queue);
   const char* (*bits)(const BitsArgs&, Queue);
   // out: the folded key; data is read through data_at where that is set.

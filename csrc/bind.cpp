@@ -137,14 +137,14 @@ void corrupt(const py::object& x, const py::object& noise, const py::object& thr
   run(q, a.batch, &Api::corrupt, a, q);
 }
 
-// kl: (B,) doubles.
+// kl: (B,) of the compute type.
 void gaussian(const py::object& mu, const py::object& log_var, const py::object& eps, const py::object& noise,
               const py::object& z, const py::object& kl, const py::object& sums, const py::object& counter) {
   const Operands operands(mu.ptr(), {mu.ptr(), log_var.ptr(), eps.ptr(), z.ptr()}, !noise.is_none());
   const GaussianArgs a{operands.batch, operands[0], operands[1], operands[2], operands[3], read_noise(noise.ptr(), false)};
   const Scratch scratch{static_cast<double*>(address_or_null(sums)), static_cast<uint32_t*>(address_or_null(counter))};
   const Queue q = queue_of(mu.ptr());
-  run(q, a.batch, &Api::gaussian, a, static_cast<double*>(address(kl.ptr())), scratch, q);
+  run(q, a.batch, &Api::gaussian, a, address(kl.ptr()), scratch, q);
 }
 
 void gaussian_grad(const py::object& mu, const py::object& log_var, const py::object& eps, const py::object& noise,

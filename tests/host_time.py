@@ -33,7 +33,7 @@ static const Api kApi = {
     [](const RowDotsArgs&, double*, Scratch, Queue) -> const char* { return nullptr; },
     [](const MaskArgs&, double*, Scratch, Queue) -> const char* { return nullptr; },
     [](const CorruptArgs&, Queue) -> const char* { return nullptr; },
-    [](const GaussianArgs&, double*, Scratch, Queue) -> const char* { return nullptr; },
+    [](const GaussianArgs&, void*, Scratch, Queue) -> const char* { return nullptr; },
     [](const GaussianGradArgs&, Queue) -> const char* { return nullptr; },
     [](const BitsArgs&, Queue) -> const char* { return nullptr; },
     [](const Noise&, uint64_t, const uint64_t*, Key*, Queue) -> const char* { return nullptr; },

@@ -400,7 +400,6 @@ MORE = (
     *("noise_mse-mask", "noise_mse-drawn", "denoising_loss-struck"),  # a mask must be counted first
     *("langevin_step-per-sample", "denoising_loss-pseudo_huber"),  # coefficients worked out by torch
     "add_noise-perturbed",  # noise twice
-    "reparameterise",  # the divergence is rounded by torch
 )
 
 

@@ -97,12 +97,18 @@ const char* corrupt(const CorruptArgs& a, Queue) {
   return nullptr;
 }
 
-const char* gaussian(const GaussianArgs& a, double* kl, Scratch, Queue) {
+const char* gaussian(const GaussianArgs& a, void* kl, Scratch, Queue) {
   const int64_t B = a.batch.B;
   std::vector<double> sums(B * Cut(B, a.batch.D).segments_per_row);
   GaussianWork work{a, sums.data()};
   launch(isa().kernels->gaussian, work, kNsExponential + of_noise(a.noise));
-  sum_rows(sums, B, [&](int64_t b, double sum) { kl[b] = sum; });
+  const bool wide = a.batch.dtype == Dtype::f64;
+  sum_rows(sums, B, [&](int64_t b, double sum) {
+    if (wide)
+      static_cast<double*>(kl)[b] = sum;
+    else
+      static_cast<float*>(kl)[b] = static_cast<float>(sum);
+  });
   return nullptr;
 }
 

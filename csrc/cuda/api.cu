@@ -121,7 +121,7 @@ const char* corrupt(const CorruptArgs& a, Queue queue) {
   return kernels_for(a.batch.dtype).corrupt(a, make_launch(queue));
 }
 
-const char* gaussian(const GaussianArgs& a, double* kl, Scratch scratch, Queue queue) {
+const char* gaussian(const GaussianArgs& a, void* kl, Scratch scratch, Queue queue) {
   const DeviceGuard guard(queue.device);
   return kernels_for(a.batch.dtype).gaussian(a, kl, scratch, make_launch(queue));
 }

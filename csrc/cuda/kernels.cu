@@ -425,7 +425,7 @@ __device__ __forceinline__ Place read_gaussian(const Rows& p, const Unit& unit, 
 }
 
 struct GaussianParams : Rows {
-  double* kl;  // (B,)
+  R* kl;  // (B,)
   Scratch scratch;
 };
 
@@ -460,7 +460,7 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<T, Access>))
   if (!is_last_block(p.scratch.counter)) return;
   sum_rows(
       p.cut.B, p.cut.segments_per_row, [&](int64_t i) { return read_sum(p.scratch.sums, i); },
-      [&](int64_t row, double sum) { p.kl[row] = sum; });
+      [&](int64_t row, double sum) { p.kl[row] = static_cast<R>(sum); });
 }
 
 enum { kZGrad = kEps + 1, kMuGrad, kLogVarGrad };
@@ -571,10 +571,10 @@ const char* launch_corrupt(const CorruptArgs& a, const Launch& how) {
   });
 }
 
-const char* launch_gaussian(const GaussianArgs& a, double* kl, Scratch scratch, const Launch& how) {
+const char* launch_gaussian(const GaussianArgs& a, void* kl, Scratch scratch, const Launch& how) {
   const Operand operands[] = {a.mu, a.log_var, a.eps, a.z};
   return how.with_access<T>(a.batch, operands, [&](const auto& access, const Cut& cut) {
-    const GaussianParams p{{cut, a.noise, {}}, kl, scratch};
+    const GaussianParams p{{cut, a.noise, {}}, static_cast<R*>(kl), scratch};
     return launch(how.stream, cut.units, kThreads, gaussian_kernel<std::decay_t<decltype(access)>>, p, access);
   });
 }
@@ -606,7 +606,7 @@ const Kernels DAE_JOIN(kernels_, DAE_NAME) = {
                              : launch_row_dots<false>(a, out, scratch, how);
     },
     [](const CorruptArgs& a, const Launch& how) { return DAE_NAME::launch_corrupt(a, how); },
-    [](const GaussianArgs& a, double* kl, Scratch scratch, const Launch& how) {
+    [](const GaussianArgs& a, void* kl, Scratch scratch, const Launch& how) {
       return DAE_NAME::launch_gaussian(a, kl, scratch, how);
     },
     [](const GaussianGradArgs& a, const Launch& how) { return DAE_NAME::launch_gaussian_grad(a, how); },

@@ -88,7 +88,7 @@ struct Kernels {
   const char* (*residual)(const ResidualArgs&, const LossArgs&, Scratch, const Launch&);
   const char* (*row_dots)(const RowDotsArgs&, double* out, Scratch, const Launch&);
   const char* (*corrupt)(const CorruptArgs&, const Launch&);
-  const char* (*gaussian)(const GaussianArgs&, double* kl, Scratch, const Launch&);
+  const char* (*gaussian)(const GaussianArgs&, void* kl, Scratch, const Launch&);
   const char* (*gaussian_grad)(const GaussianGradArgs&, const Launch&);
 };
 

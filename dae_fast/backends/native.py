@@ -231,9 +231,9 @@ def gaussian(mu: Tensor, log_var: Tensor, eps: Tensor | None, noise: Noise | Non
     """As reference.gaussian, in one pass."""
     mu, log_var, eps = _walkable(mu, log_var, eps)
     z = torch.empty_like(mu)
-    kl = torch.empty(mu.shape[0], dtype=torch.float64, device=mu.device)
+    kl = torch.empty(mu.shape[0], dtype=compute_dtype(mu.dtype), device=mu.device)
     _core.gaussian(mu, log_var, eps, noise, z, kl, *_scratch(mu, 1))
-    return z, kl.to(compute_dtype(mu.dtype))
+    return z, kl
 
 
 def gaussian_grad(

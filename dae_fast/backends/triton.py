@@ -750,11 +750,11 @@ def _gaussian_call(
     spec = noise, aligned and D % V == 0, ROWS, LANES, V, _NVIDIA
     sizes, strides = layout
     runtime = B, D, steps, sizes, *strides[:operands]
-    return _Call(kernel, device, grid, (dtype, present, _strided_ones(layout)), runtime, spec)
+    return _Call(kernel, device, grid, (dtype, present, _strided_ones(layout), grid[0] == 1), runtime, spec)
 
 
 def gaussian(mu: Tensor, log_var: Tensor, eps: Tensor | None, noise: Noise | None) -> tuple[Tensor, Tensor]:
-    """As reference.gaussian, in one launch; the parts of each row's divergence are added after it."""
+    """As reference.gaussian, in one launch; where a row is cut, the parts of its divergence are added after it."""
     z, shape, device = torch.empty_like(mu), mu.shape, mu.device
     compute = torch.float64 if mu.dtype == torch.float64 else torch.float32
     if 0 in shape:
@@ -768,9 +768,10 @@ def gaussian(mu: Tensor, log_var: Tensor, eps: Tensor | None, noise: Noise | Non
     present = eps is None, address[2] is None, address[3] is None
     folded = _NO_NOISE if noise is None else _FOLDED
     call = _gaussian_call(gaussians.gaussian_kernel, shape, mu.dtype, device, present, folded, 4, aligned, layout)
-    kl = torch.empty(shape[0], call.grid[0], dtype=torch.float64, device=device)
+    tiles = call.grid[0]
+    kl = torch.empty(shape[0], tiles, dtype=compute if tiles == 1 else torch.float64, device=device)
     _launch(call, (mu, log_var, eps, z, kl, *address))
-    return z, kl.sum(1).to(compute)
+    return z, kl[:, 0] if tiles == 1 else kl.sum(1).to(compute)
 
 
 def gaussian_grad(
