@@ -12,7 +12,7 @@ import torch
 from tests.cases import CASES as OPS
 from tests.cases import Case
 
-from . import external, peers
+from . import composed, external, peers
 from .environment import CPU, default_backend
 from .gate import Gate, WrongResultError
 from .measure import Peer, interleave
@@ -21,7 +21,7 @@ from .peers import CLONE, COMPILE, COPY_INTO, EAGER, Setting, Tensors, baselines
 from .report import Row
 from .traffic import compiled_bytes, moved_bytes
 
-CASES = (*OPS, *external.CASES)
+CASES = (*OPS, *external.CASES, *composed.CASES)
 
 LATENT, FLAT = (256, 4, 64, 64), (64, 784)
 SHAPES = (FLAT, LATENT)

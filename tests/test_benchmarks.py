@@ -52,6 +52,7 @@ def wrong_by(setting: Setting, factor: float, name: str = OURS):
 
 @pytest.mark.parametrize("setting", TINY, ids=str)
 def test_gate_passes_ours_and_eager(setting):
+    torch.manual_seed(0)  # of eager's noise, whose moments over so few values may differ by much
     gate = Gate(setting)
     for name in (OURS, EAGER):
         assert len(gate.check(name, peer(setting, name))) >= 1 + len(setting.leaves)

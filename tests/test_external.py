@@ -8,13 +8,14 @@ import pytest
 import torch
 
 import dae_fast as df
-from benchmarks import external
+from benchmarks import composed, external
 from benchmarks.gate import Gate, WrongResultError
 from benchmarks.peers import STEP, Setting, own_leaves, peer
 
 from .cases import CASES
 
-BY_NAME = {case.name: case for case in (*CASES, *external.CASES)}
+OWN = (*external.CASES, *composed.CASES)
+BY_NAME = {case.name: case for case in (*CASES, *OWN)}
 SHAPE = (16, 3, 16, 16)
 # What each library has one call for.
 OFFERED = {
@@ -62,7 +63,7 @@ def test_a_library_does_the_maths_of_the_case(library: str, name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("case", external.CASES, ids=str)
+@pytest.mark.parametrize("case", OWN, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["eager", *df.backend_names()])
 def test_own_cases_pass_the_gate(case, dtype: torch.dtype, name: str) -> None:

@@ -1,0 +1,83 @@
+"""Cases of the ops that torch's own kernels run: what they save is not in a kernel, if they save anything."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+import dae_fast as df
+from dae_fast.ops.corruption import PATCH_TAG
+from tests.cases import Case, Inputs, Law
+
+RATIO, RATE = 0.75, 0.05
+
+
+def _patches(x: Tensor) -> Tensor:
+    """(B, N, D)."""
+    return x[:, :, None] if x.dim() == 2 else x.flatten(1, -2)
+
+
+def _taken(x: Tensor, ids: Tensor) -> Tensor:
+    return x.gather(1, ids[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+def _visible(i: Inputs) -> Tensor:
+    x = _patches(i["x"])
+    return _taken(x, df.patch_mask(i["noise"], x.shape[0], x.shape[1], RATIO, device=x.device).ids_keep)
+
+
+def _plain_visible(i: Inputs, u: Tensor) -> Tensor:
+    """The official code's random_masking, with the order of its mask tokens too."""
+    x = _patches(i["x"])
+    order = u.argsort(1)
+    restore = order.argsort(1)
+    kept = int(x.shape[1] * (1 - RATIO))
+    mask = torch.ones_like(u)
+    mask[:, :kept] = 0
+    mask.gather(1, restore)
+    return _taken(x, order[:, :kept])
+
+
+ORDER = Law(
+    lambda like: torch.rand(_patches(like).shape[:2], device=like.device),
+    lambda n, like, _: n.fold_in(PATCH_TAG).bits(_patches(like).shape[:2], device=like.device) * 2.0**-32,
+)
+
+
+def _embedded(i: Inputs) -> Tensor:
+    return df.timestep_embedding(i["t"], i["x"].shape[-1])
+
+
+def _plain_embedded(i: Inputs, _: Tensor) -> Tensor:
+    """Ho et al.'s code."""
+    x, half = i["x"], i["x"].shape[-1] // 2
+    frequencies = torch.exp(torch.arange(half, device=x.device, dtype=x.dtype) * (-math.log(10000.0) / (half - 1)))
+    angles = i["t"].to(x.dtype)[:, None] * frequencies
+    return torch.cat((angles.sin(), angles.cos()), 1)
+
+
+def _code(inputs: Inputs, g: torch.Generator) -> None:
+    inputs["x"] = torch.sigmoid(inputs["x"].double()).to(inputs["x"].dtype)
+
+
+def _plain_sparsity(i: Inputs, _: Tensor) -> Tensor:
+    rho = i["x"].mean(0)
+    return (RATE * torch.log(RATE / rho) + (1 - RATE) * torch.log((1 - RATE) / (1 - rho))).sum()
+
+
+CASES = (
+    Case("patch_mask", _visible, _plain_visible, ("x",), (), law=ORDER),
+    Case("timestep_embedding", _embedded, _plain_embedded, ("x",), (), fresh=False, streams=1, sums=(0,)),
+    Case(
+        "kl_sparsity",
+        lambda i: df.kl_sparsity(i["x"], RATE),
+        _plain_sparsity,
+        ("x",),
+        ("x",),
+        fresh=False,
+        loss=True,
+        extra=_code,
+    ),
+)
