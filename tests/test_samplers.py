@@ -966,3 +966,56 @@ def test_levels_without_noise_pass():
     result = ddpm(lambda x, t: torch.where(t[:, None] > 1, 0.25, 9.0) + 0 * x, X, STILL, N0)
     x0 = -math.sqrt(0.1) * 0.25 / math.sqrt(0.9)
     torch.testing.assert_close(result, torch.full_like(X, x0))
+
+
+# What is worked out before the loop.
+
+
+def test_plans_are_made_once_for_equal_arguments(monkeypatch):
+    made, original = [], common.reverse_table
+
+    def counted(*args):
+        made.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(common, "reverse_table", counted)
+    schedule, x = df.Schedule.linear(30), start(2, 3)
+
+    def run(schedule=schedule, **options):
+        return df.samplers.ddim(network, x, schedule, df.Noise(1), **{"steps": 5, **options})
+
+    first = run()
+    assert torch.equal(run(), first)
+    assert torch.equal(run(levels=[29, 22, 14, 7, 0]), first)
+    assert len(made) == 1
+    for k, options in enumerate(({"eta": 0.5}, {"clamp": 0.1}, {"predict": "v"}, {"steps": 4}), 2):
+        assert not torch.equal(run(**options), first)
+        assert len(made) == k
+    assert torch.equal(run(df.Schedule.linear(30)), first)  # another object may hold other levels
+    assert len(made) == 6
+    assert torch.equal(run(), first)
+
+
+def test_plans_are_plain_tensors_whatever_is_around():
+    schedule, x = df.Schedule.linear(30), start(2, 3)
+    with torch.inference_mode():
+        inferred = df.samplers.euler(network, x, schedule, df.Noise(1), steps=3)
+    assert torch.equal(df.samplers.euler(network, x, schedule, df.Noise(1), steps=3), inferred)
+    pushed = torch.func.vmap(lambda x: df.samplers.euler(network, x, schedule, df.Noise(1), steps=4))(x[None])[0]
+    torch.testing.assert_close(pushed, df.samplers.euler(network, x, schedule, df.Noise(1), steps=4))
+
+
+def test_a_plan_that_was_made_hides_no_error():
+    schedule, x = df.Schedule.linear(30), start(2, 3)
+
+    def both(x, t):
+        return network(x, t), other(x, t)
+
+    df.samplers.ddim(both, x, schedule, df.Noise(1), steps=3, guidance=1.0)
+    for wrong in (True, "1", [1.0], torch.ones(1)):
+        for _ in range(2):
+            with pytest.raises(ValueError, match="guidance must be None or a finite number"):
+                df.samplers.ddim(both, x, schedule, df.Noise(1), steps=3, guidance=wrong)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="predict must be one of"):
+            df.samplers.ddim(both, x, schedule, df.Noise(1), steps=3, predict=["eps"])

@@ -14,7 +14,21 @@ from ..ops.conversions import Bounds
 from ..ops.parameterisation import Parameterisation
 from ..ops.reparameterisation import reparameterise
 from ..schedule import Schedule
-from .common import Network, Update, begin, conditions, descend, grid, limits, predicted, progressed, run
+from .common import (
+    Limits,
+    Network,
+    Update,
+    begin,
+    conditions,
+    descend,
+    grid,
+    limits,
+    planned,
+    predicted,
+    progressed,
+    reverse_plan,
+    run,
+)
 from .tables import reverse_table
 
 
@@ -56,17 +70,12 @@ def ddpm(
     if variance not in ("small", "large", "learned"):
         raise ValueError(f"{op}: variance must be 'small', 'large' or 'learned', got {variance!r}")
     levels = list(reversed(range(len(schedule))))
-    steps = reverse_table(op, schedule, levels, predict, 1.0, variance == "large")
     limit = limits(op, clamp, threshold)
     if variance != "learned":
-        update = Update(op, steps[:, 3:], steps[:, :3], guidance=guidance, limits=limit)
+        large = variance == "large"
+        update = reverse_plan(op, schedule, tuple(levels), predict, 1.0, 1.0, large, guidance, limit)
         return descend(op, net, begin(op, x, schedule, noise, levels, graph), noise, levels, update, progress, graph)
-    large = reverse_table(op, schedule, levels, predict, 1.0, True)
-    std_small, std_large = steps[:, 2:3], large[:, 2:3]
-    noisy = (std_small > 0).flatten().tolist()
-    update = Update(op, steps[:, 3:], steps[:, :2], guidance=guidance, limits=limit)
-    # ln var = (1 + v) ln std_large + (1 - v) ln std_small = middle + half_width * v
-    table = torch.cat((update.table, (std_large * std_small).log(), (std_large / std_small).log()), 1)
+    update, table, noisy = _learned(op, schedule, tuple(levels), predict, guidance, limit)
     parts = (*(update.parts or ("prediction",)), "v")
 
     def loop(x: Tensor, noise: Noise, table: Tensor) -> Tensor:
@@ -111,8 +120,8 @@ def ddim(
     if not 0 <= eta <= 1:
         raise ValueError(f"{op}: eta must be in [0, 1], got {eta}")
     chosen = grid(op, schedule, steps, levels)
-    table = reverse_table(op, schedule, chosen, predict, eta, False)
-    update = Update(op, table[:, 3:], table[:, :3], guidance=guidance, limits=limits(op, clamp, threshold))
+    limit = limits(op, clamp, threshold)
+    update = reverse_plan(op, schedule, tuple(chosen), predict, eta, 1.0, False, guidance, limit)
     return descend(op, net, begin(op, x, schedule, noise, chosen, graph), noise, chosen, update, progress, graph)
 
 
@@ -150,7 +159,24 @@ def euler_ancestral(
             raise ValueError(f"{op}: {name} must be finite and not negative, got {value}")
     chosen = grid(op, schedule, steps, levels)
     told = conditions(op, schedule, chosen, conditioning)
-    table = reverse_table(op, schedule, chosen, predict, eta, False)
-    table[:, 2] *= noise_scale
-    update = Update(op, table[:, 3:], table[:, :3], guidance=guidance, limits=limits(op, clamp, threshold))
+    limit = limits(op, clamp, threshold)
+    update = reverse_plan(op, schedule, tuple(chosen), predict, eta, noise_scale, False, guidance, limit)
     return descend(op, net, begin(op, x, schedule, noise, chosen, graph), noise, chosen, update, progress, graph, told)
+
+
+@planned
+def _learned(
+    op: str,
+    schedule: Schedule,
+    levels: tuple[int, ...],
+    predict: Parameterisation,
+    guidance: float | None,
+    limit: Limits,
+) -> tuple[Update, Tensor, list[bool]]:
+    """The means; their table, with middle and half width of ln var at its end; which steps add noise."""
+    small, large = (reverse_table(op, schedule, list(levels), predict, 1.0, wide) for wide in (False, True))
+    std_small, std_large = small[:, 2:3], large[:, 2:3]
+    update = Update(op, small[:, 3:], small[:, :2], guidance=guidance, limits=limit)
+    # ln var = (1 + v) ln std_large + (1 - v) ln std_small = middle + half_width * v
+    table = torch.cat((update.table, (std_large * std_small).log(), (std_large / std_small).log()), 1)
+    return update, table, (std_small > 0).flatten().tolist()

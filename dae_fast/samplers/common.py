@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import lru_cache, wraps
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
@@ -21,8 +22,9 @@ from ..ops.checks import like, noise_for, samples
 from ..ops.conversions import Bounds, bounds
 from ..ops.parameterisation import Parameterisation
 from ..ops.routing import plain_affine
-from ..rows import Rows
+from ..rows import Rows, outside_modes
 from ..schedule import Schedule
+from .tables import reverse_table
 
 Network = Callable[[Tensor, Tensor], Any]
 GUIDED = "conditional", "unconditional"  # what a network returns under guidance
@@ -232,6 +234,45 @@ class Update:
             (x0_hat,) = affine(self.op, x, p, None, None, Rows(row, None), (0, 1, ABSENT, of_u), w=w)
             row = _thresholded(row, x0_hat, quantile)
         return affine(self.op, x, p, z, noise, Rows(row, None), columns, clamp, w=w)
+
+
+def planned(make: Callable[..., Plan]) -> Callable[..., Plan]:
+    """For what a sampler works out before its loop: made once for equal arguments.
+
+    The last 64 are kept, and with them their schedules.
+    """
+
+    @lru_cache(maxsize=64, typed=True)
+    def kept(*arguments: Any) -> Plan:
+        with outside_modes():
+            return make(*arguments)
+
+    @wraps(make)
+    def plan(*arguments: Any) -> Plan:
+        # What cannot be a key is wrong: `make` says so.
+        if is_compiling() or not all(isinstance(a, Hashable) for a in arguments):
+            return make(*arguments)
+        return kept(*arguments)
+
+    return plan
+
+
+@planned
+def reverse_plan(
+    op: str,
+    schedule: Schedule,
+    levels: tuple[int, ...],
+    predict: Parameterisation,
+    eta: float,
+    noise_scale: float,
+    large: bool,
+    guidance: float | None,
+    limit: Limits,
+) -> Update:
+    """Of the samplers with one look a step, from each of `levels` to the next and from the last to the data."""
+    table = reverse_table(op, schedule, list(levels), predict, eta, large)
+    table[:, 2] *= noise_scale
+    return Update(op, table[:, 3:], table[:, :3], guidance=guidance, limits=limit)
 
 
 def _thresholded(row: Tensor, x0_hat: Tensor, quantile: float) -> Tensor:

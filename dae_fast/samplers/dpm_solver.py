@@ -23,6 +23,7 @@ from .common import (
     limits,
     mix,
     mixed,
+    planned,
     predicted,
     progressed,
     run,
@@ -114,15 +115,9 @@ def _multistep(
     graph: bool,
 ) -> Tensor:
     """x_s and x0_hat from x_t, the prediction, the noise and the x0_hat of the step before: one launch a step."""
-    alpha, sigma = schedule.alpha[levels], schedule.sigma[levels]
-    step = _second_order(alpha, sigma, *following(alpha, sigma), eta)
-    kept = alpha.new_tensor([[0.0, 1.0, 0.0]]).expand(len(levels), 3)
-    update = Update(op, estimate(op, predict, alpha, sigma), step, kept, guidance=None, limits=limit)
+    update, table, looks_back = _multistep_plan(op, schedule, tuple(levels), eta, predict, limit, guidance)
     # The launch has no room for a second prediction beside the x0_hat of the step before.
     parts = guided(op, guidance)
-    table = torch.cat((update.table, mix(guidance, alpha)), 1)
-    schedule._require_finite(op, table, levels)
-    looks_back = (step[:, 3] != 0).tolist()
 
     def loop(x: Tensor, noise: Noise, table: Tensor) -> Tensor:
         x0_hat = None
@@ -134,6 +129,27 @@ def _multistep(
 
     x = begin(op, x, schedule, noise, levels, graph)
     return run(op, net, loop, x, noise, table, (*levels, *told, parts, update.options), progress, graph)
+
+
+@planned
+def _multistep_plan(
+    op: str,
+    schedule: Schedule,
+    levels: tuple[int, ...],
+    eta: float,
+    predict: Parameterisation,
+    limit: Limits,
+    guidance: float | None,
+) -> tuple[Update, Tensor, list[bool]]:
+    """The steps; their table, with what weighs the predictions under guidance; which of them look back."""
+    alpha, sigma = schedule.alpha[list(levels)], schedule.sigma[list(levels)]
+    step = _second_order(alpha, sigma, *following(alpha, sigma), eta)
+    kept = alpha.new_tensor([[0.0, 1.0, 0.0]]).expand(len(levels), 3)
+    update = Update(op, estimate(op, predict, alpha, sigma), step, kept, guidance=None, limits=limit)
+    guided(op, guidance)
+    table = torch.cat((update.table, mix(guidance, alpha)), 1)
+    schedule._require_finite(op, table, levels)
+    return update, table, (step[:, 3] != 0).tolist()
 
 
 def _second_order(alpha_t: Tensor, sigma_t: Tensor, alpha_s: Tensor, sigma_s: Tensor, eta: float) -> Tensor:

@@ -14,8 +14,21 @@ from ..noise import Noise
 from ..ops.conversions import Bounds
 from ..ops.parameterisation import Parameterisation
 from ..schedule import Schedule
-from .common import Network, Update, begin, descend, grid, limits, predicted, progressed, run
-from .tables import corrected, estimate, following, reverse, reverse_table
+from .common import (
+    Limits,
+    Network,
+    Update,
+    begin,
+    descend,
+    grid,
+    limits,
+    planned,
+    predicted,
+    progressed,
+    reverse_plan,
+    run,
+)
+from .tables import corrected, estimate, following, reverse
 
 
 @torch.no_grad()
@@ -45,8 +58,8 @@ def flow_euler(
     """
     op = "flow_euler"
     chosen = grid(op, schedule, steps, levels, last=-1)
-    table = reverse_table(op, schedule, chosen, predict, 0.0, False)
-    update = Update(op, table[:, 3:], table[:, :3], guidance=guidance, limits=limits(op, clamp, threshold))
+    limit = limits(op, clamp, threshold)
+    update = reverse_plan(op, schedule, tuple(chosen), predict, 0.0, 1.0, False, guidance, limit)
     return descend(op, net, begin(op, x, schedule, noise, chosen, graph), noise, chosen, update, progress, graph)
 
 
@@ -82,18 +95,7 @@ def flow_midpoint(
         raise ValueError(f"{op}: levels must be an even number, a start and a middle for each step, got {chosen}")
     N = len(chosen) // 2
     starts, middles = chosen[::2], chosen[1::2]
-    t, m = ((schedule.alpha[part], schedule.sigma[part]) for part in (starts, middles))
-    s = following(*t)
-    limit = limits(op, clamp, threshold)
-    read = limit.read_as(predict)
-    update = Update(
-        op,
-        torch.cat((estimate(op, predict, *t), estimate(op, predict, *m, read))),
-        torch.cat((reverse(*t, *m), corrected("flow", read, t, m, s))),
-        guidance=guidance,
-        limits=limit,
-    )
-    schedule._require_finite(op, update.table, [*starts, *middles])
+    update = _midpoints(op, schedule, tuple(starts), tuple(middles), predict, guidance, limits(op, clamp, threshold))
 
     def loop(x: Tensor, noise: Noise, table: Tensor) -> Tensor:
         for i in progressed(range(N), progress, op):
@@ -104,3 +106,27 @@ def flow_midpoint(
     options = (*chosen, update.options)
     x = begin(op, x, schedule, noise, chosen, graph)
     return run(op, net, loop, x, noise, update.table, options, progress, graph)
+
+
+@planned
+def _midpoints(
+    op: str,
+    schedule: Schedule,
+    starts: tuple[int, ...],
+    middles: tuple[int, ...],
+    predict: Parameterisation,
+    guidance: float | None,
+    limit: Limits,
+) -> Update:
+    """The steps to the middles, then those from there to the ends."""
+    t, m = ((schedule.alpha[list(part)], schedule.sigma[list(part)]) for part in (starts, middles))
+    read = limit.read_as(predict)
+    update = Update(
+        op,
+        torch.cat((estimate(op, predict, *t), estimate(op, predict, *m, read))),
+        torch.cat((reverse(*t, *m), corrected("flow", read, t, m, following(*t)))),
+        guidance=guidance,
+        limits=limit,
+    )
+    schedule._require_finite(op, update.table, [*starts, *middles])
+    return update

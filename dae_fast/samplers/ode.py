@@ -14,8 +14,22 @@ from ..ops.conversions import Bounds
 from ..ops.parameterisation import Parameterisation
 from ..rows import Rows
 from ..schedule import Schedule
-from .common import Network, Update, begin, conditions, descend, grid, limits, predicted, progressed, run
-from .tables import corrected, estimate, following, reverse, reverse_table
+from .common import (
+    Limits,
+    Network,
+    Update,
+    begin,
+    conditions,
+    descend,
+    grid,
+    limits,
+    planned,
+    predicted,
+    progressed,
+    reverse_plan,
+    run,
+)
+from .tables import corrected, estimate, following, reverse
 
 
 @torch.no_grad()
@@ -46,8 +60,8 @@ def euler(
     op = "euler"
     chosen = grid(op, schedule, steps, levels)
     told = conditions(op, schedule, chosen, conditioning)
-    table = reverse_table(op, schedule, chosen, predict, 0.0, False)
-    update = Update(op, table[:, 3:], table[:, :3], guidance=guidance, limits=limits(op, clamp, threshold))
+    limit = limits(op, clamp, threshold)
+    update = reverse_plan(op, schedule, tuple(chosen), predict, 0.0, 1.0, False, guidance, limit)
     return descend(op, net, begin(op, x, schedule, noise, chosen, graph), noise, chosen, update, progress, graph, told)
 
 
@@ -87,35 +101,12 @@ def heun(
     if S_churn > 0 and conditioning != "sigma":
         raise ValueError(f"{op}: S_churn needs conditioning='sigma', as it leads between the levels")
     chosen = grid(op, schedule, steps, levels)
-    N = len(chosen)
-    told = conditions(op, schedule, chosen, conditioning)
-    alpha, sigma = schedule.alpha[chosen], schedule.sigma[chosen]
-    alpha_s, sigma_s = following(alpha, sigma)
-    gamma = min(S_churn / N, math.sqrt(2) - 1) * ((sigma >= S_tmin) & (sigma <= S_tmax)).double()
-    raised = sigma * (1 + gamma)
-    spread = S_noise * (raised.square() - sigma.square()).sqrt()
-    is_raised = (spread > 0).tolist()
-    at_start = raised.tolist() if conditioning == "sigma" else told
-    has_slope = sigma_s > 0
+    N, told = len(chosen), conditions(op, schedule, chosen, conditioning)
     limit = limits(op, clamp, threshold)
-    read = limit.read_as(predict)
-    first = reverse(alpha, raised, alpha_s, sigma_s)
-    second = corrected("eps", read, (alpha, raised), (alpha_s, sigma_s), (alpha_s, sigma_s))
-    second = torch.where(has_slope[:, None], second, 0.0)
-    of_second = torch.where(has_slope[:, None], estimate(op, predict, alpha_s, sigma_s, read), 0.0)
-    update = Update(
-        op,
-        torch.cat((estimate(op, predict, alpha, raised), of_second)),
-        torch.cat((first, second)),
-        guidance=guidance,
-        limits=limit,
-    )
-    # Two columns more, of x and of the noise that raises it.
-    raising = torch.stack((torch.ones_like(spread), spread), -1)
-    table = torch.cat((update.table, torch.cat((raising, raising))), 1)
-    schedule._require_finite(op, table, [*chosen, *chosen])
-    width = update.table.shape[1]
-    corrects = has_slope.tolist()
+    churn = float(S_churn), float(S_tmin), float(S_tmax), float(S_noise)
+    update, table, raised, is_raised, corrects = _heun(op, schedule, tuple(chosen), churn, predict, guidance, limit)
+    at_start = raised if conditioning == "sigma" else told
+    width = table.shape[1] - 2
 
     def loop(x: Tensor, noise: Noise, table: Tensor) -> Tensor:
         for i, t in enumerate(progressed(chosen, progress, op)):
@@ -133,3 +124,44 @@ def heun(
 
     options = (*chosen, *at_start, *is_raised, update.options)
     return run(op, net, loop, begin(op, x, schedule, noise, chosen, graph), noise, table, options, progress, graph)
+
+
+HeunPlan = tuple[Update, Tensor, list[float], list[bool], list[bool]]
+
+
+@planned
+def _heun(
+    op: str,
+    schedule: Schedule,
+    levels: tuple[int, ...],
+    churn: tuple[float, float, float, float],
+    predict: Parameterisation,
+    guidance: float | None,
+    limit: Limits,
+) -> HeunPlan:
+    """The Euler steps, then the corrections; their table, with what raises x in two columns more; the raised sigmas;
+    which steps raise x, and which are corrected."""
+    S_churn, S_tmin, S_tmax, S_noise = churn
+    N = len(levels)
+    alpha, sigma = schedule.alpha[list(levels)], schedule.sigma[list(levels)]
+    alpha_s, sigma_s = following(alpha, sigma)
+    gamma = min(S_churn / N, math.sqrt(2) - 1) * ((sigma >= S_tmin) & (sigma <= S_tmax)).double()
+    raised = sigma * (1 + gamma)
+    spread = S_noise * (raised.square() - sigma.square()).sqrt()
+    has_slope = sigma_s > 0
+    read = limit.read_as(predict)
+    first = reverse(alpha, raised, alpha_s, sigma_s)
+    second = corrected("eps", read, (alpha, raised), (alpha_s, sigma_s), (alpha_s, sigma_s))
+    second = torch.where(has_slope[:, None], second, 0.0)
+    of_second = torch.where(has_slope[:, None], estimate(op, predict, alpha_s, sigma_s, read), 0.0)
+    update = Update(
+        op,
+        torch.cat((estimate(op, predict, alpha, raised), of_second)),
+        torch.cat((first, second)),
+        guidance=guidance,
+        limits=limit,
+    )
+    raising = torch.stack((torch.ones_like(spread), spread), -1)
+    table = torch.cat((update.table, torch.cat((raising, raising))), 1)
+    schedule._require_finite(op, table, [*levels, *levels])
+    return update, table, raised.tolist(), (spread > 0).tolist(), has_slope.tolist()

@@ -11,7 +11,7 @@ from ..continuous import ContinuousSchedule
 from ..noise import Noise
 from ..ops.conversions import Bounds
 from ..ops.parameterisation import Parameterisation
-from .common import Network, Update, check_start, draw_start, limits, predicted, progressed, run
+from .common import Limits, Network, Update, check_start, draw_start, limits, planned, predicted, progressed, run
 from .tables import estimate
 
 START_TAG = 0x7374617274  # "start"
@@ -56,17 +56,55 @@ def probability_flow(
     if times is None:
         if steps < 1:
             raise ValueError(f"{op}: steps must be positive, got {steps}")
+        down: tuple[float, ...] | None = None
+    else:
+        chosen = torch.as_tensor(times, dtype=torch.float64, device="cpu")
+        if chosen.dim() != 1 or len(chosen) < 2 or not bool((chosen[1:] < chosen[:-1]).all()):
+            raise ValueError(f"{op}: times must be two or more and decrease, got {times}")
+        down = tuple(chosen.tolist())
+    limit = limits(op, clamp, threshold)
+    update, told, start = _flow(op, schedule, steps, down, method, denoise, predict, guidance, limit)
+    N = len(told) - 1
+
+    def loop(x: Tensor, noise: Noise, table: Tensor) -> Tensor:
+        for i in progressed(range(N), progress, op):
+            (ahead,) = update(table, i, x, predicted(op, net, x, told[i], update.parts))
+            if method == "euler":
+                x = ahead
+            else:
+                prediction = predicted(op, net, ahead, told[i + 1], update.parts)
+                (x,) = update(table, N + i, ahead, prediction, z=x)
+        if denoise:
+            (x,) = update(table, len(table) - 1, x, predicted(op, net, x, told[-1], update.parts))
+        return x
+
+    if not isinstance(x, Tensor):
+        x = draw_start(op, x, noise, START_TAG, *start, graph)
+    check_start(op, x, noise)
+    return run(op, net, loop, x, noise, update.table, (*told, method, denoise, update.options), progress, graph)
+
+
+@planned
+def _flow(
+    op: str,
+    schedule: ContinuousSchedule,
+    steps: int,
+    times: tuple[float, ...] | None,
+    method: str,
+    denoise: bool,
+    predict: Parameterisation,
+    guidance: float | None,
+    limit: Limits,
+) -> tuple[Update, list[float], tuple[float, float]]:
+    """The Euler steps, the corrections of Heun's, the last estimate; the times; alpha and sigma of the start."""
+    if times is None:
         levels = schedule.discretise(steps + 1)
     else:
-        down = torch.as_tensor(times, dtype=torch.float64, device="cpu")
-        if down.dim() != 1 or len(down) < 2 or not bool((down[1:] < down[:-1]).all()):
-            raise ValueError(f"{op}: times must be two or more and decrease, got {times}")
-        levels = schedule.discretise(times=down.flip(0))
+        levels = schedule.discretise(times=torch.tensor(times, dtype=torch.float64, device="cpu").flip(0))
     assert levels.times is not None
     t, alpha, sigma = (c.flip(0) for c in (levels.times, levels.alpha, levels.sigma))
     N = len(t) - 1
     f, half_square = schedule.drift(t), schedule.diffusion(t).square() / 2
-    limit = limits(op, clamp, threshold)
     read = limit.read_as(predict)
     # F(x, t) = slope_x * x + slope_y * y, y what is read.
     score_x, score_y = estimate(op, read, alpha, sigma, "score").unbind(1)
@@ -87,21 +125,4 @@ def probability_flow(
         at += places[-1:]
     update = Update(op, *(torch.cat(part) for part in zip(*rows, strict=True)), guidance=guidance, limits=limit)
     levels._require_finite(op, update.table, at)
-    told = t.tolist()
-
-    def loop(x: Tensor, noise: Noise, table: Tensor) -> Tensor:
-        for i in progressed(range(N), progress, op):
-            (ahead,) = update(table, i, x, predicted(op, net, x, told[i], update.parts))
-            if method == "euler":
-                x = ahead
-            else:
-                prediction = predicted(op, net, ahead, told[i + 1], update.parts)
-                (x,) = update(table, N + i, ahead, prediction, z=x)
-        if denoise:
-            (x,) = update(table, len(table) - 1, x, predicted(op, net, x, told[-1], update.parts))
-        return x
-
-    if not isinstance(x, Tensor):
-        x = draw_start(op, x, noise, START_TAG, float(alpha[0]), float(sigma[0]), graph)
-    check_start(op, x, noise)
-    return run(op, net, loop, x, noise, update.table, (*told, method, denoise, update.options), progress, graph)
+    return update, t.tolist(), (float(alpha[0]), float(sigma[0]))
