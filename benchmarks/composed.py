@@ -47,15 +47,16 @@ ORDER = Law(
 
 
 def _embedded(i: Inputs) -> Tensor:
-    return df.timestep_embedding(i["t"], i["x"].shape[-1])
+    """As many features as the samples have elements, for the bytes to be those of a sample tensor."""
+    return df.timestep_embedding(i["t"], i["x"][0].numel()).reshape(i["x"].shape)
 
 
 def _plain_embedded(i: Inputs, _: Tensor) -> Tensor:
     """Ho et al.'s code."""
-    x, half = i["x"], i["x"].shape[-1] // 2
+    x, half = i["x"], i["x"][0].numel() // 2
     frequencies = torch.exp(torch.arange(half, device=x.device, dtype=x.dtype) * (-math.log(10000.0) / (half - 1)))
     angles = i["t"].to(x.dtype)[:, None] * frequencies
-    return torch.cat((angles.sin(), angles.cos()), 1)
+    return torch.cat((angles.sin(), angles.cos()), 1).reshape(x.shape)
 
 
 def _code(inputs: Inputs, g: torch.Generator) -> None:
