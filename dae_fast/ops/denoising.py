@@ -149,6 +149,9 @@ def denoising_loss(
     return (loss, per_sample) if return_per_sample else loss
 
 
+CONSTANT = ("eps", "x0", "flow")  # targets that are the same mixture at every level
+
+
 @dataclass(frozen=True)
 class LossColumns:
     """The table of a denoising loss: a residual's (1, n1, n2) of pred, y and noise in pred - p0*x0 - p1*noise, then
@@ -192,7 +195,7 @@ class LossColumns:
     @property
     def row(self) -> tuple[float, ...] | None:
         """The one row where all levels have the same."""
-        same = self.predict in ("eps", "x0") and self.weighting is None and not self.errors
+        same = self.predict in CONSTANT and self.weighting is None and not self.errors
         return self.coefficients(1.0, 1.0) if same else None
 
     def weighing(self, kind: int) -> Weighing:
