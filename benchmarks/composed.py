@@ -9,9 +9,10 @@ from torch import Tensor
 
 import dae_fast as df
 from dae_fast.ops.corruption import PATCH_TAG
-from tests.cases import Case, Inputs, Law
+from dae_fast.ops.penalties import CONTRACTION_TAG
+from tests.cases import NORMAL, Case, Inputs, Law
 
-RATIO, RATE = 0.75, 0.05
+RATIO, RATE, WIDTH = 0.75, 0.05, 8
 
 
 def _patches(x: Tensor) -> Tensor:
@@ -68,6 +69,28 @@ def _plain_sparsity(i: Inputs, _: Tensor) -> Tensor:
     return (RATE * torch.log(RATE / rho) + (1 - RATE) * torch.log((1 - RATE) / (1 - rho))).sum()
 
 
+def _layer(inputs: Inputs, g: torch.Generator) -> None:
+    """A layer's sigmoids, and its weight of WIDTH inputs."""
+    _code(inputs, g)
+    x = inputs["x"]
+    inputs["W"] = torch.randn(x[0].numel(), WIDTH, generator=g, dtype=torch.float64).to(x.dtype)
+
+
+def _plain_sigmoid_contraction(i: Inputs, _: Tensor) -> Tensor:
+    h, W = i["x"].flatten(1), i["W"]
+    return ((h * (1 - h)).square() @ W.square().sum(1)).mean()
+
+
+def _plain_contraction(i: Inputs, v: Tensor) -> Tensor:
+    _, pull = torch.func.vjp(torch.tanh, i["x"])
+    return pull(v)[0].square().flatten(1).sum(1).mean()
+
+
+DIRECTIONS = Law(
+    torch.randn_like,
+    lambda n, like, dtype: NORMAL.given(n.fold_in(CONTRACTION_TAG).fold_in(0), like, dtype),
+)
+
 CASES = (
     Case("patch_mask", _visible, _plain_visible, ("x",), (), law=ORDER),
     Case("timestep_embedding", _embedded, _plain_embedded, ("x",), (), fresh=False, streams=1, sums=(0,)),
@@ -80,5 +103,24 @@ CASES = (
         fresh=False,
         loss=True,
         extra=_code,
+    ),
+    Case(
+        "sigmoid_contraction",
+        lambda i: df.sigmoid_contraction(i["x"].flatten(1), i["W"]),
+        _plain_sigmoid_contraction,
+        ("x",),
+        ("x", "W"),
+        fresh=False,
+        loss=True,
+        extra=_layer,
+    ),
+    Case(
+        "contraction",
+        lambda i: df.contraction(torch.tanh, i["x"], i["noise"]),
+        _plain_contraction,
+        ("x",),
+        ("x",),
+        loss=True,
+        law=DIRECTIONS,
     ),
 )
