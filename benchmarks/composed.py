@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,9 +11,10 @@ from torch import Tensor
 import dae_fast as df
 from dae_fast.ops.corruption import PATCH_TAG
 from dae_fast.ops.penalties import CONTRACTION_TAG
-from tests.cases import NORMAL, Case, Inputs, Law
+from dae_fast.ops.structured import PYRAMID_TAG, enlarge
+from tests.cases import NORMAL, Case, Inputs, Law, noised
 
-RATIO, RATE, WIDTH = 0.75, 0.05, 8
+RATIO, RATE, WIDTH, DISCOUNT = 0.75, 0.05, 8, 0.8
 
 
 def _patches(x: Tensor) -> Tensor:
@@ -60,6 +62,60 @@ def _plain_embedded(i: Inputs, _: Tensor) -> Tensor:
     return torch.cat((angles.sin(), angles.cos()), 1).reshape(x.shape)
 
 
+def _features(i: Inputs) -> Tensor:
+    x = i["x"]
+    return df.fourier_embedding(i["t"].double() / 1000, i["noise"], x[0].numel()).reshape(x.shape)
+
+
+def _plain_features(i: Inputs, W: Tensor) -> Tensor:
+    """score_sde's GaussianFourierProjection."""
+    x = i["x"]
+    angles = 2 * math.pi * (i["t"].to(x.dtype) / 1000)[:, None] * W
+    return torch.cat((angles.sin(), angles.cos()), 1).reshape(x.shape)
+
+
+FREQUENCIES = Law(
+    lambda like: torch.randn(1, like[0].numel() // 2, dtype=like.dtype, device=like.device),
+    lambda n, like, dtype: n.normal((1, like[0].numel() // 2), dtype=dtype, device=like.device),
+    lambda like: like[0].numel() // 2,
+)
+
+
+def _signal(x: Tensor) -> Tensor:
+    """With a spatial dimension at least."""
+    return x[:, None] if x.dim() == 2 else x
+
+
+def _pyramid_noised(i: Inputs) -> Tensor:
+    x0 = i["x0"]
+    x_t = df.add_noise(_signal(x0), df.PyramidNoise(i["noise"], DISCOUNT), i["level"])
+    assert isinstance(x_t, Tensor)
+    return x_t.reshape(x0.shape)
+
+
+def _pyramid(like: Tensor, normal: Callable[[int, torch.Size], Tensor]) -> Tensor:
+    """Of normal(k, shape) at each level k."""
+    whole = _signal(like)
+    total, norm, size = normal(0, whole.shape), 1.0, list(whole.shape[2:])
+    for k in range(1, max(size).bit_length()):
+        size = [max(1, s // 2) for s in size]
+        total = total + DISCOUNT**k * enlarge(normal(k, torch.Size((*whole.shape[:2], *size))), tuple(whole.shape[2:]))
+        norm += DISCOUNT ** (2 * k)
+    return (total / norm**0.5).reshape(like.shape)
+
+
+def _pyramid_of(noise: df.Noise, like: Tensor, dtype: torch.dtype) -> Tensor:
+    lower = noise.fold_in(PYRAMID_TAG)
+    return _pyramid(like, lambda k, s: (lower.fold_in(k) if k else noise).normal(s, dtype=dtype, device=like.device))
+
+
+PYRAMID = Law(
+    lambda like: _pyramid(like, lambda k, shape: torch.randn(shape, dtype=like.dtype, device=like.device)),
+    _pyramid_of,
+    lambda like: _signal(like).shape[:2].numel(),
+)
+
+
 def _code(inputs: Inputs, g: torch.Generator) -> None:
     inputs["x"] = torch.sigmoid(inputs["x"].double()).to(inputs["x"].dtype)
 
@@ -94,6 +150,8 @@ DIRECTIONS = Law(
 CASES = (
     Case("patch_mask", _visible, _plain_visible, ("x",), (), law=ORDER),
     Case("timestep_embedding", _embedded, _plain_embedded, ("x",), (), fresh=False, streams=1, sums=(0,)),
+    Case("fourier_embedding", _features, _plain_features, ("x",), (), streams=1, sums=(0,), law=FREQUENCIES),
+    Case("add_noise-pyramid", _pyramid_noised, noised, ("x0",), ("x0",), law=PYRAMID),
     Case(
         "kl_sparsity",
         lambda i: df.kl_sparsity(i["x"], RATE),

@@ -109,6 +109,7 @@ WITH_OFFSET = Law(
         torch.randn_like(like), torch.randn(like.shape[:2], dtype=like.dtype, device=like.device)
     ),
     _given_offset,
+    lambda like: like.shape[:2].numel(),
 )
 
 

@@ -37,6 +37,7 @@ class Law:
 
     drawn: Callable[[Tensor], Tensor]  # as a loop written by hand draws it
     given: Callable[[df.Noise, Tensor, torch.dtype], Tensor]  # the same of a Noise
+    draws: Callable[[Tensor], int] = Tensor.numel  # how many values its mean is made of
 
 
 def _normal(noise: df.Noise, like: Tensor, dtype: torch.dtype) -> Tensor:
