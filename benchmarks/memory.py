@@ -13,7 +13,7 @@ from .measure import Peer
 
 # The profiler announces every start and stop on stderr at lower levels.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-_ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
+_MEMORY = "[memory]"  # the profiler's name for an allocation or its end
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def usage(peer: Peer, sample_bytes: int, device: torch.device = CPU) -> Usage:
     events = record.profiler.kineto_results.events()
     here = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
     held = peak = tensors = small = 0
-    memory = [e for e in events if e.name() == "[memory]" and e.device_type() == here]
+    memory = [e for e in events if e.name() == _MEMORY and e.device_type() == here]
     for event in sorted(memory, key=lambda e: e.start_ns()):
         size = event.nbytes()
         held += size
@@ -44,7 +44,7 @@ def usage(peer: Peer, sample_bytes: int, device: torch.device = CPU) -> Usage:
             tensors += 1
         elif size > 0:
             small += size
-    launches = sum(e.activity_type() in _ON_GPU for e in events)
+    launches = sum(e.device_type() == here and e.name() != _MEMORY and not e.is_user_annotation() for e in events)
     return Usage(peak, tensors, small, launches if on_gpu else None)
 
 

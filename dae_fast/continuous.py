@@ -351,7 +351,8 @@ def _inner_floats(low: float, high: float) -> tuple[float, float]:
 
 def _derivative(function: Function, t: Tensor) -> Tensor:
     """Of an elementwise function."""
-    return torch.func.grad(lambda u: function(u).sum())(t)
+    with torch.inference_mode(False):  # in it, and of a tensor made in it, torch 2.11's derivatives are silently 0
+        return torch.func.grad(lambda u: function(u).sum())(t.clone())
 
 
 # The closed forms: functions of the module, so that schedules can be pickled.

@@ -72,30 +72,10 @@ def table_of(
     place = (key, dtype, device)
     if torch.compiler.is_dynamo_compiling():
         name = f"{key} {dtype} {device}".replace(".", " ")  # Dynamo takes a dot for a path
-        _make_table(schedule, op, place, name, coefficients)
+        schedule._make_table(op, place, name, coefficients)
         return getattr(schedule._traced, name)
     table = schedule._tables.get(place)
     if table is None:
-        _make_table(schedule, op, place, "", coefficients)
+        schedule._make_table(op, place, "", coefficients)
         table = schedule._tables[place]
     return table
-
-
-# Run, not traced: torch.compile then finds the table as an attribute, an input of its graph. An entry
-# that a dict gained while tracing it would not see.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _make_table(schedule: Schedule, op: str, place: Place, name: str, coefficients: Coefficients) -> None:
-    if place not in schedule._tables:
-        schedule._tables[place] = _build_table(schedule, op, place, coefficients)
-    if name:
-        setattr(schedule._traced, name, schedule._tables[place])
-
-
-def _build_table(schedule: Schedule, op: str, place: Place, coefficients: Coefficients) -> Tensor:
-    with outside_modes():
-        columns = coefficients(schedule.alpha, schedule.sigma)
-        wide = [c if isinstance(c, Tensor) else torch.full_like(schedule.alpha, c) for c in columns]
-        _, dtype, device = place
-        table = torch.stack(wide, -1).to(dtype)
-        schedule._require_finite(op, table, range(len(schedule)))
-        return table.to(device)

@@ -15,7 +15,7 @@ from torch import Tensor
 from .backends.reference import coefficients as look_up
 from .level import Level, singular
 from .noise import Noise
-from .rows import Place, table_of
+from .rows import Coefficients, Place, outside_modes, table_of
 
 # Levels and times are drawn from a stream of their own, so that they are independent of the noise they scale.
 LEVEL_TAG = 0x6C6576656C  # "level"
@@ -246,6 +246,25 @@ class Schedule:
 
     def __repr__(self) -> str:
         return self._name
+
+    # Run, not traced: torch.compile then finds the table as an attribute, an input of its graph. An entry
+    # that a dict gained while tracing it would not see.
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _make_table(self, op: str, place: Place, name: str, coefficients: Coefficients) -> None:
+        """Puts the table into the cache and, where a name is given, among the attributes."""
+        if place not in self._tables:
+            self._tables[place] = self._build_table(op, place, coefficients)
+        if name:
+            setattr(self._traced, name, self._tables[place])
+
+    def _build_table(self, op: str, place: Place, coefficients: Coefficients) -> Tensor:
+        with outside_modes():
+            columns = coefficients(self.alpha, self.sigma)
+            wide = [c if isinstance(c, Tensor) else torch.full_like(self.alpha, c) for c in columns]
+            _, dtype, device = place
+            table = torch.stack(wide, -1).to(dtype)
+            self._require_finite(op, table, range(len(self)))
+            return table.to(device)
 
     def _require_finite(self, op: str, table: Tensor, levels: Sequence[int]) -> None:
         """Row i of the table belongs to levels[i]."""

@@ -19,6 +19,10 @@ SHAPE = (3, 4, 5)
 PREDICTIONS = ("eps", "x0", "v", "score", "flow")
 
 
+def not_in_torch_2_11(why: str) -> pytest.MarkDecorator:
+    return pytest.mark.xfail(torch.__version__.startswith("2.11."), reason=f"torch 2.11: {why}", strict=True)
+
+
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
@@ -93,7 +97,14 @@ def test_inductor(name: str) -> None:
     assert_equal_to_eager(case, torch.compile(case.ours, fullgraph=True), case.inputs(SHAPE, torch.bfloat16))
 
 
-@pytest.mark.parametrize("case", CASES[:1] + CASES[3:4] + CASES[-1:], ids=str)
+DYNAMIC = [
+    *CASES[:1],
+    *CASES[3:4],
+    pytest.param(CASES[-1], marks=not_in_torch_2_11("a second compilation, for the second batch size")),
+]
+
+
+@pytest.mark.parametrize("case", DYNAMIC, ids=str)
 def test_dynamic_batch(case: Case) -> None:
     recorder = Recorder()
     compiled = recorder.compile(case.ours, dynamic=True)
@@ -252,7 +263,10 @@ class TestCoefficientsByHand:
         "f",
         [
             lambda x, h: df.add_noise(x, HOST, df.Level(1.0, h)),
-            lambda x, h: df.to_x0(x, x, df.Level(h, 1.0)),
+            pytest.param(
+                lambda x, h: df.to_x0(x, x, df.Level(h, 1.0)),
+                marks=not_in_torch_2_11("a float that divides is made a constant"),
+            ),
             lambda x, h: df.langevin_step(x, x, h, HOST),
         ],
     )
@@ -337,6 +351,7 @@ def test_denoising_loss_inductor() -> None:
     )
 
 
+@not_in_torch_2_11("refuses its own tensors inside a traced torch.func.grad")
 def test_grad_inside_compile() -> None:
     """Without a registered formula this gave zeros, silently."""
 

@@ -123,7 +123,8 @@ def _convert(
 
 def _columns(predict: Parameterisation, to: Parameterisation) -> Columns:
     """Between eps and score x_t has no part."""
-    return (ABSENT if {predict, to} == {"eps", "score"} else 0, 1, ABSENT, ABSENT)
+    named = isinstance(predict, str) and isinstance(to, str)  # Dynamo of torch 2.11 cannot compare a str with an EDM
+    return (ABSENT if named and {predict, to} == {"eps", "score"} else 0, 1, ABSENT, ABSENT)
 
 
 def _clamped_columns(predict: Parameterisation, to: Parameterisation) -> tuple[Columns, tuple[int, int, int]]:
