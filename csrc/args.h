@@ -34,7 +34,7 @@ struct Noise {
   uint64_t first_sample = 0;
 };
 
-constexpr int kAbsent = -1;  // a column number: this coefficient is 0
+constexpr int kAbsent = -1;  // a column number: this coefficient is 0, and what it is about not read
 
 // (rows, columns) coefficients in the compute type. Row b reads table[index[b]], table[b], or
 // table[0] when there is one row.
@@ -48,7 +48,7 @@ struct Table {
 // Column `column` of row b; NaN where the level lies outside the table.
 template <class R>
 DAE_FN R coefficient(const Table& table, int64_t b, int column) {
-  if (column == kAbsent) return R(0);
+  if (column == kAbsent) return R(-0.0);  // times 0 it is -0, which changes no sum, not even of zeros
   int64_t i = table.rows == 1 ? 0 : b;
   if (table.index) {
     i = table.index_is_int64 ? static_cast<const int64_t*>(table.index)[b] : static_cast<const int32_t*>(table.index)[b];

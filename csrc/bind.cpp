@@ -182,7 +182,7 @@ void fold_in_tensor(const py::object& noise, const py::object& data, const py::o
 }
 
 std::array<uint32_t, 4> philox(const std::array<uint32_t, 4>& c, const std::array<uint32_t, 2>& key) {
-  const Block b = philox4x32_10({{c[0], c[1], c[2], c[3]}}, key[0], key[1]);
+  const Block b = philox4x32_10({{c[0], c[1], c[2], c[3]}}, rounds_of(key[0] | static_cast<uint64_t>(key[1]) << 32));
   return {b.r[0], b.r[1], b.r[2], b.r[3]};
 }
 

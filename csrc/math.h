@@ -67,24 +67,37 @@ DAE_FN uint64_t mul_wide(uint32_t a, uint32_t b) {
 #endif
 }
 
-DAE_FN Block philox4x32_10(Block counter, uint32_t k0, uint32_t k1) {
+// The keys of Philox's rounds.
+struct Rounds {
+  uint32_t k0[kPhiloxRounds], k1[kPhiloxRounds];
+};
+
+DAE_FN Rounds rounds_of(uint64_t seed) {
+  Rounds rounds;
+  for (int i = 0; i < kPhiloxRounds; ++i) {
+    rounds.k0[i] = static_cast<uint32_t>(seed) + static_cast<uint32_t>(i) * kPhiloxW0;
+    rounds.k1[i] = static_cast<uint32_t>(seed >> 32) + static_cast<uint32_t>(i) * kPhiloxW1;
+  }
+  return rounds;
+}
+
+DAE_FN Block philox4x32_10(Block counter, const Rounds& rounds) {
   Block b = counter;
-  for (int round = 0; round < kPhiloxRounds; ++round) {
+  for (int i = 0; i < kPhiloxRounds; ++i) {
     const uint64_t p0 = mul_wide(b.r[0], kPhiloxM0), p1 = mul_wide(b.r[2], kPhiloxM1);
-    b = {{static_cast<uint32_t>(p1 >> 32) ^ b.r[1] ^ k0, static_cast<uint32_t>(p1),
-          static_cast<uint32_t>(p0 >> 32) ^ b.r[3] ^ k1, static_cast<uint32_t>(p0)}};
-    k0 += kPhiloxW0;
-    k1 += kPhiloxW1;
+    b = {{static_cast<uint32_t>(p1 >> 32) ^ b.r[1] ^ rounds.k0[i], static_cast<uint32_t>(p1),
+          static_cast<uint32_t>(p0 >> 32) ^ b.r[3] ^ rounds.k1[i], static_cast<uint32_t>(p0)}};
   }
   return b;
 }
 
-// Block n of a key's word stream.
-DAE_FN Block block_at(Key key, uint64_t n) {
-  const uint64_t counter = key.offset + n;
-  return philox4x32_10({{static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), 0, 0}},
-                       static_cast<uint32_t>(key.seed), static_cast<uint32_t>(key.seed >> 32));
+// The block of a key's word stream whose counter is key.offset + n.
+DAE_FN Block block_of(const Rounds& rounds, uint64_t counter) {
+  return philox4x32_10({{static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), 0, 0}}, rounds);
 }
+
+// Block n of a key's word stream.
+DAE_FN Block block_at(Key key, uint64_t n) { return block_of(rounds_of(key.seed), key.offset + n); }
 
 // Block `data` of `key`, read as a key.
 DAE_FN Key fold_in(Key key, uint64_t data) {
@@ -114,9 +127,23 @@ DAE_FN float neg2_log_u(uint32_t r) {
   return fma32(f * f, q, fma32(static_cast<float>(exponent), kNeg2Ln2, -2.0f * f));
 }
 
-// sin and cos of 2 pi u with u = (r + 1/2) 2^-32. The nearest quarter turn comes off as integer
-// bits, so the argument of the polynomials is exact up to its one rounding to float.
-DAE_FN void sincos_2pi_u(uint32_t r, float& sine, float& cosine) {
+// Whether it is set. On a GPU one instruction; from the plain form nvcc makes three.
+DAE_FN bool bit_30(uint32_t r) {
+#if defined(__CUDA_ARCH__)
+  uint32_t set;
+  asm("{.reg .pred p; .reg .b32 t; and.b32 t, %1, 0x40000000; setp.ne.b32 p, t, 0; selp.b32 %0, 1, 0, p;}"
+      : "=r"(set)
+      : "r"(r));
+  return set;
+#else
+  return (r & 0x40000000u) != 0;
+#endif
+}
+
+// Box-Muller's angle 2 pi u with u = (r + 1/2) 2^-32: sin and cos of it, both to be multiplied by the sign, which is
+// the top bit of `sign`. The nearest quarter turn comes off as integer bits, so the argument of the polynomials is
+// exact up to its one rounding to float.
+DAE_FN void sincos_2pi_u(uint32_t r, float& sine, float& cosine, uint32_t& sign) {
   const float y = static_cast<float>(static_cast<int32_t>(r << 2 | 2u)) * 0x1p-34f;
   const float y2 = y * y;
   // 2 pi = kTwoPi + a rest: the leading product is rounded once, with everything else inside it.
@@ -128,11 +155,10 @@ DAE_FN void sincos_2pi_u(uint32_t r, float& sine, float& cosine) {
   c = fma32(c, y2, 6.4939323425e+01f);
   c = fma32(c, y2, -1.9739208221e+01f);
   c = fma32(c, y2, 1.0f);
-  const uint32_t quarter = r + 0x20000000u;  // the quarter turn in the two top bits
-  const bool swap = (quarter & 0x40000000u) != 0;
-  const uint32_t a = bits_as<uint32_t>(swap ? c : s), b = bits_as<uint32_t>(swap ? s : c);
-  sine = bits_as<float>(a ^ (quarter & 0x80000000u));
-  cosine = bits_as<float>(b ^ ((quarter + 0x40000000u) & 0x80000000u));
+  sign = r + 0x20000000u;  // the quarter turn in the two top bits: a half turn is a sign, a quarter swaps the two
+  const bool swap = bit_30(sign);
+  sine = swap ? c : s;
+  cosine = swap ? -s : c;
 }
 
 // IEEE sqrt of a number in [2^-32, 46]. On a GPU these are the instructions of sqrt.rn without its branch
@@ -151,8 +177,9 @@ DAE_FN float sqrt_rn(float a) {
 // Box-Muller 1958: two normals from two words.
 DAE_FN void normal_pair(uint32_t radius, uint32_t angle, float& z0, float& z1) {
   float sine, cosine;
-  sincos_2pi_u(angle, sine, cosine);
-  const float s = sqrt_rn(neg2_log_u(radius));
+  uint32_t sign;
+  sincos_2pi_u(angle, sine, cosine, sign);
+  const float s = bits_as<float>(bits_as<uint32_t>(sqrt_rn(neg2_log_u(radius))) ^ (sign & 0x80000000u));
   z0 = s * cosine;
   z1 = s * sine;
 }

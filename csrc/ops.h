@@ -21,19 +21,15 @@ DAE_FN double square_root(double a) {
 #endif
 }
 
-// c0*x + c1*y + c2*z: noising, Tweedie conversions, Langevin, DDPM and DDIM steps.
+// c0*x + c1*y + ..., the last product first: noising, Tweedie conversions, Langevin, DDPM and DDIM steps, guidance.
 template <class R>
-struct Affine {
-  R c0, c1, c2;
-  DAE_FN R operator()(R x, R y, R z) const { return mul_add(c0, x, mul_add(c1, y, c2 * z)); }
-};
-
-// ... + c3*w: guidance, multistep solvers.
-template <class R>
-struct Affine4 {
-  R c0, c1, c2, c3;
-  DAE_FN R operator()(R x, R y, R z, R w) const { return mul_add(c0, x, mul_add(c1, y, mul_add(c2, z, c3 * w))); }
-};
+DAE_FN R affine(R c, R x) {
+  return c * x;
+}
+template <class R, class... Rest>
+DAE_FN R affine(R c, R x, Rest... rest) {
+  return mul_add(c, x, affine(rest...));
+}
 
 // The clipped x0 estimate. NaN compares false and so passes through.
 template <class R>

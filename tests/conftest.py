@@ -74,3 +74,7 @@ def restore_threads():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+def not_in_torch_2_11(why: str) -> pytest.MarkDecorator:
+    return pytest.mark.xfail(torch.__version__.startswith("2.11."), reason=f"torch 2.11: {why}", strict=True)

@@ -14,13 +14,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import dae_fast as df
 
 from .cases import CASES, SCHEDULE, Case, Inputs
+from .conftest import not_in_torch_2_11
 
 SHAPE = (3, 4, 5)
 PREDICTIONS = ("eps", "x0", "v", "score", "flow")
-
-
-def not_in_torch_2_11(why: str) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(torch.__version__.startswith("2.11."), reason=f"torch 2.11: {why}", strict=True)
 
 
 @pytest.fixture(autouse=True)

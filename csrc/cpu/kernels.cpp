@@ -138,7 +138,7 @@ static inline const R* read_z(const Batch& batch, const Operand& z, const Noise&
 template <class R>
 struct Coefficients {
   const R* row;
-  R operator[](int column) const { return column == kAbsent ? R(0) : row[column]; }
+  R operator[](int column) const { return column == kAbsent ? R(-0.0) : row[column]; }  // as coefficient() in args.h
 };
 
 template <class R>
@@ -148,13 +148,6 @@ static inline Coefficients<R> coefficients(const Table& table, int64_t row) {
     i = table.index_is_int64 ? static_cast<const int64_t*>(table.index)[row]
                              : static_cast<const int32_t*>(table.index)[row];
   return {static_cast<const R*>(table.data) + i * table.columns};
-}
-
-// out[i] = f(x[i], y[i], z[i]). out may be one of the inputs.
-template <class F, class X, class Y, class R, class Out>
-static inline void apply(const F& f, const X* x, const Y* y, const R* z, Out* out, int64_t n) {
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) narrow(f(widen(x[i]), widen(y[i]), z[i]), out[i]);
 }
 
 template <class T>
@@ -170,13 +163,16 @@ static inline void apply_columns(const Coefficients<R>& c, const int* columns, c
   if (columns[0] == kAbsent) x = zeros<X>();
   if (columns[1] == kAbsent) y = zeros<Y>();
   if (columns[2] == kAbsent) z = zeros<R>();
+  const R c0 = c[columns[0]], c1 = c[columns[1]], c2 = c[columns[2]], c3 = c[columns[3]];
+  // out may be one of the inputs.
   if (columns[3] == kAbsent) {
-    const Affine<R> f = {c[columns[0]], c[columns[1]], c[columns[2]]};
-    return apply(f, x, y, z, out, n);
-  }
-  const Affine4<R> f = {c[columns[0]], c[columns[1]], c[columns[2]], c[columns[3]]};
 #pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) narrow(f(widen(x[i]), widen(y[i]), z[i], widen(w[i])), out[i]);
+    for (int64_t i = 0; i < n; ++i) narrow(affine(c0, R(widen(x[i])), c1, R(widen(y[i])), c2, z[i]), out[i]);
+  } else {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i)
+      narrow(affine(c0, R(widen(x[i])), c1, R(widen(y[i])), c2, z[i], c3, R(widen(w[i]))), out[i]);
+  }
 }
 
 // The estimate that the clamp is about: of x, y and w.
@@ -297,8 +293,10 @@ static void residual_units(const ResidualWork& a, int64_t unit_begin, int64_t un
     for (int64_t r = 0; r < unit.rows; ++r) {
       const int64_t at = r * unit.length, n = unit.length;
       const Coefficients<R> c = coefficients<R>(a.table, unit.row + r);
-      const Affine<R> f = {R(1), c[a.columns[0]], c[a.columns[1]]};
-      apply(f, pred + at, y + at, z + at, residual, n);
+      const R n1 = c[a.columns[0]], n2 = c[a.columns[1]];
+#pragma GCC ivdep
+      for (int64_t i = 0; i < n; ++i)
+        residual[i] = affine(R(1), R(widen(pred[at + i])), n1, R(widen(y[at + i])), n2, z[at + i]);
       // A select, not a product: what is masked out may be NaN.
       if (masked)
         for (int64_t i = 0; i < n; ++i) residual[i] = mask[at + i] ? residual[i] : R(0);

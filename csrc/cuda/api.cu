@@ -71,32 +71,31 @@ struct MaskParams {
 template <class Access>
 __global__ void __launch_bounds__(kThreads)
     mask_count_kernel(const __grid_constant__ MaskParams p, const __grid_constant__ Access access) {
-  using Memory = typename Access::template InUnit<__half>;
-  constexpr int N = Memory::N;
+  using Cursor = typename Access::template Cursor<__half>;
+  constexpr int N = Cursor::N;
   __shared__ float groups[1][kMaxTile];
   __shared__ uint4 keys[kMaxRows];
   const Unit unit = unit_at(p.cut, blockIdx.x);
-  const Memory memory(access, p.cut, unit);
   const bool drawn = p.choice.noise.present;
   if (drawn) prepare_keys(p.choice.noise, unit, keys);
   __syncthreads();
   RowSums<float, 1> sums;
-  for (int g = threadIdx.x; g < unit.groups; g += kThreads) {
+  for (Cursor cursor(access, p.cut, unit); cursor.g < unit.groups; cursor.step()) {
     bool kept[N];
     if (drawn) {
-      const Place at = place_of(p.cut, unit, g);
-      draw(p.choice, unit.row + at.row, to_key(keys[at.row]), memory.element(at), kept);
+      const Place at = place_of(p.cut, unit, cursor.g);
+      draw(p.choice, unit.row + at.row, Blocks{to_key(keys[at.row]), cursor.block(at)}, kept);
       if constexpr (Access::kRagged) {
 #pragma unroll
         for (int i = 0; i < N; ++i) kept[i] &= N * at.group + i < p.cut.D;
       }
     } else {
-      memory.read_mask(0, g, kept);
+      cursor.read_mask(0, kept);
     }
     float count[1] = {0};
 #pragma unroll
     for (int i = 0; i < N; ++i) count[0] += kept[i] ? 1.0f : 0.0f;
-    sums.add(unit, g, count, groups);
+    sums.add(unit, cursor.g, count, groups);
   }
   sums.store(p.cut, unit, groups, p.scratch.sums);
   if (is_last_block(p.scratch.counter))
@@ -109,9 +108,9 @@ const char* mask_count(const MaskArgs& a, double* kept, Scratch scratch, Queue q
   const DeviceGuard guard(queue.device);
   const Launch how = make_launch(queue);
   const Operand operands[] = {a.mask};
-  return how.with_access<__half>(a.batch, operands, [&](const auto& access, const Cut& cut) {
-    return launch(how.stream, cut.units, kThreads, mask_count_kernel<std::decay_t<decltype(access)>>,
-                  MaskParams{cut, a.choice, kept, scratch}, access);
+  const MaskParams p{Cut{}, a.choice, kept, scratch};
+  return how.with_access<__half>(a.batch, operands, [&](const auto& access) {
+    return how.units<mask_count_kernel<std::decay_t<decltype(access)>>, __half>(a.batch, p, access);
   });
 }
 

@@ -7,9 +7,9 @@
 namespace dae::cuda {
 
 constexpr int kThreads = 256;
-constexpr int kMaxIterations = 4;  // groups that one thread handles, at most
-constexpr int kMaxTile = kThreads * kMaxIterations;
-constexpr int kMaxRows = 256;  // of one unit
+constexpr int kMaxIterations = 16;      // groups that one thread handles, at most
+constexpr int kMaxTile = kThreads * 4;  // groups of a unit of several rows, at most
+constexpr int kMaxRows = 256;           // of one unit
 
 // Thread blocks that a multiprocessor must hold: as many as leave the registers that a thread needs, 64 or 80.
 template <class T, class Access>
@@ -20,14 +20,15 @@ constexpr int kBlocks = sizeof(T) == 8 || Access::kRagged ? 3 : 4;
 struct Cut {
   int64_t B, D, groups_per_row;
   uint32_t units, segments_per_row;  // units along a long row
-  int rows_per_unit, tile;           // groups of a unit, at most
+  int rows_per_unit, tile;           // groups of a unit within one row, at most
   uint32_t reciprocal;               // 2^20 / groups_per_row, rounded up: exact quotients of numbers below kMaxTile
 
+  Cut() = default;
   Cut(int64_t B, int64_t D, int group, int iterations) : B(B), D(D), tile(kThreads * iterations) {
     groups_per_row = (D + group - 1) / group;
     segments_per_row = groups_per_row > tile ? static_cast<uint32_t>((groups_per_row + tile - 1) / tile) : 1;
-    const int64_t fit = groups_per_row ? tile / groups_per_row : kMaxRows;
-    rows_per_unit = segments_per_row > 1 ? 1 : static_cast<int>(fit < kMaxRows ? fit : kMaxRows);
+    const int64_t most = tile < kMaxTile ? tile : kMaxTile, fit = groups_per_row ? most / groups_per_row : kMaxRows;
+    rows_per_unit = static_cast<int>(fit < 1 ? 1 : (fit < kMaxRows ? fit : kMaxRows));
     const int64_t count = segments_per_row * ((B + rows_per_unit - 1) / rows_per_unit);
     units = static_cast<uint32_t>(count ? count : 1);  // an empty batch has sums too
     reciprocal = groups_per_row ? static_cast<uint32_t>(((1 << 20) + groups_per_row - 1) / groups_per_row) : 0;
@@ -72,24 +73,30 @@ struct Whole {
 
   __device__ bool has(int k) const { return data[k] != nullptr; }
 
-  // The operands of one unit.
+  // A thread's way through a unit: its groups, one after the other.
   template <class T>
-  class InUnit {
+  class Cursor {
    public:
     static constexpr int N = group<T>;
 
-    __device__ __forceinline__ InUnit(const Whole& whole, const Cut& cut, const Unit& unit) : whole_(whole) {
-      first_ = unit.row * cut.D + unit.begin * N;
+    __device__ __forceinline__ Cursor(const Whole& whole, const Cut& cut, const Unit& unit)
+        : g(static_cast<int>(threadIdx.x)), whole_(whole) {
+      const int64_t first = unit.row * cut.D + (unit.begin + g) * N;
 #pragma unroll
-      for (int k = 0; k < K; ++k) at_[k] = static_cast<T*>(whole.data[k]) + first_;
+      for (int k = 0; k < K; ++k) at_[k] = static_cast<T*>(whole.data[k]) + first;
     }
-    // Of the group's first element, in its row.
-    __device__ __forceinline__ int64_t element(const Place& at) const { return at.group * N; }
-    __device__ __forceinline__ void read(int k, int g, Pack<T, N>& pack) const { pack = load_pack<T, N>(at_[k] + g * N); }
-    __device__ __forceinline__ void write(int k, int g, const Pack<T, N>& pack) const { store_pack(at_[k] + g * N, pack); }
+    __device__ __forceinline__ void step() {
+      g += kThreads;
+#pragma unroll
+      for (int k = 0; k < K; ++k) at_[k] += kThreads * N;
+    }
+    // The first of the group's Philox blocks, in its row.
+    __device__ __forceinline__ uint64_t block(const Place& at) const { return static_cast<uint64_t>(at.group) * (N / 4); }
+    __device__ __forceinline__ void read(int k, Pack<T, N>& pack) const { pack = load_pack<T, N>(at_[k]); }
+    __device__ __forceinline__ void write(int k, const Pack<T, N>& pack) const { store_pack(at_[k], pack); }
     // A mask's N bytes, each 0 or 1.
-    __device__ __forceinline__ void read_mask(int k, int g, bool (&kept)[N]) const {
-      const uint8_t* from = static_cast<const uint8_t*>(whole_.data[k]) + first_ + g * N;
+    __device__ __forceinline__ void read_mask(int k, bool (&kept)[N]) const {
+      const uint8_t* from = static_cast<const uint8_t*>(whole_.data[k]) + (at_[0] - static_cast<T*>(whole_.data[0]));
       uint32_t words[N / 4];
       if constexpr (N == 8) {
         const uint2 two = *reinterpret_cast<const uint2*>(from);
@@ -101,9 +108,10 @@ struct Whole {
       for (int i = 0; i < N; ++i) kept[i] = (words[i / 4] >> 8 * (i % 4) & 0xffu) != 0;
     }
 
+    int g;  // the group's number within the unit
+
    private:
     const Whole& whole_;
-    int64_t first_;
     T* at_[K];
   };
 };
@@ -139,31 +147,39 @@ struct Strided {
   }
 
   template <class T>
-  class InUnit {
+  class Cursor {
    public:
     static constexpr int N = group<T>;
 
-    __device__ InUnit(const Strided& strided, const Cut& cut, const Unit& unit) : s_(strided), cut_(cut), unit_(unit) {}
-    __device__ int64_t element(const Place& at) const {
-      return s_.grouped ? s_.locate(static_cast<uint32_t>(at.group), s_.logical) : at.group * N;
+    __device__ __forceinline__ Cursor(const Strided& strided, const Cut& cut, const Unit& unit)
+        : g(static_cast<int>(threadIdx.x)), s_(strided), cut_(cut), unit_(unit) {}
+    __device__ __forceinline__ void step() { g += kThreads; }
+    __device__ uint64_t block(const Place& at) const {
+      return static_cast<uint64_t>(s_.grouped ? s_.locate(static_cast<uint32_t>(at.group), s_.logical) / N : at.group);
     }
-    __device__ void read(int k, int g, Pack<T, N>& pack) const {
+    __device__ void read(int k, Pack<T, N>& pack) const {
+      T v[N];
 #pragma unroll
-      for (int i = 0; i < N; ++i) pack.v[i] = T(0.0f);  // past the end of the row: adds nothing to a sum
-      for_each<T>(k, g, [&](int i, const T* from) { pack.v[i] = *from; });
+      for (int i = 0; i < N; ++i) v[i] = T(0.0f);  // past the end of the row: adds nothing to a sum
+      for_each<T>(k, [&](int i, const T* from) { v[i] = *from; });
+      pack = Pack<T, N>(v);
     }
-    __device__ void write(int k, int g, const Pack<T, N>& pack) const {
-      for_each<T>(k, g, [&](int i, T* to) { *to = pack.v[i]; });
+    __device__ void write(int k, const Pack<T, N>& pack) const {
+      T v[N];
+      pack.values(v);
+      for_each<T>(k, [&](int i, T* to) { *to = v[i]; });
     }
-    __device__ void read_mask(int k, int g, bool (&kept)[N]) const {
+    __device__ void read_mask(int k, bool (&kept)[N]) const {
 #pragma unroll
       for (int i = 0; i < N; ++i) kept[i] = false;
-      for_each<uint8_t>(k, g, [&](int i, const uint8_t* from) { kept[i] = *from != 0; });
+      for_each<uint8_t>(k, [&](int i, const uint8_t* from) { kept[i] = *from != 0; });
     }
+
+    int g;
 
    private:
     template <class Element, class Each>
-    __device__ __forceinline__ void for_each(int k, int g, Each each) const {
+    __device__ __forceinline__ void for_each(int k, Each each) const {
       const Place at = place_of(cut_, unit_, g);
       Element* row = static_cast<Element*>(s_.data[k]) + (unit_.row + at.row) * s_.batch_stride[k];
       const uint32_t group = static_cast<uint32_t>(at.group);
@@ -196,6 +212,7 @@ __device__ __forceinline__ Key to_key(const uint4& k) {
 
 // The keys of a unit's rows. The last threads make them while the first ones fetch coefficients.
 __device__ __forceinline__ void prepare_keys(const Noise& noise, const Unit& unit, uint4 (&keys)[kMaxRows]) {
+#pragma unroll 1
   for (int r = kThreads - 1 - static_cast<int>(threadIdx.x); r < unit.rows; r += kThreads) {
     const Key key = row_key(noise, unit.row + r);
     keys[r] = make_uint4(static_cast<uint32_t>(key.seed), static_cast<uint32_t>(key.seed >> 32),
@@ -203,33 +220,124 @@ __device__ __forceinline__ void prepare_keys(const Noise& noise, const Unit& uni
   }
 }
 
-// The words of elements element .. element + N of a row; element is a multiple of 4.
-template <int N>
-__device__ __forceinline__ void words(Key key, int64_t element, uint32_t (&w)[N]) {
+// Makes a value one that the compiler cannot work out again.
+__device__ __forceinline__ void keep(uint32_t& value) { asm volatile("" : "+r"(value)); }
+
+// The Philox blocks of a thread's group.
+struct Blocks {
+  Key key;
+  uint64_t first;
+
+  __device__ __forceinline__ Block operator[](int i) const { return block_at(key, first + i); }
+};
+
+// The same along one row: the keys of the rounds are worked out once, and a counter goes from group to group.
+struct BlocksOfRow {
+  Rounds rounds;
+  uint64_t counter;
+
+  __device__ __forceinline__ explicit BlocksOfRow(const Blocks& start)
+      : rounds(rounds_of(start.key.seed)), counter(start.key.offset + start.first) {
+    // The compiler would otherwise add them up again for every block, rather than spend twenty registers.
 #pragma unroll
-  for (int i = 0; i < N; ++i) {
-    if (i % 4 == 0) memcpy(w + i, block_at(key, static_cast<uint64_t>(element + i) >> 2).r, 4 * sizeof(uint32_t));
+    for (int i = 0; i < kPhiloxRounds; ++i) keep(rounds.k0[i]), keep(rounds.k1[i]);
   }
+  __device__ __forceinline__ Block operator[](int i) const { return block_of(rounds, counter + i); }
+};
+
+// What a thread knows of its group.
+template <class B>
+struct Group {
+  Place at;
+  B blocks;  // of noise
+};
+
+// The groups of a unit within one row, each to be asked for once, in turn.
+template <class Cursor>
+class GroupsOfRow {
+ public:
+  static constexpr bool kOneRow = true;
+
+  __device__ __forceinline__ GroupsOfRow(const Unit& unit, const Cursor& start, const Key& key)
+      : begin_(unit.begin), blocks_(Blocks{key, start.block({0, unit.begin + start.g}) - kStep}) {}
+  __device__ __forceinline__ Group<const BlocksOfRow&> operator()(const Cursor& cursor) {
+    blocks_.counter += kStep;
+    return {{0, begin_ + cursor.g}, blocks_};
+  }
+
+ private:
+  static constexpr uint64_t kStep = kThreads * (Cursor::N / 4);
+  int64_t begin_;
+  BlocksOfRow blocks_;
+};
+
+// The groups of any unit.
+template <class Cursor, int K>
+struct Groups {
+  static constexpr bool kOneRow = false;
+  const Cut& cut;
+  const Unit& unit;
+  const uint4 (&keys)[K];
+  bool fresh;
+
+  __device__ __forceinline__ Group<Blocks> operator()(const Cursor& cursor) const {
+    const Place at = place_of(cut, unit, cursor.g);
+    return {at, {fresh ? to_key(keys[at.row]) : Key{}, cursor.block(at)}};
+  }
+};
+
+// Calls walk(groups). A unit within one row has a loop of its own, which keeps what belongs to the row in registers.
+template <bool kOwnLoop, class Cursor, int K, class Walk>
+__device__ __forceinline__ void walk_unit(const Cut& cut, const Unit& unit, const Cursor& start,
+                                          const uint4 (&keys)[K], bool fresh, Walk walk) {
+  if constexpr (kOwnLoop)
+    if (unit.rows == 1) return walk(GroupsOfRow<Cursor>(unit, start, fresh ? to_key(keys[0]) : Key{}));
+  walk(Groups<Cursor, K>{cut, unit, keys, fresh});
 }
 
-// Which of them a drawn mask counts.
-template <int N>
-__device__ __forceinline__ void draw(const Choice& choice, int64_t row, Key key, int64_t element, bool (&counts)[N]) {
+// C numbers of each row of a unit, from shared memory.
+template <bool kOneRow, class E, int C>
+class OfRow {
+ public:
+  __device__ __forceinline__ explicit OfRow(const E (&rows)[kMaxRows][C]) : rows_(rows) {
+    if constexpr (kOneRow) {
+#pragma unroll
+      for (int i = 0; i < C; ++i) own_[i] = rows[0][i];
+    }
+  }
+  __device__ __forceinline__ const E* operator[](int row) const { return kOneRow ? own_ : rows_[row]; }
+
+ private:
+  const E (&rows_)[kMaxRows][C];
+  E own_[C];
+};
+
+template <int N, class B>
+__device__ __forceinline__ void words(const B& blocks, uint32_t (&w)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i += 4) memcpy(w + i, blocks[i / 4].r, 4 * sizeof(uint32_t));
+}
+
+// Which elements of a group a drawn mask counts.
+template <int N, class B>
+__device__ __forceinline__ void draw(const Choice& choice, int64_t row, const B& blocks, bool (&counts)[N]) {
   const int64_t second = choice.of_row(row)[1];
   uint32_t w[N];
-  words(key, element, w);
+  words(blocks, w);
 #pragma unroll
   for (int i = 0; i < N; ++i) counts[i] = choice.counts(w[i], second);
 }
 
-// The normals of elements element .. element + N of a row; element is a multiple of 4.
-template <int N>
-__device__ __forceinline__ void normals(Key key, int64_t element, float (&z)[N]) {
+template <int N, class R, class B>
+__device__ __forceinline__ void normals(const B& blocks, R (&z)[N]) {
 #pragma unroll
   for (int i = 0; i < N; i += 4) {
-    const Block b = block_at(key, static_cast<uint64_t>(element + i) >> 2);
-    normal_pair(b.r[0], b.r[1], z[i], z[i + 1]);
-    normal_pair(b.r[2], b.r[3], z[i + 2], z[i + 3]);
+    const Block b = blocks[i / 4];
+    float master[4];
+    normal_pair(b.r[0], b.r[1], master[0], master[1]);
+    normal_pair(b.r[2], b.r[3], master[2], master[3]);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) z[i + j] = master[j];
   }
 }
 

@@ -28,44 +28,9 @@ struct Rows {
 template <int C>
 __device__ __forceinline__ void prepare_coefficients(const Rows& p, const Unit& unit, const int* columns,
                                                      R (&c)[kMaxRows][C]) {
+#pragma unroll 1
   for (int i = threadIdx.x; i < unit.rows * C; i += kThreads)
     c[i / C][i % C] = coefficient<R>(p.table, unit.row + i / C, columns[i % C]);
-}
-
-template <int N, class Memory>
-__device__ __forceinline__ void make_normals(const Memory& memory, const Key& key, const Place& at, R (&z)[N]) {
-  float master[N];
-  normals(key, memory.element(at), master);
-#pragma unroll
-  for (int i = 0; i < N; ++i) z[i] = master[i];
-}
-
-// What a thread knows of its group.
-template <class E>
-struct InRow {
-  Place at;
-  const E* c;  // the row's coefficients
-  Key key;
-};
-
-// Calls walk(place), place(g) being the InRow of group g. A unit within one row has a loop of its own, which
-// keeps key and coefficients in registers.
-template <bool kOwnLoop, class E, int C, int K, class Walk>
-__device__ __forceinline__ void walk_rows(const Cut& cut, const Unit& unit, const E (&coefficients)[kMaxRows][C],
-                                          const uint4 (&keys)[K], bool fresh, Walk walk) {
-  if constexpr (kOwnLoop) {
-    if (unit.rows == 1) {
-      E c[C];
-#pragma unroll
-      for (int i = 0; i < C; ++i) c[i] = coefficients[0][i];
-      const Key key = fresh ? to_key(keys[0]) : Key{};
-      return walk([&](int g) { return InRow<E>{{0, unit.begin + g}, c, key}; });
-    }
-  }
-  walk([&](int g) {
-    const Place at = place_of(cut, unit, g);
-    return InRow<E>{at, coefficients[at.row], fresh ? to_key(keys[at.row]) : Key{}};
-  });
 }
 
 enum { kX, kY, kZ, kW, kOut, kOut2 };
@@ -92,14 +57,15 @@ __device__ __forceinline__ void map_group(const int* columns, const R* c, const 
                                           const R (&z)[N], const R (&w)[N], R (&v)[N]) {
   constexpr bool kGeneral = kInputs == kAnyInputs;
   const auto used = [&](int k, R value) { return kGeneral && columns[k] == kAbsent ? R(0) : value; };
-  if (kGeneral ? columns[kW] == kAbsent : kInputs < kAllInputs<kFresh>) {
-    const Affine<R> f = {c[kX], c[kY], c[kZ]};
+  const bool four = kGeneral ? columns[kW] != kAbsent : kInputs == kAllInputs<kFresh>;
 #pragma unroll
-    for (int i = 0; i < N; ++i) v[i] = f(used(kX, x[i]), used(kY, y[i]), used(kZ, z[i]));
-  } else {
-    const Affine4<R> f = {c[kX], c[kY], c[kZ], c[kW]};
-#pragma unroll
-    for (int i = 0; i < N; ++i) v[i] = f(used(kX, x[i]), used(kY, y[i]), used(kZ, z[i]), w[i]);
+  for (int i = 0; i < N; ++i) {
+    if (kFresh && kInputs == 1)
+      v[i] = affine(c[kX], x[i], c[kZ], z[i]);
+    else if (four)
+      v[i] = affine(c[kX], used(kX, x[i]), c[kY], used(kY, y[i]), c[kZ], used(kZ, z[i]), c[kW], w[i]);
+    else
+      v[i] = affine(c[kX], used(kX, x[i]), c[kY], used(kY, y[i]), c[kZ], used(kZ, z[i]));
   }
 }
 
@@ -111,49 +77,49 @@ constexpr int kAffineBlocks =
 template <bool kFresh, int kInputs, class Access>
 __global__ void __launch_bounds__(kThreads, (kAffineBlocks<kInputs, Access>))
     affine_kernel(const __grid_constant__ AffineParams p, const __grid_constant__ Access access) {
-  using Memory = typename Access::template InUnit<T>;
-  constexpr int N = Memory::N;
+  using Cursor = typename Access::template Cursor<T>;
+  constexpr int N = Cursor::N;
   constexpr bool kGeneral = kInputs == kAnyInputs;
   __shared__ R coefficients[kMaxRows][kGeneral ? kColumns : kOfOut2];
   __shared__ uint4 keys[kFresh || kGeneral ? kMaxRows : 1];
   const bool fresh = kGeneral ? p.noise.present : kFresh;
   const Unit unit = unit_at(p.cut, blockIdx.x);
-  const Memory memory(access, p.cut, unit);
+  Cursor cursor(access, p.cut, unit);
   const auto reads = [&](int k) {
     return kGeneral ? access.has(k) : (k == kW ? kInputs == kAllInputs<kFresh> : k < kInputs && !(kFresh && k == kZ));
   };
   Pack<T, N> xs = {}, ys = {}, zs = {}, ws = {};
-  const auto fetch = [&](int g) {
-    if (reads(kX)) memory.read(kX, g, xs);
-    if (reads(kY)) memory.read(kY, g, ys);
-    if (reads(kZ)) memory.read(kZ, g, zs);
-    if (reads(kW)) memory.read(kW, g, ws);
+  const auto fetch = [&](const Cursor& from) {
+    if (from.g >= unit.groups) return;
+    if (reads(kX)) from.read(kX, xs);
+    if (reads(kY)) from.read(kY, ys);
+    if (reads(kZ)) from.read(kZ, zs);
+    if (reads(kW)) from.read(kW, ws);
   };
-  if (threadIdx.x < unit.groups) fetch(threadIdx.x);  // under way while the rows are prepared
+  fetch(cursor);  // under way while the rows are prepared
   prepare_coefficients(p, unit, p.columns, coefficients);
   if constexpr (kFresh || kGeneral)
     if (fresh) prepare_keys(p.noise, unit, keys);
   __syncthreads();
 
-  const auto walk = [&](auto place) {
-    for (int g = threadIdx.x, next; g < unit.groups; g = next) {
+  const auto walk = [&](auto groups) {
+    const OfRow<groups.kOneRow, R, kGeneral ? kColumns : kOfOut2> row(coefficients);
+    while (cursor.g < unit.groups) {
       R x[N], y[N], z[N], w[N], v[N];
-      const auto take = [&] {
-        widen(xs, x), widen(ys, y), widen(ws, w);
-        if (!fresh) widen(zs, z);
-        next = g + kThreads;
-        if (next < unit.groups) fetch(next);
-      };
-      // What was fetched needs fewer registers before it is widened: where they are short, the normals come first.
-      if (!kGeneral) take();
-      const auto in = place(g);
-      if (fresh) make_normals(memory, in.key, in.at, z);
-      if (kGeneral) take();
-      const auto map = [&](int first) { map_group<kFresh, kInputs>(p.columns + first, in.c + first, x, y, z, w, v); };
+      const auto [at, blocks] = groups(cursor);
+      const R* c = row[at.row];
+      if (fresh) normals(blocks, z);
+      widen(xs, x), widen(ys, y), widen(ws, w);
+      if (!fresh) widen(zs, z);
+      Cursor ahead = cursor;
+      ahead.step();
+      // While normals are made the next group has time to come, and is fetched when this one's registers are free.
+      if (!kFresh) fetch(ahead);
+      const auto map = [&](int first) { map_group<kFresh, kInputs>(p.columns + first, c + first, x, y, z, w, v); };
       const auto write = [&](int k) {
         Pack<T, N> out;
         narrow(v, out);
-        memory.write(k, g, out);
+        cursor.write(k, out);
       };
       if (kGeneral && p.clamped) {
         const Clamp<R> clamp = {p.lo, p.hi};
@@ -167,9 +133,11 @@ __global__ void __launch_bounds__(kThreads, (kAffineBlocks<kInputs, Access>))
         map(kOfOut2);
         write(kOut2);
       }
+      if (kFresh) fetch(ahead);
+      cursor.step();
     }
   };
-  walk_rows<!kGeneral>(p.cut, unit, coefficients, keys, fresh, walk);
+  walk_unit<!kGeneral>(p.cut, unit, cursor, keys, fresh, walk);
 }
 
 enum { kPred, kTargetY, kTargetZ, kMask, kGrad };
@@ -243,28 +211,31 @@ __device__ __forceinline__ R penalise(Penalty penalty, R delta, R (&r)[N]) {
 template <bool kFresh, int kInputs, class Access>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 && kInputs == kAnyInputs ? 2 : 3)
     residual_kernel(const __grid_constant__ ResidualParams p, const __grid_constant__ Access access) {
-  using Memory = typename Access::template InUnit<T>;
-  constexpr int N = Memory::N;
+  using Cursor = typename Access::template Cursor<T>;
+  constexpr int N = Cursor::N;
   constexpr bool kGeneral = kInputs == kAnyInputs;
-  __shared__ R coefficients[kMaxRows][kGeneral ? 3 : 2], scales[kMaxRows], groups[1][kMaxTile];
+  __shared__ R coefficients[kMaxRows][kGeneral ? 3 : 2], scales[kMaxRows][1], sums_of_groups[1][kMaxTile];
   __shared__ uint4 keys[kFresh || kGeneral ? kMaxRows : 1], mask_keys[kGeneral ? kMaxRows : 1];
   const bool fresh = kGeneral ? p.noise.present : kFresh;
   if (p.loss.only_if_scaled && p.loss.upstream_as<R>() == 1) return;
   const Unit unit = unit_at(p.cut, blockIdx.x);
-  const Memory memory(access, p.cut, unit);
+  Cursor cursor(access, p.cut, unit);
   const auto reads = [&](int k) { return kGeneral ? access.has(k) : k < kInputs && !(kFresh && k == kTargetZ); };
   Pack<T, N> preds = {}, ys = {}, zs = {};
-  const auto fetch = [&](int g) {
-    memory.read(kPred, g, preds);
-    if (reads(kTargetY)) memory.read(kTargetY, g, ys);
-    if (reads(kTargetZ)) memory.read(kTargetZ, g, zs);
+  const auto fetch = [&](const Cursor& from) {
+    if (from.g >= unit.groups) return;
+    from.read(kPred, preds);
+    if (reads(kTargetY)) from.read(kTargetY, ys);
+    if (reads(kTargetZ)) from.read(kTargetZ, zs);
   };
-  if (threadIdx.x < unit.groups) fetch(threadIdx.x);
+  fetch(cursor);
   prepare_coefficients(p, unit, p.columns, coefficients);
-  if (access.has(kGrad))
+  if (access.has(kGrad)) {
+#pragma unroll 1
     for (int r = threadIdx.x; r < unit.rows; r += kThreads)
-      scales[r] = static_cast<R>(gradient_scale(p.loss.weight_of<R>(p.table, unit.row + r), p.loss.upstream_as<R>(),
-                                                p.loss.kept_of(unit.row + r, p.cut.D), p.loss.reduction, p.cut.B));
+      scales[r][0] = static_cast<R>(gradient_scale(p.loss.weight_of<R>(p.table, unit.row + r), p.loss.upstream_as<R>(),
+                                                   p.loss.kept_of(unit.row + r, p.cut.D), p.loss.reduction, p.cut.B));
+  }
   if constexpr (kFresh || kGeneral)
     if (fresh) prepare_keys(p.noise, unit, keys);
   const bool drawn = kGeneral && p.choice.noise.present;
@@ -272,26 +243,31 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 && kInputs == kAnyInp
     if (drawn) prepare_keys(p.choice.noise, unit, mask_keys);
   __syncthreads();
   RowSums<R, 1> sums;
-  const auto walk = [&](auto place) {
+  const auto walk = [&](auto groups) {
+    const OfRow<groups.kOneRow, R, kGeneral ? 3 : 2> row(coefficients);
+    const OfRow<groups.kOneRow, R, 1> scale(scales);
 #pragma unroll 1
-    for (int g = threadIdx.x, next; g < unit.groups; g = next) {
-      R pred[N], y[N], z[N];
-      widen(preds, pred), widen(ys, y), widen(zs, z);
-      next = g + kThreads;
-      if (next < unit.groups) fetch(next);
-      const auto [at, c, key] = place(g);
-      if (fresh) make_normals(memory, key, at, z);
-      const Affine<R> f = {R(1), c[0], c[1]};
-      R r[N];
+    while (cursor.g < unit.groups) {
+      R pred[N], y[N], z[N], r[N];
+      const auto [at, blocks] = groups(cursor);
+      const R* c = row[at.row];
+      if (fresh) normals(blocks, z);
+      widen(preds, pred), widen(ys, y);
+      if (!fresh) widen(zs, z);
 #pragma unroll
-      for (int i = 0; i < N; ++i) r[i] = f(pred[i], y[i], z[i]);
+      for (int i = 0; i < N; ++i)
+        r[i] = kFresh && kInputs == 1 ? affine(R(1), pred[i], c[1], z[i])
+                                      : affine(R(1), pred[i], c[0], y[i], c[1], z[i]);
+      Cursor ahead = cursor;
+      ahead.step();
+      fetch(ahead);
       // Selects, not products: what is masked out may be NaN, and past the row's end there is noise.
       if (access.has(kMask) || drawn) {
         bool kept[N];
         if (drawn)
-          draw(p.choice, unit.row + at.row, to_key(mask_keys[at.row]), memory.element(at), kept);
+          draw(p.choice, unit.row + at.row, Blocks{to_key(mask_keys[at.row]), cursor.block(at)}, kept);
         else
-          memory.read_mask(kMask, g, kept);
+          cursor.read_mask(kMask, kept);
 #pragma unroll
         for (int i = 0; i < N; ++i) r[i] = kept[i] ? r[i] : R(0);
       }
@@ -300,21 +276,22 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 && kInputs == kAnyInp
         for (int i = 0; i < N; ++i) r[i] = N * at.group + i < p.cut.D ? r[i] : R(0);
       }
       const R sum[1] = {kGeneral ? penalise(p.penalty, c[2], r) : squares(r)};
-      sums.add(unit, g, sum, groups);
+      sums.template add<groups.kOneRow>(unit, cursor.g, sum, sums_of_groups);
       if (access.has(kGrad)) {
-        const R scale = scales[at.row];
+        const R by = scale[at.row][0];
         R gradient[N];
 #pragma unroll
-        for (int i = 0; i < N; ++i) gradient[i] = scale * r[i];
+        for (int i = 0; i < N; ++i) gradient[i] = by * r[i];
         Pack<T, N> grad;
         narrow(gradient, grad);
-        memory.write(kGrad, g, grad);
+        cursor.write(kGrad, grad);
       }
+      cursor.step();
     }
   };
-  walk_rows<!kGeneral>(p.cut, unit, coefficients, keys, fresh, walk);
+  walk_unit<!kGeneral>(p.cut, unit, cursor, keys, fresh, walk);
   if (!p.loss.per_sample && !p.loss.loss) return;
-  sums.store(p.cut, unit, groups, p.scratch.sums);
+  sums.store(p.cut, unit, sums_of_groups, p.scratch.sums);
   if (is_last_block(p.scratch.counter)) finish_loss(p);
 }
 
@@ -328,36 +305,38 @@ struct RowDotsParams : Rows {
 template <bool kFresh, class Access>
 __global__ void __launch_bounds__(kThreads, (kBlocks<T, Access>))
     row_dots_kernel(const __grid_constant__ RowDotsParams p, const __grid_constant__ Access access) {
-  using Memory = typename Access::template InUnit<T>;
-  constexpr int N = Memory::N;
-  __shared__ R groups[3][kMaxTile];
+  using Cursor = typename Access::template Cursor<T>;
+  constexpr int N = Cursor::N;
+  __shared__ R sums_of_groups[3][kMaxTile];
   __shared__ uint4 keys[kFresh ? kMaxRows : 1];
   const Unit unit = unit_at(p.cut, blockIdx.x);
-  const Memory memory(access, p.cut, unit);
+  Cursor cursor(access, p.cut, unit);
   if constexpr (kFresh) prepare_keys(p.noise, unit, keys);
   __syncthreads();
   RowSums<R, 3> sums;
-  for (int g = threadIdx.x; g < unit.groups; g += kThreads) {
-    Pack<T, N> gs, xs = {}, ys = {}, zs = {};
-    memory.read(kG, g, gs);
-    if (access.has(kDotX)) memory.read(kDotX, g, xs);
-    if (access.has(kDotY)) memory.read(kDotY, g, ys);
-    if (!kFresh && access.has(kDotZ)) memory.read(kDotZ, g, zs);
-    R v[N], other[3][N], dots[3] = {R(0), R(0), R(0)};
-    widen(gs, v), widen(xs, other[0]), widen(ys, other[1]);
-    if constexpr (kFresh)
-    {
-      const Place at = place_of(p.cut, unit, g);
-      make_normals(memory, to_key(keys[at.row]), at, other[2]);
-    } else
-      widen(zs, other[2]);
+  const auto walk = [&](auto groups) {
+#pragma unroll 1
+    for (; cursor.g < unit.groups; cursor.step()) {
+      Pack<T, N> gs, xs = {}, ys = {}, zs = {};
+      cursor.read(kG, gs);
+      if (access.has(kDotX)) cursor.read(kDotX, xs);
+      if (access.has(kDotY)) cursor.read(kDotY, ys);
+      if (!kFresh && access.has(kDotZ)) cursor.read(kDotZ, zs);
+      R v[N], other[3][N], dots[3] = {R(0), R(0), R(0)};
+      widen(gs, v), widen(xs, other[0]), widen(ys, other[1]);
+      if constexpr (kFresh)
+        normals(groups(cursor).blocks, other[2]);
+      else
+        widen(zs, other[2]);
 #pragma unroll
-    for (int k = 0; k < 3; ++k)
+      for (int k = 0; k < 3; ++k)
 #pragma unroll
-      for (int i = 0; i < N; ++i) dots[k] = mul_add(v[i], other[k][i], dots[k]);
-    sums.add(unit, g, dots, groups);
-  }
-  sums.store(p.cut, unit, groups, p.scratch.sums);
+        for (int i = 0; i < N; ++i) dots[k] = mul_add(v[i], other[k][i], dots[k]);
+      sums.template add<groups.kOneRow>(unit, cursor.g, dots, sums_of_groups);
+    }
+  };
+  walk_unit<!Access::kRagged>(p.cut, unit, cursor, keys, kFresh, walk);
+  sums.store(p.cut, unit, sums_of_groups, p.scratch.sums);
   if (!is_last_block(p.scratch.counter)) return;
   for (int k = 0; k < 3; ++k)
     sum_rows(
@@ -377,51 +356,52 @@ struct CorruptParams {
 template <class Access>
 __global__ void __launch_bounds__(kThreads, (kBlocks<T, Access>))
     corrupt_kernel(const __grid_constant__ CorruptParams p, const __grid_constant__ Access access) {
-  using Memory = typename Access::template InUnit<T>;
-  constexpr int N = Memory::N;
+  using Cursor = typename Access::template Cursor<T>;
+  constexpr int N = Cursor::N;
   __shared__ int64_t thresholds[kMaxRows][2];
   __shared__ uint4 keys[kMaxRows];
   const Unit unit = unit_at(p.cut, blockIdx.x);
-  const Memory memory(access, p.cut, unit);
+  Cursor cursor(access, p.cut, unit);
   Pack<T, N> fetched;
-  if (threadIdx.x < unit.groups) memory.read(kClean, threadIdx.x, fetched);
+  if (cursor.g < unit.groups) cursor.read(kClean, fetched);
+#pragma unroll 1
   for (int i = threadIdx.x; i < 2 * unit.rows; i += kThreads)
     thresholds[i / 2][i % 2] = p.choice.of_row(unit.row + i / 2)[i % 2];
   prepare_keys(p.choice.noise, unit, keys);
   __syncthreads();
-  const auto walk = [&](auto place) {
+  const auto walk = [&](auto groups) {
+    const OfRow<groups.kOneRow, int64_t, 2> row(thresholds);
 #pragma unroll 1
-    for (int g = threadIdx.x, next; g < unit.groups; g = next) {
-      Pack<T, N> pack = fetched;
-      next = g + kThreads;
-      if (next < unit.groups) memory.read(kClean, next, fetched);
-      const auto [at, threshold, key] = place(g);
+    while (cursor.g < unit.groups) {
+      const auto [at, blocks] = groups(cursor);
+      const int64_t* threshold = row[at.row];
       uint32_t word[N];
-      words(key, memory.element(at), word);
+      words(blocks, word);
+      T v[N];
+      fetched.values(v);
 #pragma unroll
       for (int i = 0; i < N; ++i)
-        if (word[i] < threshold[1]) pack.v[i] = word[i] < threshold[0] ? p.low : p.high;
-      memory.write(kCorrupted, g, pack);
+        if (word[i] < threshold[1]) v[i] = word[i] < threshold[0] ? p.low : p.high;
+      cursor.write(kCorrupted, Pack<T, N>(v));
+      cursor.step();
+      if (cursor.g < unit.groups) cursor.read(kClean, fetched);
     }
   };
-  walk_rows<!Access::kRagged>(p.cut, unit, thresholds, keys, true, walk);
+  walk_unit<!Access::kRagged>(p.cut, unit, cursor, keys, true, walk);
 }
 
 enum { kMu, kLogVar, kEps, kSample };
 
-// What both directions read of a group.
-template <int N, class Memory, class Access>
-__device__ __forceinline__ Place read_gaussian(const Rows& p, const Unit& unit, const Memory& memory,
-                                               const Access& access, const uint4 (&keys)[kMaxRows], int g, R (&mu)[N],
-                                               R (&log_var)[N], R (&eps)[N]) {
+// What both directions read of a group. blocks: of eps, where it is fresh.
+template <int N, class Cursor, class Access, class B>
+__device__ __forceinline__ void read_gaussian(bool fresh, const Cursor& cursor, const Access& access, const B& blocks,
+                                              R (&mu)[N], R (&log_var)[N], R (&eps)[N]) {
   Pack<T, N> mus, log_vars, epss = {};
-  memory.read(kMu, g, mus);
-  memory.read(kLogVar, g, log_vars);
-  if (access.has(kEps)) memory.read(kEps, g, epss);
+  cursor.read(kMu, mus);
+  cursor.read(kLogVar, log_vars);
+  if (access.has(kEps)) cursor.read(kEps, epss);
   widen(mus, mu), widen(log_vars, log_var), widen(epss, eps);
-  const Place at = place_of(p.cut, unit, g);
-  if (p.noise.present) make_normals(memory, to_key(keys[at.row]), at, eps);
-  return at;
+  if (fresh) normals(blocks, eps);
 }
 
 struct GaussianParams : Rows {
@@ -430,33 +410,36 @@ struct GaussianParams : Rows {
 };
 
 template <class Access>
-__global__ void __launch_bounds__(kThreads, (kBlocks<T, Access>))
+__global__ void __launch_bounds__(kThreads, (kBlocks<T, Access> - 1))
     gaussian_kernel(const __grid_constant__ GaussianParams p, const __grid_constant__ Access access) {
-  using Memory = typename Access::template InUnit<T>;
-  constexpr int N = Memory::N;
-  __shared__ R groups[1][kMaxTile];
+  using Cursor = typename Access::template Cursor<T>;
+  constexpr int N = Cursor::N;
+  __shared__ R sums_of_groups[1][kMaxTile];
   __shared__ uint4 keys[kMaxRows];
   const Unit unit = unit_at(p.cut, blockIdx.x);
-  const Memory memory(access, p.cut, unit);
+  Cursor cursor(access, p.cut, unit);
   if (p.noise.present) prepare_keys(p.noise, unit, keys);
   __syncthreads();
   RowSums<R, 1> sums;
+  const auto walk = [&](auto groups) {
 #pragma unroll 1
-  for (int g = threadIdx.x; g < unit.groups; g += kThreads) {
-    R mu[N], log_var[N], eps[N], z[N], kl[1] = {R(0)};
-    read_gaussian(p, unit, memory, access, keys, g, mu, log_var, eps);
+    for (; cursor.g < unit.groups; cursor.step()) {
+      R mu[N], log_var[N], eps[N], z[N], kl[1] = {R(0)};
+      read_gaussian(p.noise.present, cursor, access, groups(cursor).blocks, mu, log_var, eps);
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const Gaussian<R> gaussian(mu[i], log_var[i]);
-      kl[0] += gaussian.kl();  // 0 past the row's end, where mu and log_var are
-      z[i] = gaussian.sample(eps[i]);
+      for (int i = 0; i < N; ++i) {
+        const Gaussian<R> gaussian(mu[i], log_var[i]);
+        kl[0] += gaussian.kl();  // 0 past the row's end, where mu and log_var are
+        z[i] = gaussian.sample(eps[i]);
+      }
+      Pack<T, N> out;
+      narrow(z, out);
+      cursor.write(kSample, out);
+      sums.template add<groups.kOneRow>(unit, cursor.g, kl, sums_of_groups);
     }
-    Pack<T, N> out;
-    narrow(z, out);
-    memory.write(kSample, g, out);
-    sums.add(unit, g, kl, groups);
-  }
-  sums.store(p.cut, unit, groups, p.scratch.sums);
+  };
+  walk_unit<!Access::kRagged>(p.cut, unit, cursor, keys, p.noise.present, walk);
+  sums.store(p.cut, unit, sums_of_groups, p.scratch.sums);
   if (!is_last_block(p.scratch.counter)) return;
   sum_rows(
       p.cut.B, p.cut.segments_per_row, [&](int64_t i) { return read_sum(p.scratch.sums, i); },
@@ -470,121 +453,126 @@ struct GaussianGradParams : Rows {
 };
 
 template <class Access>
-__global__ void __launch_bounds__(kThreads, (kBlocks<T, Access>))
+__global__ void __launch_bounds__(kThreads, (kBlocks<T, Access> - 1))
     gaussian_grad_kernel(const __grid_constant__ GaussianGradParams p, const __grid_constant__ Access access) {
-  using Memory = typename Access::template InUnit<T>;
-  constexpr int N = Memory::N;
+  using Cursor = typename Access::template Cursor<T>;
+  constexpr int N = Cursor::N;
+  __shared__ R kl_grads[kMaxRows][1];
   __shared__ uint4 keys[kMaxRows];
   const Unit unit = unit_at(p.cut, blockIdx.x);
-  const Memory memory(access, p.cut, unit);
+  Cursor cursor(access, p.cut, unit);
+#pragma unroll 1
+  for (int r = threadIdx.x; r < unit.rows; r += kThreads) kl_grads[r][0] = p.kl_grad ? p.kl_grad[unit.row + r] : R(0);
   if (p.noise.present) prepare_keys(p.noise, unit, keys);
   __syncthreads();
+  const auto walk = [&](auto groups) {
+    const OfRow<groups.kOneRow, R, 1> row(kl_grads);
 #pragma unroll 1
-  for (int g = threadIdx.x; g < unit.groups; g += kThreads) {
-    Pack<T, N> pack = {};
-    if (access.has(kZGrad)) memory.read(kZGrad, g, pack);
-    R mu[N], log_var[N], eps[N], z_grad[N], gradient[N];
-    const Place at = read_gaussian(p, unit, memory, access, keys, g, mu, log_var, eps);
-    widen(pack, z_grad);
-    const R kl_grad = p.kl_grad ? p.kl_grad[unit.row + at.row] : R(0);
+    for (; cursor.g < unit.groups; cursor.step()) {
+      const auto [at, blocks] = groups(cursor);
+      const R kl_grad = row[at.row][0];
+      Pack<T, N> pack = {};
+      if (access.has(kZGrad)) cursor.read(kZGrad, pack);
+      R mu[N], log_var[N], eps[N], z_grad[N], gradient[N];
+      read_gaussian(p.noise.present, cursor, access, blocks, mu, log_var, eps);
+      widen(pack, z_grad);
 #pragma unroll
-    for (int i = 0; i < N; ++i) gradient[i] = Gaussian<R>(mu[i], log_var[i]).mu_grad(z_grad[i], kl_grad);
-    narrow(gradient, pack);
-    memory.write(kMuGrad, g, pack);
+      for (int i = 0; i < N; ++i) gradient[i] = Gaussian<R>(mu[i], log_var[i]).mu_grad(z_grad[i], kl_grad);
+      narrow(gradient, pack);
+      cursor.write(kMuGrad, pack);
 #pragma unroll
-    for (int i = 0; i < N; ++i) gradient[i] = Gaussian<R>(mu[i], log_var[i]).log_var_grad(z_grad[i], kl_grad, eps[i]);
-    narrow(gradient, pack);
-    memory.write(kLogVarGrad, g, pack);
-  }
+      for (int i = 0; i < N; ++i) gradient[i] = Gaussian<R>(mu[i], log_var[i]).log_var_grad(z_grad[i], kl_grad, eps[i]);
+      narrow(gradient, pack);
+      cursor.write(kLogVarGrad, pack);
+    }
+  };
+  walk_unit<!Access::kRagged>(p.cut, unit, cursor, keys, p.noise.present, walk);
 }
 
 template <bool kFresh>
 const char* launch_affine(const AffineArgs& a, const Launch& how) {
   Operand operands[] = {a.x, a.y, a.z, a.w, a.out, a.out2};
-  int columns[kColumns] = {};
-  std::copy_n(a.columns, kOfEstimate, columns);
+  AffineParams p{{Cut{}, a.noise, a.table}, {}, a.clamped, static_cast<R>(a.lo), static_cast<R>(a.hi)};
+  std::copy_n(a.columns, kOfEstimate, p.columns);
   const int estimate[] = {a.inner[0], a.inner[1], kAbsent, a.inner[2]};
   for (int k = 0; k < 4; ++k) {
-    columns[kOfEstimate + k] = a.clamped ? estimate[k] : kAbsent;
+    p.columns[kOfEstimate + k] = a.clamped ? estimate[k] : kAbsent;
     const bool outside = a.columns[kOfOut + k] != kAbsent || a.columns[kOfOut2 + k] != kAbsent;
-    const bool inside = columns[kOfEstimate + k] != kAbsent;
+    const bool inside = p.columns[kOfEstimate + k] != kAbsent;
     if (!(inside || (outside && !(a.clamped && k == kY)))) operands[k] = {};  // not read where nothing wants it
   }
-  return how.with_access<T>(a.batch, operands, [&](const auto& access, const Cut& cut) {
-    AffineParams p{{cut, a.noise, a.table}, {}, a.clamped, static_cast<R>(a.lo), static_cast<R>(a.hi)};
-    std::copy_n(columns, kColumns, p.columns);
+  return how.with_access<T>(a.batch, operands, [&](const auto& access) {
     using Access = std::decay_t<decltype(access)>;
-    const auto with = [&](auto kernel) { return launch(how.stream, cut.units, kThreads, kernel, p, access); };
     // Strides cost more than a few selects: there the general kernel is the only one.
     if constexpr (!Access::kRagged) {
       const bool x = access.data[kX], y = access.data[kY], z = access.data[kZ], w = access.data[kW];
       if (!a.clamped && !a.out2.data && x) {
-        if (!y && !z && !w) return with(affine_kernel<kFresh, 1, Access>);
-        if (y && !z && !w) return with(affine_kernel<kFresh, 2, Access>);
+        if (!y && !z && !w) return how.units<affine_kernel<kFresh, 1, Access>, T>(a.batch, p, access);
+        if (y && !z && !w) return how.units<affine_kernel<kFresh, 2, Access>, T>(a.batch, p, access);
         if constexpr (!kFresh)
-          if (y && z && !w) return with(affine_kernel<kFresh, 3, Access>);
-        if (y && (z || kFresh) && w) return with(affine_kernel<kFresh, kAllInputs<kFresh>, Access>);
+          if (y && z && !w) return how.units<affine_kernel<kFresh, 3, Access>, T>(a.batch, p, access);
+        if (y && (z || kFresh) && w)
+          return how.units<affine_kernel<kFresh, kAllInputs<kFresh>, Access>, T>(a.batch, p, access);
       }
     }
-    return with(affine_kernel<false, kAnyInputs, Access>);
+    return how.units<affine_kernel<false, kAnyInputs, Access>, T>(a.batch, p, access);
   });
 }
 
 template <bool kFresh>
 const char* launch_residual(const ResidualArgs& a, const LossArgs& loss, Scratch scratch, const Launch& how) {
   Operand operands[] = {a.pred, a.y, a.z, a.mask, a.grad};
-  int columns[] = {a.columns[0], a.columns[1], a.columns[2]};
+  ResidualParams p{
+      {Cut{}, a.noise, a.table}, {a.columns[0], a.columns[1], a.columns[2]}, a.penalty, a.choice, loss, scratch};
   if (!kFresh && !a.y.data) {  // the same sum with z in y's place
     std::swap(operands[kTargetY], operands[kTargetZ]);
-    std::swap(columns[0], columns[1]);
+    std::swap(p.columns[0], p.columns[1]);
   }
-  return how.with_access<T>(a.batch, operands, [&](const auto& access, const Cut& cut) {
+  return how.with_access<T>(a.batch, operands, [&](const auto& access) {
     using Access = std::decay_t<decltype(access)>;
-    const ResidualParams p{
-        {cut, a.noise, a.table}, {columns[0], columns[1], columns[2]}, a.penalty, a.choice, loss, scratch};
-    const auto with = [&](auto kernel) { return launch(how.stream, cut.units, kThreads, kernel, p, access); };
     if constexpr (!Access::kRagged) {
       // With fresh noise z is not read; without, something is.
       constexpr int kLeast = kFresh ? 1 : 2;
-      const bool more = access.data[kFresh ? kTargetY : kTargetZ];
-      if (a.penalty == Penalty::mse && !a.choice.noise.present)
-        return more ? with(residual_kernel<kFresh, kLeast + 1, Access>) : with(residual_kernel<kFresh, kLeast, Access>);
+      if (a.penalty == Penalty::mse && !a.choice.noise.present) {
+        if (access.data[kFresh ? kTargetY : kTargetZ])
+          return how.units<residual_kernel<kFresh, kLeast + 1, Access>, T>(a.batch, p, access);
+        return how.units<residual_kernel<kFresh, kLeast, Access>, T>(a.batch, p, access);
+      }
     }
-    return with(residual_kernel<false, kAnyInputs, Access>);
+    return how.units<residual_kernel<false, kAnyInputs, Access>, T>(a.batch, p, access);
   });
 }
 
 template <bool kFresh>
 const char* launch_row_dots(const RowDotsArgs& a, double* out, Scratch scratch, const Launch& how) {
   const Operand operands[] = {a.g, a.x, a.y, a.z};
-  return how.with_access<T>(a.batch, operands, [&](const auto& access, const Cut& cut) {
-    const RowDotsParams p{{cut, a.noise, {}}, out, scratch};
-    return launch(how.stream, cut.units, kThreads, row_dots_kernel<kFresh, std::decay_t<decltype(access)>>, p, access);
+  const RowDotsParams p{{Cut{}, a.noise, {}}, out, scratch};
+  return how.with_access<T>(a.batch, operands, [&](const auto& access) {
+    return how.units<row_dots_kernel<kFresh, std::decay_t<decltype(access)>>, T>(a.batch, p, access);
   });
 }
 
 const char* launch_corrupt(const CorruptArgs& a, const Launch& how) {
   const Operand operands[] = {a.x, a.out};
-  return how.with_access<T>(a.batch, operands, [&](const auto& access, const Cut& cut) {
-    const CorruptParams p{cut, a.choice, T(static_cast<R>(a.low)), T(static_cast<R>(a.high))};
-    return launch(how.stream, cut.units, kThreads, corrupt_kernel<std::decay_t<decltype(access)>>, p, access);
+  const CorruptParams p{Cut{}, a.choice, T(static_cast<R>(a.low)), T(static_cast<R>(a.high))};
+  return how.with_access<T>(a.batch, operands, [&](const auto& access) {
+    return how.units<corrupt_kernel<std::decay_t<decltype(access)>>, T>(a.batch, p, access);
   });
 }
 
 const char* launch_gaussian(const GaussianArgs& a, void* kl, Scratch scratch, const Launch& how) {
   const Operand operands[] = {a.mu, a.log_var, a.eps, a.z};
-  return how.with_access<T>(a.batch, operands, [&](const auto& access, const Cut& cut) {
-    const GaussianParams p{{cut, a.noise, {}}, static_cast<R*>(kl), scratch};
-    return launch(how.stream, cut.units, kThreads, gaussian_kernel<std::decay_t<decltype(access)>>, p, access);
+  const GaussianParams p{{Cut{}, a.noise, {}}, static_cast<R*>(kl), scratch};
+  return how.with_access<T>(a.batch, operands, [&](const auto& access) {
+    return how.units<gaussian_kernel<std::decay_t<decltype(access)>>, T>(a.batch, p, access);
   });
 }
 
 const char* launch_gaussian_grad(const GaussianGradArgs& a, const Launch& how) {
   const Operand operands[] = {a.mu, a.log_var, a.eps, a.z_grad, a.mu_grad, a.log_var_grad};
-  return how.with_access<T>(a.batch, operands, [&](const auto& access, const Cut& cut) {
-    const GaussianGradParams p{{cut, a.noise, {}}, static_cast<const R*>(a.kl_grad)};
-    return launch(how.stream, cut.units, kThreads, gaussian_grad_kernel<std::decay_t<decltype(access)>>, p,
-                  access);
+  const GaussianGradParams p{{Cut{}, a.noise, {}}, static_cast<const R*>(a.kl_grad)};
+  return how.with_access<T>(a.batch, operands, [&](const auto& access) {
+    return how.units<gaussian_grad_kernel<std::decay_t<decltype(access)>>, T>(a.batch, p, access);
   });
 }
 

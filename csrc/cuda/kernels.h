@@ -14,17 +14,27 @@ struct Launch {
   cudaStream_t stream;
   int multiprocessors;
 
-  // Calls run(access, cut) with what fits the operands: Whole where every one is contiguous, aligned and made
-  // of whole groups, else Strided.
+  // Calls run(access) with what fits the operands: Whole where every one is contiguous, aligned and made of whole
+  // groups, else Strided.
   template <class T, int K, class Run>
   const char* with_access(const Batch& batch, const Operand (&operands)[K], Run run) const;
+
+  // Cuts the batch into p.cut for the kernel and launches it.
+  template <auto kKernel, class T, class Parameters, class Access>
+  const char* units(const Batch& batch, Parameters p, const Access& access) const;
 };
 
-// As many groups to a thread as leave every multiprocessor several thread blocks.
-inline int iterations(const Batch& batch, int group, int multiprocessors) {
-  constexpr int kBlocksEach = 8;
-  const int64_t blocks = batch.B * ((batch.D + group - 1) / group) / kThreads;
-  return static_cast<int>(std::clamp<int64_t>(blocks / (kBlocksEach * multiprocessors), 1, kMaxIterations));
+// Of the ways to cut a batch the one that is done first when `resident` thread blocks run at a time. A turn of the
+// threads, a group each, counts 1, and so does what a thread block does before its first.
+inline Cut best_cut(const Batch& batch, int group, int64_t resident) {
+  Cut best(batch.B, batch.D, group, 1);
+  const auto cost = [&](const Cut& cut, int iterations) { return (cut.units + resident - 1) / resident * (1 + iterations); };
+  int64_t least = cost(best, 1);
+  for (int iterations = 2; iterations <= kMaxIterations && best.units > resident; iterations *= 2) {
+    const Cut cut(batch.B, batch.D, group, iterations);
+    if (cost(cut, iterations) < least) least = cost(cut, iterations), best = cut;
+  }
+  return best;
 }
 
 template <int K>
@@ -72,15 +82,13 @@ Strided<K> make_strided(const Batch& batch, const Operand (&operands)[K]) {
 
 template <class T, int K, class Run>
 const char* Launch::with_access(const Batch& batch, const Operand (&operands)[K], Run run) const {
-  constexpr int kWholeGroup = Whole<K>::template group<T>, kStridedGroup = Strided<K>::template group<T>;
-  if (is_whole(batch, operands, kWholeGroup)) {
+  if (is_whole(batch, operands, Whole<K>::template group<T>)) {
     Whole<K> whole;
     for (int k = 0; k < K; ++k) whole.data[k] = operands[k].data;
-    return run(whole, Cut(batch.B, batch.D, kWholeGroup, iterations(batch, kWholeGroup, multiprocessors)));
+    return run(whole);
   }
   if (batch.ndim > kMaxDims || batch.D > INT32_MAX) return "a strided row of more than 8 dimensions or 2^31 elements";
-  return run(make_strided(batch, operands),
-             Cut(batch.B, batch.D, kStridedGroup, iterations(batch, kStridedGroup, multiprocessors)));
+  return run(make_strided(batch, operands));
 }
 
 struct Kernels {
@@ -105,6 +113,18 @@ const char* launch(cudaStream_t stream, int64_t blocks, unsigned threads, void (
   config.stream = stream;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+template <auto kKernel, class T, class Parameters, class Access>
+const char* Launch::units(const Batch& batch, Parameters p, const Access& access) const {
+  // Asked once: the GPUs of a machine are taken to be alike, and another number would be as right, if slower.
+  static const int kResident = [] {
+    int blocks = 0;
+    const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kKernel, kThreads, 0);
+    return error == cudaSuccess && blocks ? blocks : 1;
+  }();
+  p.cut = best_cut(batch, Access::template group<T>, static_cast<int64_t>(kResident) * multiprocessors);
+  return launch(stream, p.cut.units, kThreads, kKernel, p, access);
 }
 
 }  // namespace dae::cuda

@@ -56,11 +56,12 @@ template <class R, int K>
 struct RowSums {
   double total[K] = {};  // of the one row
 
-  // `groups` is shared memory, one number for each group of a unit of several rows.
+  // `groups` is shared memory, one number for each group of a unit of several rows. kOneRow: known to be none such.
+  template <bool kOneRow = false>
   __device__ __forceinline__ void add(const Unit& unit, int g, const R (&value)[K], R (&groups)[K][kMaxTile]) {
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      if (unit.rows == 1)
+      if (kOneRow || unit.rows == 1)
         total[k] += static_cast<double>(value[k]);
       else
         groups[k][g] = value[k];

@@ -81,7 +81,7 @@ def gaussian_kernel(
         mean = tl.load(at(mu, row, first, D, sizes, mu_strides, LANES, V), mask=live, other=0.0).to(C)
         log_variance = tl.load(at(log_var, row, first, D, sizes, log_var_strides, LANES, V), mask=live, other=0.0).to(C)
         if NOISE != NO_NOISE:
-            e = normals(seed, offset, first, ROWS, LANES, V, NVIDIA).to(C)
+            e = normals(seed, offset, first, sizes, ROWS, LANES, V, NVIDIA).to(C)
         else:
             e = tl.load(at(eps, row, first, D, sizes, eps_strides, LANES, V), mask=live).to(C)
         scale = exponential(0.5 * log_variance)
@@ -143,7 +143,7 @@ def gaussian_grad_kernel(
         mean = tl.load(at(mu, row, first, D, sizes, mu_strides, LANES, V), mask=live).to(C)
         log_variance = tl.load(at(log_var, row, first, D, sizes, log_var_strides, LANES, V), mask=live).to(C)
         if NOISE != NO_NOISE:
-            e = normals(seed, offset, first, ROWS, LANES, V, NVIDIA).to(C)
+            e = normals(seed, offset, first, sizes, ROWS, LANES, V, NVIDIA).to(C)
         else:
             e = tl.load(at(eps, row, first, D, sizes, eps_strides, LANES, V), mask=live).to(C)
         if z_grad is not None:

@@ -96,7 +96,10 @@ def neg2_log_u(r):
 
 @triton.jit
 def sincos_2pi_u(r):
-    """sin and cos of 2 pi (r + 1/2) 2^-32, operation for operation as csrc/math.h."""
+    """sin and cos of 2 pi (r + 1/2) 2^-32 without the sign that multiplies both, and that sign, the top bit of the last.
+
+    Operation for operation as csrc/math.h.
+    """
     y = ((r << 2) | 2).to(tl.int32, bitcast=True).to(tl.float32) * 5.820766091346741e-11
     y2 = y * y
     s = tl.fma(y2, -7.5393562317e01, 8.1592353821e01)
@@ -106,11 +109,9 @@ def sincos_2pi_u(r):
     c = tl.fma(c, y2, 6.4939323425e01)
     c = tl.fma(c, y2, -1.9739208221e01)
     c = tl.fma(c, y2, 1.0)
-    quarter = r + 0x20000000
-    swap = (quarter & 0x40000000) != 0
-    a = tl.where(swap, c, s).to(tl.uint32, bitcast=True) ^ (quarter & 0x80000000)
-    b = tl.where(swap, s, c).to(tl.uint32, bitcast=True) ^ ((quarter + 0x40000000) & 0x80000000)
-    return a.to(tl.float32, bitcast=True), b.to(tl.float32, bitcast=True)
+    sign = r + 0x20000000
+    swap = (sign & 0x40000000) != 0
+    return tl.where(swap, c, s), tl.where(swap, -s, c), sign
 
 
 @triton.jit
@@ -131,8 +132,9 @@ def sqrt_rn(a, NVIDIA: tl.constexpr):
 @triton.jit
 def normal_pair(radius, angle, NVIDIA: tl.constexpr):
     """Box-Muller 1958: two normals from two words."""
-    sine, cosine = sincos_2pi_u(angle)
+    sine, cosine, sign = sincos_2pi_u(angle)
     s = sqrt_rn(neg2_log_u(radius), NVIDIA)
+    s = (s.to(tl.uint32, bitcast=True) ^ (sign & 0x80000000)).to(tl.float32, bitcast=True)
     return s * cosine, s * sine
 
 
@@ -156,9 +158,39 @@ def lane_tile(ROWS: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def lane_block(seed, offset, first, BLOCK: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, V: tl.constexpr):
+def by_channels(sizes):
+    """Whether neighbouring lanes take neighbouring channels rather than neighbours in logical order."""
+    if sizes is None:
+        return False
+    else:
+        return sizes[2] is not None
+
+
+@triton.jit
+def logical(lane, sizes):
+    """Which lane of its row, in logical order, the lane of a strided tile is; uint32.
+
+    sizes[2]: channels, which lie side by side in memory; sizes[3]: lanes of each.
+    """
+    lane = lane.to(tl.uint32)
+    if by_channels(sizes):
+        channels = sizes[2].to(tl.uint32)
+        each = sizes[3].to(tl.uint32)
+        outer = lane // (channels * each)
+        rest = lane % (channels * each)
+        lane = (outer * channels + rest % channels) * each + rest // channels
+    return lane
+
+
+@triton.jit
+def lane_block(
+    seed, offset, first, sizes, BLOCK: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, V: tl.constexpr
+):
     """The words of block BLOCK of each of lanes `first`..., in tensors (ROWS, LANES); of half a block where V is 2."""
     lane = lane_tile(ROWS, LANES)
+    if by_channels(sizes):
+        lane = logical(first + lane, sizes)
+        first = first ^ first
     if V == 2:
         # A lane makes the block of its pair and takes its half.
         r0, r1, r2, r3 = block_at(seed, offset + (first // 2).to(tl.uint64), (lane // 2).to(tl.uint64))
@@ -196,20 +228,22 @@ def block_normals(r, V: tl.constexpr, NVIDIA: tl.constexpr):
 
 
 @triton.jit
-def normals(seed, offset, first, ROWS: tl.constexpr, LANES: tl.constexpr, V: tl.constexpr, NVIDIA: tl.constexpr):
+def normals(
+    seed, offset, first, sizes, ROWS: tl.constexpr, LANES: tl.constexpr, V: tl.constexpr, NVIDIA: tl.constexpr
+):
     """(ROWS, LANES * V) fp32: the noise of lanes `first`... of each row."""
-    z = block_normals(lane_block(seed, offset, first, 0, ROWS, LANES, V), V, NVIDIA)
+    z = block_normals(lane_block(seed, offset, first, sizes, 0, ROWS, LANES, V), V, NVIDIA)
     if V == 8:
-        z += block_normals(lane_block(seed, offset, first, 1, ROWS, LANES, V), V, NVIDIA)
+        z += block_normals(lane_block(seed, offset, first, sizes, 1, ROWS, LANES, V), V, NVIDIA)
     return side_by_side(z, ROWS, LANES, V)
 
 
 @triton.jit
-def words(seed, offset, first, ROWS: tl.constexpr, LANES: tl.constexpr, V: tl.constexpr):
+def words(seed, offset, first, sizes, ROWS: tl.constexpr, LANES: tl.constexpr, V: tl.constexpr):
     """(ROWS, LANES * V) uint32: the words of lanes `first`... of each row."""
-    r = lane_block(seed, offset, first, 0, ROWS, LANES, V)
+    r = lane_block(seed, offset, first, sizes, 0, ROWS, LANES, V)
     if V == 8:
-        r += lane_block(seed, offset, first, 1, ROWS, LANES, V)
+        r += lane_block(seed, offset, first, sizes, 1, ROWS, LANES, V)
     return side_by_side(r, ROWS, LANES, V)
 
 
@@ -220,9 +254,19 @@ def below(words, threshold):
 
 
 @triton.jit
-def counted(seed, offset, second, first, KEEPS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, V: tl.constexpr):
+def counted(
+    seed,
+    offset,
+    second,
+    first,
+    sizes,
+    KEEPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    V: tl.constexpr,
+):
     """(ROWS, LANES * V): what a drawn mask has of lanes `first`..., the elements that it strikes or (KEEPS) leaves."""
-    struck = below(words(seed, offset, first, ROWS, LANES, V), second)
+    struck = below(words(seed, offset, first, sizes, ROWS, LANES, V), second)
     return ~struck if KEEPS else struck
 
 
@@ -250,13 +294,20 @@ def tile_mask(row0, first, B, D, ROWS: tl.constexpr, LANES: tl.constexpr, V: tl.
 def at(pointer, row, first, D, sizes, strides, LANES: tl.constexpr, V: tl.constexpr):
     """Addresses of the elements of lanes `first`...; strides None: rows of D contiguous elements.
 
-    Else strides are those of the batch and of three dimensions of a row, sizes those of the last two.
+    Else strides are those of the batch and of three dimensions of a row, sizes those of the last two and the order of
+    lanes, which is one for all operands.
     """
     element = tl.arange(0, LANES * V)[None, :]
-    if strides is None:
-        return pointer + (row * D + first * V) + element
-    else:
+    if by_channels(sizes):
+        i = logical(first + element // V, sizes) * V + (element % V).to(tl.uint32)
+    elif strides is not None:
         i = (first * V).to(tl.uint32) + element.to(tl.uint32)
+    if strides is None:
+        if by_channels(sizes):
+            return pointer + row * D + i
+        else:
+            return pointer + (row * D + first * V) + element
+    else:
         n1 = sizes[0].to(tl.uint32)
         n2 = sizes[1].to(tl.uint32)
         rest = i // n2
@@ -475,7 +526,7 @@ def affine_kernel(
         if w is not None:
             wv = tl.load(at(w, row, first, D, sizes, w_strides, LANES, V), mask=live).to(C)
         if NOISE != NO_NOISE:
-            zv = normals(seed, offset, first, ROWS, LANES, V, NVIDIA).to(C)
+            zv = normals(seed, offset, first, sizes, ROWS, LANES, V, NVIDIA).to(C)
         if CLAMP is not None:
             yv = clamp(affine(a, xv, yv, None, wv, CLAMP), low, high)
         if out2 is not None:
@@ -602,13 +653,13 @@ def residual_kernel(
         if z is not None:
             zv = tl.load(at(z, row, first, D, sizes, z_strides, LANES, V), mask=live).to(C)
         if NOISE != NO_NOISE:
-            zv = normals(seed, offset, first, ROWS, LANES, V, NVIDIA).to(C)
+            zv = normals(seed, offset, first, sizes, ROWS, LANES, V, NVIDIA).to(C)
         r += affine(c, None, yv, zv, None, COLUMNS)
         keep = live
         if mask is not None:
             keep = live & (tl.load(at(mask, row, first, D, sizes, mask_strides, LANES, V), mask=live, other=0) != 0)
         if thresholds is not None:
-            keep = live & counted(mask_seed, mask_offset, second, first, KEEPS, ROWS, LANES, V)
+            keep = live & counted(mask_seed, mask_offset, second, first, sizes, KEEPS, ROWS, LANES, V)
         # A select, not a product: what is masked out may be NaN.
         r = tl.where(keep, r, 0.0)
         if grad is not None:
@@ -794,7 +845,7 @@ def count_kernel(
     for step in range(begin.to(tl.int32), end):
         first = tl.cast(step, tl.int64) * LANES
         live = tile_mask(row0, first, B, D, ROWS, LANES, V)
-        total += (live & counted(seed, offset, second, first, KEEPS, ROWS, LANES, V)).to(tl.int32)
+        total += (live & counted(seed, offset, second, first, None, KEEPS, ROWS, LANES, V)).to(tl.int32)
     if ROWS == 1:
         tl.atomic_add(kept + row, tl.sum(total).to(tl.int64), sem="relaxed")
     else:
@@ -846,7 +897,7 @@ def corrupt_kernel(
         first = tl.cast(step, tl.int64) * LANES
         live = tile_mask(row0, first, B, D, ROWS, LANES, V)
         xv = tl.load(at(x, row, first, D, sizes, x_strides, LANES, V), mask=live)
-        drawn = words(seed, offset, first, ROWS, LANES, V)
+        drawn = words(seed, offset, first, sizes, ROWS, LANES, V)
         v = tl.where(below(drawn, threshold1), tl.where(below(drawn, threshold0), low, high), xv)
         tl.store(at(out, row, first, D, sizes, out_strides, LANES, V), v, mask=live)
 
@@ -903,7 +954,7 @@ def row_dots_kernel(
             yv = tl.load(at(y, row, first, D, sizes, y_strides, LANES, V), mask=live, other=0.0).to(C)
             gy = mul_add(gv, yv, gy)
         if NOISE != NO_NOISE:
-            gz = mul_add(gv, normals(seed, offset, first, ROWS, LANES, V, NVIDIA).to(C), gz)
+            gz = mul_add(gv, normals(seed, offset, first, sizes, ROWS, LANES, V, NVIDIA).to(C), gz)
         elif z is not None:
             zv = tl.load(at(z, row, first, D, sizes, z_strides, LANES, V), mask=live, other=0.0).to(C)
             gz = mul_add(gv, zv, gz)
@@ -949,10 +1000,10 @@ def fill_kernel(
     for step in range(begin.to(tl.int32), end):
         first = tl.cast(step, tl.int64) * LANES
         if tl.int64 == DTYPE:
-            word = words(seed, offset, first, ROWS, LANES, V).to(tl.uint64)
+            word = words(seed, offset, first, None, ROWS, LANES, V).to(tl.uint64)
             value = (word * limit.to(tl.uint64) >> 32).to(tl.int64)
         else:
-            value = narrow(normals(seed, offset, first, ROWS, LANES, V, NVIDIA), DTYPE)
+            value = narrow(normals(seed, offset, first, None, ROWS, LANES, V, NVIDIA), DTYPE)
         tl.store(at(out, row, first, D, None, None, LANES, V), value, mask=tile_mask(row0, first, B, D, ROWS, LANES, V))
 
 
