@@ -146,6 +146,22 @@ def test_affine_has_the_cpus_bits(same_bits, pattern: str, shape: tuple[int, ...
 
 
 @layouts
+@dtypes
+def test_rows_of_many_turns(same_bits, dtype: torch.dtype, layout) -> None:
+    """A thread goes from group to group of one row by pointers and counters, to a ragged end; sums of all of it."""
+    x = layout(randn((2, 3, 20, 700), dtype, 0))
+    table = table_of(dtype, 2)
+
+    def call() -> Outputs:
+        native = df.backends.native
+        _, _, grad = native.residual("op", x, None, None, NOISE, table, None, (-1, 0, -1), None, None, 1, True, True)
+        dots = native.row_dots(x.double(), x.double(), None, None, NOISE)  # added in another order
+        return *native.affine("op", x, None, None, NOISE, table, None, (0, -1, 1, -1)), grad, dots.round(decimals=6)
+
+    same_bits(call)
+
+
+@layouts
 @shapes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", KINDS)

@@ -84,8 +84,11 @@ def test_affine(backend: str, pattern: str, shape: tuple[int, ...], dtype: torch
 
 @all_dtypes
 @pytest.mark.parametrize("fresh", [False, True])
-def test_affine_of_four_tensors_in_any_layout(backend: str, fresh: bool, dtype: torch.dtype) -> None:
-    inputs = [randn((3, 4, 6, 5), dtype, seed) for seed in range(4)]
+@pytest.mark.parametrize("shape", [(3, 4, 6, 5), (3, 5, 4, 8)], ids=["odd", "whole groups"])
+def test_affine_of_four_tensors_in_any_layout(
+    backend: str, shape: tuple[int, ...], fresh: bool, dtype: torch.dtype
+) -> None:
+    inputs = [randn(shape, dtype, seed) for seed in range(4)]
     table = table_of(dtype, 3)
 
     def call(x: Tensor, y: Tensor, z: Tensor, w: Tensor, **out: Tensor) -> Tensor:
