@@ -48,7 +48,7 @@ Choice read_choice(const py::object& noise, const py::object& thresholds, bool k
   if (noise.is_none()) return choice;
   choice.noise = read_noise(noise.ptr(), false);
   choice.thresholds = static_cast<const int64_t*>(address(thresholds.ptr()));
-  choice.rows = read_ints(attribute(thresholds.ptr(), names().shape))[0];
+  choice.rows = View(thresholds.ptr()).size(0);
   choice.keeps = keeps;
   return choice;
 }
@@ -87,7 +87,7 @@ int64_t residual(const py::object& pred, const py::object& y, const py::object& 
   a.table = read_table(table.ptr(), index.ptr());
   for (int i = 0; i < 3; ++i) a.columns[i] = columns[i];
   Dtype weight_dtype = Dtype::f32;
-  if (!weight.is_none()) read_dtype(weight.ptr(), weight_dtype);
+  if (!weight.is_none()) View(weight.ptr()).dtype(weight_dtype);
   const LossArgs args{static_cast<Reduction>(reduction),
                       address_or_null(weight),
                       weight_dtype == Dtype::f64,

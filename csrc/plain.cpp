@@ -10,8 +10,7 @@ namespace {
 
 // What is asked of torch at every call.
 struct TorchState {
-  PyObject *is_grad_enabled, *in_functorch, *dispatch_modes, *function_modes, *forward_ad, *profiling, *current_stream,
-      *empty_like;
+  PyObject *is_grad_enabled, *in_functorch, *dispatch_modes, *function_modes, *forward_ad, *profiling, *empty_like;
   PyObject *current_level;  // the name of an attribute
 
   static PyObject* member(const char* module, const char* name) {
@@ -19,22 +18,14 @@ struct TorchState {
     return Owned(PyObject_GetAttrString(from.get(), name)).release();
   }
   static const TorchState& get() {
-    // A CPU build of torch has no streams.
-    static const TorchState known = [] {
-      TorchState s = {member("torch", "is_grad_enabled"),
-                      member("torch._C", "_are_functorch_transforms_active"),
-                      member("torch._C", "_len_torch_dispatch_stack"),
-                      member("torch._C", "_is_torch_function_mode_enabled"),
-                      member("torch.autograd", "forward_ad"),
-                      member("torch.autograd", "_profiler_enabled"),
-                      nullptr,
-                      member("torch", "empty_like"),
-                      Owned(PyUnicode_InternFromString("_current_level")).release()};
-      const Owned c(PyImport_ImportModule("torch._C"));
-      s.current_stream = PyObject_GetAttrString(c.get(), "_cuda_getCurrentRawStream");
-      if (!s.current_stream) PyErr_Clear();
-      return s;
-    }();
+    static const TorchState known = {member("torch", "is_grad_enabled"),
+                                     member("torch._C", "_are_functorch_transforms_active"),
+                                     member("torch._C", "_len_torch_dispatch_stack"),
+                                     member("torch._C", "_is_torch_function_mode_enabled"),
+                                     member("torch.autograd", "forward_ad"),
+                                     member("torch.autograd", "_profiler_enabled"),
+                                     member("torch", "empty_like"),
+                                     Owned(PyUnicode_InternFromString("_current_level")).release()};
     return known;
   }
 };
@@ -53,94 +44,63 @@ bool nothing_around(const TorchState& torch) {
          to_int(attribute(torch.forward_ad, torch.current_level)) < 0;
 }
 
-// A dense tensor of integers that kernels read as it lies in memory.
-bool is_dense(PyObject* t) {
-  const PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(t));
-  return (type == dae::torch().tensor || type == dae::torch().parameter) && is_contiguous(t);
-}
+// torch takes a negated view's minus sign for a part of its values.
+bool is_negated(PyObject* t) { return is_true(call(t, names().is_neg)); }
 
-// The same of floats, which may be a negated view.
-bool is_dense_float(PyObject* t) { return is_dense(t) && !is_true(call(t, names().is_neg)); }
-
-int64_t device_number(PyObject* t) { return to_int(call(t, names().get_device)); }
-
-int64_t first_size(PyObject* t) {
-  const Owned shape = attribute(t, names().shape);
-  return PyTuple_GET_SIZE(shape.get()) ? PyLong_AsLongLong(PyTuple_GET_ITEM(shape.get(), 0)) : -1;
-}
-
-Queue queue_of_device(int64_t device) {
+Queue queue_of_device(int device) {
   if (g_pretend_gpu) return {0, nullptr};
-  if (device < 0) return {};
-  const Owned index(PyLong_FromLongLong(device));
-  const Owned stream(PyObject_CallOneArg(TorchState::get().current_stream, index.get()));
-  return {static_cast<int>(device), PyLong_AsVoidPtr(stream.get())};
+  return device < 0 ? Queue{} : Queue{device, current_stream(device)};
 }
 
-// What every plain call reads; each step says whether the call is still plain. An attribute of a tensor takes 40 to
-// 90 ns to read, so none is read twice.
+// What every plain call reads; each step says whether the call is still plain. A Python attribute of a tensor takes 40 to
+// 90 ns to read.
 class PlainCall {
  protected:
   bool read_first(PyObject* x) {
-    const TorchState& torch = TorchState::get();
-    if (!nothing_around(torch)) return false;
+    if (!nothing_around(TorchState::get())) return false;
     x_ = x;
-    if (!is_dense_float(x_)) return false;
-    dtype_.emplace(attribute(x_, names().dtype).release());
-    if (!is_compute_dtype(dtype_->get(), batch_.dtype)) return false;
-    device_ = device_number(x_);
-    launcher_ = device_ < 0 ? g_on_cpu : g_on_gpu;
-    if (launcher_ == Py_None || !is_of_its_kind(x_) || (is_ours() && device_ >= 0 && !cuda_api())) return false;
-    shape_.emplace(attribute(x_, names().shape).release());
-    const Py_ssize_t ndim = PyTuple_GET_SIZE(shape_->get());
-    if (!ndim) return false;
-    batch_.B = PyLong_AsLongLong(PyTuple_GET_ITEM(shape_->get(), 0));
+    first_ = View::of_plain(x);
+    if (!first_) return false;
+    const View& view = *first_;
+    if (!view.is_contiguous() || !view.dtype(batch_.dtype) || !view.dims() || is_negated(x)) return false;
+    launcher_ = view.is_cpu() ? g_on_cpu : (view.is_gpu() ? g_on_gpu : Py_None);
+    if (launcher_ == Py_None || (is_ours() && view.is_gpu() && !cuda_api())) return false;
+    batch_.B = view.size(0);
     batch_.D = 1;
-    for (Py_ssize_t d = 1; d < ndim; ++d) batch_.D *= PyLong_AsLongLong(PyTuple_GET_ITEM(shape_->get(), d));
+    for (int d = 1; d < view.dims(); ++d) batch_.D *= view.size(d);
+    places_ = reinterpret_cast<uintptr_t>(view.data());
     return batch_.B && batch_.D;
   }
 
   bool is_ours() const { return launcher_ == Py_True; }
 
-  void* place_of(PyObject* t) {
-    void* place = address(t);
-    places_ |= reinterpret_cast<uintptr_t>(place);
-    return place;
-  }
-
   // None, or a tensor like the first.
   bool read_another(PyObject* t, Operand& operand) {
     if (t == Py_None) return true;
-    if (!is_dense_float(t) || attribute(t, names().dtype).get() != dtype_->get() || !is_on_device(t)) return false;
-    if (!has_shape_of_first(t) || wants_grad(t)) return false;
-    operand.data = place_of(t);
+    const auto view = View::of_plain(t);
+    Dtype dtype;
+    if (!view || !view->is_contiguous() || !view->dtype(dtype) || dtype != batch_.dtype ||
+        !view->is_on_device_of(*first_) || !view->has_shape_of(*first_) || is_negated(t) || wants_grad(t))
+      return false;
+    operand.data = note(view->data());
     return true;
-  }
-
-  bool has_shape_of_first(PyObject* t) const {
-    const Owned shape = attribute(t, names().shape);
-    return PyObject_RichCompareBool(shape.get(), shape_->get(), Py_EQ) == 1;
   }
 
   bool wants_grad(PyObject* t) const {
     return is_true(attribute(t, names().requires_grad)) && asks_true(TorchState::get().is_grad_enabled);
   }
 
-  bool is_on_device(PyObject* t) const { return device_number(t) == device_ && is_of_its_kind(t); }
-
-  // The CPU's number is -1; a GPU's may be that of another kind of device too.
-  bool is_of_its_kind(PyObject* t) const {
-    return is_true(attribute(t, device_ < 0 ? names().is_cpu : names().is_cuda));
+  // Integers that kernels read as they lie in memory: how many along the first dimension, -1 where they are not so.
+  int64_t length_of_dense(PyObject* t) const {
+    const auto view = View::of_plain(t);
+    return view && view->dims() && view->is_contiguous() && view->is_on_device_of(*first_) ? view->size(0) : -1;
   }
-
-  // Integers, one for each sample.
-  bool is_of_samples(PyObject* t) const { return first_size(t) == batch_.B && is_on_device(t) && is_dense(t); }
 
   bool read_its_noise(PyObject* noise, Noise& read) const {
     if (noise == Py_None) return true;
     const Owned sample = attribute(noise, names().sample), key = attribute(noise, names().key_tensor);
-    if (sample.get() != Py_None && !is_of_samples(sample.get())) return false;
-    if (key.get() != Py_None && !(is_dense(key.get()) && is_on_device(key.get()))) return false;
+    if (sample.get() != Py_None && length_of_dense(sample.get()) != batch_.B) return false;
+    if (key.get() != Py_None && length_of_dense(key.get()) < 0) return false;
     read = read_noise(noise, false);
     return true;
   }
@@ -153,7 +113,7 @@ class PlainCall {
       table_ = source;
       read = read_table(source, Py_None);
       if (name == Py_None) return true;
-      if (!is_dense(source)) return false;
+      if (length_of_dense(source) < 0) return false;
       take_row(name, read);
       return true;
     }
@@ -172,10 +132,10 @@ class PlainCall {
       take_row(t.get(), read);
       return true;
     }
-    if (!is_of_samples(t.get())) return false;
+    if (length_of_dense(t.get()) != batch_.B) return false;
     index_.emplace(t.release());
     read = read_table(table_, index());
-    return device_ >= 0 || bad_level(read, batch_.B) < 0;
+    return !first_->is_cpu() || bad_level(read, batch_.B) < 0;
   }
 
   // One row for all samples, which is there.
@@ -188,9 +148,17 @@ class PlainCall {
 
   PyObject* compute_dtype() const { return batch_.dtype == Dtype::f64 ? dae::torch().f64 : dae::torch().f32; }
 
-  PyObject* empty_like_first() const {
+  // A new tensor like the first; `place` becomes its memory.
+  PyObject* empty_like_first(void*& place) {
     PyObject* const given[] = {x_};
-    return PyObject_Vectorcall(TorchState::get().empty_like, given, 1, nullptr);
+    Owned made(PyObject_Vectorcall(TorchState::get().empty_like, given, 1, nullptr));
+    place = note(address(made.get()));
+    return made.release();
+  }
+
+  void* note(void* place) {
+    places_ |= reinterpret_cast<uintptr_t>(place);
+    return place;
   }
 
   PyObject* index() const { return index_ ? index_->get() : Py_None; }
@@ -199,14 +167,15 @@ class PlainCall {
   template <class... Arguments>
   void launch_elsewhere(PyObject* name, Arguments... arguments) const {
     PyObject* const aligned = places_ % 16 ? Py_False : Py_True;
-    PyObject* const given[] = {launcher_, aligned, shape_->get(), dtype_->get(), arguments...};
+    const Owned shape = attribute(x_, names().shape), dtype = attribute(x_, names().dtype);
+    PyObject* const given[] = {launcher_, aligned, shape.get(), dtype.get(), arguments...};
     const Owned nothing(PyObject_VectorcallMethod(name, given, sizeof...(arguments) + 4, nullptr));
   }
 
   // Without the GIL where it takes long; raises what went wrong.
   template <class Launch>
   void launch(Launch kernel) const {
-    const Queue queue = queue_of_device(device_);
+    const Queue queue = queue_of_device(first_->device());
     const Api& api = api_of(queue);
     const char* error;
     if (queue.device < 0 && batch_.B * batch_.D > kReleaseGil) {
@@ -222,13 +191,13 @@ class PlainCall {
   }
 
   PyObject *x_ = nullptr, *table_ = nullptr;
+  std::optional<View> first_;  // of x
   Batch batch_{};
-  int64_t device_ = -1;
 
  private:
   PyObject* launcher_ = Py_None;
-  uintptr_t places_ = 0;                        // of all tensors, or-ed
-  std::optional<Owned> dtype_, shape_, index_;  // of x, and of the table's rows
+  uintptr_t places_ = 0;        // of all tensors, or-ed
+  std::optional<Owned> index_;  // the table's rows
 };
 
 // (columns, x, y, z, noise, name, source, w, clamp); name and source as in read_source, columns and clamp as in bind.cpp's
@@ -248,7 +217,7 @@ class PlainAffine : PlainCall {
       for (int i = 0; i < 3; ++i) args.inner[i] = column(a[8], i);
       args.lo = PyFloat_AsDouble(PyTuple_GET_ITEM(a[8], 3)), args.hi = PyFloat_AsDouble(PyTuple_GET_ITEM(a[8], 4));
     }
-    args.x.data = place_of(a[1]);
+    args.x.data = first_->data();
     if (!read_another(a[2], args.y) || !read_another(a[3], args.z) || !read_another(a[7], args.w) ||
         !read_its_noise(a[4], args.noise) || !read_source(a[5], a[6], args.table))
       return Py_NewRef(Py_None);
@@ -258,9 +227,8 @@ class PlainAffine : PlainCall {
     if (!wanted(args, 1, args.inner[1])) args.y.data = nullptr;
     if (!wanted(args, 2, kAbsent)) args.z.data = nullptr;
     if (!wanted(args, 3, args.inner[2])) args.w.data = nullptr;
-    const Owned out(empty_like_first()), out2(columns == 8 ? empty_like_first() : Py_NewRef(Py_None));
-    args.out.data = place_of(out.get());
-    if (out2.get() != Py_None) args.out2.data = place_of(out2.get());
+    const Owned out(empty_like_first(args.out.data));
+    const Owned out2(columns == 8 ? empty_like_first(args.out2.data) : Py_NewRef(Py_None));
     if (is_ours())
       launch([&](const Api& api, Queue queue) { return api.affine(args, queue); });
     else
@@ -294,7 +262,7 @@ class PlainLoss : PlainCall {
     const bool wanted = wants_grad(a[0]);
     if (wanted && batch_.dtype == Dtype::f16) return Py_NewRef(Py_None);  // its scale is not known yet
     args.batch = batch_;
-    args.pred.data = place_of(a[0]);
+    args.pred.data = first_->data();
     int columns[6];
     for (int i = 0; i < 6; ++i) columns[i] = static_cast<int>(PyLong_AsLong(PyTuple_GET_ITEM(a[4], i)));
     for (int i = 0; i < 3; ++i) args.columns[i] = columns[i];
@@ -304,9 +272,8 @@ class PlainLoss : PlainCall {
     args.penalty = static_cast<Penalty>(PyLong_AsLong(a[5]));
 
     const Owned loss(new_empty(PyTuple_New(0)));
-    const Owned grad(wanted ? empty_like_first() : Py_NewRef(Py_None));
+    const Owned grad(wanted ? empty_like_first(args.grad.data) : Py_NewRef(Py_None));
     const Owned also(columns[4] == kAbsent ? Py_NewRef(Py_None) : new_empty(Py_BuildValue("(i)", 2)));
-    if (wanted) args.grad.data = place_of(grad.get());
     if (!is_ours()) {
       launch_elsewhere(names().plain_loss, a[0], y, z, noise, a[4], a[5], a[6], table_, index(), loss.get(),
                        grad.get(), also.get());
@@ -319,7 +286,7 @@ class PlainLoss : PlainCall {
       if (also.get() != Py_None) of_loss.also = address(also.get());
       std::optional<Owned> scratch;  // until the kernel is launched
       Scratch room;
-      if (device_ >= 0 || g_pretend_gpu) {
+      if (!first_->is_cpu() || g_pretend_gpu) {
         const Owned device = attribute(x_, names().device);
         const Owned doubles(PyLong_FromLongLong(scratch_doubles(batch_.B, batch_.D, 1)));
         PyObject* const given[] = {device.get(), doubles.get()};
@@ -389,15 +356,15 @@ const Api*& cuda_api() {
 
 const Api& api_of(const Queue& queue) { return queue.device < 0 ? cpu::kApi : *cuda_api(); }
 
-Queue queue_of(PyObject* tensor) { return queue_of_device(device_number(tensor)); }
+Queue queue_of(PyObject* tensor) { return queue_of_device(View(tensor).device()); }
 
 Table read_table(PyObject* table, PyObject* index) {
-  const Owned shape = attribute(table, names().shape);
-  Table t{address(table), PyLong_AsLongLong(PyTuple_GET_ITEM(shape.get(), 0)),
-          PyLong_AsLongLong(PyTuple_GET_ITEM(shape.get(), 1)), nullptr, false};
+  const View view(table);
+  Table t{view.data(), view.size(0), view.size(1), nullptr, false};
   if (index != Py_None) {
-    t.index = address(index);
-    t.index_is_int64 = attribute(index, names().dtype).get() == torch().i64;
+    const View rows(index);
+    t.index = rows.data();
+    t.index_is_int64 = rows.is_int64();
   }
   return t;
 }

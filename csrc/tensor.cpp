@@ -14,22 +14,46 @@ PyObject* member(const char* module, const char* name) {
   return Owned(PyObject_GetAttrString(from.get(), name)).release();
 }
 
+// DLPack's table of C functions, which torch keeps in a capsule: a tensor's attributes, one by one through Python, take
+// ten times as long.
+struct Exchange {
+  struct {
+    uint32_t major, minor;
+  } version;
+  const void* older;
+  void (*unused[3])();  // that make and take tensors
+  int (*tensor_of)(PyObject*, DlTensor*);
+  int (*current_stream)(int32_t device_type, int32_t device, void** stream);
+};
+
+const Exchange& exchange() {
+  static const Exchange* const known = [] {
+    const Owned capsule(PyObject_GetAttrString(torch().tensor, "__dlpack_c_exchange_api__"));
+    const auto* table = static_cast<const Exchange*>(PyCapsule_GetPointer(capsule.get(), "dlpack_exchange_api"));
+    if (!table) throw PythonError();
+    if (table->version.major != 1 || !table->tensor_of) {
+      PyErr_Format(PyExc_RuntimeError, "dae_fast: torch's DLPack is version %u, and 1 is needed", table->version.major);
+      throw PythonError();
+    }
+    return table;
+  }();
+  return *known;
+}
+
 }  // namespace
 
 const Names& names() {
   static const Names known = {
-      intern("data_ptr"),   intern("dtype"),         intern("shape"),  intern("stride"),     intern("device"),
-      intern("is_contiguous"), intern("is_cpu"),     intern("is_cuda"), intern("get_device"), intern("requires_grad"),
-      intern("is_neg"),     intern("new_empty"),     intern("_seed"),         intern("_offset"), intern("_key_tensor"), intern("_sample"),
-      intern("_first_sample"), intern("_schedule"),  intern("_t"),     intern("_tables"),
-      intern("plain_affine"),  intern("plain_loss")};
+      intern("dtype"),         intern("shape"),     intern("device"),     intern("requires_grad"), intern("is_neg"),
+      intern("new_empty"),     intern("_seed"),     intern("_offset"),    intern("_key_tensor"),   intern("_sample"),
+      intern("_first_sample"), intern("_schedule"), intern("_t"),         intern("_tables"),       intern("plain_affine"),
+      intern("plain_loss")};
   return known;
 }
 
 const Torch& torch() {
-  static const Torch known = {member("torch", "Tensor"),   member("torch.nn", "Parameter"), member("torch", "float32"),
-                              member("torch", "float64"),  member("torch", "bfloat16"),     member("torch", "float16"),
-                              member("torch", "int64"),    member("torch", "int32")};
+  static const Torch known = {member("torch", "Tensor"), member("torch.nn", "Parameter"), member("torch", "float32"),
+                              member("torch", "float64")};
   return known;
 }
 
@@ -39,30 +63,45 @@ int64_t to_int(const Owned& value) {
   return result;
 }
 
-void* address(PyObject* tensor) {
-  const Owned value = call(tensor, names().data_ptr);
-  return PyLong_AsVoidPtr(value.get());
+View::View(PyObject* tensor) {
+  if (exchange().tensor_of(tensor, this)) throw PythonError();
 }
 
-bool is_contiguous(PyObject* tensor) { return is_true(call(tensor, names().is_contiguous)); }
+std::optional<View> View::of_plain(PyObject* tensor) {
+  const PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
+  if (type != dae::torch().tensor && type != dae::torch().parameter) return {};
+  View view;
+  if (!exchange().tensor_of(tensor, &view)) return view;
+  PyErr_Clear();
+  return {};
+}
 
-bool is_compute_dtype(PyObject* dtype, Dtype& found) {
-  const Torch& t = torch();
-  if (dtype == t.f32) return found = Dtype::f32, true;
-  if (dtype == t.bf16) return found = Dtype::bf16, true;
-  if (dtype == t.f16) return found = Dtype::f16, true;
-  if (dtype == t.f64) return found = Dtype::f64, true;
+bool View::is_contiguous() const {
+  int64_t next = 1;
+  for (int d = 0; d < ndim; ++d)
+    if (!shape[d]) return true;
+  for (int d = ndim - 1; d >= 0; next *= shape[d], --d)
+    if (shape[d] != 1 && strides[d] != next) return false;
+  return true;
+}
+
+bool View::has_shape_of(const View& other) const {
+  return ndim == other.ndim && std::equal(shape, shape + ndim, other.shape);
+}
+
+bool View::dtype(Dtype& found) const {
+  if (type_code == kFloat && bits == 32) return found = Dtype::f32, true;
+  if (type_code == kBfloat && bits == 16) return found = Dtype::bf16, true;
+  if (type_code == kFloat && bits == 16) return found = Dtype::f16, true;
+  if (type_code == kFloat && bits == 64) return found = Dtype::f64, true;
   return false;
 }
 
-bool read_dtype(PyObject* tensor, Dtype& dtype) {
-  return is_compute_dtype(attribute(tensor, names().dtype).get(), dtype);
-}
-
-std::vector<int64_t> read_ints(const Owned& tuple) {
-  std::vector<int64_t> values(PyTuple_GET_SIZE(tuple.get()));
-  for (size_t i = 0; i < values.size(); ++i) values[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple.get(), i));
-  return values;
+void* current_stream(int device) {
+  constexpr int kCuda = 2;
+  void* stream = nullptr;
+  if (exchange().current_stream(kCuda, device, &stream)) throw PythonError();
+  return stream;
 }
 
 Noise read_noise(PyObject* noise, bool raw) {
@@ -75,8 +114,9 @@ Noise read_noise(PyObject* noise, bool raw) {
     n.key = {static_cast<uint64_t>(to_int(attribute(noise, names().seed))),
              static_cast<uint64_t>(to_int(attribute(noise, names().offset)))};
   } else {
-    const Key* at = static_cast<const Key*>(address(key.get()));
-    if (is_true(attribute(key.get(), names().is_cpu)))
+    const View view(key.get());
+    const Key* at = static_cast<const Key*>(view.data());
+    if (view.is_cpu())
       n.key = *at;
     else
       n.key_at = at;
@@ -87,22 +127,23 @@ Noise read_noise(PyObject* noise, bool raw) {
 }
 
 Operands::Operands(PyObject* like, std::initializer_list<PyObject*> tensors, bool in_order) {
-  const std::vector<int64_t> shape = read_ints(attribute(like, names().shape));
+  const View first(like);
   int64_t row = 1;
-  for (size_t d = 1; d < shape.size(); ++d) row *= shape[d];
-  batch = {shape[0], shape[0] ? row : 0, 0, nullptr, Dtype::f32};  // no rows: nothing to do in each
-  read_dtype(like, batch.dtype);
+  for (int d = 1; d < first.dims(); ++d) row *= first.size(d);
+  batch = {first.size(0), first.size(0) ? row : 0, 0, nullptr, Dtype::f32};  // no rows: nothing to do in each
+  first.dtype(batch.dtype);
   bool strided = false;
   for (PyObject* t : tensors) {
     const int k = count_++;
     if (t == Py_None) continue;
-    operands_[k].data = address(t);
-    if (is_contiguous(t)) continue;
-    strides_[k] = read_ints(call(t, names().stride));
+    const View view(t);
+    operands_[k].data = view.data();
+    if (view.is_contiguous()) continue;
+    for (int d = 0; d < view.dims(); ++d) strides_[k].push_back(view.stride(d));
     strided = true;
   }
   if (!strided) return;
-  sizes_.assign(shape.begin() + 1, shape.end());
+  for (int d = 1; d < first.dims(); ++d) sizes_.push_back(first.size(d));
   merge_dimensions();
   if (!in_order && is_one_stretch()) return;
   batch.ndim = static_cast<int>(sizes_.size());

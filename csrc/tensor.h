@@ -5,6 +5,7 @@
 #include <Python.h>
 
 #include <initializer_list>
+#include <optional>
 #include <stdexcept>
 #include <vector>
 
@@ -39,8 +40,7 @@ class Owned {
 
 // Names of attributes, made once: Python compares them by address.
 struct Names {
-  PyObject *data_ptr, *dtype, *shape, *stride, *device, *is_contiguous, *is_cpu, *is_cuda, *get_device, *requires_grad,
-      *is_neg, *new_empty;
+  PyObject *dtype, *shape, *device, *requires_grad, *is_neg, *new_empty;
   PyObject *seed, *offset, *key_tensor, *sample, *first_sample;  // of a Noise
   PyObject *schedule, *t, *tables;                               // of a Level and its Schedule
   PyObject *plain_affine, *plain_loss;                           // of a backend in Python
@@ -50,7 +50,7 @@ const Names& names();
 // Torch's objects that are recognised by address.
 struct Torch {
   PyObject *tensor, *parameter;  // types
-  PyObject *f32, *f64, *bf16, *f16, *i64, *i32;
+  PyObject *f32, *f64;
 };
 const Torch& torch();
 
@@ -59,12 +59,50 @@ inline Owned call(PyObject* object, PyObject* method) { return Owned(PyObject_Ca
 inline bool is_true(const Owned& value) { return value.get() == Py_True; }
 int64_t to_int(const Owned& value);
 
-void* address(PyObject* tensor);
-bool is_contiguous(PyObject* tensor);
-// False: no type that kernels compute in.
-bool is_compute_dtype(PyObject* dtype, Dtype& found);
-bool read_dtype(PyObject* tensor, Dtype& dtype);
-std::vector<int64_t> read_ints(const Owned& tuple);
+// DLPack's DLTensor (version 1), an ABI that does not change.
+struct DlTensor {
+  void* data;
+  int32_t device_type, device_id, ndim;
+  uint8_t type_code, bits;
+  uint16_t lanes;
+  int64_t *shape, *strides;  // in elements
+  uint64_t byte_offset;
+};
+
+// A tensor's memory, while the tensor lives.
+class View : DlTensor {
+ public:
+  // Raises what torch raises for a tensor that has no memory, a sparse one say.
+  explicit View(PyObject* tensor);
+  // Nothing of one of those, or of what is no plain torch.Tensor or Parameter.
+  static std::optional<View> of_plain(PyObject* tensor);
+
+  void* data() const { return static_cast<char*>(DlTensor::data) + byte_offset; }
+  int dims() const { return ndim; }
+  int64_t size(int d) const { return shape[d]; }
+  int64_t stride(int d) const { return strides[d]; }
+  bool is_contiguous() const;
+  bool has_shape_of(const View& other) const;
+
+  // False: no type that kernels compute in.
+  bool dtype(Dtype& found) const;
+  bool is_int64() const { return type_code == kInt && bits == 64; }
+  bool is_cpu() const { return device_type == kCpu; }
+  bool is_gpu() const { return device_type == kCuda || device_type == kRocm; }
+  int device() const { return is_cpu() ? -1 : device_id; }
+  bool is_on_device_of(const View& other) const {
+    return device_type == other.device_type && device_id == other.device_id;
+  }
+
+ private:
+  View() = default;
+
+  static constexpr int kCpu = 1, kCuda = 2, kRocm = 10, kInt = 0, kFloat = 2, kBfloat = 4;
+};
+
+inline void* address(PyObject* tensor) { return View(tensor).data(); }
+// torch's current stream of a GPU.
+void* current_stream(int device);
 
 // raw: every row is the key's own stream. A key in host memory is read now; on a GPU, in the kernel.
 Noise read_noise(PyObject* noise, bool raw);

@@ -228,9 +228,7 @@ def block_normals(r, V: tl.constexpr, NVIDIA: tl.constexpr):
 
 
 @triton.jit
-def normals(
-    seed, offset, first, sizes, ROWS: tl.constexpr, LANES: tl.constexpr, V: tl.constexpr, NVIDIA: tl.constexpr
-):
+def normals(seed, offset, first, sizes, ROWS: tl.constexpr, LANES: tl.constexpr, V: tl.constexpr, NVIDIA: tl.constexpr):
     """(ROWS, LANES * V) fp32: the noise of lanes `first`... of each row."""
     z = block_normals(lane_block(seed, offset, first, sizes, 0, ROWS, LANES, V), V, NVIDIA)
     if V == 8:
