@@ -96,7 +96,7 @@ def neg2_log_u(r):
 
 @triton.jit
 def sincos_2pi_u(r):
-    """sin and cos of 2 pi (r + 1/2) 2^-32 without the sign that multiplies both, and that sign, the top bit of the last.
+    """sin and cos of 2 pi (r + 1/2) 2^-32 without the sign that multiplies both, and that sign in the last's top bit.
 
     Operation for operation as csrc/math.h.
     """
