@@ -28,14 +28,15 @@ struct Exchange {
 
 const Exchange& exchange() {
   static const Exchange* const known = [] {
-    const Owned capsule(PyObject_GetAttrString(torch().tensor, "__dlpack_c_exchange_api__"));
-    const auto* table = static_cast<const Exchange*>(PyCapsule_GetPointer(capsule.get(), "dlpack_exchange_api"));
-    if (!table) throw PythonError();
-    if (table->version.major != 1 || !table->tensor_of) {
-      PyErr_Format(PyExc_RuntimeError, "dae_fast: torch's DLPack is version %u, and 1 is needed", table->version.major);
+    PyObject* const capsule = PyObject_GetAttrString(torch().tensor, "__dlpack_c_exchange_api__");
+    const auto* table = static_cast<const Exchange*>(
+        capsule ? PyCapsule_GetPointer(capsule, "dlpack_exchange_api") : nullptr);
+    if (!table || table->version.major != 1 || !table->tensor_of) {
+      PyErr_SetString(PyExc_RuntimeError,
+                      "dae_fast: torch must have DLPack's table of C functions, version 1, as torch 2.11 has");
       throw PythonError();
     }
-    return table;
+    return table;  // torch's capsule lives as long as torch
   }();
   return *known;
 }

@@ -1,5 +1,5 @@
-// Tensors and noise as the kernels take them, read off Python objects: no torch header, so that one build
-// serves every torch. A missing argument is None.
+// Tensors and noise as the kernels take them, read off Python objects and through DLPack: no torch header, so that one
+// build serves every torch. A missing argument is None.
 #pragma once
 
 #include <Python.h>
