@@ -26,7 +26,12 @@ def module_of(backend: str) -> ModuleType:
     return df.backends.module("native" if backend == CUDA_ON_CPU else backend)
 
 
+# Few tests that take minutes: begun last, they would keep one of two workers busy while the other has nothing left.
+LONG = ("test_triton_code.py", "test_install.py", "test_examples.py", "test_end_to_end.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):  # its tensors are on one; `make gpu-check` runs these
