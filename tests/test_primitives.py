@@ -82,6 +82,16 @@ def test_affine(backend: str, pattern: str, shape: tuple[int, ...], dtype: torch
         assert_close(g, value, terms)
 
 
+@pytest.mark.parametrize("clamped", [False, True])
+def test_an_absent_product_changes_no_zero(backend: str, clamped: bool) -> None:
+    """1 * -0 + 0 * eps has the sign of eps; a third product, 0 * 0, would make every one of them +0."""
+    x, table = torch.full((3, 40), -0.0), torch.tensor([[1.0, 0.0]])
+    clamp = (0, -1, -1, -1.0, 1.0) if clamped else None  # of an estimate that nothing reads
+    got = module_of(backend).affine("op", x, None, None, NOISE, table, None, (0, -1, 1, -1), clamp)[0]
+    assert torch.equal(got.signbit(), NOISE.normal((3, 40)) < 0)
+    assert not got.any()
+
+
 @all_dtypes
 @pytest.mark.parametrize("fresh", [False, True])
 @pytest.mark.parametrize("shape", [(3, 4, 6, 5), (3, 5, 4, 8)], ids=["odd", "whole groups"])
