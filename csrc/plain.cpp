@@ -13,10 +13,6 @@ struct TorchState {
   PyObject *is_grad_enabled, *in_functorch, *dispatch_modes, *function_modes, *forward_ad, *profiling, *empty_like;
   PyObject *current_level;  // the name of an attribute
 
-  static PyObject* member(const char* module, const char* name) {
-    const Owned from(PyImport_ImportModule(module));
-    return Owned(PyObject_GetAttrString(from.get(), name)).release();
-  }
   static const TorchState& get() {
     static const TorchState known = {member("torch", "is_grad_enabled"),
                                      member("torch._C", "_are_functorch_transforms_active"),

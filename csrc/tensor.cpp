@@ -9,11 +9,6 @@ namespace {
 
 PyObject* intern(const char* name) { return Owned(PyUnicode_InternFromString(name)).release(); }
 
-PyObject* member(const char* module, const char* name) {
-  const Owned from(PyImport_ImportModule(module));
-  return Owned(PyObject_GetAttrString(from.get(), name)).release();
-}
-
 // DLPack's table of C functions, which torch keeps in a capsule: a tensor's attributes, one by one through Python, take
 // ten times as long.
 struct Exchange {
@@ -42,6 +37,11 @@ const Exchange& exchange() {
 }
 
 }  // namespace
+
+PyObject* member(const char* module, const char* name) {
+  const Owned from(PyImport_ImportModule(module));
+  return Owned(PyObject_GetAttrString(from.get(), name)).release();
+}
 
 const Names& names() {
   static const Names known = {
@@ -99,9 +99,8 @@ bool View::dtype(Dtype& found) const {
 }
 
 void* current_stream(int device) {
-  constexpr int kCuda = 2;
   void* stream = nullptr;
-  if (exchange().current_stream(kCuda, device, &stream)) throw PythonError();
+  if (exchange().current_stream(kDlCuda, device, &stream)) throw PythonError();
   return stream;
 }
 

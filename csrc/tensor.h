@@ -38,6 +38,9 @@ class Owned {
   PyObject* object_;
 };
 
+// A module's member, for good.
+PyObject* member(const char* module, const char* name);
+
 // Names of attributes, made once: Python compares them by address.
 struct Names {
   PyObject *dtype, *shape, *device, *requires_grad, *is_neg, *new_empty;
@@ -69,6 +72,8 @@ struct DlTensor {
   uint64_t byte_offset;
 };
 
+constexpr int kDlCpu = 1, kDlCuda = 2, kDlRocm = 10;  // its device types
+
 // A tensor's memory, while the tensor lives.
 class View : DlTensor {
  public:
@@ -87,8 +92,8 @@ class View : DlTensor {
   // False: no type that kernels compute in.
   bool dtype(Dtype& found) const;
   bool is_int64() const { return type_code == kInt && bits == 64; }
-  bool is_cpu() const { return device_type == kCpu; }
-  bool is_gpu() const { return device_type == kCuda || device_type == kRocm; }
+  bool is_cpu() const { return device_type == kDlCpu; }
+  bool is_gpu() const { return device_type == kDlCuda || device_type == kDlRocm; }
   int device() const { return is_cpu() ? -1 : device_id; }
   bool is_on_device_of(const View& other) const {
     return device_type == other.device_type && device_id == other.device_id;
@@ -97,7 +102,7 @@ class View : DlTensor {
  private:
   View() = default;
 
-  static constexpr int kCpu = 1, kCuda = 2, kRocm = 10, kInt = 0, kFloat = 2, kBfloat = 4;
+  static constexpr int kInt = 0, kFloat = 2, kBfloat = 4;  // type codes
 };
 
 inline void* address(PyObject* tensor) { return View(tensor).data(); }

@@ -34,8 +34,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in LONG)
     if not torch.cuda.is_available():
         for item in items:
-            if item.get_closest_marker("gpu"):  # its tensors are on one; `make gpu-check` runs these
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="its tensors are on a CUDA device; `make gpu-check` runs it"))
 
 
 @pytest.fixture(scope="session")
@@ -82,4 +82,5 @@ def restore_threads():
 
 
 def not_in_torch_2_11(why: str) -> pytest.MarkDecorator:
+    """For what torch.compile of that release cannot do and later ones can; eager calls are the same in both."""
     return pytest.mark.xfail(torch.__version__.startswith("2.11."), reason=f"torch 2.11: {why}", strict=True)
