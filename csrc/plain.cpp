@@ -1,5 +1,6 @@
 #include "plain.h"
 
+#include <iterator>
 #include <optional>
 
 #include "nvtx.h"
@@ -29,6 +30,8 @@ struct TorchState {
 // Who launches a device's plain calls: True, this module; a Python module with plain_affine and plain_loss; None: there
 // are none.
 PyObject *g_on_cpu = Py_True, *g_on_gpu = Py_True;
+// What makes plain calls of the affine map differentiable: dae_fast/ops/affine.py's.
+PyObject* g_with_gradients = Py_None;
 bool g_pretend_gpu = false;
 
 bool asks_true(PyObject* function) { return is_true(Owned(PyObject_CallNoArgs(function))); }
@@ -76,7 +79,7 @@ class PlainCall {
     const auto view = View::of_plain(t);
     Dtype dtype;
     if (!view || !view->is_contiguous() || !view->dtype(dtype) || dtype != batch_.dtype ||
-        !view->is_on_device_of(*first_) || !view->has_shape_of(*first_) || is_negated(t) || wants_grad(t))
+        !view->is_on_device_of(*first_) || !view->has_shape_of(*first_) || is_negated(t))
       return false;
     operand.data = note(view->data());
     return true;
@@ -101,17 +104,13 @@ class PlainCall {
     return true;
   }
 
-  // source: a Level whose schedule has a table of that name; or a table, of which an int names the row, or without a
-  // name one of one row or of one for each sample.
+  // source: a Level whose schedule has a table of that name; or a table, whose rows `name` tells: an int for the one of
+  // all samples, a tensor for one of each, None for a table of one row or of one for each sample.
   bool read_source(PyObject* name, PyObject* source, Table& read) {
-    if (name == Py_None || PyLong_Check(name)) {
-      if (wants_grad(source)) return false;
+    if (!PyUnicode_Check(name)) {
+      if (wants_grad(source) || length_of_dense(source) < 0) return false;
       table_ = source;
-      read = read_table(source, Py_None);
-      if (name == Py_None) return true;
-      if (length_of_dense(source) < 0) return false;
-      take_row(name, read);
-      return true;
+      return read_rows(name, read);
     }
     const Owned schedule = attribute(source, names().schedule);
     if (schedule.get() == Py_None) return false;
@@ -122,21 +121,23 @@ class PlainCall {
       if (PyErr_Occurred()) throw PythonError();
       return false;  // not made yet
     }
-    Owned t = attribute(source, names().t);
-    if (PyLong_Check(t.get())) {
+    return read_rows(attribute(source, names().t).get(), read);
+  }
+
+  bool read_rows(PyObject* t, Table& read) {
+    index_.emplace(Py_NewRef(t));
+    if (PyLong_Check(t)) {
       read = read_table(table_, Py_None);
-      take_row(t.get(), read);
+      take_row(t, read);
       return true;
     }
-    if (length_of_dense(t.get()) != batch_.B) return false;
-    index_.emplace(t.release());
-    read = read_table(table_, index());
+    if (t != Py_None && length_of_dense(t) != batch_.B) return false;
+    read = read_table(table_, t);
     return !first_->is_cpu() || bad_level(read, batch_.B) < 0;
   }
 
   // One row for all samples, which is there.
-  void take_row(PyObject* i, Table& read) {
-    index_.emplace(Py_NewRef(i));
+  void take_row(PyObject* i, Table& read) const {
     const int64_t size = batch_.dtype == Dtype::f64 ? sizeof(double) : sizeof(float);
     read.data = static_cast<const char*>(read.data) + PyLong_AsLongLong(i) * read.columns * size;
     read.rows = 1;
@@ -196,55 +197,71 @@ class PlainCall {
   std::optional<Owned> index_;  // the table's rows
 };
 
-// (columns, x, y, z, noise, name, source, w, clamp); name and source as in read_source, columns and clamp as in bind.cpp's
-// affine. The result is a new tensor, or with eight columns two.
+// (op, columns, x, y, z, noise, name, source, w, clamp); name and source as in read_source, columns and clamp as in
+// bind.cpp's affine. The result is a new tensor, or with eight columns two; with their gradients, where one is wanted.
 class PlainAffine : PlainCall {
  public:
-  static constexpr Py_ssize_t kArguments = 9;
+  static constexpr Py_ssize_t kArguments = 10;
   static constexpr const char* kName = "plain_affine";
 
   PyObject* run(PyObject* const* a) {
-    if (!read_first(a[1]) || wants_grad(a[1])) return Py_NewRef(Py_None);
+    PyObject *op = a[0], *columns = a[1], *noise = a[5], *clamp = a[9];
+    PyObject* given[] = {a[2], a[3], a[4], a[8]};  // x, y, z, w
+    if (!read_first(given[0])) return Py_NewRef(Py_None);
     AffineArgs args{};
-    const Py_ssize_t columns = PyTuple_GET_SIZE(a[0]);
-    for (int i = 0; i < 8; ++i) args.columns[i] = i < columns ? column(a[0], i) : kAbsent;
-    args.clamped = a[8] != Py_None;
-    if (args.clamped) {
-      for (int i = 0; i < 3; ++i) args.inner[i] = column(a[8], i);
-      args.lo = PyFloat_AsDouble(PyTuple_GET_ITEM(a[8], 3)), args.hi = PyFloat_AsDouble(PyTuple_GET_ITEM(a[8], 4));
-    }
+    Operand* const operands[] = {&args.x, &args.y, &args.z, &args.w};
     args.x.data = first_->data();
-    if (!read_another(a[2], args.y) || !read_another(a[3], args.z) || !read_another(a[7], args.w) ||
-        !read_its_noise(a[4], args.noise) || !read_source(a[5], a[6], args.table))
-      return Py_NewRef(Py_None);
+    for (int k = 1; k < 4; ++k)
+      if (!read_another(given[k], *operands[k])) return Py_NewRef(Py_None);
+    if (!read_its_noise(noise, args.noise) || !read_source(a[6], a[7], args.table)) return Py_NewRef(Py_None);
     args.batch = batch_;
-    // Checked, and not read where nothing wants it.
-    if (!wanted(args, 0, args.inner[0])) args.x.data = nullptr;
-    if (!wanted(args, 1, args.inner[1])) args.y.data = nullptr;
-    if (!wanted(args, 2, kAbsent)) args.z.data = nullptr;
-    if (!wanted(args, 3, args.inner[2])) args.w.data = nullptr;
+    const Py_ssize_t count = PyTuple_GET_SIZE(columns);
+    for (int i = 0; i < 8; ++i) args.columns[i] = i < count ? column(columns, i) : kAbsent;
+    args.clamped = clamp != Py_None;
+    if (args.clamped) {
+      for (int i = 0; i < 3; ++i) args.inner[i] = column(clamp, i);
+      args.lo = PyFloat_AsDouble(PyTuple_GET_ITEM(clamp, 3)), args.hi = PyFloat_AsDouble(PyTuple_GET_ITEM(clamp, 4));
+    }
+
+    bool differentiable = false;
+    for (int k = 0; k < 4; ++k) {
+      if (given[k] == Py_None) continue;
+      if (wanted(args, k)) {
+        differentiable |= wants_grad(given[k]);
+      } else {  // checked, and not read
+        operands[k]->data = nullptr;
+        if (k == 0 && wants_grad(given[0])) return Py_NewRef(Py_None);
+        if (k) given[k] = Py_None;
+      }
+    }
+    if (differentiable) {
+      PyObject* const passed[] = {op, given[0], given[1], given[2], noise, table_, index(), columns, clamp, given[3]};
+      return PyObject_Vectorcall(g_with_gradients, passed, std::size(passed), nullptr);
+    }
     const Owned out(empty_like_first(args.out.data));
-    const Owned out2(columns == 8 ? empty_like_first(args.out2.data) : Py_NewRef(Py_None));
+    const Owned out2(count == 8 ? empty_like_first(args.out2.data) : Py_NewRef(Py_None));
     if (is_ours())
       launch([&](const Api& api, Queue queue) { return api.affine(args, queue); });
     else
-      launch_elsewhere(names().plain_affine, a[0], a[1], a[2], a[3], a[4], a[7], a[8], table_, index(), out.get(),
-                       out2.get());
+      launch_elsewhere(names().plain_affine, columns, given[0], given[1], given[2], noise, given[3], clamp, table_,
+                       index(), out.get(), out2.get());
     return out2.get() == Py_None ? Py_NewRef(out.get()) : PyTuple_Pack(2, out.get(), out2.get());
   }
 
  private:
   static int column(PyObject* tuple, int i) { return static_cast<int>(PyLong_AsLong(PyTuple_GET_ITEM(tuple, i))); }
 
-  // Of operand k, whose column of the estimate is `inner`.
-  static bool wanted(const AffineArgs& args, int k, int inner) {
-    return args.columns[k] != kAbsent || args.columns[4 + k] != kAbsent || (args.clamped && inner != kAbsent);
+  // Operand k, by an output or by the estimate, which is of x, y and w.
+  static bool wanted(const AffineArgs& args, int k) {
+    const bool inside = args.clamped && k != 2 && args.inner[k == 3 ? 2 : k] != kAbsent;
+    return inside || args.columns[k] != kAbsent || args.columns[4 + k] != kAbsent;
   }
 };
 
 // (pred, y, z, noise, columns, kind, reduction, name, source, scratch): the loss of pred against y and z or noise,
 // without a mask or further weights; columns as in bind.cpp's residual. The result is (loss, its gradient or None if
-// pred wants none, `also` or None without its columns). scratch(device, doubles) is what a GPU's reduction needs.
+// pred wants none, `also` or None without its columns, the table, its rows as read_source's name).
+// scratch(device, doubles) is what a GPU's reduction needs.
 class PlainLoss : PlainCall {
  public:
   static constexpr Py_ssize_t kArguments = 10;
@@ -265,6 +282,8 @@ class PlainLoss : PlainCall {
     PyObject *y = a[1], *z = a[2], *noise = a[3];
     if (columns[0] == kAbsent) y = Py_None, args.y = {};  // checked, and not read
     if (columns[1] == kAbsent) z = noise = Py_None, args.z = {}, args.noise = {};
+    for (PyObject* t : {y, z})
+      if (t != Py_None && wants_grad(t)) return Py_NewRef(Py_None);
     args.penalty = static_cast<Penalty>(PyLong_AsLong(a[5]));
 
     const Owned loss(new_empty(PyTuple_New(0)));
@@ -292,7 +311,7 @@ class PlainLoss : PlainCall {
       }
       launch([&](const Api& api, Queue queue) { return api.residual(args, of_loss, room, queue); });
     }
-    return PyTuple_Pack(3, loss.get(), grad.get(), also.get());
+    return PyTuple_Pack(5, loss.get(), grad.get(), also.get(), table_, index());
   }
 
  private:
@@ -314,6 +333,21 @@ PyObject* plain(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   }
 }
 
+// Whether a gradient from upstream changes nothing: a plain number in the CPU's memory, which is 1.
+PyObject* is_one(PyObject*, PyObject* upstream) {
+  try {
+    const auto view = View::of_plain(upstream);
+    Dtype dtype;
+    const bool readable = view && view->is_cpu() && view->dims() == 0 && view->dtype(dtype) && !is_negated(upstream) &&
+                          nothing_around(TorchState::get());
+    if (readable && dtype == Dtype::f32) return PyBool_FromLong(*static_cast<const float*>(view->data()) == 1);
+    if (readable && dtype == Dtype::f64) return PyBool_FromLong(*static_cast<const double*>(view->data()) == 1);
+    Py_RETURN_FALSE;
+  } catch (const PythonError&) {
+    return nullptr;
+  }
+}
+
 PyMethodDef method(const char* name, PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t), const char* doc) {
   return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, doc};
 }
@@ -330,6 +364,11 @@ PyObject* use_plain(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   Py_RETURN_NONE;
 }
 
+PyObject* use_gradients(PyObject*, PyObject* function) {
+  g_with_gradients = Py_NewRef(function);  // of a module, which stays
+  Py_RETURN_NONE;
+}
+
 PyObject* pretend_gpu(PyObject*, PyObject* yes) {
   g_pretend_gpu = yes == Py_True;
   Py_RETURN_NONE;
@@ -339,6 +378,8 @@ PyMethodDef g_methods[] = {
     plain_method<PlainAffine>(),
     plain_method<PlainLoss>(),
     method("use_plain", use_plain, "Who launches plain calls on the CPU, and on a GPU."),
+    {"use_gradients", use_gradients, METH_O, "What is called for plain calls of the affine map that want gradients."},
+    {"is_one", is_one, METH_O, "Whether a plain number in the CPU's memory is 1."},
     {"pretend_gpu", pretend_gpu, METH_O, "Sends CPU tensors to a CUDA library compiled for the CPU, to test it."},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .rows import Coefficients, Rows, stack_rows, table_of
+from .rows import Coefficients, Rows, rows_at, stack_rows, table_of
 
 if TYPE_CHECKING:
     from .schedule import Schedule
@@ -100,11 +100,9 @@ class Level:
         """The op's coefficients for batch x in `dtype`; `key` names the function in the table cache."""
         if self._schedule is not None:
             table = table_of(self._schedule, op, key, coefficients, dtype, x.device)
-            t = self._t
-            if isinstance(t, int):
-                return Rows(table[t : t + 1], None)
             self._check(op, x)
-            return Rows(table, t.contiguous())
+            t = self._t
+            return rows_at(table, t.contiguous() if isinstance(t, Tensor) else t)
         alpha, sigma = self._alpha, self._sigma
         if not isinstance(alpha, Tensor) and not isinstance(sigma, Tensor):
             try:

@@ -26,6 +26,11 @@ class Rows(NamedTuple):
     t: Tensor | None
 
 
+def rows_at(table: Tensor, t: Tensor | int | None) -> Rows:
+    """With an int, that row for all samples."""
+    return Rows(table[t : t + 1], None) if isinstance(t, int) else Rows(table, t)
+
+
 @contextmanager
 def outside_modes() -> Iterator[None]:
     """What is cached must be a plain tensor, whatever traces, transforms or infers around the call."""

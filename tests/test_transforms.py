@@ -461,3 +461,24 @@ def test_ops_take_any_strides() -> None:
     fill = torch.ops.dae_fast.fill
     draws = [fill("normal", i["key"], i["sample"], 0, 2, 5, torch.float32) for i in (strided, dense)]
     assert torch.equal(*draws)
+
+
+def test_what_is_kept_from_a_transform_that_has_ended(backend):
+    """It is a tensor without memory of its own, which torch unwraps."""
+    kept = []
+
+    def remembered(x):
+        kept.append(2 * x)
+        return x.square().sum()
+
+    x = torch.randn(4, 6)
+    torch.func.grad(remembered)(x)
+    leaf, level = torch.randn(4, 6, requires_grad=True), df.Level(0.6, 0.8)
+    for y in (leaf, leaf.detach()):
+        for call in (
+            lambda t, y=y: df.noise_mse(y, t),
+            lambda t, y=y: df.to_x0(y, t, level),
+            lambda t: df.noise_mse(t, df.Noise(0)),
+            lambda t: df.add_noise(t, df.Noise(0), level),
+        ):
+            torch.testing.assert_close(call(kept[0]), call(2 * x), rtol=1e-6, atol=0)

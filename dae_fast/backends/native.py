@@ -35,7 +35,9 @@ use_isa = _core.use_isa
 max_threads = _core.max_threads
 philox4x32_10 = _core.philox4x32_10
 plain_affine = _core.plain_affine
+is_one = _core.is_one
 use_plain = _core.use_plain
+use_gradients = _core.use_gradients
 nvtx_built = _core.nvtx_built
 
 if (_wanted := os.environ.get("DAE_FAST_CPU_ISA")) is not None:
@@ -104,8 +106,8 @@ def plain_loss(
     reduction: int,
     name: str | None,
     source: Tensor | Level,
-) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
-    """(loss, gradient of pred or None, also or None) of a plain call, arguments as in residual; None for all else.
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | int | None] | None:
+    """(loss, gradient of pred or None, also or None, table, t) of a plain call, arguments as in residual; else None.
 
     source: a table of one row or one for each sample; with a name, the level whose schedule has a table of that name.
     """

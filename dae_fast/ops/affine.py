@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ..backends import kernels, reference
 from ..noise import Noise
-from ..rows import Rows, outside_modes
+from ..rows import Rows, outside_modes, rows_at
 from .flat import flatten, seen
-from .routing import Route, batchable, route, wants_grad
+from .routing import DirectFunction, Route, batchable, differentiate_with, plain_affine, route, wants_grad
 
 Columns = tuple[int, ...]  # of the table: c0, c1, c2, c3 of the output, then those of a second one
 Clamp = tuple[int, int, int, float, float]
@@ -40,6 +41,10 @@ def affine(
 
     clamp (a0, a1, a3, lo, hi): y is replaced by clamp(a0*x + a1*y + a3*w, lo, hi).
     """
+    if not is_compiling():
+        made = plain_affine(op, columns, x, y, z, noise, rows.t, rows.table, w, clamp)
+        if made is not None:
+            return _tuple(made)
     way = route(op, x, y, z, w, rows.table)
     if way is Route.REFERENCE:
         return reference.affine(op, x, y, z, noise, *rows, columns, clamp, w)
@@ -215,9 +220,7 @@ def row_dots(op: str, g: Tensor, x: Tensor | None, y: Tensor | None, z: Tensor |
     return torch.stack([reference.per_sample_sum(s) for s in sums], -1)
 
 
-class _Affine(torch.autograd.Function):
-    """Eager. The old style, without setup_context, costs a quarter; so does one argument for all the rest."""
-
+class _Affine(DirectFunction):
     @staticmethod
     def forward(
         ctx: Any,
@@ -237,7 +240,7 @@ class _Affine(torch.autograd.Function):
         else:
             ctx.save_for_backward(table, index)
         ctx.rest = noise, columns, clamp, op
-        outputs = kernels(x, op).affine(op, x, y, z, noise, table, index, columns, clamp, w=w)
+        outputs = affine(op, x, y, z, noise, Rows(table, index), columns, clamp, w)
         return outputs if len(outputs) > 1 else outputs[0]
 
     @staticmethod
@@ -247,3 +250,23 @@ class _Affine(torch.autograd.Function):
         noise, columns, clamp, op = ctx.rest
         rows, needs = Rows(table, index), ctx.needs_input_grad
         return (*_gradients(needs, grads, inputs, noise, rows, columns, op, clamp), None)
+
+
+def _with_gradients(
+    op: str,
+    x: Tensor,
+    y: Tensor | None,
+    z: Tensor | None,
+    noise: Noise | None,
+    table: Tensor,
+    t: Tensor | int | None,
+    columns: Columns,
+    clamp: Clamp | None,
+    w: Tensor | None,
+) -> Any:
+    """Of a plain call."""
+    rows = rows_at(table, t)
+    return _Affine.apply(x, y, z, w, rows.table, (rows.t, op, noise, columns, clamp))
+
+
+differentiate_with(_with_gradients)

@@ -153,10 +153,10 @@ def _plainly(op: str, x_t: Tensor, pred: Tensor, level: Level, plain: _Plain, cl
     """The result of a plain call; None where _convert has to look."""
     converted: Tensor | None
     if clamp is None:
-        converted = plain_affine(plain.columns, x_t, pred, None, None, plain.name, level, None, None)
+        converted = plain_affine(op, plain.columns, x_t, pred, None, None, plain.name, level, None, None)
     else:
         limits: Clamp = (*plain.inner, *bounds(op, clamp))
-        converted = plain_affine(plain.outer, x_t, pred, None, None, f"{plain.name} by x0", level, None, limits)
+        converted = plain_affine(op, plain.outer, x_t, pred, None, None, f"{plain.name} by x0", level, None, limits)
     return converted
 
 

@@ -20,7 +20,7 @@ from ..rows import stack_rows
 from .checks import samples
 from .flat import flatten, seen
 from .masks import Drawn
-from .routing import Route, batchable, route, wants_grad
+from .routing import DirectFunction, Route, batchable, route, wants_grad
 
 # Streams of their own, so that what is struck does not depend on the normals of the same noise.
 MASK_TAG = 0x6D61736B  # "mask"
@@ -172,9 +172,7 @@ def _replaced(op: str, x: Tensor, noise: Noise, thresholds: Tensor, low: float, 
     return replaced
 
 
-class _Replaced(torch.autograd.Function):
-    """Eager, of the old style, as the ops of affine.py."""
-
+class _Replaced(DirectFunction):
     @staticmethod
     def forward(ctx: Any, x: Tensor, thresholds: Tensor, rest: tuple[Any, ...]) -> Tensor:
         op, noise, low, high = rest

@@ -11,7 +11,7 @@ from torch.compiler import is_compiling
 from ..backends.reference import compute_dtype
 from ..level import Level, check_per_sample
 from ..noise import Noise
-from ..rows import Rows, stack_rows
+from ..rows import Rows, rows_at, stack_rows
 from ..schedule import Schedule
 from .checks import level_for, noise_for, promote, samples
 from .flat import seen
@@ -144,8 +144,7 @@ def loss_weight(
         raise ValueError(f"{op}: level_weight is looked up by level and needs level=schedule[t]")
     check_level_weight(op, level._schedule, level_weight)
     level._check(op, pred)
-    rows = Rows(level_weight[t : t + 1, None], None) if isinstance(t, int) else Rows(level_weight[:, None], t)
-    looked_up = look_up(op, rows)[:, 0].expand(pred.shape[0])
+    looked_up = look_up(op, rows_at(level_weight[:, None], t))[:, 0].expand(pred.shape[0])
     return looked_up if weight is None else weight * looked_up
 
 

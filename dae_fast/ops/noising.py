@@ -52,9 +52,9 @@ def add_noise(
     plain = target is None and perturbation is None and out is None
     if plain and type(level) is Level and not is_compiling():
         if type(noise) is Noise:
-            done = plain_affine(_FRESH, x0, None, None, noise, op, level, None, None)
+            done = plain_affine(op, _FRESH, x0, None, None, noise, op, level, None, None)
         else:
-            done = plain_affine(_READ, x0, noise, None, None, op, level, None, None)
+            done = plain_affine(op, _READ, x0, noise, None, None, op, level, None, None)
         if done is not None:
             return done
     samples(op, "x0", x0)

@@ -12,7 +12,7 @@ from ..backends import kernels, reference
 from ..noise import Noise
 from .checks import like, noise_for, promote, samples
 from .flat import flatten
-from .routing import Route, batchable, route, wants_grad
+from .routing import DirectFunction, Route, batchable, route, wants_grad
 
 
 def reparameterise(mu: Tensor, log_var: Tensor, noise: Noise | Tensor) -> tuple[Tensor, Tensor]:
@@ -88,7 +88,7 @@ def _differentiable(
     return of_mu.to(mu.dtype), of_log_var.to(mu.dtype)
 
 
-class _Gaussian(torch.autograd.Function):
+class _Gaussian(DirectFunction):
     @staticmethod
     def forward(ctx: Any, mu: Tensor, log_var: Tensor, eps: Tensor | None, noise: Noise | None, op: str) -> Any:
         ctx.set_materialize_grads(False)

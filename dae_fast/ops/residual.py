@@ -14,11 +14,11 @@ from ..backends import kernels, reference
 from ..backends.reference import row_of
 from ..level import Level
 from ..noise import Noise
-from ..rows import Rows, constant_rows
+from ..rows import Rows, constant_rows, rows_at
 from .affine import ABSENT, Gradients, affine, row_dots
 from .flat import flatten, seen
 from .masks import Drawn, FlatMask, Mask, kept_elements, tensors_of
-from .routing import Route, batchable, plain_loss, route, wants_grad
+from .routing import DirectFunction, Route, batchable, is_one, plain_loss, route, wants_grad
 
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS = ("none", "mean", "sum")  # a reduction's place here is its number in the native core
@@ -83,15 +83,10 @@ def plain_residual_loss(
     made = plain_loss(pred, y, z, noise, columns, kind, number, None if row else name, source)
     if made is None:
         return None
-    loss, grad, also = made
+    loss, grad, also, table, t = made
     if grad is None:
         return loss, also
-    if row is not None:
-        rows = Rows(source, None)
-    else:
-        assert level is not None and level._schedule is not None and name is not None
-        table, t = level._schedule._tables[name, reference.compute_dtype(pred.dtype), pred.device], level._t
-        rows = Rows(table[t : t + 1], None) if isinstance(t, int) else Rows(table, t)
+    rows = rows_at(table, t)
     if columns[0] == ABSENT:
         y = None
     if columns[1] == ABSENT:
@@ -263,7 +258,7 @@ def gradients(
     return found
 
 
-class _SampleMeans(torch.autograd.Function):
+class _SampleMeans(DirectFunction):
     """Eager; the gradient is made in backward, when its scale is known."""
 
     @staticmethod
@@ -290,7 +285,7 @@ class _SampleMeans(torch.autograd.Function):
         return (*found, None)
 
 
-class _Loss(torch.autograd.Function):
+class _Loss(DirectFunction):
     """Eager; gives the loss the gradient of pred that was made with it, for an upstream gradient of 1."""
 
     @staticmethod
@@ -310,6 +305,8 @@ class _Loss(torch.autograd.Function):
         mask, rows = drawn or mask, Rows(table, index)
         # Given away at its first use: held any longer, it would be copied into pred.grad.
         grad, ctx.grad = ctx.grad, None
+        if grad is not None and not ctx.needs_input_grad[1] and is_one(upstream) and not torch.is_grad_enabled():
+            return grad, None, None, None, None
         in_torch = torch.is_grad_enabled() or route(op, upstream, pred) is not Route.DIRECT
         of_weight = None
         if in_torch or ctx.needs_input_grad[1]:

@@ -225,7 +225,7 @@ class Update:
         z, noise = (z, noise) if reads_z else (None, None)
         columns, clamp = self._columns(reads_z, w is not None)
         if quantile is None and not is_compiling():
-            stepped = plain_affine(columns, x, p, z, noise, i, table, w, clamp)
+            stepped = plain_affine(self.op, columns, x, p, z, noise, i, table, w, clamp)
             if stepped is not None:
                 return stepped if isinstance(stepped, tuple) else (stepped,)
         row = table[i : i + 1]
