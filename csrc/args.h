@@ -36,19 +36,23 @@ struct Noise {
 
 constexpr int kAbsent = -1;  // a column number: this coefficient is 0, and what it is about not read
 
+constexpr int kMaxConstants = 16;
+
 // (rows, columns) coefficients in the compute type. Row b reads table[index[b]], table[b], or
 // table[0] when there is one row.
 struct Table {
-  const void* data;
+  const void* data;  // nullptr: `constants` is the one row
   int64_t rows, columns;
   const void* index;  // int64 or int32, or nullptr
   bool index_is_int64;
+  double constants[kMaxConstants];  // in the launch itself: no memory that a captured graph would have to keep
 };
 
 // Column `column` of row b; NaN where the level lies outside the table.
 template <class R>
 DAE_FN R coefficient(const Table& table, int64_t b, int column) {
   if (column == kAbsent) return R(-0.0);  // times 0 it is -0, which changes no sum, not even of zeros
+  if (!table.data) return static_cast<R>(table.constants[column]);
   int64_t i = table.rows == 1 ? 0 : b;
   if (table.index) {
     i = table.index_is_int64 ? static_cast<const int64_t*>(table.index)[b] : static_cast<const int32_t*>(table.index)[b];
@@ -78,11 +82,14 @@ struct AffineArgs {
 // No stream: nothing is chosen so.
 struct Choice {
   Noise noise;
-  const int64_t* thresholds = nullptr;  // (rows, 2), in [0, 2^32]
+  const int64_t* thresholds = nullptr;  // (rows, 2), in [0, 2^32]; nullptr: `constants` is the one row
   int64_t rows = 1;
   bool keeps = false;  // of a mask: what counts are the elements that are left
+  int64_t constants[2] = {};
 
-  DAE_FN const int64_t* of_row(int64_t row) const { return thresholds + (rows == 1 ? 0 : 2 * row); }
+  DAE_FN int64_t threshold(int64_t row, int k) const {
+    return thresholds ? thresholds[(rows == 1 ? 0 : 2 * row) + k] : constants[k];
+  }
   DAE_FN bool counts(uint32_t word, int64_t second) const { return (word < second) != keeps; }
 };
 

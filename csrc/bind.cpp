@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <optional>
 #include <string>
@@ -43,27 +44,32 @@ void run(const Queue& queue, const Batch& batch, Function Api::*function, const 
 using Bounds = std::optional<std::tuple<int, int, int, double, double>>;
 
 // thresholds: (1 or B, 2) int64; noise None: nothing is chosen so.
-Choice read_choice(const py::object& noise, const py::object& thresholds, bool keeps) {
+Choice read_choice(const py::object& noise, const py::object& thresholds, bool keeps, bool for_gpu) {
   Choice choice;
   if (noise.is_none()) return choice;
   choice.noise = read_noise(noise.ptr(), false);
-  choice.thresholds = static_cast<const int64_t*>(address(thresholds.ptr()));
-  choice.rows = View(thresholds.ptr()).size(0);
+  const View view(thresholds.ptr());
+  choice.thresholds = static_cast<const int64_t*>(view.data());
+  choice.rows = view.size(0);
   choice.keeps = keeps;
+  if (for_gpu && view.is_cpu() && choice.rows == 1) {  // as read_table
+    std::copy_n(choice.thresholds, 2, choice.constants);
+    choice.thresholds = nullptr;
+  }
   return choice;
 }
 
 int64_t affine(const py::object& x, const py::object& y, const py::object& z, const py::object& w,
                const py::object& noise, bool raw, const py::object& table, const py::object& index,
                const std::vector<int>& columns, const Bounds& clamp, const py::object& out, const py::object& out2) {
+  const Queue q = queue_of(out.ptr());
   const Operands operands(out.ptr(), {x.ptr(), y.ptr(), z.ptr(), w.ptr(), out.ptr(), out2.ptr()}, !noise.is_none());
   AffineArgs a{operands.batch, operands[0], operands[1], operands[2], operands[3], operands[4], operands[5]};
   a.noise = read_noise(noise.ptr(), raw);
-  a.table = read_table(table.ptr(), index.ptr());
+  a.table = read_table(table.ptr(), index.ptr(), q.device >= 0);
   for (size_t i = 0; i < 8; ++i) a.columns[i] = i < columns.size() ? columns[i] : kAbsent;
   a.clamped = clamp.has_value();
   if (clamp) std::tie(a.inner[0], a.inner[1], a.inner[2], a.lo, a.hi) = *clamp;
-  const Queue q = queue_of(out.ptr());
   const int64_t bad = q.device < 0 ? bad_level(a.table, a.batch.B) : kNoBadLevel;
   if (bad == kNoBadLevel) run(q, a.batch, &Api::affine, a, q);
   return bad;
@@ -78,13 +84,14 @@ int64_t residual(const py::object& pred, const py::object& y, const py::object& 
                  const py::object& weight, const py::object& upstream, bool only_if_scaled, int reduction,
                  const py::object& per_sample, const py::object& loss, const py::object& also,
                  const py::object& grad, const py::object& sums, const py::object& counter) {
+  const Queue q = queue_of(pred.ptr());
   const Operands operands(pred.ptr(), {pred.ptr(), y.ptr(), z.ptr(), mask.ptr(), grad.ptr()},
                           !noise.is_none() || !mask_noise.is_none());
   ResidualArgs a{operands.batch, operands[0], operands[1], operands[2], operands[3], operands[4]};
-  a.choice = read_choice(mask_noise, thresholds, keeps);
+  a.choice = read_choice(mask_noise, thresholds, keeps, q.device >= 0);
   a.penalty = static_cast<Penalty>(kind);
   a.noise = read_noise(noise.ptr(), false);
-  a.table = read_table(table.ptr(), index.ptr());
+  a.table = read_table(table.ptr(), index.ptr(), q.device >= 0);
   for (int i = 0; i < 3; ++i) a.columns[i] = columns[i];
   Dtype weight_dtype = Dtype::f32;
   if (!weight.is_none()) View(weight.ptr()).dtype(weight_dtype);
@@ -100,7 +107,6 @@ int64_t residual(const py::object& pred, const py::object& y, const py::object& 
                       {columns[4], columns[5]},
                       address_or_null(also)};
   const Scratch scratch{static_cast<double*>(address_or_null(sums)), static_cast<uint32_t*>(address_or_null(counter))};
-  const Queue q = queue_of(pred.ptr());
   const int64_t bad = q.device < 0 ? bad_level(a.table, a.batch.B) : kNoBadLevel;
   if (bad == kNoBadLevel) run(q, a.batch, &Api::residual, a, args, scratch, q);
   return bad;
@@ -124,16 +130,17 @@ void mask_count(const py::object& mask, const py::object& mask_noise, const py::
   const Operands operands(mask.ptr(), {drawn ? Py_None : mask.ptr()}, drawn);
   const Scratch scratch{static_cast<double*>(address_or_null(sums)), static_cast<uint32_t*>(address_or_null(counter))};
   const Queue q = queue_of(mask.ptr());
-  run(q, operands.batch, &Api::mask_count, MaskArgs{operands.batch, operands[0], read_choice(mask_noise, thresholds, keeps)},
-      static_cast<double*>(address(kept.ptr())), scratch, q);
+  const MaskArgs a{operands.batch, operands[0], read_choice(mask_noise, thresholds, keeps, q.device >= 0)};
+  run(q, a.batch, &Api::mask_count, a, static_cast<double*>(address(kept.ptr())), scratch, q);
 }
 
 // x where its word leaves it, else low or high.
 void corrupt(const py::object& x, const py::object& noise, const py::object& thresholds, double low, double high,
              const py::object& out) {
   const Operands operands(x.ptr(), {x.ptr(), out.ptr()}, true);
-  const CorruptArgs a{operands.batch, operands[0], operands[1], read_choice(noise, thresholds, false), low, high};
   const Queue q = queue_of(x.ptr());
+  const Choice choice = read_choice(noise, thresholds, false, q.device >= 0);
+  const CorruptArgs a{operands.batch, operands[0], operands[1], choice, low, high};
   run(q, a.batch, &Api::corrupt, a, q);
 }
 

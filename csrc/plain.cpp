@@ -1,6 +1,8 @@
 #include "plain.h"
 
+#include <array>
 #include <iterator>
+#include <map>
 #include <optional>
 
 #include "nvtx.h"
@@ -89,6 +91,8 @@ class PlainCall {
     return is_true(attribute(t, names().requires_grad)) && asks_true(TorchState::get().is_grad_enabled);
   }
 
+  bool is_for_gpu() const { return !first_->is_cpu() || g_pretend_gpu; }
+
   // Integers that kernels read as they lie in memory: how many along the first dimension, -1 where they are not so.
   int64_t length_of_dense(PyObject* t) const {
     const auto view = View::of_plain(t);
@@ -108,7 +112,9 @@ class PlainCall {
   // all samples, a tensor for one of each, None for a table of one row or of one for each sample.
   bool read_source(PyObject* name, PyObject* source, Table& read) {
     if (!PyUnicode_Check(name)) {
-      if (wants_grad(source) || length_of_dense(source) < 0) return false;
+      const auto view = View::of_plain(source);
+      if (!view || view->dims() != 2 || !view->is_contiguous() || wants_grad(source)) return false;
+      if (!view->is_on_device_of(*first_) && !(view->is_cpu() && view->size(0) == 1)) return false;
       table_ = source;
       return read_rows(name, read);
     }
@@ -127,19 +133,19 @@ class PlainCall {
   bool read_rows(PyObject* t, Table& read) {
     index_.emplace(Py_NewRef(t));
     if (PyLong_Check(t)) {
-      read = read_table(table_, Py_None);
+      read = read_table(table_, Py_None, is_for_gpu());
       take_row(t, read);
       return true;
     }
     if (t != Py_None && length_of_dense(t) != batch_.B) return false;
-    read = read_table(table_, t);
+    read = read_table(table_, t, is_for_gpu());
     return !first_->is_cpu() || bad_level(read, batch_.B) < 0;
   }
 
   // One row for all samples, which is there.
   void take_row(PyObject* i, Table& read) const {
     const int64_t size = batch_.dtype == Dtype::f64 ? sizeof(double) : sizeof(float);
-    read.data = static_cast<const char*>(read.data) + PyLong_AsLongLong(i) * read.columns * size;
+    if (read.data) read.data = static_cast<const char*>(read.data) + PyLong_AsLongLong(i) * read.columns * size;
     read.rows = 1;
   }
 
@@ -286,9 +292,9 @@ class PlainLoss : PlainCall {
       if (t != Py_None && wants_grad(t)) return Py_NewRef(Py_None);
     args.penalty = static_cast<Penalty>(PyLong_AsLong(a[5]));
 
-    const Owned loss(new_empty(PyTuple_New(0)));
+    const Owned loss(new_numbers(kOne));
     const Owned grad(wanted ? empty_like_first(args.grad.data) : Py_NewRef(Py_None));
-    const Owned also(columns[4] == kAbsent ? Py_NewRef(Py_None) : new_empty(Py_BuildValue("(i)", 2)));
+    const Owned also(columns[4] == kAbsent ? Py_NewRef(Py_None) : new_numbers(kTwo));
     if (!is_ours()) {
       launch_elsewhere(names().plain_loss, a[0], y, z, noise, a[4], a[5], a[6], table_, index(), loss.get(),
                        grad.get(), also.get());
@@ -301,7 +307,7 @@ class PlainLoss : PlainCall {
       if (also.get() != Py_None) of_loss.also = address(also.get());
       std::optional<Owned> scratch;  // until the kernel is launched
       Scratch room;
-      if (!first_->is_cpu() || g_pretend_gpu) {
+      if (is_for_gpu()) {
         const Owned device = attribute(x_, names().device);
         const Owned doubles(PyLong_FromLongLong(scratch_doubles(batch_.B, batch_.D, 1)));
         PyObject* const given[] = {device.get(), doubles.get()};
@@ -315,10 +321,22 @@ class PlainLoss : PlainCall {
   }
 
  private:
-  // Of the table's dtype and device, in `shape`, which is taken over.
-  PyObject* new_empty(PyObject* shape) const {
-    const Owned owned(shape);
-    return PyObject_CallMethodOneArg(table_, names().new_empty, owned.get());
+  enum Shape { kOne, kTwo };  // (), (2,)
+
+  // Of the compute type, on the first tensor's device. Like a tensor that is kept: torch.empty itself takes longer.
+  PyObject* new_numbers(Shape shape) const {
+    static std::map<std::array<int, 3>, PyObject*> kept;
+    PyObject*& like = kept[{shape, first_->device(), batch_.dtype == Dtype::f64}];
+    if (!like) like = make_numbers(shape);
+    PyObject* const given[] = {like};
+    return PyObject_Vectorcall(TorchState::get().empty_like, given, 1, nullptr);
+  }
+
+  PyObject* make_numbers(Shape shape) const {
+    const Owned sizes(shape == kOne ? PyTuple_New(0) : Py_BuildValue("(i)", 2)), device = attribute(x_, names().device);
+    const Owned empty(member("torch", "empty")), arguments(PyTuple_Pack(1, sizes.get()));
+    const Owned options(Py_BuildValue("{sOsO}", "dtype", compute_dtype(), "device", device.get()));
+    return Owned(PyObject_Call(empty.get(), arguments.get(), options.get())).release();
   }
 };
 
@@ -395,9 +413,20 @@ const Api& api_of(const Queue& queue) { return queue.device < 0 ? cpu::kApi : *c
 
 Queue queue_of(PyObject* tensor) { return queue_of_device(View(tensor).device()); }
 
-Table read_table(PyObject* table, PyObject* index) {
+Table read_table(PyObject* table, PyObject* index, bool for_gpu) {
   const View view(table);
-  Table t{view.data(), view.size(0), view.size(1), nullptr, false};
+  Table t{view.data(), view.size(0), view.size(1), nullptr, false, {}};
+  if (for_gpu && view.is_cpu() && t.rows == 1) {
+    if (t.columns > kMaxConstants) {
+      PyErr_Format(PyExc_RuntimeError, "dae_fast: a row of %zd constants", static_cast<Py_ssize_t>(t.columns));
+      throw PythonError();
+    }
+    Dtype dtype = Dtype::f32;
+    view.dtype(dtype);
+    for (int64_t i = 0; i < t.columns; ++i)
+      t.constants[i] = dtype == Dtype::f64 ? static_cast<const double*>(t.data)[i] : static_cast<const float*>(t.data)[i];
+    t.data = nullptr;
+  }
   if (index != Py_None) {
     const View rows(index);
     t.index = rows.data();

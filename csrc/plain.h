@@ -14,7 +14,8 @@ const Api& api_of(const Queue& queue);
 // torch's current stream of a GPU tensor's device.
 Queue queue_of(PyObject* tensor);
 
-Table read_table(PyObject* table, PyObject* index);
+// The one row of a table in host memory is read now; on a GPU a table is read in the kernel.
+Table read_table(PyObject* table, PyObject* index, bool for_gpu);
 // The first row whose level lies outside the table, or -1. Reads the index: on the CPU only.
 int64_t bad_level(const Table& table, int64_t B);
 

@@ -45,10 +45,9 @@ PyObject* member(const char* module, const char* name) {
 
 const Names& names() {
   static const Names known = {
-      intern("dtype"),         intern("shape"),     intern("device"),     intern("requires_grad"), intern("is_neg"),
-      intern("new_empty"),     intern("_seed"),     intern("_offset"),    intern("_key_tensor"),   intern("_sample"),
-      intern("_first_sample"), intern("_schedule"), intern("_t"),         intern("_tables"),       intern("plain_affine"),
-      intern("plain_loss")};
+      intern("dtype"),  intern("shape"),   intern("device"),      intern("requires_grad"), intern("is_neg"),
+      intern("_seed"),  intern("_offset"), intern("_key_tensor"), intern("_sample"),       intern("_first_sample"),
+      intern("_schedule"), intern("_t"),   intern("_tables"),     intern("plain_affine"),  intern("plain_loss")};
   return known;
 }
 

@@ -43,7 +43,7 @@ PyObject* member(const char* module, const char* name);
 
 // Names of attributes, made once: Python compares them by address.
 struct Names {
-  PyObject *dtype, *shape, *device, *requires_grad, *is_neg, *new_empty;
+  PyObject *dtype, *shape, *device, *requires_grad, *is_neg;
   PyObject *seed, *offset, *key_tensor, *sample, *first_sample;  // of a Noise
   PyObject *schedule, *t, *tables;                               // of a Level and its Schedule
   PyObject *plain_affine, *plain_loss;                           // of a backend in Python

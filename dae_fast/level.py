@@ -112,7 +112,7 @@ class Level:
         check_per_sample(op, "level.alpha", alpha, x)
         check_per_sample(op, "level.sigma", sigma, x)
         wide = [
-            v.double() if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64, device=x.device)
+            v.double() if isinstance(v, Tensor) else torch.full((), v, dtype=torch.float64, device=x.device)
             for v in (alpha, sigma)
         ]
         rows = stack_rows(op, coefficients(*wide), x, dtype)

@@ -177,7 +177,7 @@ class EDMPreconditioner(torch.nn.Module):
         samples(op, "x_t", x_t)
         rows = self._rows(x_t, level)
         scaled = affine(op, x_t, None, None, None, rows, (2, ABSENT, ABSENT, ABSENT))[0]
-        F = self.net(scaled, look_up(op, rows)[:, 3], **arguments)
+        F = self.net(scaled, look_up(op, rows, x_t)[:, 3], **arguments)
         like(op, "the network's output", F, "x_t", x_t)
         return F
 

@@ -44,26 +44,30 @@ def outside_modes() -> Iterator[None]:
 
 
 @lru_cache(maxsize=16)
-def _constant_rows(columns: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Rows:
+def _constant_rows(columns: tuple[float, ...], dtype: torch.dtype) -> Rows:
     with outside_modes():
-        table = torch.tensor([columns], dtype=torch.float64).to(dtype)
+        table = torch.tensor([columns], dtype=torch.float64, device="cpu").to(dtype)
         if not table.isfinite().all():
             raise ValueError(f"coefficients must be finite in {dtype}, got {columns}")
-        return Rows(table.to(device), None)
+        return Rows(table, None)
 
 
-def constant_rows(op: str, columns: tuple[float, ...], x: Tensor, dtype: torch.dtype) -> Rows:
-    """One row of floats, kept; not for what torch.compile traces."""
+def constant_rows(op: str, columns: tuple[float, ...], dtype: torch.dtype) -> Rows:
+    """One row of floats; not for what torch.compile traces.
+
+    In host memory, whatever the samples' device: a launch takes it along, so that nothing is copied to a GPU, and a
+    captured graph holds it.
+    """
     try:
-        return _constant_rows(columns, dtype, x.device)
+        return _constant_rows(columns, dtype)
     except ValueError as error:
         raise ValueError(f"{op}: {error}") from None
 
 
 def stack_rows(op: str, columns: tuple[Any, ...], x: Tensor, dtype: torch.dtype) -> Rows:
-    """Rows from columns that are floats, () tensors or (B,) tensors, worked out in float64."""
+    """Rows from columns that are floats, () tensors or (B,) tensors, worked out in float64 on x's device."""
     if not any(isinstance(c, Tensor) for c in columns) and not torch.compiler.is_compiling():
-        return constant_rows(op, columns, x, dtype)
+        return constant_rows(op, columns, dtype)
     # As a factor, a float that changes is an input of a compiled graph; in torch.tensor it is a constant.
     one = torch.ones((), dtype=torch.float64, device=x.device)
     wide = [c.double() if isinstance(c, Tensor) else one * c for c in columns]

@@ -279,7 +279,7 @@ class Schedule:
             return float(values[t])
         op = f"Level.{column}"
         table = table_of(self, op, column, lambda a, s: (a if column == "alpha" else s,), torch.float32, t.device)
-        return look_up(table, t, op)[:, 0]
+        return look_up(table, t, op, t)[:, 0]
 
 
 def levels(what: str, T: int | None) -> int:

@@ -114,7 +114,7 @@ static inline const uint8_t* read_mask(const Batch& batch, const Operand& mask, 
   alignas(64) uint32_t words[kSegment];
   generate_words(choice.noise, unit, words);
   for (int64_t r = 0; r < unit.rows; ++r) {
-    const int64_t at = r * unit.length, second = choice.of_row(unit.row + r)[1];
+    const int64_t at = r * unit.length, second = choice.threshold(unit.row + r, 1);
     for (int64_t i = 0; i < unit.length; ++i) buffer[at + i] = choice.counts(words[at + i], second);
   }
   return buffer;
@@ -361,7 +361,7 @@ static void corrupt_units(const CorruptArgs& a, int64_t unit_begin, int64_t unit
     generate_words(a.choice.noise, unit, words);
     for (int64_t r = 0; r < unit.rows; ++r) {
       const int64_t at = r * unit.length;
-      const int64_t *thresholds = a.choice.of_row(unit.row + r), first = thresholds[0], second = thresholds[1];
+      const int64_t row = unit.row + r, first = a.choice.threshold(row, 0), second = a.choice.threshold(row, 1);
 #pragma GCC ivdep
       for (int64_t i = at; i < at + unit.length; ++i) {
         const R kept = widen(x[i]), struck = words[i] < first ? low : high;

@@ -321,7 +321,7 @@ __device__ __forceinline__ void words(const B& blocks, uint32_t (&w)[N]) {
 // Which elements of a group a drawn mask counts.
 template <int N, class B>
 __device__ __forceinline__ void draw(const Choice& choice, int64_t row, const B& blocks, bool (&counts)[N]) {
-  const int64_t second = choice.of_row(row)[1];
+  const int64_t second = choice.threshold(row, 1);
   uint32_t w[N];
   words(blocks, w);
 #pragma unroll

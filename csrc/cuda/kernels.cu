@@ -366,7 +366,7 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<T, Access>))
   if (cursor.g < unit.groups) cursor.read(kClean, fetched);
 #pragma unroll 1
   for (int i = threadIdx.x; i < 2 * unit.rows; i += kThreads)
-    thresholds[i / 2][i % 2] = p.choice.of_row(unit.row + i / 2)[i % 2];
+    thresholds[i / 2][i % 2] = p.choice.threshold(unit.row + i / 2, i % 2);
   prepare_keys(p.choice.noise, unit, keys);
   __syncthreads();
   const auto walk = [&](auto groups) {

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..rows import constant_rows
 from .reference import columns_of_residual, compute_dtype, raise_bad_level
 from .tickets import workspace
 
@@ -272,7 +273,7 @@ def fold_in_tensor(noise: Noise, data: Tensor | int) -> Tensor:
 
 def normal(noise: Noise, B: int, D: int, dtype: torch.dtype, device: torch.device, fold: bool = True) -> Tensor:
     """(B, D) normals; with fold=False every row is the raw stream of the key."""
-    one = torch.ones(1, 1, dtype=compute_dtype(dtype), device=device)
+    one, _ = constant_rows("normal", (1.0,), compute_dtype(dtype))
     out = torch.empty(B, D, dtype=dtype, device=device)
     return affine("normal", None, None, None, noise, one, None, (-1, -1, 0, -1), None, out, not fold)[0]
 

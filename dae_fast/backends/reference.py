@@ -105,10 +105,10 @@ def noise_like(noise: Noise, x: Tensor) -> Tensor:
     return values.reshape(x.shape)
 
 
-def coefficients(table: Tensor, index: Tensor | None, op: str) -> Tensor:
-    """(B or 1, K) rows of the table. A level outside it raises on the CPU and is NaN elsewhere."""
+def coefficients(table: Tensor, index: Tensor | None, op: str, x: Tensor) -> Tensor:
+    """(B or 1, K) rows of the table on x's device. A level outside it raises on the CPU and is NaN elsewhere."""
     if index is None:
-        return table
+        return table.to(x.device)
     inside = (index >= 0) & (index < table.shape[0])
     unreadable = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     if not unreadable and type(index) is Tensor and index.device.type == "cpu" and not inside.all():
@@ -140,7 +140,7 @@ def affine(
     clamp (a0, a1, a3, lo, hi): y becomes clamp(a0*x + a1*y + a3*w, lo, hi).
     """
     compute = compute_dtype(x.dtype)
-    rows = coefficients(table, index, op).to(compute)
+    rows = coefficients(table, index, op, x).to(compute)
     column = [row_of(rows, k, x) for k in range(rows.shape[1])]
     inputs = [None if t is None else t.to(compute) for t in (x, y, z, w)]
     if noise is not None:
@@ -175,7 +175,7 @@ def residual(
     columns: of n1, n2 and rho's delta. kind: rho's place in KINDS.
     """
     compute = compute_dtype(pred.dtype)
-    rows = coefficients(table, index, op).to(compute)
+    rows = coefficients(table, index, op, pred).to(compute)
     r = pred.to(compute)
     third = noise_like(noise, pred) if noise is not None else z
     for column, t in zip(columns[:2], (y, third), strict=True):
@@ -238,6 +238,7 @@ def corrupt(x: Tensor, noise: Noise, thresholds: Tensor, low: float, high: float
     """x with `low` where its word is below thresholds[b, 0], `high` where it is below thresholds[b, 1]."""
     B = x.shape[0]
     w = words(noise, B, x[0].numel() if B else 0, x.device).reshape(x.shape)
+    thresholds = thresholds.to(x.device)
     first, second = row_of(thresholds, 0, x), row_of(thresholds, 1, x)
     return torch.where(w < first, low, torch.where(w < second, high, x)).to(x.dtype)
 

@@ -203,7 +203,26 @@ def _noise(noise: Noise | None, device: torch.device) -> Address:
 
 
 def _choice(noise: Noise, thresholds: Tensor, device: torch.device) -> Choice:
-    return (*_noise(noise, device), thresholds.contiguous(), 2 if thresholds.shape[0] > 1 else 0)
+    return (*_noise(noise, device), _on(device, thresholds.contiguous()), 2 if thresholds.shape[0] > 1 else 0)
+
+
+def _on(device: torch.device, table: Tensor) -> Tensor:
+    """A row of constants, which lies in host memory, where the kernels read it."""
+    if table.device == device:
+        return table
+    if torch.cuda.is_current_stream_capturing():
+        return _filled(table, device)  # the graph's own memory
+    # By stream: what is dropped with the row may still be read there, and is used again after that.
+    copies: dict[tuple[int, int], Tensor] = vars(table).setdefault("_copies", {})
+    stream = device.index, torch._C._cuda_getCurrentRawStream(device.index)
+    if stream not in copies:
+        copies[stream] = _filled(table, device)
+    return copies[stream]
+
+
+def _filled(row: Tensor, device: torch.device) -> Tensor:
+    """Not a copy from the host, which would wait for the device."""
+    return torch.stack([torch.full((), value, dtype=row.dtype, device=device) for value in row[0].tolist()])[None]
 
 
 def _memory(operands: Operands, ordered: bool) -> tuple[bool, Layout]:
@@ -380,6 +399,7 @@ def _run_affine(
     w: Tensor | None,
 ) -> None:
     device = x.device
+    table = _on(device, table)
     seed, offset, key, sample, first = _noise(noise, device)
     call = _affine_call(
         shape,
@@ -479,6 +499,7 @@ def residual(
     A mask costs a second launch: how many elements count must be known first.
     """
     shape, device = pred.shape, pred.device
+    table = _on(device, table)
     per_sample = table.new_empty(shape[0]) if want_loss or not want_grad else None
     loss = table.new_empty(()) if want_loss else None
     columns = columns_of_residual(columns)
@@ -571,6 +592,7 @@ def plain_loss(
     """For csrc/plain.cpp, as plain_affine."""
     if isinstance(index, int):
         table, index = table[index : index + 1], None
+    table = _on(pred.device, table)
     _run_residual(
         aligned,
         CONTIGUOUS,

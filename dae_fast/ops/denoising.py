@@ -302,8 +302,11 @@ def _rows(op: str, pred: Tensor, level: Level | None, columns: LossColumns, delt
     if delta is None:
         return rows
     # Not in the schedule's table, which would be another for every delta of a loop that changes it.
-    table = look_up(op, rows)
-    column = torch.as_tensor(delta, dtype=compute, device=pred.device).reshape(-1, 1)
+    table = look_up(op, rows, pred)
+    column = (
+        delta.to(compute) if isinstance(delta, Tensor) else torch.full((), delta, dtype=compute, device=pred.device)
+    )
+    column = column.reshape(-1, 1)
     B = max(len(table), len(column))
     table = table.expand(B, -1)
     return Rows(torch.cat((table[:, :3], column.expand(B, -1), table[:, 3:]), 1), None)

@@ -39,7 +39,7 @@ def langevin_step(
     op = "langevin_step"
     numbers = type(step_size) is type(noise_scale) is float
     if numbers and step_size >= 0 and out is None and isinstance(x, Tensor) and not is_compiling():
-        rows = constant_rows(op, _coefficients(step_size, noise_scale), x, compute_dtype(x.dtype))
+        rows = constant_rows(op, _coefficients(step_size, noise_scale), compute_dtype(x.dtype))
         tensor, generated = (None, noise) if type(noise) is Noise else (noise, None)
         stepped = plain_affine(op, _COLUMNS, x, score, tensor, generated, None, rows.table, None, None)
         if stepped is not None:

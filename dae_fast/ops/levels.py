@@ -27,15 +27,15 @@ def rows_for(op: str, level: Level, key: tuple[Any, ...], made: Coefficients, x:
     return level._rows(op, " ".join(map(str, key)), made, x, dtype)
 
 
-def look_up(op: str, rows: Rows) -> Tensor:
-    """(1 or B, K), for torch's own arithmetic."""
-    return coefficients(*seen(rows), op)
+def look_up(op: str, rows: Rows, x: Tensor) -> Tensor:
+    """(1 or B, K) on x's device, for torch's own arithmetic."""
+    return coefficients(*seen(rows), op, x)
 
 
 def alpha_sigma(op: str, level: Level, x: Tensor) -> tuple[Tensor, Tensor]:
     """float64 on x's device, () or (B,), of batch x."""
     rows = level._rows(op, "alpha, sigma", lambda alpha, sigma: (alpha, sigma), x, torch.float64)
-    pairs = look_up(op, rows)
+    pairs = look_up(op, rows, x)
     if rows.t is None and pairs.shape[0] == 1:
         pairs = pairs[0]
     alpha, sigma = pairs.unbind(-1)
@@ -45,7 +45,9 @@ def alpha_sigma(op: str, level: Level, x: Tensor) -> tuple[Tensor, Tensor]:
 def value_at(op: str, name: str, function: Callable[..., Any], level: Level, x: Tensor) -> Tensor:
     """function(alpha, sigma), float64 () or (B,), a constant. Raises where it returns something else."""
     value = function(*alpha_sigma(op, level, x))
-    if not isinstance(value, Tensor):
+    if isinstance(value, (int, float)):
+        value = torch.full((), value, dtype=torch.float64, device=x.device)  # a copy from the host would wait
+    elif not isinstance(value, Tensor):
         value = torch.as_tensor(value, dtype=torch.float64, device=x.device)
     if value.shape not in ((), (1,), x.shape[:1]):
         got = tuple(value.shape)

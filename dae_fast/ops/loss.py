@@ -144,7 +144,7 @@ def loss_weight(
         raise ValueError(f"{op}: level_weight is looked up by level and needs level=schedule[t]")
     check_level_weight(op, level._schedule, level_weight)
     level._check(op, pred)
-    looked_up = look_up(op, rows_at(level_weight[:, None], t))[:, 0].expand(pred.shape[0])
+    looked_up = look_up(op, rows_at(level_weight[:, None], t), pred)[:, 0].expand(pred.shape[0])
     return looked_up if weight is None else weight * looked_up
 
 
@@ -158,4 +158,4 @@ def check_level_weight(op: str, schedule: Schedule, level_weight: Tensor) -> Non
 def error_factor(op: str, predict: str, to: str, level: Level, mse: Tensor) -> Tensor:
     """(B,) or (1,): squared error of `to` for each unit of that of the prediction."""
     rows = level._rows(op, f"error of {to} from {predict}", error_ratio(predict, to), mse, mse.dtype)
-    return look_up(op, rows)[:, 0]
+    return look_up(op, rows, mse)[:, 0]

@@ -23,7 +23,7 @@ class Drawn(NamedTuple):
 
     def on(self, x: Tensor) -> Tensor:
         """As a bool tensor like x."""
-        below = self.noise.bits(x.shape, device=x.device) < row_of(self.thresholds, 1, x)
+        below = self.noise.bits(x.shape, device=x.device) < row_of(self.thresholds.to(x.device), 1, x)
         return ~below if self.kept else below
 
 

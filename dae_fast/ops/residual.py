@@ -17,6 +17,7 @@ from ..noise import Noise
 from ..rows import Rows, constant_rows, rows_at
 from .affine import ABSENT, Gradients, affine, row_dots
 from .flat import flatten, seen
+from .levels import look_up
 from .masks import Drawn, FlatMask, Mask, kept_elements, tensors_of
 from .routing import DirectFunction, Route, batchable, is_one, plain_loss, route, wants_grad
 
@@ -79,7 +80,7 @@ def plain_residual_loss(
     z, noise = (None, target) if type(target) is Noise else (target, None)
     source: Any = level
     if row is not None:
-        source, _ = constant_rows(op, row, pred, reference.compute_dtype(pred.dtype))
+        source, _ = constant_rows(op, row, reference.compute_dtype(pred.dtype))
     made = plain_loss(pred, y, z, noise, columns, kind, number, None if row else name, source)
     if made is None:
         return None
@@ -116,7 +117,7 @@ def residual_loss(
     """
     number = REDUCTIONS.index(reduction)
     columns = *penalty_columns(kind), weighing.factor, *weighing.also
-    also = None if weighing.also == UNWEIGHED.also else rows.table.new_empty(2)
+    also = None if weighing.also == UNWEIGHED.also else pred.new_empty(2, dtype=reference.compute_dtype(pred.dtype))
     assert number or also is None, "further means are those of a loss that is summed"
     wanted = {"kind": kind, "also": also}
     if route(op, pred, y, z, rows.table, weight, *tensors_of(mask)) is Route.DIRECT:
@@ -154,7 +155,7 @@ def residual_loss(
         loss = (loss * kept_elements(pred, mask)).sum()
     means = per_sample.detach()
     if also is not None:
-        factors = reference.coefficients(*seen(rows), op).detach()[:, list(weighing.also)]
+        factors = look_up(op, rows, pred).detach()[:, list(weighing.also)]
         also = (means[:, None] * factors).mean(0)
     return loss, means, also
 
@@ -184,13 +185,13 @@ def _weighted(op: str, per_sample: Tensor, weight: Tensor | None, rows: Rows, we
     """Torch's own arithmetic."""
     if weight is not None:
         per_sample = per_sample * weight.to(per_sample.dtype)
-    factor = _factor(op, rows, weighing.factor)
+    factor = _factor(op, rows, weighing.factor, per_sample)
     return per_sample if factor is None else per_sample * factor
 
 
-def _factor(op: str, rows: Rows, column: int) -> Tensor | None:
+def _factor(op: str, rows: Rows, column: int, x: Tensor) -> Tensor | None:
     """(B,) or (1,), a constant."""
-    return None if column == ABSENT else reference.coefficients(*seen(rows), op).detach()[:, column]
+    return None if column == ABSENT else look_up(op, rows, x).detach()[:, column]
 
 
 def _pred_gradient(
@@ -226,7 +227,7 @@ def _pred_gradient(
     if mask is not None:
         r = torch.where(mask, r, 0)
     column = penalty_columns(kind)[2]
-    delta = None if column == ABSENT else row_of(reference.coefficients(*rows, op).detach(), column, r)
+    delta = None if column == ABSENT else row_of(reference.coefficients(*rows, op, r).detach(), column, r)
     return (scale.reshape(-1, *[1] * (pred.dim() - 1)) * reference.slope(r.to(scale.dtype), kind, delta)).to(pred.dtype)
 
 
@@ -316,7 +317,7 @@ class _Loss(DirectFunction):
             if in_torch:  # differentiable in turn
                 per_sample = sample_means(op, pred, y, z, noise, rows, mask, kind)
             of_weight = each * per_sample
-            factor = _factor(op, rows, factor_column)
+            factor = _factor(op, rows, factor_column, pred)
             of_weight = (of_weight if factor is None else of_weight * factor).to(weight.dtype)
         if not ctx.needs_input_grad[0]:
             return None, of_weight, None, None, None

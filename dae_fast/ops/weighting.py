@@ -254,4 +254,4 @@ def _in_float64(function: Function) -> Coefficients:
 def _column(op: str, level: Level, pred: Tensor, key: tuple[Any, ...], coefficients: Coefficients) -> Tensor:
     """(1,) or (B,) float64, a constant."""
     rows = rows_for(op, level, key, coefficients, pred, torch.float64)
-    return look_up(op, rows)[:, 0].to(pred.device).detach()
+    return look_up(op, rows, pred)[:, 0].detach()
