@@ -44,7 +44,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     )
 
 
-# Of the CUDA library: a binary for each, of those that nvcc knows, and PTX of the last for what comes after.
+# Of the CUDA library: a binary for each, of those that nvcc knows, and PTX of the first for what lies between or after.
 CUDA_ARCHITECTURES = ("80", "90", "100", "120")
 CUDA_ELEMENTS = {"f32": "float", "f64": "double", "bf16": "__nv_bfloat16", "f16": "__half"}
 CUDA_FLAGS = "-std=c++17 -O3 -fmad=false -Xfatbin -compress-all -Xcompiler -fPIC,-fvisibility=hidden"
@@ -83,8 +83,8 @@ def cuda_ninja(ninja: Writer, target: Path, nvcc: str) -> None:
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
     architectures = [a for a in CUDA_ARCHITECTURES if f"sm_{a}" in known]
     codes = [f"-gencode arch=compute_{a},code=sm_{a}" for a in architectures]
-    last = architectures[-1]
-    ninja.variable("nvflags", " ".join([CUDA_FLAGS, *codes, f"-gencode arch=compute_{last},code=compute_{last}"]))
+    first = architectures[0]
+    ninja.variable("nvflags", " ".join([CUDA_FLAGS, *codes, f"-gencode arch=compute_{first},code=compute_{first}"]))
     ninja.rule("compile", f"{nvcc} -MD -MF $out.d $nvflags $element -c $in -o $out", depfile="$out.d", deps="gcc")
     ninja.rule("link", f"{nvcc} -shared -cudart static $in -o $out")
     kernels = [

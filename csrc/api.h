@@ -6,7 +6,7 @@
 
 namespace dae {
 
-// Where a GPU's kernels are launched; the CPU has none.
+// Where a GPU's kernels are launched, its device being the current one; the CPU has none.
 struct Queue {
   int device = -1;
   void* stream = nullptr;  // cudaStream_t
@@ -35,7 +35,8 @@ struct Api {
   const char* (*bits)(const BitsArgs&, Queue);
   // out: the folded key; data is read through data_at where that is set.
   const char* (*fold_in)(const Noise&, uint64_t data, const uint64_t* data_at, Key* out, Queue);
-  const char* (*devices)(int* count);
+  const char* (*devices)(int* count);  // that the library has code for; initialises the driver
+  int (*current_device)();
 };
 
 namespace cpu {

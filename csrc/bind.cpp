@@ -33,6 +33,7 @@ void run(const Queue& queue, const Batch& batch, Function Api::*function, const 
   const Api& api = api_of(queue);
   const char* error;
   {
+    const OnDevice there(queue);
     std::optional<py::gil_scoped_release> release;
     if (queue.device < 0 && batch.B * batch.D > kReleaseGil) release.emplace();
     error = (api.*function)(args...);
@@ -205,16 +206,19 @@ void use_isa(const std::string& name) {
     throw py::value_error("this processor or this build has no instruction set '" + name + "'");
 }
 
-// How many GPUs the CUDA library at `path` sees; raises what keeps it from being used.
-int load_cuda(const std::string& path) {
+void load_cuda(const std::string& path) {
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (!library) throw std::runtime_error(dlerror());
   const auto api = reinterpret_cast<const Api* (*)()>(dlsym(library, "dae_cuda_api"));
   if (!api) throw std::runtime_error(dlerror());
-  int count = 0;
-  const char* error = api()->devices(&count);
-  if (error) throw std::runtime_error(error);
   cuda_api() = api();
+}
+
+// How many GPUs the CUDA library sees; raises what keeps it from being used.
+int cuda_devices() {
+  int count = 0;
+  const char* error = cuda_api()->devices(&count);
+  if (error) throw std::runtime_error(error);
   return count;
 }
 
@@ -251,6 +255,7 @@ PYBIND11_MODULE(_core, m) {
   });
   m.def("max_threads", &cpu::max_threads);
   m.def("load_cuda", &load_cuda);
+  m.def("cuda_devices", &cuda_devices);
   m.def("on_gpu", [](const py::object& tensor) { return queue_of(tensor.ptr()).device >= 0; });
   m.attr("nvtx_built") = nvtx::kBuilt;
   m.def("nvtx_listens", &nvtx::listens);

@@ -180,6 +180,7 @@ class PlainCall {
   void launch(Launch kernel) const {
     const Queue queue = queue_of_device(first_->device());
     const Api& api = api_of(queue);
+    const OnDevice there(queue);
     const char* error;
     if (queue.device < 0 && batch_.B * batch_.D > kReleaseGil) {
       Py_BEGIN_ALLOW_THREADS;
@@ -410,6 +411,20 @@ const Api*& cuda_api() {
 }
 
 const Api& api_of(const Queue& queue) { return queue.device < 0 ? cpu::kApi : *cuda_api(); }
+
+OnDevice::OnDevice(const Queue& queue) {
+  if (queue.device < 0 || cuda_api()->current_device() == queue.device) return;
+  const Owned torch_cuda(PyImport_ImportModule("torch.cuda"));
+  changed_.emplace(PyObject_CallMethod(torch_cuda.get(), "device", "i", queue.device));
+  Owned(PyObject_CallMethod(changed_->get(), "__enter__", nullptr));
+}
+
+OnDevice::~OnDevice() {
+  if (!changed_) return;
+  PyObject* const nothing = PyObject_CallMethod(changed_->get(), "__exit__", "OOO", Py_None, Py_None, Py_None);
+  if (!nothing) PyErr_WriteUnraisable(changed_->get());
+  Py_XDECREF(nothing);
+}
 
 Queue queue_of(PyObject* tensor) { return queue_of_device(View(tensor).device()); }
 

@@ -3,6 +3,8 @@
 
 #include <Python.h>
 
+#include <optional>
+
 #include "api.h"
 #include "tensor.h"
 
@@ -13,6 +15,16 @@ const Api*& cuda_api();
 const Api& api_of(const Queue& queue);
 // torch's current stream of a GPU tensor's device.
 Queue queue_of(PyObject* tensor);
+
+// Makes a GPU the current one for a launch; torch does it, as it starts no device that nobody has used.
+class OnDevice {
+ public:
+  explicit OnDevice(const Queue& queue);
+  ~OnDevice();
+
+ private:
+  std::optional<Owned> changed_;  // a torch.cuda.device
+};
 
 // The one row of a table in host memory is read now; on a GPU a table is read in the kernel.
 Table read_table(PyObject* table, PyObject* index, bool for_gpu);

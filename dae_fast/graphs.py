@@ -48,13 +48,11 @@ def replayed(
     arguments: tuple[Argument, ...] = (),
     table: Tensor | None = None,
     options: Hashable = (),
-    keep: Callable[[], object] = lambda: None,
 ) -> Tensor:
     """loop(x, noise, *arguments, table), from a graph; loop calls `network` and may write x.
 
     arguments: tensors on x's device, copied at every call, and floats, constants of the graph
     table: on the host; a constant on x's device      options: what else the loop depends on
-    keep: asked after a first run for what the loop reads and nothing else holds as long as the graph lives
     The captured loop lives as long as the network, so neither it nor its key may hold the network.
     """
     if progress:
@@ -77,7 +75,7 @@ def replayed(
                 f"references, got {type(owner).__name__}"
             ) from error
         if key not in kept:
-            kept[key] = _Captured(op, loop, x, noise, arguments, table, keep)
+            kept[key] = _Captured(op, loop, x, noise, arguments, table)
             # Not before the capture: it has waited for the replays that may still be running.
             if len(kept) > CAPTURES:
                 kept.popitem(last=False)
@@ -96,7 +94,6 @@ class _Captured:
         noise: Noise,
         arguments: tuple[Argument, ...],
         table: Tensor | None,
-        keep: Callable[[], object],
     ) -> None:
         self.graph = torch.cuda.CUDAGraph()
         # An inference tensor could not be filled outside inference mode, which a later call may be.
@@ -108,10 +105,10 @@ class _Captured:
             with torch.cuda.stream(side):  # what the first run of a network sets up must not be captured
                 loop(x.clone(), noise.to(x.device), *arguments, *self.tables)
             torch.cuda.current_stream().wait_stream(side)
-            self.kept = keep()
             torch.clear_autocast_cache()  # casts of the parameters belong into the graph, to see updates
             try:
-                with torch.cuda.graph(self.graph, stream=side):
+                # Thread-local: what a data loader's thread allocates meanwhile is none of the capture's business.
+                with torch.cuda.graph(self.graph, stream=side, capture_error_mode="thread_local"):
                     self.x = torch.empty_like(x)
                     self.key = torch.empty(2, dtype=torch.int64, device=x.device)
                     self.sample = None if noise._sample is None else torch.empty_like(noise._sample)

@@ -35,7 +35,8 @@ def info() -> dict[str, str]:
         facts[name] = f"missing: {why}" if why else backends.module(name).describe()
     native = backends.module("native")
     if native is not None:
-        facts["cuda"] = f"missing: {native.cuda_missing}" if native.cuda_missing else "built"
+        missing = native.cuda_missing()
+        facts["cuda"] = f"missing: {missing}" if missing else "built"
         facts["nvtx"] = "built" if native.nvtx_built else "missing: no NVTX headers when this was built"
     for device, what in (("cpu", "on CPU"), ("cuda", "on a GPU")):
         facts[f"default {what}"] = backends.default_name(device)

@@ -38,6 +38,7 @@ static const Api kApi = {
     [](const BitsArgs&, Queue) -> const char* { return nullptr; },
     [](const Noise&, uint64_t, const uint64_t*, Key*, Queue) -> const char* { return nullptr; },
     [](int* count) -> const char* { return *count = 1, nullptr; },
+    [] { return 0; },
 };
 extern "C" const Api* dae_cuda_api() { return &kApi; }
 """

@@ -48,7 +48,7 @@ MOST = {
 @needs_library
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_library_loads_and_says_so() -> None:
-    code = f"from dae_fast import _core; _core.load_cuda({str(LIBRARY)!r})"
+    code = f"from dae_fast import _core; _core.load_cuda({str(LIBRARY)!r}); _core.cuda_devices()"
     done = subprocess.run([sys.executable, "-c", f"import torch; {code}"], capture_output=True, text=True)
     assert "RuntimeError: " in done.stderr, done.stderr
     last = done.stderr.splitlines()[-1]

@@ -7,23 +7,6 @@ namespace dae::cuda {
 
 namespace {
 
-// Makes the tensors' device the current one for a launch.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    if (cudaGetDevice(&before_) != cudaSuccess) before_ = device;
-    if (before_ != device) cudaSetDevice(device);
-    changed_ = before_ != device;
-  }
-  ~DeviceGuard() {
-    if (changed_) cudaSetDevice(before_);
-  }
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
-};
-
 Launch make_launch(const Queue& queue) {
   int count = 0;
   // A table look-up in the driver: cheaper to ask than to cache for each device.
@@ -40,24 +23,16 @@ const Kernels& kernels_for(Dtype dtype) {
   }
 }
 
-const char* devices(int* count) {
-  const cudaError_t error = cudaGetDeviceCount(count);
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-
 const char* affine(const AffineArgs& a, Queue queue) {
   if (!a.batch.B || !a.batch.D) return nullptr;
-  const DeviceGuard guard(queue.device);
   return kernels_for(a.batch.dtype).affine(a, make_launch(queue));
 }
 
 const char* residual(const ResidualArgs& a, const LossArgs& loss, Scratch scratch, Queue queue) {
-  const DeviceGuard guard(queue.device);
   return kernels_for(a.batch.dtype).residual(a, loss, scratch, make_launch(queue));
 }
 
 const char* row_dots(const RowDotsArgs& a, double* out, Scratch scratch, Queue queue) {
-  const DeviceGuard guard(queue.device);
   return kernels_for(a.batch.dtype).row_dots(a, out, scratch, make_launch(queue));
 }
 
@@ -105,7 +80,6 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 const char* mask_count(const MaskArgs& a, double* kept, Scratch scratch, Queue queue) {
-  const DeviceGuard guard(queue.device);
   const Launch how = make_launch(queue);
   const Operand operands[] = {a.mask};
   const MaskParams p{Cut{}, a.choice, kept, scratch};
@@ -116,18 +90,15 @@ const char* mask_count(const MaskArgs& a, double* kept, Scratch scratch, Queue q
 
 const char* corrupt(const CorruptArgs& a, Queue queue) {
   if (!a.batch.B || !a.batch.D) return nullptr;
-  const DeviceGuard guard(queue.device);
   return kernels_for(a.batch.dtype).corrupt(a, make_launch(queue));
 }
 
 const char* gaussian(const GaussianArgs& a, void* kl, Scratch scratch, Queue queue) {
-  const DeviceGuard guard(queue.device);
   return kernels_for(a.batch.dtype).gaussian(a, kl, scratch, make_launch(queue));
 }
 
 const char* gaussian_grad(const GaussianGradArgs& a, Queue queue) {
   if (!a.batch.B || !a.batch.D) return nullptr;
-  const DeviceGuard guard(queue.device);
   return kernels_for(a.batch.dtype).gaussian_grad(a, make_launch(queue));
 }
 
@@ -146,7 +117,6 @@ __global__ void __launch_bounds__(kThreads) bits_kernel(const __grid_constant__ 
 const char* bits(const BitsArgs& a, Queue queue) {
   const int64_t blocks_per_row = (a.batch.D + 3) / 4, blocks = a.batch.B * blocks_per_row;
   if (!blocks) return nullptr;
-  const DeviceGuard guard(queue.device);
   return launch(static_cast<cudaStream_t>(queue.stream), (blocks + kThreads - 1) / kThreads, kThreads, bits_kernel, a,
                 blocks_per_row);
 }
@@ -156,12 +126,23 @@ __global__ void fold_in_kernel(const __grid_constant__ Noise noise, uint64_t dat
 }
 
 const char* fold_in_key(const Noise& noise, uint64_t data, const uint64_t* data_at, Key* out, Queue queue) {
-  const DeviceGuard guard(queue.device);
   return launch(static_cast<cudaStream_t>(queue.stream), 1, 1, fold_in_kernel, noise, data, data_at, out);
 }
 
-constexpr Api kApi = {affine,   residual,      row_dots, mask_count,  corrupt,
-                      gaussian, gaussian_grad, bits,     fold_in_key, devices};
+const char* devices(int* count) {
+  cudaError_t error = cudaGetDeviceCount(count);
+  cudaFuncAttributes any;
+  if (error == cudaSuccess && *count) error = cudaFuncGetAttributes(&any, fold_in_kernel);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+int current_device() {
+  int device = -1;
+  return cudaGetDevice(&device) == cudaSuccess ? device : -1;
+}
+
+constexpr Api kApi = {affine,        residual, row_dots,    mask_count, corrupt,       gaussian,
+                      gaussian_grad, bits,     fold_in_key, devices,    current_device};
 
 }  // namespace
 

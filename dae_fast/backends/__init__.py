@@ -48,24 +48,23 @@ def module(name: str) -> Any:
 
 def default_name(device_type: str) -> str:
     """The backend that runs where none is forced."""
+    if device_type == "cuda" and "cuda" not in _default:  # not before there is a tensor: native.cuda_missing says why
+        _default["cuda"] = _default_on_gpu()
+        _choose_launchers()
     return _default.get(device_type, "reference")
 
 
-def _defaults() -> dict[str, str]:
-    """The backend of each device type that has one. Not asked of triton itself, which is imported when used."""
-    chosen = {}
-    if not missing("native"):
-        chosen = {"cpu": "native", "meta": "native"}
-    if chosen and not module("native").cuda_missing:
-        chosen["cuda"] = "native"
-    elif (torch.version.cuda or torch.version.hip) and find_spec("triton"):
-        chosen["cuda"] = "triton"
-    return chosen
+def _default_on_gpu() -> str:
+    native = module("native")
+    if native is not None and not native.cuda_missing():
+        return "native"
+    # Not asked of triton itself, which is imported when used.
+    return "triton" if (torch.version.cuda or torch.version.hip) and find_spec("triton") else "reference"
 
 
-def _choice(x: Tensor, op: str) -> str | None:
+def _choice(x: Tensor, op: str) -> str:
     if _forced is None:
-        return _default.get(x.device.type)
+        return default_name(x.device.type)
     if not x.is_meta and not supports(_forced, x.device):
         raise RuntimeError(f"{op}: backend {_forced!r} does not run on {x.device}")
     return _forced
@@ -79,7 +78,7 @@ def supports(name: str, device: torch.device) -> bool:
 
 def has_kernels(x: Tensor, op: str) -> bool:
     """Whether kernels run `op` on x's device, rather than plain torch."""
-    return _choice(x, op) not in (None, "reference")
+    return _choice(x, op) != "reference"
 
 
 def kernels(x: Tensor, op: str) -> Any:
@@ -91,12 +90,12 @@ def kernels(x: Tensor, op: str) -> Any:
 def kernels_of(x: Tensor, op: str) -> Any:
     """What a traced op calls when it runs: there is no way back to plain torch by then."""
     forced = _forced not in (None, "reference") and supports(str(_forced), x.device)
-    module = _required(_forced if forced else _default.get(x.device.type), op, x.device)
+    module = _required(_forced if forced else default_name(x.device.type), op, x.device)
     return Named(module, op) if listening() else module
 
 
 def _required(name: str | None, op: str, device: torch.device) -> Any:
-    module, why = _load(name) if name else (None, "none was built")
+    module, why = (None, "none was built") if name in (None, "reference") else _load(name)
     if module is None:
         raise RuntimeError(f"{op}: no kernels for {device} in this process: {why}")
     return module
@@ -153,7 +152,7 @@ def _choose_launchers() -> None:
 
 def _launcher(device: torch.device) -> Any:
     """As csrc/plain.cpp takes it: True, the core itself; a backend; None: no call is plain."""
-    name = _forced or default_name(device.type)
+    name = _forced or _default.get(device.type, "reference")
     if name == "native":
         return True
     module, _ = _loaded.get(name, (None, ""))
@@ -165,5 +164,6 @@ def backend_names() -> tuple[str, ...]:
     return tuple(name for name in NAMES if not missing(name))
 
 
-_default = _defaults()
+if not missing("native"):
+    _default |= {"cpu": "native", "meta": "native"}
 _choose_launchers()

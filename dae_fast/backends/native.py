@@ -6,6 +6,7 @@ Functions here take checked tensors of one shape, dtype and device, and allocate
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,21 +49,25 @@ if (_wanted := os.environ.get("DAE_FAST_CPU_ISA")) is not None:
         raise RuntimeError(f"DAE_FAST_CPU_ISA={_wanted}: {error}; there are {', '.join(isas())}") from error
 
 
-def _load_cuda() -> str:
-    """What keeps the CUDA library from being used; "" when nothing does."""
+@cache
+def cuda_missing() -> str:
+    """What keeps the CUDA library from being used; "" when nothing does.
+
+    Asks the driver, and so not before there is a tensor on a GPU: a process that has asked cannot fork, and looks at
+    CUDA_VISIBLE_DEVICES no more.
+    """
     from dae_fast.info import build_error
 
+    if not torch.version.cuda:  # it has no tensors for the library
+        return f"torch {torch.__version__} is not built for CUDA"
     library = Path(__file__).parents[1] / "_cuda.so"
     if not library.exists():
         return build_error("cuda") or "the CUDA library was not built"
     try:
-        return "" if _core.load_cuda(str(library)) else "no GPU"
+        _core.load_cuda(str(library))
+        return "" if _core.cuda_devices() else "no GPU"
     except RuntimeError as error:
         return str(error)
-
-
-# A torch without CUDA has no tensors for it.
-cuda_missing = _load_cuda() if torch.version.cuda else f"torch {torch.__version__} is not built for CUDA"
 
 
 def available() -> str:
@@ -80,7 +85,7 @@ def describe() -> str:
 
 def supports(device: torch.device) -> bool:
     """The CPU, and NVIDIA GPUs where the CUDA library runs."""
-    return device.type == "cpu" or (device.type == "cuda" and not cuda_missing)
+    return device.type == "cpu" or (device.type == "cuda" and not cuda_missing())
 
 
 def _rows(x: Tensor) -> tuple[int, int]:

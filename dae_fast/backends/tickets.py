@@ -5,7 +5,7 @@ Room for partial sums, and the counter by which the last block knows itself: 0 b
 
 from __future__ import annotations
 
-from threading import Thread
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -22,16 +22,16 @@ def workspace(device: torch.device, doubles: int) -> tuple[Tensor, Tensor]:
     kept = _kept.get(stream)
     if kept is None or kept[0].numel() < doubles:
         # What this thread allocates may belong to the pool of a graph that is being warmed up.
-        maker = Thread(target=_keep, args=(device, stream, doubles))
-        maker.start()
-        maker.join()
-        kept = _kept[stream]
+        with ThreadPoolExecutor(1) as other:
+            current = torch.cuda.current_stream(device)
+            kept = _kept[stream] = other.submit(_made_on, current, device, max(doubles, 4096)).result()
     return kept
 
 
-def _keep(device: torch.device, stream: tuple[int, int], doubles: int) -> None:
-    with torch.cuda.stream(torch.cuda.ExternalStream(stream[1], device=device)):
-        _kept[stream] = _made(device, max(doubles, 4096))
+def _made_on(stream: torch.cuda.Stream, device: torch.device, doubles: int) -> tuple[Tensor, Tensor]:
+    """Zeroed before what comes next on the stream."""
+    with torch.cuda.stream(stream):
+        return _made(device, doubles)
 
 
 def _made(device: torch.device, doubles: int) -> tuple[Tensor, Tensor]:

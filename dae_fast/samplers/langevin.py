@@ -56,12 +56,9 @@ def langevin(
     parts = guided(op, guidance)
     g = 1.0 if guidance is None else float(guidance)
 
-    def coefficients(h: float | Tensor, scale: float | Tensor) -> Rows:
-        h, scale = (c.double() if isinstance(c, Tensor) else c for c in (h, scale))
-        return stack_rows(op, (1.0, g * h, scale * (2 * h) ** 0.5, (1 - g) * h), x, compute_dtype(x.dtype))
-
     def chain(x: Tensor, noise: Noise, step_size: float | Tensor, noise_scale: float | Tensor) -> Tensor:
-        rows = coefficients(step_size, noise_scale)
+        h, scale = (c.double() if isinstance(c, Tensor) else c for c in (step_size, noise_scale))
+        rows = stack_rows(op, (1.0, g * h, scale * (2 * h) ** 0.5, (1 - g) * h), x, compute_dtype(x.dtype))
         for k in progressed(range(steps), progress, op):
             c, *u = checked(op, score(x), x, parts, SCORE)
             affine_into(op, x, x, c, None, noise.fold_in(k), rows, (0, 1, 2, 3 if u else ABSENT), w=u[0] if u else None)
@@ -70,14 +67,8 @@ def langevin(
     if not graph:
         return chain(x.clone(), noise, step_size, noise_scale)
 
-    def keep() -> Rows | None:
-        """Of numbers they lie in a cache, which may drop them."""
-        if isinstance(step_size, Tensor) or isinstance(noise_scale, Tensor):
-            return None
-        return coefficients(step_size, noise_scale)
-
     given = step_size, noise_scale
-    return replayed(op, score, chain, x, noise, progress, arguments=given, options=(steps, guidance), keep=keep)
+    return replayed(op, score, chain, x, noise, progress, arguments=given, options=(steps, guidance))
 
 
 @torch.no_grad()
