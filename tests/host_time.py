@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 
-os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported
-
 import shlex
 import subprocess
 import tempfile
@@ -38,7 +36,7 @@ static const Api kApi = {
     [](const BitsArgs&, Queue) -> const char* { return nullptr; },
     [](const Noise&, uint64_t, const uint64_t*, Key*, Queue) -> const char* { return nullptr; },
     [](int* count) -> const char* { return *count = 1, nullptr; },
-    [] { return 0; },
+    [] { return CURRENT_DEVICE; },
 };
 extern "C" const Api* dae_cuda_api() { return &kApi; }
 """
@@ -49,17 +47,31 @@ def microseconds(call: Callable[[], Any], number: int = 1000, rounds: int = 50) 
     return min(timeit.repeat(call, number=number, repeat=rounds)) / number * 1e6
 
 
-def load_nothing() -> None:
+def load_nothing(current_device: int = 0) -> None:
     """The CUDA library replaced by one that launches nothing."""
     with tempfile.TemporaryDirectory() as place:
         source, library = Path(place) / "nothing.cpp", Path(place) / "nothing.so"
         source.write_text(NOTHING)
         cxx = shlex.split(os.environ.get("CXX", "c++"))
-        subprocess.run([*cxx, "-std=c++17", "-shared", "-fPIC", f"-I{CSRC}", source, "-o", library], check=True)
+        subprocess.run(
+            [
+                *cxx,
+                "-std=c++17",
+                "-shared",
+                "-fPIC",
+                f"-I{CSRC}",
+                f"-DCURRENT_DEVICE={current_device}",
+                source,
+                "-o",
+                library,
+            ],
+            check=True,
+        )
         native._core.load_cuda(str(library))
 
 
 def main() -> None:
+    os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported
     x, noise, t = torch.randn(64, 784), df.Noise(0).fold_in(1), torch.zeros(64, dtype=torch.int64)
     pred = x.clone().requires_grad_()
     level = df.Schedule.linear(1000)[t]

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import dae_fast as df
+from dae_fast.backends import native, tickets
 from dae_fast.info import build_error
 
-from . import cuda_on_cpu
+from . import cuda_on_cpu, host_time
 from .cases import DTYPES
 from .cuda_sass import ARCHITECTURES, GROUP, LIBRARY, STREAMS, functions, instructions_a_value, kernels
 from .test_primitives import AFFINE, KINDS, NOISE, masks, randn, table_of
@@ -207,3 +211,86 @@ def test_gaussians_have_the_cpus_bits(same_bits, fresh: bool, dtype, shape: tupl
             *native.gaussian_grad(mu, log_var, read, noise, z_grad, kl_grad),
         )
     )
+
+
+def test_an_import_leaves_the_driver_alone() -> None:
+    """A process that has asked it cannot fork; a CPU's ops do not ask either."""
+    code = (
+        "import torch, dae_fast as df; df.add_noise(torch.ones(2, 3), df.Noise(0), df.Level(1.0, 1.0)); "
+        "df.noise_mse(torch.ones(2, 3), df.Noise(0)); assert not df.backends.native.cuda_missing.cache_info().misses"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_torch_changes_the_device_for_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a library whose functions do nothing: its current device is another than the tensors'."""
+    host_time.load_nothing(current_device=1)
+    entered: list[Any] = []
+
+    class Device:
+        def __init__(self, index: int) -> None:
+            self.index = index
+
+        def __enter__(self) -> None:
+            entered.append(self.index)
+
+        def __exit__(self, *_: object) -> None:
+            entered.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    x = torch.ones(2, 3)
+    native._core.pretend_gpu(True)
+    try:
+        df.add_noise(x, df.Noise(0), df.Level(1.0, 1.0))
+        assert entered == [0, "left"]
+        df.add_noise(x.t(), df.Noise(0), df.Level(1.0, 1.0))  # no plain call
+        assert entered == [0, "left"] * 2
+    finally:
+        native._core.pretend_gpu(False)
+
+
+class TestScratch:
+    """Of a reduction, on a machine that passes for one with a GPU."""
+
+    @pytest.fixture
+    def made(self, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+        """What asks for memory: the stream that is current there, the thread, and how much."""
+        asked: list[Any] = []
+        current: list[object] = [None]
+
+        @contextmanager
+        def stream(entered: object) -> Iterator[None]:
+            current[0] = entered
+            yield
+            current[0] = None
+
+        def make(device: torch.device, doubles: int) -> tuple[Tensor, Tensor]:
+            if doubles > 2**20:
+                raise torch.OutOfMemoryError("no room")
+            asked.append((current[0], threading.current_thread() is threading.main_thread(), doubles))
+            return torch.empty(doubles, dtype=torch.float64), torch.zeros(1, dtype=torch.int32)
+
+        monkeypatch.setattr(torch.cuda, "stream", stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
+        monkeypatch.setattr(tickets, "_kept", {})
+        monkeypatch.setattr(tickets, "_made", make)
+        return asked
+
+    def test_is_made_on_the_stream_that_is_current(self, made: list[Any]) -> None:
+        """The default one too, whose handle is 0."""
+        device = torch.device("cuda", 0)
+        first = tickets.workspace(device, 10)
+        assert tickets.workspace(device, 4096) is first
+        assert made == [("stream of cuda:0", False, 4096)]
+        assert tickets.workspace(device, 5000)[0].numel() == 5000
+        assert made[1:] == [("stream of cuda:0", False, 5000)]
+
+    def test_where_there_is_no_room_it_says_so(self, made: list[Any]) -> None:
+        """And nothing smaller is handed out."""
+        device = torch.device("cuda", 0)
+        tickets.workspace(device, 10)
+        for _ in range(2):
+            with pytest.raises(torch.OutOfMemoryError, match="no room"):
+                tickets.workspace(device, 2**21)
