@@ -7,7 +7,6 @@ library whose functions do nothing; for Triton its own launcher comes on top of 
 from __future__ import annotations
 
 import os
-
 import shlex
 import subprocess
 import tempfile
