@@ -343,6 +343,26 @@ class TestGraphs:
             seen.append(captured[0].clone())
         assert all(not torch.equal(a, b) for a, b in pairwise(seen))
 
+    def test_constants_are_the_graphs_own(self, backend: str) -> None:
+        """Whatever other constants come and go between its replays."""
+        x, noise = torch.randn(FLAT, device=DEVICE), df.Noise(0)
+
+        def call() -> tuple[Tensor, ...]:
+            struck = df.corrupt(x, df.Masking(0.25, noise))
+            return df.noise_mse(x, noise), df.langevin_step(x, x, 0.1, noise), struck
+
+        wanted = call()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = call()
+        for k in range(40):
+            df.langevin_step(x, x, 1.0 + k, noise)
+            df.corrupt(x, df.Masking(k / 40, noise))
+        rubbish = [torch.full((1, 4), torch.nan, device=DEVICE) for _ in range(100)]
+        graph.replay()
+        for ours, theirs in zip(captured, wanted, strict=True):
+            assert_same_bits(ours, theirs, f"beside {len(rubbish)} others")
+
     def test_two_graphs_at_once(self, backend: str) -> None:
         """Graphs replayed side by side do not share their counters."""
         preds = [torch.randn(64, 65536, device=DEVICE) for _ in range(2)]
@@ -393,6 +413,25 @@ def test_a_key_on_the_device_does_not_synchronise(backend: str) -> None:
     call()
     with no_synchronisation():
         call()
+
+
+def test_numbers_that_change_do_not_synchronise(backend: str) -> None:
+    x, sigma = torch.randn(FLAT, device=DEVICE), torch.rand(FLAT[0], device=DEVICE) + 0.1
+    level = SCHEDULE[torch.zeros(FLAT[0], dtype=torch.int64, device=DEVICE)]
+
+    def call(h: float) -> None:
+        noise = df.Noise(0)
+        df.langevin_step(x, x, h, noise)
+        df.add_noise(x, noise, df.Level(1.0, h))
+        df.add_noise(x, noise, df.Level(1.0, sigma))
+        df.corrupt(x, df.Masking(h / 100, noise))
+        df.denoising_loss(x, x, noise, level, predict="v", kind="huber", delta=h)
+        df.denoising_loss(x, x, noise, level, predict="v", weight=lambda alpha, sigma: h)
+
+    call(0.5)
+    with no_synchronisation():
+        for k in range(40):
+            call(1.0 + k)
 
 
 # Cases of more than one launch.
