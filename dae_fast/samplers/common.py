@@ -107,7 +107,7 @@ def checked(op: str, made: Any, x: Tensor, parts: tuple[str, ...], what: str) ->
     """What a network returned, in x's dtype: one tensor, or a tuple with one for each of `parts`."""
     if not parts:
         like(op, what, made, "x", x)
-        return (made.to(x.dtype),)
+        return (made if made.dtype == x.dtype else made.to(x.dtype),)
     if not isinstance(made, (tuple, list)) or len(made) != len(parts):
         got = f"{len(made)} of them" if isinstance(made, (tuple, list)) else type(made).__name__
         raise TypeError(f"{op}: {what} must be a tuple ({', '.join(parts)}), got {got}")
@@ -188,6 +188,7 @@ class Update:
         else:
             self.table = torch.cat([self._direct(o, a_x, a_c, a_u) for o in outer], 1)
         self._outputs = len(outputs)
+        self._columns = {(z, w): self._columns_of(z, w) for z in (False, True) for w in (False, True)}
 
     def _direct(self, output: Tensor, a_x: Tensor, a_c: Tensor, a_u: Tensor) -> Tensor:
         """(steps, 4): of x, the prediction, z and w."""
@@ -199,7 +200,7 @@ class Update:
         """What a captured loop depends on besides the table."""
         return self.limits, self.parts, self._outputs
 
-    def _columns(self, reads_z: bool, reads_w: bool) -> tuple[Columns, Clamp | None]:
+    def _columns_of(self, reads_z: bool, reads_w: bool) -> tuple[Columns, Clamp | None]:
         """Of the outputs, and of the estimate."""
         of_w = reads_w and not (self.parts and self._estimates)  # there u is read by the estimate alone
         of_output = 0, 1, 2 if reads_z else ABSENT, 3 if of_w else ABSENT
@@ -223,7 +224,7 @@ class Update:
         w = u[0] if u else w
         reads_z, quantile = self.reads_z[i], self.limits.quantile
         z, noise = (z, noise) if reads_z else (None, None)
-        columns, clamp = self._columns(reads_z, w is not None)
+        columns, clamp = self._columns[reads_z, w is not None]
         if quantile is None and not is_compiling():
             stepped = plain_affine(self.op, columns, x, p, z, noise, i, table, w, clamp)
             if stepped is not None:
