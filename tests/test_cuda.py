@@ -6,6 +6,7 @@ a GPU by test_gpu.py; that it is the CPU's to the bit, here.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -91,6 +92,24 @@ def test_streams_are_16_bytes_a_thread(code) -> None:
             assert loop.wide_stores == stores * doubled * turns, kernel
             narrow = 4 if kernel.name.startswith("residual") else int(kernel.name.startswith("gaussian_grad"))
             assert loop.narrow_loads <= narrow * turns, kernel
+
+
+def test_one_thread_fences(code) -> None:
+    """Barrier, fence, ticket, fence, barrier, and a branch past it all for every thread but one."""
+    architecture, _ = code
+    tickets = 0
+    for function in functions(architecture):
+        at = {kind: [a for a, text in function.lines if kind in text] for kind in ("BAR.SYNC", "MEMBAR", "ATOMG")}
+        for ticket in at["ATOMG"]:
+            before, after = max(a for a in at["BAR.SYNC"] if a < ticket), min(a for a in at["BAR.SYNC"] if a > ticket)
+            first, second = (a for a in at["MEMBAR"] if before < a < after)
+            assert first < ticket < second, function.mangled
+            branches = [(a, re.search(r"@\S+ BRA 0x([0-9a-f]+)", text)) for a, text in function.lines]
+            past = [int(b[1], 16) for a, b in branches if b and before < a < first]
+            assert any(second < target <= after for target in past), function.mangled
+        assert len(at["MEMBAR"]) == 2 * len(at["ATOMG"]), function.mangled
+        tickets += len(at["ATOMG"])
+    assert tickets
 
 
 def test_instructions_a_value(code) -> None:

@@ -85,17 +85,20 @@ struct RowSums {
   }
 };
 
-// True in the thread block that comes here last, when the partial sums of all others can be read.
+// True in the thread block that comes here last, when the partial sums of all others can be read. A fence by one
+// thread is one for all that a barrier put before it, or puts behind it.
 __device__ __forceinline__ bool is_last_block(uint32_t* counter) {
   __shared__ bool last;
-  __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
+    __threadfence();
     last = atomicAdd(counter, 1u) == gridDim.x - 1;
-    if (last) *counter = 0;  // for the next launch
+    if (last) {
+      *counter = 0;  // for the next launch
+      __threadfence();
+    }
   }
   __syncthreads();
-  __threadfence();
   return last;
 }
 
