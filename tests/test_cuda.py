@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -226,3 +227,46 @@ def test_gaussians_have_the_cpus_bits(same_bits, fresh: bool, dtype, shape: tupl
             *native.gaussian_grad(mu, log_var, read, noise, z_grad, kl_grad),
         )
     )
+
+
+# Around the rows of a warp, a unit and a launch, of less than a group to several; then rows that a block adds up, a
+# thread adds up from units, a warp, and again a block.
+SUMMED = [(B, D) for B in (1, 2, 31, 32, 33, 255, 256, 257) for D in (1, 2, 4, 7, 64, 784)]
+SUMMED += [(4097, 1), (4097, 7), (4097, 64), (0, 5), (5, 2048), (3, 70_001), (2, 600_000), (1, 4_300_000)]
+
+
+@pytest.mark.parametrize("shape", SUMMED, ids=lambda s: "x".join(map(str, s)))
+def test_sums_of_rows(
+    cuda_on_cpu_library: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]
+) -> None:
+    """Each row's and the batch's, as the CPU's code has them; twice the same bits, in no more scratch than was asked."""
+    native, B = df.backends.native, shape[0]
+    rooms = []
+
+    def workspace(device: torch.device, doubles: int) -> tuple[Tensor, Tensor]:
+        rooms.append((torch.full((doubles + 8,), torch.nan, dtype=torch.float64), torch.zeros(1, dtype=torch.int32)))
+        return rooms[-1][0][:doubles], rooms[-1][1]
+
+    monkeypatch.setattr(native, "workspace", workspace)
+    pred, y = (randn(shape, torch.float32, seed) for seed in range(2))
+    table, weight = table_of(torch.float32, B, 4).abs(), torch.linspace(0.5, 2, B)
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.5
+
+    def sums() -> Outputs:
+        dots = native.row_dots(pred, pred, 2 * pred, 3 * pred, None)
+        if pred.numel() > 2_000_000:  # all other sums are added by the same code
+            return (dots,)
+        also = torch.empty(2)
+        call = "op", pred, y, None, None, table, None, (0, -1, -1, 1, 2, 3)
+        means, loss, _ = native.residual(*call, mask, weight, 1, True, False, also=also)
+        alone = native.residual(*call[:-1], (0, -1, -1), None, None, 2, True, False)
+        _, kl = native.gaussian(pred, y, pred, None)
+        return means, loss, also, *alone[:2], kl, dots
+
+    wanted = sums()
+    with cuda_on_cpu.running(cuda_on_cpu_library):
+        got, again = sums(), sums()
+    for g, a, w in zip(got, again, wanted, strict=True):
+        assert torch.equal(g, a) or not B
+        torch.testing.assert_close(g, w, rtol=2e-6, atol=1e-7, equal_nan=not B)
+    assert rooms and all(room[-8:].isnan().all() and counter == 0 for room, counter in rooms)

@@ -97,11 +97,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < N; ++i) count[0] += kept[i] ? 1.0f : 0.0f;
     sums.add(unit, cursor.g, count, groups);
   }
-  sums.store(p.cut, unit, groups, p.scratch.sums);
-  if (is_last_block(p.scratch.counter))
-    sum_rows(
-        p.cut.B, p.cut.segments_per_row, [&](int64_t i) { return read_sum(p.scratch.sums, i); },
-        [&](int64_t row, double sum) { p.kept[row] = sum; });
+  sums.finish(p.cut, unit, groups, p.scratch, [&](int64_t row, const double (&sum)[1]) { p.kept[row] = sum[0]; });
 }
 
 const char* mask_count(const MaskArgs& a, double* kept, Scratch scratch, Queue queue) {
