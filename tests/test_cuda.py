@@ -270,3 +270,22 @@ def test_sums_of_rows(
         assert torch.equal(g, a) or not B
         torch.testing.assert_close(g, w, rtol=2e-6, atol=1e-7, equal_nan=not B)
     assert rooms and all(room[-8:].isnan().all() and counter == 0 for room, counter in rooms)
+
+
+def test_a_failed_query_is_made_again(cuda_on_cpu_library: Path) -> None:
+    """By how many thread blocks a launch has. In a process of its own, which has asked nothing before."""
+    code = f"""
+import ctypes, torch
+from dae_fast.backends import native
+from tests import cuda_on_cpu
+
+library, x, blocks = {str(cuda_on_cpu_library)!r}, torch.ones(2, 1024), []
+failing, launched = (ctypes.c_int.in_dll(ctypes.CDLL(library), name) for name in ("failing_queries", "blocks_launched"))
+with cuda_on_cpu.running(library):
+    for fails in (1, 0, 1):
+        failing.value = fails
+        native.row_dots(x, x, None, None, None)
+        blocks.append((launched.value, failing.value))
+assert blocks == [(1, 0), (2, 0), (2, 1)], blocks  # the last call did not ask
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
