@@ -272,6 +272,21 @@ def test_sums_of_rows(
     assert rooms and all(room[-8:].isnan().all() and counter == 0 for room, counter in rooms)
 
 
+@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "8 bytes off"])
+@pytest.mark.parametrize("fold", [True, False], ids=["rows", "raw"])
+@pytest.mark.parametrize("shape", [(300, 6), (257, 1), (5, 8), (3, 1027), (2, 20_002)], ids=str)
+def test_words_have_the_cpus_bits(same_bits, shape: tuple[int, int], fold: bool, aligned: bool) -> None:
+    """In the pieces that the alignment allows, and nothing beside them."""
+    first = 2 if aligned else 1
+
+    def call() -> Outputs:
+        room = torch.full((first + shape[0] * shape[1] + 1,), -1)
+        df.backends.native._core.bits(NOISE, not fold, 10**9, room[first:-1].view(shape))
+        return (room,)
+
+    same_bits(call)
+
+
 def test_a_failed_query_is_made_again(cuda_on_cpu_library: Path) -> None:
     """By how many thread blocks a launch has. In a process of its own, which has asked nothing before."""
     code = f"""
