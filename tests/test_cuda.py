@@ -235,11 +235,9 @@ SUMMED = [(B, D) for B in (1, 2, 31, 32, 33, 255, 256, 257) for D in (1, 2, 4, 7
 SUMMED += [(4097, 1), (4097, 7), (4097, 64), (0, 5), (5, 2048), (3, 70_001), (2, 600_000), (1, 4_300_000)]
 
 
-@pytest.mark.parametrize("shape", SUMMED, ids=lambda s: "x".join(map(str, s)))
-def test_sums_of_rows(
-    cuda_on_cpu_library: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]
-) -> None:
-    """Each row's and the batch's, as the CPU's code has them; twice the same bits, in no more scratch than was asked."""
+@pytest.mark.parametrize("shape", SUMMED, ids=str)
+def test_sums_of_rows(cuda_on_cpu_library: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]) -> None:
+    """Each row's and the batch's, as the CPU's code has them; the same bits twice, no more scratch than was asked."""
     native, B = df.backends.native, shape[0]
     rooms = []
 
