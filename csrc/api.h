@@ -19,9 +19,13 @@ struct Scratch {
   uint32_t* counter = nullptr;
 };
 
-// Doubles for a reduction of (B, D) in `columns` sums, however the batch is cut.
+// Doubles for a reduction of (B, D) in `columns` sums, however the batch is cut: those of each segment of a long row, or
+// the loss and the two further means of each unit of whole rows.
 constexpr int64_t kMinSegment = 1024;
-inline int64_t scratch_doubles(int64_t B, int64_t D, int64_t columns) { return columns * B * (1 + D / kMinSegment); }
+inline int64_t scratch_doubles(int64_t B, int64_t D, int64_t columns) {
+  const int64_t segments = columns * B * (1 + D / kMinSegment), units = 3 * (B ? B : 1);
+  return segments > units ? segments : units;
+}
 
 // Each returns nullptr or what went wrong, a string that lives as long as the library.
 struct Api {

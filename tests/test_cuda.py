@@ -6,11 +6,13 @@ a GPU by test_gpu.py; that it is the CPU's to the bit, here.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -95,6 +97,24 @@ def test_streams_are_16_bytes_a_thread(code) -> None:
             assert loop.wide_stores == stores * doubled * turns, kernel
             narrow = 4 if kernel.name.startswith("residual") else int(kernel.name.startswith("gaussian_grad"))
             assert loop.narrow_loads <= narrow * turns, kernel
+
+
+def test_one_thread_fences(code) -> None:
+    """Barrier, fence, ticket, fence, barrier, and a branch past it all for every thread but one."""
+    architecture, _ = code
+    tickets = 0
+    for function in functions(architecture):
+        at = {kind: [a for a, text in function.lines if kind in text] for kind in ("BAR.SYNC", "MEMBAR", "ATOMG")}
+        for ticket in at["ATOMG"]:
+            before, after = max(a for a in at["BAR.SYNC"] if a < ticket), min(a for a in at["BAR.SYNC"] if a > ticket)
+            first, second = (a for a in at["MEMBAR"] if before < a < after)
+            assert first < ticket < second, function.mangled
+            branches = [(a, re.search(r"@\S+ BRA 0x([0-9a-f]+)", text)) for a, text in function.lines]
+            past = [int(b[1], 16) for a, b in branches if b and before < a < first]
+            assert any(second < target <= after for target in past), function.mangled
+        assert len(at["MEMBAR"]) == 2 * len(at["ATOMG"]), function.mangled
+        tickets += len(at["ATOMG"])
+    assert tickets
 
 
 def test_instructions_a_value(code) -> None:
@@ -211,6 +231,81 @@ def test_gaussians_have_the_cpus_bits(same_bits, fresh: bool, dtype, shape: tupl
             *native.gaussian_grad(mu, log_var, read, noise, z_grad, kl_grad),
         )
     )
+
+
+# Around the rows of a warp, a unit and a launch, of less than a group to several; then rows that a block adds up, a
+# thread adds up from units, a warp, and again a block.
+SUMMED = [(B, D) for B in (1, 2, 31, 32, 33, 255, 256, 257) for D in (1, 2, 4, 7, 64, 784)]
+SUMMED += [(4097, 1), (4097, 7), (4097, 64), (0, 5), (5, 2048), (3, 70_001), (2, 600_000), (1, 4_300_000)]
+
+
+@pytest.mark.parametrize("shape", SUMMED, ids=str)
+def test_sums_of_rows(cuda_on_cpu_library: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]) -> None:
+    """Each row's and the batch's, as the CPU's code has them; the same bits twice, no more scratch than was asked."""
+    native, B = df.backends.native, shape[0]
+    rooms = []
+
+    def workspace(device: torch.device, doubles: int) -> tuple[Tensor, Tensor]:
+        rooms.append((torch.full((doubles + 8,), torch.nan, dtype=torch.float64), torch.zeros(1, dtype=torch.int32)))
+        return rooms[-1][0][:doubles], rooms[-1][1]
+
+    monkeypatch.setattr(native, "workspace", workspace)
+    pred, y = (randn(shape, torch.float32, seed) for seed in range(2))
+    table, weight = table_of(torch.float32, B, 4).abs(), torch.linspace(0.5, 2, B)
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.5
+
+    def sums() -> Outputs:
+        dots = native.row_dots(pred, pred, 2 * pred, 3 * pred, None)
+        if pred.numel() > 2_000_000:  # all other sums are added by the same code
+            return (dots,)
+        also = torch.empty(2)
+        call = "op", pred, y, None, None, table, None, (0, -1, -1, 1, 2, 3)
+        means, loss, _ = native.residual(*call, mask, weight, 1, True, False, also=also)
+        alone = native.residual(*call[:-1], (0, -1, -1), None, None, 2, True, False)
+        _, kl = native.gaussian(pred, y, pred, None)
+        return means, loss, also, *alone[:2], kl, dots
+
+    wanted = sums()
+    with cuda_on_cpu.running(cuda_on_cpu_library):
+        got, again = sums(), sums()
+    for g, a, w in zip(got, again, wanted, strict=True):
+        assert torch.equal(g, a) or not B
+        torch.testing.assert_close(g, w, rtol=2e-6, atol=1e-7, equal_nan=not B)
+    assert rooms and all(room[-8:].isnan().all() and counter == 0 for room, counter in rooms)
+
+
+@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "8 bytes off"])
+@pytest.mark.parametrize("fold", [True, False], ids=["rows", "raw"])
+@pytest.mark.parametrize("shape", [(300, 6), (257, 1), (5, 8), (3, 1027), (2, 20_002)], ids=str)
+def test_words_have_the_cpus_bits(same_bits, shape: tuple[int, int], fold: bool, aligned: bool) -> None:
+    """In the pieces that the alignment allows, and nothing beside them."""
+    first = 2 if aligned else 1
+
+    def call() -> Outputs:
+        room = torch.full((first + shape[0] * shape[1] + 1,), -1)
+        df.backends.native._core.bits(NOISE, not fold, 10**9, room[first:-1].view(shape))
+        return (room,)
+
+    same_bits(call)
+
+
+def test_a_failed_query_is_made_again(cuda_on_cpu_library: Path) -> None:
+    """By how many thread blocks a launch has. In a process of its own, which has asked nothing before."""
+    code = f"""
+import ctypes, torch
+from dae_fast.backends import native
+from tests import cuda_on_cpu
+
+library, x, blocks = {str(cuda_on_cpu_library)!r}, torch.ones(2, 1024), []
+failing, launched = (ctypes.c_int.in_dll(ctypes.CDLL(library), name) for name in ("failing_queries", "blocks_launched"))
+with cuda_on_cpu.running(library):
+    for fails in (1, 0, 1):
+        failing.value = fails
+        native.row_dots(x, x, None, None, None)
+        blocks.append((launched.value, failing.value))
+assert blocks == [(1, 0), (2, 0), (2, 1)], blocks  # the last call did not ask
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
 
 
 def test_an_import_leaves_the_driver_alone() -> None:

@@ -72,11 +72,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < N; ++i) count[0] += kept[i] ? 1.0f : 0.0f;
     sums.add(unit, cursor.g, count, groups);
   }
-  sums.store(p.cut, unit, groups, p.scratch.sums);
-  if (is_last_block(p.scratch.counter))
-    sum_rows(
-        p.cut.B, p.cut.segments_per_row, [&](int64_t i) { return read_sum(p.scratch.sums, i); },
-        [&](int64_t row, double sum) { p.kept[row] = sum; });
+  sums.finish(p.cut, unit, groups, p.scratch, [&](int64_t row, const double (&sum)[1]) { p.kept[row] = sum[0]; });
 }
 
 const char* mask_count(const MaskArgs& a, double* kept, Scratch scratch, Queue queue) {
@@ -102,23 +98,45 @@ const char* gaussian_grad(const GaussianGradArgs& a, Queue queue) {
   return kernels_for(a.batch.dtype).gaussian_grad(a, make_launch(queue));
 }
 
-// A thread to each Philox block: four words of a row.
-__global__ void __launch_bounds__(kThreads) bits_kernel(const __grid_constant__ BitsArgs a, int64_t blocks_per_row) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= a.batch.B * blocks_per_row) return;
-  const int64_t row = i / blocks_per_row, block = i % blocks_per_row;
-  const Block b = block_at(row_key(a.noise, row), static_cast<uint64_t>(block));
-  int64_t* out = a.out + row * a.batch.D;
+struct BitsParams {
+  Cut cut;
+  BitsArgs a;
+  bool aligned;  // rows to 16 bytes
+};
+
+// A group is a Philox block: four words of a row.
+constexpr int kBits = 4;
+
+__global__ void __launch_bounds__(kThreads) bits_kernel(const __grid_constant__ BitsParams p) {
+  __shared__ uint4 keys[kMaxRows];
+  const Unit unit = unit_at(p.cut, blockIdx.x);
+  prepare_keys(p.a.noise, unit, keys);
+  __syncthreads();
+#pragma unroll 1
+  for (int g = static_cast<int>(threadIdx.x); g < unit.groups; g += kThreads) {
+    const Place at = place_of(p.cut, unit, g);
+    const Block b = block_at(to_key(keys[at.row]), static_cast<uint64_t>(at.group));
+    int64_t v[kBits];
 #pragma unroll
-  for (int k = 0; k < 4; ++k)
-    if (4 * block + k < a.batch.D) out[4 * block + k] = a.scaled(b.r[k]);
+    for (int k = 0; k < kBits; ++k) v[k] = p.a.scaled(b.r[k]);
+    const int64_t first = kBits * at.group;
+    int64_t* out = p.a.out + (unit.row + at.row) * p.cut.D + first;
+    if (p.aligned && first + kBits <= p.cut.D) {
+      store_pack(out, Pack<int64_t, kBits>(v));
+    } else {
+#pragma unroll
+      for (int k = 0; k < kBits; ++k)
+        if (first + k < p.cut.D) out[k] = v[k];
+    }
+  }
 }
 
 const char* bits(const BitsArgs& a, Queue queue) {
-  const int64_t blocks_per_row = (a.batch.D + 3) / 4, blocks = a.batch.B * blocks_per_row;
-  if (!blocks) return nullptr;
-  return launch(static_cast<cudaStream_t>(queue.stream), (blocks + kThreads - 1) / kThreads, kThreads, bits_kernel, a,
-                blocks_per_row);
+  if (!a.batch.B || !a.batch.D) return nullptr;
+  const Launch how = make_launch(queue);
+  const bool aligned = a.batch.D % 2 == 0 && reinterpret_cast<uintptr_t>(a.out) % 16 == 0;
+  const BitsParams p{how.cut<bits_kernel>(a.batch, kBits), a, aligned};
+  return launch(how.stream, p.cut.units, kThreads, bits_kernel, p);
 }
 
 __global__ void fold_in_kernel(const __grid_constant__ Noise noise, uint64_t data, const uint64_t* data_at, Key* out) {

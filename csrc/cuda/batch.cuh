@@ -134,16 +134,18 @@ struct Strided {
 
   __device__ bool has(int k) const { return data[k] != nullptr; }
 
-  // 32 bits, because a division of 64 costs some hundred instructions.
+  // 32 bits, because a division of 64 costs some hundred instructions. None for the last dimension: what the others
+  // leave of the index lies within it.
   __device__ int64_t locate(uint32_t index, const int64_t (&stride)[kMaxDims]) const {
+    const int last = ndim - 1;
     int64_t at = 0;
 #pragma unroll 1
-    for (int d = 0; d < ndim; ++d) {
+    for (int d = 0; d < last; ++d) {
       const uint32_t next = index / sizes[d];
       at += (index - next * sizes[d]) * stride[d];
       index = next;
     }
-    return at;
+    return at + index * stride[last];
   }
 
   template <class T>

@@ -150,29 +150,36 @@ struct ResidualParams : Rows {
   Scratch scratch;
 };
 
-// The last thread block: means of the samples, and the loss.
-__device__ __forceinline__ void finish_loss(const ResidualParams& p) {
-  double total = 0, also[2] = {0, 0};
-  sum_rows(
-      p.cut.B, p.cut.segments_per_row, [&](int64_t i) { return read_sum(p.scratch.sums, i); },
-      [&](int64_t row, double sum) {
-        const double mean = row_mean(sum, p.loss.kept_of(row, p.cut.D));
-        if (p.loss.per_sample) static_cast<R*>(p.loss.per_sample)[row] = static_cast<R>(mean);
-        total += loss_term(p.loss.weight_of<R>(p.table, row), sum, mean, p.loss.reduction);
+// The means of the samples, the loss, and the two further means.
+__device__ __forceinline__ void finish_loss(const ResidualParams& p, const Unit& unit, RowSums<R, 1>& sums,
+                                            R (&groups)[1][kMaxTile]) {
+  constexpr int kTotals = 3;
+  const int64_t units = p.cut.units;
+  double total[kTotals] = {};
+  const bool has_rows = sums.finish(p.cut, unit, groups, p.scratch, [&](int64_t row, const double (&sum)[1]) {
+    const double mean = row_mean(sum[0], p.loss.kept_of(row, p.cut.D));
+    if (p.loss.per_sample) static_cast<R*>(p.loss.per_sample)[row] = static_cast<R>(mean);
+    total[0] += loss_term(p.loss.weight_of<R>(p.table, row), sum[0], mean, p.loss.reduction);
 #pragma unroll
-        for (int k = 0; k < 2; ++k)
-          also[k] += mean * static_cast<double>(coefficient<R>(p.table, row, p.loss.also_columns[k]));
-      });
-  const double count = static_cast<double>(p.cut.B);
-  total = block_sum(total);
-  if (p.loss.loss && threadIdx.x == 0)
-    *static_cast<R*>(p.loss.loss) = static_cast<R>(p.loss.reduction == Reduction::mean ? total / count : total);
-  if (!p.loss.also) return;
-#pragma unroll
-  for (int k = 0; k < 2; ++k) {
-    also[k] = block_sum(also[k]);
-    if (threadIdx.x == 0) static_cast<R*>(p.loss.also)[k] = static_cast<R>(also[k] / count);
+    for (int k = 1; k < kTotals; ++k)
+      total[k] += mean * static_cast<double>(coefficient<R>(p.table, row, p.loss.also_columns[k - 1]));
+  });
+  if (!has_rows || !(p.loss.loss || p.loss.also)) return;
+  block_sum(total);
+  if (p.cut.segments_per_row == 1) {  // of the unit's rows
+    if (threadIdx.x == 0)
+      for (int k = 0; k < kTotals; ++k) p.scratch.sums[k * units + blockIdx.x] = total[k];
+    if (!is_last_block(p.scratch.counter)) return;
+    sum_rows<kTotals>(
+        1, units, [&](int k, int64_t i) { return read_sum(p.scratch.sums, k * units + i); },
+        [&](int64_t, const double (&sum)[kTotals]) { memcpy(total, sum, sizeof(total)); });
   }
+  if (threadIdx.x) return;
+  const double count = static_cast<double>(p.cut.B);
+  if (p.loss.loss)
+    *static_cast<R*>(p.loss.loss) = static_cast<R>(p.loss.reduction == Reduction::mean ? total[0] / count : total[0]);
+  if (p.loss.also)
+    for (int k = 1; k < kTotals; ++k) static_cast<R*>(p.loss.also)[k - 1] = static_cast<R>(total[k] / count);
 }
 
 // The sum of rho over a group's residuals, which become rho'(r) / 2.
@@ -291,8 +298,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 && kInputs == kAnyInp
   };
   walk_unit<!kGeneral>(p.cut, unit, cursor, keys, fresh, walk);
   if (!p.loss.per_sample && !p.loss.loss) return;
-  sums.store(p.cut, unit, sums_of_groups, p.scratch.sums);
-  if (is_last_block(p.scratch.counter)) finish_loss(p);
+  finish_loss(p, unit, sums, sums_of_groups);
 }
 
 enum { kG, kDotX, kDotY, kDotZ };
@@ -336,13 +342,10 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<T, Access>))
     }
   };
   walk_unit<!Access::kRagged>(p.cut, unit, cursor, keys, kFresh, walk);
-  sums.store(p.cut, unit, sums_of_groups, p.scratch.sums);
-  if (!is_last_block(p.scratch.counter)) return;
-  for (int k = 0; k < 3; ++k)
-    sum_rows(
-        p.cut.B, p.cut.segments_per_row,
-        [&](int64_t i) { return read_sum(p.scratch.sums, k * p.cut.B * p.cut.segments_per_row + i); },
-        [&](int64_t row, double sum) { p.out[3 * row + k] = sum; });
+  sums.finish(p.cut, unit, sums_of_groups, p.scratch, [&](int64_t row, const double (&sum)[3]) {
+#pragma unroll
+    for (int k = 0; k < 3; ++k) p.out[3 * row + k] = sum[k];
+  });
 }
 
 enum { kClean, kCorrupted };
@@ -439,11 +442,8 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<T, Access> - 1))
     }
   };
   walk_unit<!Access::kRagged>(p.cut, unit, cursor, keys, p.noise.present, walk);
-  sums.store(p.cut, unit, sums_of_groups, p.scratch.sums);
-  if (!is_last_block(p.scratch.counter)) return;
-  sum_rows(
-      p.cut.B, p.cut.segments_per_row, [&](int64_t i) { return read_sum(p.scratch.sums, i); },
-      [&](int64_t row, double sum) { p.kl[row] = static_cast<R>(sum); });
+  sums.finish(p.cut, unit, sums_of_groups, p.scratch,
+              [&](int64_t row, const double (&sum)[1]) { p.kl[row] = static_cast<R>(sum[0]); });
 }
 
 enum { kZGrad = kEps + 1, kMuGrad, kLogVarGrad };

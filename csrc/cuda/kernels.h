@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <atomic>
 
 #include "../api.h"
 #include "batch.cuh"
@@ -18,6 +19,10 @@ struct Launch {
   // groups, else Strided.
   template <class T, int K, class Run>
   const char* with_access(const Batch& batch, const Operand (&operands)[K], Run run) const;
+
+  // The batch cut for the kernel, in groups of so many values.
+  template <auto kKernel>
+  Cut cut(const Batch& batch, int group) const;
 
   // Cuts the batch into p.cut for the kernel and launches it.
   template <auto kKernel, class T, class Parameters, class Access>
@@ -115,15 +120,23 @@ const char* launch(cudaStream_t stream, int64_t blocks, unsigned threads, void (
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
+template <auto kKernel>
+Cut Launch::cut(const Batch& batch, int group) const {
+  // Asked until it is answered: the GPUs of a machine are taken to be alike, and another number would be as right, if
+  // slower.
+  static std::atomic<int> known{0};
+  int resident = known.load(std::memory_order_relaxed);
+  if (!resident) {
+    const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kKernel, kThreads, 0);
+    if (error != cudaSuccess) resident = 0;
+    known.store(resident, std::memory_order_relaxed);
+  }
+  return best_cut(batch, group, static_cast<int64_t>(resident ? resident : 1) * multiprocessors);
+}
+
 template <auto kKernel, class T, class Parameters, class Access>
 const char* Launch::units(const Batch& batch, Parameters p, const Access& access) const {
-  // Asked once: the GPUs of a machine are taken to be alike, and another number would be as right, if slower.
-  static const int kResident = [] {
-    int blocks = 0;
-    const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kKernel, kThreads, 0);
-    return error == cudaSuccess && blocks ? blocks : 1;
-  }();
-  p.cut = best_cut(batch, Access::template group<T>, static_cast<int64_t>(kResident) * multiprocessors);
+  p.cut = cut<kKernel>(batch, Access::template group<T>);
   return launch(stream, p.cut.units, kThreads, kKernel, p, access);
 }
 

@@ -136,7 +136,7 @@ void __stcg(T* at, T value) {
 }
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess };
+enum cudaError_t { cudaSuccess, cudaErrorUnknown };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -154,8 +154,15 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
 // One multiprocessor: even small batches give a thread several groups.
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 1, cudaSuccess; }
 
+// For the tests: how many queries will fail, and how many blocks the last launch had.
+extern "C" {
+inline int failing_queries = 0;
+inline unsigned blocks_launched = 0;
+}
+
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
+  if (failing_queries) return --failing_queries, cudaErrorUnknown;
   return *blocks = 2, cudaSuccess;
 }
 
@@ -164,6 +171,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                                const Arguments&... arguments) {
   blockDim = config->blockDim;
   gridDim = config->gridDim;
+  blocks_launched = gridDim.x;
   emulator::threads.resize(config->blockDim.x);
   emulator::body = [&] { kernel(arguments...); };
   for (unsigned b = 0; b < config->gridDim.x; ++b) {
