@@ -61,9 +61,9 @@ _LANE = {torch.float32: 4, torch.float64: 2, torch.bfloat16: 8, torch.float16: 8
 Key = tuple[Any, ...]
 Grid = tuple[int, int, int]
 Operands = tuple[Tensor | None, ...]
-# The last two of a row's three sizes, with channels and lanes of each where those lie side by side, else None, None
-# (kernels.logical); and for each operand the strides of the batch and of those three. None where contiguous.
-Layout = tuple[tuple[int | None, ...] | None, tuple[tuple[int, ...] | None, ...]]
+# The last two of a row's three sizes, then channels and lanes of each where those lie side by side (kernels.logical);
+# and for each operand the strides of the batch and of those three. None where contiguous.
+Layout = tuple[tuple[int, ...] | None, tuple[tuple[int, ...] | None, ...]]
 CONTIGUOUS: Layout = (None, (None,) * 6)  # of as many as a kernel may have
 # A row that does not merge to three dimensions (or is beyond 32-bit indices): its operands are copied.
 SCATTERED: Layout = (None, ())
@@ -264,7 +264,7 @@ def _strided(operands: Operands, ordered: bool) -> Layout:
     whole = [None if s is None else (s[0], *[0] * missing, *s[1:]) for s in strides]
     guide, V = next(s for s in whole if s is not None), _LANE[first.dtype]
     by_channels = 0 < guide[2] < guide[3] and sizes[2] % V == 0
-    order = (sizes[1], sizes[2] // V) if by_channels else (None, None)
+    order = (sizes[1], sizes[2] // V) if by_channels else ()
     return (sizes[1], sizes[2], *order), tuple(whole)
 
 

@@ -5,7 +5,8 @@ neighbouring elements of a row. Normals are made lane by lane and joined, so tha
 where its 128-bit loads and stores want them and nothing moves between threads. A program walks `steps`
 tiles along its rows. ROWS is 1 for long rows: everything that belongs to a row is then a scalar.
 
-An argument that is None does not exist for the compiled kernel. Names in capitals are compile-time.
+An argument that is None does not exist for the compiled kernel; within a tuple Triton 3.6 has no None, and what a
+function returns is not compile-time there. Names in capitals are compile-time.
 """
 
 # mypy: ignore-errors
@@ -158,22 +159,14 @@ def lane_tile(ROWS: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def by_channels(sizes):
-    """Whether neighbouring lanes take neighbouring channels rather than neighbours in logical order."""
-    if sizes is None:
-        return False
-    else:
-        return sizes[2] is not None
-
-
-@triton.jit
 def logical(lane, sizes):
     """Which lane of its row, in logical order, the lane of a strided tile is; uint32.
 
-    sizes[2]: channels, which lie side by side in memory; sizes[3]: lanes of each.
+    By channels, where neighbouring lanes take neighbouring channels: sizes[2] of these lie side by side in memory,
+    sizes[3] lanes of each.
     """
     lane = lane.to(tl.uint32)
-    if by_channels(sizes):
+    if sizes is not None and len(sizes) == 4:
         channels = sizes[2].to(tl.uint32)
         each = sizes[3].to(tl.uint32)
         outer = lane // (channels * each)
@@ -188,7 +181,7 @@ def lane_block(
 ):
     """The words of block BLOCK of each of lanes `first`..., in tensors (ROWS, LANES); of half a block where V is 2."""
     lane = lane_tile(ROWS, LANES)
-    if by_channels(sizes):
+    if sizes is not None and len(sizes) == 4:
         lane = logical(first + lane, sizes)
         first = first ^ first
     if V == 2:
@@ -296,12 +289,12 @@ def at(pointer, row, first, D, sizes, strides, LANES: tl.constexpr, V: tl.conste
     lanes, which is one for all operands.
     """
     element = tl.arange(0, LANES * V)[None, :]
-    if by_channels(sizes):
+    if sizes is not None and len(sizes) == 4:
         i = logical(first + element // V, sizes) * V + (element % V).to(tl.uint32)
     elif strides is not None:
         i = (first * V).to(tl.uint32) + element.to(tl.uint32)
     if strides is None:
-        if by_channels(sizes):
+        if sizes is not None and len(sizes) == 4:
             return pointer + row * D + i
         else:
             return pointer + (row * D + first * V) + element
