@@ -65,6 +65,11 @@ def test_values_do_not_recompile(compiled: Any) -> None:
     assert compiled["compilations"] == 1
 
 
+def test_a_key_has_one_code(compiled: Any) -> None:
+    """Compiled kernels are kept by dtypes, layouts and options, which must tell apart what was compiled."""
+    assert compiled["keys of several codes"] == []
+
+
 def test_in_the_interpreter() -> None:
     """This backend's own tests, and a minute of the shared ones, where there is no GPU to run them."""
     ops = "(test_forward or test_gradient) and float32 and not channels_last and not 1.0"

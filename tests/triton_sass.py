@@ -219,15 +219,21 @@ class Code:
     stack: int
 
 
-def launched(call: Callable[[], Any]) -> tuple[Any, tuple[Any, ...]]:
-    """(kernel, arguments) of what a call launches last, on tensors that nothing reads."""
+def launches(call: Callable[[], Any]) -> list[tuple[Any, tuple[Any, ...]]]:
+    """(the backend's _Call, the kernel's arguments) of each launch, on tensors that nothing reads."""
     caught: list[tuple[Any, tuple[Any, ...]]] = []
-    launch, backend._launch = backend._launch, lambda call, args: caught.append((call.kernel, (*args, *call.fixed)))
+    launch, backend._launch = backend._launch, lambda call, args: caught.append((call, (*args, *call.fixed)))
     try:
         call()
     finally:
         backend._launch = launch
-    return caught[-1]
+    return caught
+
+
+def launched(call: Callable[[], Any]) -> tuple[Any, tuple[Any, ...]]:
+    """(kernel, arguments) of what a call launches last."""
+    last, args = launches(call)[-1]
+    return last.kernel, args
 
 
 def compile_case(case: Case, dtype: torch.dtype, target: GPUTarget) -> Any:
@@ -258,6 +264,41 @@ def values_that_differ() -> list[Callable[[], Any]]:
             )
         )
     return calls
+
+
+def in_other_layouts(dtype: torch.dtype) -> dict[str, Tensor]:
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    last = torch.channels_last
+    return {
+        "channels_last": empty(64, 8, 16, 16).to(memory_format=last),
+        "channels_last of 15x15": empty(64, 8, 15, 15).to(memory_format=last),
+        "half the channels": empty(64, 16, 8, 8).to(memory_format=last)[:, :8],
+        "half of each row": empty(64, 8, 16, 32)[..., :16],
+        "transposed": empty(64, 8, 16, 16).transpose(2, 3),
+        "misaligned": empty(64 * 8 * 16 + 1)[1:].view(64, 8, 4, 4),
+    }
+
+
+def keys_of_several_codes() -> list[list[str]]:
+    """Calls that share a key of the backend's compiled kernels, though what is to be compiled for them differs."""
+    calls = dict(VARIANTS)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        given = in_other_layouts(dtype)
+        dense = torch.empty(64, 8, 16, 16, dtype=dtype)
+        for name in ("channels_last", "half of each row"):
+            calls[f"contiguous x, y {name} {dtype}"] = lambda x=dense, y=given[name]: backend.affine(
+                "op", x, y, None, NOISE, table(x.dtype), LEVELS, (0, 1, 2, -1)
+            )
+        for case in CASES:
+            for name, x in {"": torch.empty(case.shape, dtype=dtype), **given}.items():
+                calls[f"{case.name} {name} {dtype}"] = lambda case=case, x=x: case.call(x)
+    codes: dict[Any, dict[str, str]] = {}
+    for name, call in calls.items():
+        for made, args in launches(call):
+            codes.setdefault(made.key, {}).setdefault(backend.source(made.kernel, args).hash(), name)
+    return [list(names.values()) for names in codes.values() if len(names) > 1]
 
 
 def stack_of(call: Callable[[], Any]) -> int:
@@ -339,6 +380,7 @@ def main() -> None:
                     "nvidia": made,
                     "gfx942": scratch,
                     "variants": stacks,
+                    "keys of several codes": keys_of_several_codes(),
                     "compilations": sources_of(values_that_differ()),
                     "roundings": {c.name: roundings(c) for c in CASES if c.name in ("huber", "pseudo_huber")},
                 }

@@ -289,8 +289,9 @@ def _contiguous(*operands: Tensor | None) -> Operands:
     return tuple(None if t is None else t.contiguous() for t in operands)
 
 
-def _strided_ones(layout: Layout) -> Key:
-    return tuple(s is None for s in layout[1])
+def _types_of(layout: Layout) -> Key:
+    """What of a layout the code depends on."""
+    return len(layout[0] or ()), *(s is None for s in layout[1])
 
 
 @functools.lru_cache(maxsize=4096)
@@ -326,7 +327,7 @@ def _affine_call(
     low, high = (None, None) if clamp is None else (_bits(clamp[3]), _bits(clamp[4]))
     sizes, strides = layout
     runtime = levels, low, high, B, D, steps, sizes, *strides
-    return _Call(kernels.affine_kernel, device, grid, (dtype, present, index, _strided_ones(layout)), runtime, spec)
+    return _Call(kernels.affine_kernel, device, grid, (dtype, present, index, _types_of(layout)), runtime, spec)
 
 
 def plain_affine(
@@ -462,7 +463,7 @@ def _residual_call(
         _NVIDIA,
     )
     sizes, strides = layout
-    types = dtype, present, index, weight, want_loss, want_grad, _strided_ones(layout)
+    types = dtype, present, index, weight, want_loss, want_grad, _types_of(layout)
     parts = 0
     if want_loss or not (want_grad or one_tile):
         # Of one tile: a sum of each program, and two more for `also`.
@@ -705,7 +706,7 @@ def _corrupt_call(
     sizes, strides = layout
     runtime = B, D, steps, sizes, *strides[:2]
     spec = aligned and D % V == 0, ROWS, LANES, V
-    return _Call(kernels.corrupt_kernel, device, grid, (dtype, present, _strided_ones(layout)), runtime, spec)
+    return _Call(kernels.corrupt_kernel, device, grid, (dtype, present, _types_of(layout)), runtime, spec)
 
 
 def corrupt(x: Tensor, noise: Noise, thresholds: Tensor, low: float, high: float) -> Tensor:
@@ -738,7 +739,7 @@ def _row_dots_call(
     spec = noise, aligned and D % V == 0, ROWS, LANES, V, _NVIDIA
     sizes, strides = layout
     runtime = B, D, steps, sizes, *strides[:4]
-    types = dtype, present, _strided_ones(layout)
+    types = dtype, present, _types_of(layout)
     return _Call(kernels.row_dots_kernel, device, grid, types, runtime, spec)
 
 
@@ -776,7 +777,7 @@ def _gaussian_call(
     spec = noise, aligned and D % V == 0, ROWS, LANES, V, _NVIDIA
     sizes, strides = layout
     runtime = B, D, steps, sizes, *strides[:operands]
-    return _Call(kernel, device, grid, (dtype, present, _strided_ones(layout), grid[0] == 1), runtime, spec)
+    return _Call(kernel, device, grid, (dtype, present, _types_of(layout), grid[0] == 1), runtime, spec)
 
 
 def gaussian(mu: Tensor, log_var: Tensor, eps: Tensor | None, noise: Noise | None) -> tuple[Tensor, Tensor]:
