@@ -214,7 +214,6 @@ class Code:
     wide_loads: int
     wide_stores: int
     moves: int
-    spills: int
     registers: int
     stack: int
 
@@ -342,7 +341,6 @@ def code(case: Case, dtype: torch.dtype, target: GPUTarget) -> Code:
         wide_loads=loads,
         wide_stores=stores,
         moves=count(r"\b(LDS|STS|LDSM|STSM|LDL|STL|BAR)\b"),
-        spills=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         registers=int(re.findall(r"REG:(\d+)", usage)[0]),
         stack=int(re.findall(r"STACK:(\d+)", usage)[0]),
     )
