@@ -519,6 +519,17 @@ def test_row_dots() -> None:
     assert torch.equal(backend.row_dots(g, None, y, None, None)[:, [0, 2]], torch.zeros(2, 2, device=DEVICE))
 
 
+def test_row_dots_of_absent_ones_are_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In memory that held something else."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(torch.nan))
+    for shape in ((3, 5), (130, 2), (2, 4097)):
+        g, y = randn(*shape), randn(*shape, seed=1)
+        got = backend.row_dots(g, None, y, None, None)
+        torch.testing.assert_close(got[:, 1], (g.double() * y.double()).sum(1), rtol=1e-4, atol=1e-4)
+        assert (got[:, [0, 2]] == 0).all()
+
+
 @pytest.mark.parametrize("shape", ((0, 4), (3, 0), (0,)))
 def test_nothing_to_do(shape: tuple[int, ...]) -> None:
     x = randn(*shape)
@@ -530,6 +541,16 @@ def test_nothing_to_do(shape: tuple[int, ...]) -> None:
     assert torch.equal(per_sample, torch.zeros(shape[0], device=DEVICE)) and loss == 0 and grad.shape == shape
     assert torch.equal(backend.row_dots(x, x, None, None, None), x.new_zeros(shape[0], 3, dtype=torch.float64))
     assert backend.normal(df.Noise(0), shape[0], 0, x.dtype, DEVICE).shape == (shape[0], 0)
+
+
+def test_capture_of_what_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver would refuse to load it then, in words of its own."""
+    monkeypatch.setattr(backend, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    call = backend._Call(backend.kernels.fill_kernel, torch.device("cuda", 0), (1, 1, 1), ("none like it",), (), ())
+    with pytest.raises(RuntimeError, match=r"fill_kernel is not compiled yet .* once before the capture"):
+        backend._launch(call, ())
 
 
 # What only a GPU has

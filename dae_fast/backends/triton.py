@@ -158,14 +158,21 @@ def _launch(call: _Call, args: tuple[Any, ...]) -> None:
     args = (*args, *call.fixed)
     compiled = call.compiled
     if compiled is None:
-        compiled = _compiled.get(call.key)
-        if compiled is None:
-            target = triton.runtime.driver.active.get_current_target()
-            compiled = _compiled[call.key] = compile_for(target, call.kernel, args)
-        call.compiled = compiled
+        compiled = call.compiled = _compiled.get(call.key) or _compile(call, args)
     run = compiled.run  # loads the kernel, and so comes before compiled.function
     stream = torch._C._cuda_getCurrentRawStream(index)
     run(*call.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *args)
+
+
+def _compile(call: _Call, args: tuple[Any, ...]) -> Any:
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{call.kernel.__name__} is not compiled yet for these dtypes, layouts and options, and no kernel can be "
+            "loaded while a CUDA stream is captured; make the same call once before the capture"
+        )
+    target = triton.runtime.driver.active.get_current_target()
+    # Another thread may have been the first.
+    return _compiled.setdefault(call.key, compile_for(target, call.kernel, args))
 
 
 def _plan(B: int, D: int, V: int, most_steps: int) -> tuple[Grid, int, int, int]:
@@ -696,9 +703,10 @@ def row_dots(g: Tensor, x: Tensor | None, y: Tensor | None, z: Tensor | None, no
     seed, offset, key, sample, first = _noise(noise, device)
     present = x is None, y is None, z is None, key is None, sample is None
     call = _row_dots_call(shape, g.dtype, device, present, _NO_NOISE if noise is None else _FOLDED, aligned, layout)
-    out = torch.zeros(shape[0], call.grid[0], 3, dtype=torch.float64, device=device)
+    tiles = call.grid[0]
+    out = torch.empty(shape[0], tiles, 3, dtype=torch.float64, device=device)
     _launch(call, (g, x, y, z, out, seed, offset, key, sample, first))
-    return out.sum(1)
+    return out[:, 0] if tiles == 1 else out.sum(1)
 
 
 @functools.lru_cache(maxsize=4096)

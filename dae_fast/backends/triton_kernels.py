@@ -730,7 +730,9 @@ def sum_of_rows(values, existing, ROWS: tl.constexpr):
 @triton.jit
 def last_to_finish(ticket, programs):
     """Whether all other programs have left their sums. The count starts again for the next launch."""
-    tl.debug_barrier()  # this program's sums are written before its ticket is drawn
+    # This program's sums are written before its ticket is drawn. On AMD GPUs, too, the barrier is a fence of the
+    # work-group for global memory; the ticket's acq_rel passes all its threads' writes on to the device.
+    tl.debug_barrier()
     last = tl.atomic_add(ticket, 1, sem="acq_rel") == programs - 1
     if last:
         tl.store(ticket, 0)
@@ -920,7 +922,7 @@ def row_dots_kernel(
     V: tl.constexpr,
     NVIDIA: tl.constexpr,
 ):
-    """out (B, tiles, 3): sums over this program's part of each row of g*x, g*y, g*z; absent ones are not written."""
+    """out (B, tiles, 3): sums over this program's part of each row of g*x, g*y, g*z; 0 for those that are absent."""
     row0, row = rows_of(B, ROWS)
     if row0 >= B:
         return
@@ -951,12 +953,9 @@ def row_dots_kernel(
             gz = mul_add(gv, zv, gz)
     existing = row0 + tl.arange(0, ROWS)[:, None] < B if ROWS > 1 else None
     address = out + (row * tl.num_programs(0) + tl.program_id(0)) * 3
-    if x is not None:
-        tl.store(address, row_sums(gx, ROWS, LANES, V), mask=existing)
-    if y is not None:
-        tl.store(address + 1, row_sums(gy, ROWS, LANES, V), mask=existing)
-    if NOISE != NO_NOISE or z is not None:
-        tl.store(address + 2, row_sums(gz, ROWS, LANES, V), mask=existing)
+    tl.store(address, row_sums(gx, ROWS, LANES, V), mask=existing)
+    tl.store(address + 1, row_sums(gy, ROWS, LANES, V), mask=existing)
+    tl.store(address + 2, row_sums(gz, ROWS, LANES, V), mask=existing)
 
 
 @triton.jit
