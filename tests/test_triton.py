@@ -19,13 +19,30 @@ from dae_fast.ops.masks import Drawn
 from .conftest import TRITON_BEFORE_3_9
 
 pytest.importorskip("triton")
+import triton
+import triton.language as tl
+
 from dae_fast.backends import triton as backend
+from dae_fast.backends import triton_kernels as kernels
 
 if backend.available():
     pytest.skip(backend.available(), allow_module_level=True)
 
 gpu = pytest.mark.gpu
 on_a_gpu = pytest.mark.skipif(backend.INTERPRETED, reason="needs a GPU")
+
+
+@triton.jit
+def add_tiles_kernel(sums, tiles, out, B, ROWS: tl.constexpr):
+    for first in range(0, B, ROWS):
+        row = first + tl.arange(0, ROWS)
+        tl.store(out + row, kernels.add_tiles(sums, tiles, row, B, ROWS), mask=row < B)
+
+
+@triton.jit
+def add_parts_kernel(sums, count, out):
+    tl.store(out, kernels.add_parts(sums, count))
+
 
 DEVICE = torch.device("cpu" if backend.INTERPRETED else "cuda")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -487,10 +504,70 @@ def test_residual_level_out_of_range_is_nan() -> None:
     assert grad.isnan().all(1).tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("D", (5000, 40))
-def test_residual_ticket_starts_again(D: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_not_cut_where_there_are_enough() -> None:
+    """For sums: each row that is cut is one more to add up. No running sum has more than 64 terms."""
+    for B, D in ((4096, 784), (1024, 3072), (2**20, 64), (1024, 2**15)):
+        assert backend._plan(B, D, 4, backend._STEPS_SUM)[0][0] == 1
+    for B, D in ((64, 784), (4, 2**20), (1024, 2**15 + 1)):
+        (along, _, _), steps, _, _ = backend._plan(B, D, 4, backend._STEPS_SUM)
+        assert along > 1 and steps <= 64
+
+
+@pytest.mark.parametrize(("B", "tiles"), ((1, 2048), (2, 1024), (8, 256), (16, 128), (64, 32), (128, 16), (512, 4)))
+def test_last_program_takes_few_turns(B: int, tiles: int) -> None:
+    rows = backend._final_rows(B, tiles)
+    assert -(-B // rows) * -(-tiles * rows // 512) <= 8
+
+
+def cut_rows(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """The last program adds up `rows` at a time."""
+    monkeypatch.setattr(backend, "_final_rows", lambda B, tiles: rows)
+    backend._residual_call.cache_clear()
+
+
+@pytest.fixture
+def planned_again():
+    yield
+    backend._residual_call.cache_clear()
+
+
+FINAL_ROWS = (1, 16, 128)
+
+
+@pytest.mark.usefixtures("planned_again")
+@pytest.mark.parametrize("B", (1, 15, 16, 17, 127, 128, 129))
+@pytest.mark.parametrize("rows", FINAL_ROWS)
+def test_residual_of_cut_rows(rows: int, B: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_rows(monkeypatch, rows)
+    pred = randn(B, 300)
+    assert backend._plan(B, 300, 4, 64)[0][0] == 3
+    weight = torch.rand(B, dtype=torch.float64, device=DEVICE)
+    check_residual(pred, None, pred, None, table_of(pred.dtype), levels(B), (-1, 1, -1), None, weight)
+
+
+@pytest.mark.parametrize("tiles", (1, 3, 4, 5, 7, 8, 9, 31, 32, 33, 127, 128, 129, 511, 512, 513, 1025))
+@pytest.mark.parametrize("rows", FINAL_ROWS)
+def test_tiles_are_added(rows: int, tiles: int) -> None:
+    B = rows + 1
+    sums = randn(B, tiles, dtype=torch.float64)
+    out = torch.zeros(B, dtype=torch.float64, device=DEVICE)
+    add_tiles_kernel[(1,)](sums, tiles, out, B, rows)
+    torch.testing.assert_close(out, sums.sum(1), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("count", (1, 127, 128, 129, 2047, 2048, 2049, 4097))
+def test_parts_are_added(count: int) -> None:
+    sums, out = randn(count, dtype=torch.float64), torch.zeros(1, dtype=torch.float64, device=DEVICE)
+    add_parts_kernel[(1,)](sums, count, out)
+    torch.testing.assert_close(out[0], sums.sum(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.usefixtures("planned_again")
+@pytest.mark.parametrize(("D", "rows"), ((40, 0), *((5000, rows) for rows in FINAL_ROWS)))
+def test_residual_ticket_starts_again(D: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A workspace serves call after call, and only the last program reads it: here it is poisoned before each."""
-    pred = randn(300 if D < 100 else 3, D)
+    cut_rows(monkeypatch, rows)
+    pred = randn(3 if rows else 300, D)
     sums = torch.empty(4096, dtype=torch.float64, device=DEVICE)
     ticket = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     monkeypatch.setattr(backend, "workspace", lambda device, doubles: (sums, ticket))

@@ -136,6 +136,9 @@ def _variants() -> dict[str, Callable[[], Any]]:
         given = "op", pred, pred, None, NOISE, table, LEVELS, columns, mask, weight, 1, True, True
         return backend.residual(*given, also=also)
 
+    def of_cut_rows(pred: Tensor) -> Any:
+        return backend.residual("op", pred, None, None, NOISE, f32[:1], None, (1, 2, -1), None, *mean)
+
     def of_fp64(kind: int) -> Any:
         wide = x.double()
         return backend.residual("op", wide, wide, None, None, f64, None, (1, 2, 3), left, *mean, kind=kind)
@@ -158,6 +161,8 @@ def _variants() -> dict[str, Callable[[], Any]]:
         "loss of rows of 2": lambda: residual(short, None, weight, 1, True, True),
         "loss with expanded mask": lambda: residual(x, mask, weight.float(), 1, True, True),
         "sum with mask": lambda: residual(x, mask, weight, 2, True, True),
+        "loss of one row": lambda: of_cut_rows(torch.empty(1, 2**20)),
+        "loss of many cut rows": lambda: of_cut_rows(torch.empty(512, 2**14)),
         "means": lambda: residual(odd, None, None, 0, False, False),
         "means of rows of 2": lambda: residual(short, None, None, 0, False, False),
         "gradient for an upstream": lambda: residual(x, None, weight, 1, False, True, one),

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .reference import columns_of_residual, per_sample_sum
+from .reference import KINDS, columns_of_residual, per_sample_sum
 from .tickets import workspace
 
 try:
@@ -46,6 +46,7 @@ _STEPS_MAP, _STEPS_SUM = 8, 64
 _ABSENT = -1  # the column of a coefficient that is 0
 _NONE, _MEAN, _SUM = 0, 1, 2
 _NO_NOISE, _FOLDED, _RAW = 0, 1, 2
+_PSEUDO_HUBER = KINDS.index("pseudo_huber")
 
 _TYPES = {
     torch.float32: "*fp32",
@@ -111,8 +112,17 @@ def _type(value: Any) -> Any:
     return "constexpr" if value is None else "i64"
 
 
+def _may_take_64_registers(per_sample: Any = None, thresholds: Any = None, **others: Any) -> bool:
+    """Losses that need no more, and that ptxas would fit into 40, making Philox's keys again for every block."""
+    if per_sample is None or others["KIND"] == _PSEUDO_HUBER or (thresholds is not None and others["NOISE"]):
+        return False
+    return others["ALIGNED"] and others["sizes"] is None and others["LANES"] >= 32
+
+
 def compile_for(target: GPUTarget, kernel: Any, args: tuple[Any, ...]) -> Any:
     options = {"num_warps": THREADS // target.warp_size, "num_stages": 1, "enable_fp_fusion": False}
+    if _may_take_64_registers(**dict(zip(kernel.arg_names, args, strict=True))):
+        options["maxnreg"] = 64
     return triton.compile(source(kernel, args), target=target, options=options)
 
 
@@ -182,6 +192,8 @@ def _plan(B: int, D: int, V: int, most_steps: int) -> tuple[Grid, int, int, int]
     ROWS = THREADS // LANES
     groups, tiles = -(-B // ROWS), -(-lanes // LANES)
     steps = max(1, min(most_steps, groups * tiles // _PROGRAMS, tiles))
+    if most_steps == _STEPS_SUM and groups >= _PROGRAMS // 2:
+        steps = min(most_steps, tiles)  # enough programs without cutting rows: nothing left to add up
     along = -(-tiles // steps)
     z = -(-groups // 65535)
     return (along, -(-groups // z), z), -(-tiles // along), ROWS, LANES
@@ -438,6 +450,12 @@ def _run_affine(
 Terms = tuple[tuple[int, ...], int, int, bool, bool]
 
 
+def _final_rows(B: int, tiles: int) -> int:
+    """The shape with which the last program of a loss takes the fewest turns, of few: each is compiled by itself."""
+    at_once = kernels.FINAL.value * kernels.TILES_AT_ONCE.value
+    return min((1, 16, 128), key=lambda rows: -(-B // rows) * -(-tiles * rows // at_once))
+
+
 @functools.lru_cache(maxsize=4096)
 def _residual_call(
     shape: tuple[int, ...],
@@ -457,7 +475,8 @@ def _residual_call(
     columns, kind, reduction, keeps, made = terms
     B, D, V = shape[0], math.prod(shape[1:]), _LANE[dtype]
     grid, steps, ROWS, LANES = _plan(B, D, V, _STEPS_SUM)
-    one_tile = grid[0] == 1
+    tiles = grid[0]
+    summed = no_grad or not no_loss
     levels, K = table
     # Of the gradient, without what differs from row to row.
     factor = 2.0 / (B if reduction == _MEAN else 1) / (D if reduction != _SUM and all_count else 1)
@@ -471,7 +490,7 @@ def _residual_call(
         noise,
         reduction,
         made,
-        one_tile,
+        _final_rows(B, tiles) if summed and tiles > 1 else 0,
         aligned and D % V == 0,
         ROWS,
         LANES,
@@ -481,9 +500,10 @@ def _residual_call(
     sizes, strides = layout
     types = dtype, absent, index, weight, _types_of(layout)
     parts = 0
-    if not no_loss or (no_grad and not one_tile):
-        # Of one tile: a sum of each program, and two more for `also`.
-        parts = -(-B // ROWS) * (1 if columns[4] == _ABSENT else 3) if one_tile else B * grid[0]
+    if summed and tiles > 1:
+        parts = B * tiles
+    elif not no_loss:
+        parts = -(-B // ROWS) * (1 if columns[4] == _ABSENT else 3)  # a sum of each program, and two more for `also`
     runtime = levels, _bits(factor), B, D, steps, sizes, *strides[:5]
     return _Call(kernels.residual_kernel, device, grid, types, runtime, spec, parts)
 
