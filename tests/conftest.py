@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
@@ -84,3 +85,13 @@ def restore_threads():
 def not_in_torch_2_11(why: str) -> pytest.MarkDecorator:
     """For what torch.compile of that release cannot do and later ones can; eager calls are the same in both."""
     return pytest.mark.xfail(torch.__version__.startswith("2.11."), reason=f"torch 2.11: {why}", strict=True)
+
+
+def _triton() -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in metadata.version("triton").split(".")[:2])
+    except metadata.PackageNotFoundError:
+        return (3, 9)
+
+
+TRITON_BEFORE_3_9 = _triton() < (3, 9)  # torch pins it: 2.11 has 3.6

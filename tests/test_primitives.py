@@ -310,7 +310,9 @@ def test_residual_weighing(backend: str, options: str, index: torch.dtype | None
     wide = pred.double().requires_grad_()
     sums, kept = reference.residual("op", wide, y.double(), None, None, table.double(), t, columns[:3], mask)
     means = sums / kept.clamp(min=1)
-    factor, *others = reference.coefficients(table.double(), t, "op")[:, list(columns[3:])].expand(B, -1).unbind(1)
+    factor, *others = (
+        reference.coefficients(table.double(), t, "op", pred)[:, list(columns[3:])].expand(B, -1).unbind(1)
+    )
     w = factor if weight is None else factor * weight.double()
     wanted = (w * sums).sum() if reduction == 2 else (w * means).mean()
     tolerance = 1e-12 if dtype == torch.float64 else 2e-6

@@ -16,14 +16,33 @@ import dae_fast as df
 from dae_fast.backends import reference
 from dae_fast.ops.masks import Drawn
 
+from .conftest import TRITON_BEFORE_3_9
+
 pytest.importorskip("triton")
+import triton
+import triton.language as tl
+
 from dae_fast.backends import triton as backend
+from dae_fast.backends import triton_kernels as kernels
 
 if backend.available():
     pytest.skip(backend.available(), allow_module_level=True)
 
 gpu = pytest.mark.gpu
 on_a_gpu = pytest.mark.skipif(backend.INTERPRETED, reason="needs a GPU")
+
+
+@triton.jit
+def add_tiles_kernel(sums, tiles, out, B, ROWS: tl.constexpr):
+    for first in range(0, B, ROWS):
+        row = first + tl.arange(0, ROWS)
+        tl.store(out + row, kernels.add_tiles(sums, tiles, row, B, ROWS), mask=row < B)
+
+
+@triton.jit
+def add_parts_kernel(sums, count, out):
+    tl.store(out, kernels.add_parts(sums, count))
+
 
 DEVICE = torch.device("cpu" if backend.INTERPRETED else "cuda")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -162,6 +181,13 @@ def test_affine_layouts(layout: str, mixed: bool) -> None:
     check_affine(x, y, None, None, table, levels(2), (0, 1, -1, 2), w=w)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sizes_have_no_none(layout: str) -> None:
+    """Triton 3.6 compiles none in a tuple: by channels or not is told by the length."""
+    sizes, _ = backend._memory((LAYOUTS[layout](randn(2, 4, 6, 6)),), True)[1]
+    assert sizes is None or (len(sizes) in (2, 4) and None not in sizes)
+
+
 def unmergeable(seed: int) -> Tensor:
     """(2, 4, 3, 6, 2), no two dimensions of a row one in memory."""
     x = randn(2, 4, 7, 12, 4, seed=seed)[:, :, :6:2, ::2, ::2]
@@ -271,6 +297,7 @@ def test_normals_are_those_of_fp32(dtype: torch.dtype) -> None:
         assert torch.equal(backend.normal(noise, B, D, dtype, DEVICE), wanted)
 
 
+@pytest.mark.skipif(TRITON_BEFORE_3_9 and backend.INTERPRETED, reason="that interpreter rounds an fma twice")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_normals_have_the_bits_of_the_cpu(dtype: torch.dtype) -> None:
     native = pytest.importorskip("dae_fast.backends.native")
@@ -454,7 +481,7 @@ def test_drawn_masks_and_corruption_of_copied_rows() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", range(4), ids=reference.KINDS)
 def test_gradients_have_the_bits_of_the_cpu(kind: int, dtype: torch.dtype) -> None:
-    """Division and square root included. The interpreter rounds an fma twice, which pseudo_huber would show."""
+    """Division and square root included. An interpreter that rounds an fma twice would show in pseudo_huber."""
     native = pytest.importorskip("dae_fast.backends.native")
     if backend.INTERPRETED and kind == 3 and dtype != torch.float64:
         pytest.skip("needs a GPU")
@@ -477,10 +504,70 @@ def test_residual_level_out_of_range_is_nan() -> None:
     assert grad.isnan().all(1).tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("D", (5000, 40))
-def test_residual_ticket_starts_again(D: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_not_cut_where_there_are_enough() -> None:
+    """For sums: each row that is cut is one more to add up. No running sum has more than 64 terms."""
+    for B, D in ((4096, 784), (1024, 3072), (2**20, 64), (1024, 2**15)):
+        assert backend._plan(B, D, 4, backend._STEPS_SUM)[0][0] == 1
+    for B, D in ((64, 784), (4, 2**20), (1024, 2**15 + 1)):
+        (along, _, _), steps, _, _ = backend._plan(B, D, 4, backend._STEPS_SUM)
+        assert along > 1 and steps <= 64
+
+
+@pytest.mark.parametrize(("B", "tiles"), ((1, 2048), (2, 1024), (8, 256), (16, 128), (64, 32), (128, 16), (512, 4)))
+def test_last_program_takes_few_turns(B: int, tiles: int) -> None:
+    rows = backend._final_rows(B, tiles)
+    assert -(-B // rows) * -(-tiles * rows // 512) <= 8
+
+
+def cut_rows(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """The last program adds up `rows` at a time."""
+    monkeypatch.setattr(backend, "_final_rows", lambda B, tiles: rows)
+    backend._residual_call.cache_clear()
+
+
+@pytest.fixture
+def planned_again():
+    yield
+    backend._residual_call.cache_clear()
+
+
+FINAL_ROWS = (1, 16, 128)
+
+
+@pytest.mark.usefixtures("planned_again")
+@pytest.mark.parametrize("B", (1, 15, 16, 17, 127, 128, 129))
+@pytest.mark.parametrize("rows", FINAL_ROWS)
+def test_residual_of_cut_rows(rows: int, B: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_rows(monkeypatch, rows)
+    pred = randn(B, 300)
+    assert backend._plan(B, 300, 4, 64)[0][0] == 3
+    weight = torch.rand(B, dtype=torch.float64, device=DEVICE)
+    check_residual(pred, None, pred, None, table_of(pred.dtype), levels(B), (-1, 1, -1), None, weight)
+
+
+@pytest.mark.parametrize("tiles", (1, 3, 4, 5, 7, 8, 9, 31, 32, 33, 127, 128, 129, 511, 512, 513, 1025))
+@pytest.mark.parametrize("rows", FINAL_ROWS)
+def test_tiles_are_added(rows: int, tiles: int) -> None:
+    B = rows + 1
+    sums = randn(B, tiles, dtype=torch.float64)
+    out = torch.zeros(B, dtype=torch.float64, device=DEVICE)
+    add_tiles_kernel[(1,)](sums, tiles, out, B, rows)
+    torch.testing.assert_close(out, sums.sum(1), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("count", (1, 127, 128, 129, 2047, 2048, 2049, 4097))
+def test_parts_are_added(count: int) -> None:
+    sums, out = randn(count, dtype=torch.float64), torch.zeros(1, dtype=torch.float64, device=DEVICE)
+    add_parts_kernel[(1,)](sums, count, out)
+    torch.testing.assert_close(out[0], sums.sum(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.usefixtures("planned_again")
+@pytest.mark.parametrize(("D", "rows"), ((40, 0), *((5000, rows) for rows in FINAL_ROWS)))
+def test_residual_ticket_starts_again(D: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A workspace serves call after call, and only the last program reads it: here it is poisoned before each."""
-    pred = randn(300 if D < 100 else 3, D)
+    cut_rows(monkeypatch, rows)
+    pred = randn(3 if rows else 300, D)
     sums = torch.empty(4096, dtype=torch.float64, device=DEVICE)
     ticket = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     monkeypatch.setattr(backend, "workspace", lambda device, doubles: (sums, ticket))
@@ -509,6 +596,17 @@ def test_row_dots() -> None:
     assert torch.equal(backend.row_dots(g, None, y, None, None)[:, [0, 2]], torch.zeros(2, 2, device=DEVICE))
 
 
+def test_row_dots_of_absent_ones_are_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In memory that held something else."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(torch.nan))
+    for shape in ((3, 5), (130, 2), (2, 4097)):
+        g, y = randn(*shape), randn(*shape, seed=1)
+        got = backend.row_dots(g, None, y, None, None)
+        torch.testing.assert_close(got[:, 1], (g.double() * y.double()).sum(1), rtol=1e-4, atol=1e-4)
+        assert (got[:, [0, 2]] == 0).all()
+
+
 @pytest.mark.parametrize("shape", ((0, 4), (3, 0), (0,)))
 def test_nothing_to_do(shape: tuple[int, ...]) -> None:
     x = randn(*shape)
@@ -520,6 +618,16 @@ def test_nothing_to_do(shape: tuple[int, ...]) -> None:
     assert torch.equal(per_sample, torch.zeros(shape[0], device=DEVICE)) and loss == 0 and grad.shape == shape
     assert torch.equal(backend.row_dots(x, x, None, None, None), x.new_zeros(shape[0], 3, dtype=torch.float64))
     assert backend.normal(df.Noise(0), shape[0], 0, x.dtype, DEVICE).shape == (shape[0], 0)
+
+
+def test_capture_of_what_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver would refuse to load it then, in words of its own."""
+    monkeypatch.setattr(backend, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    call = backend._Call(backend.kernels.fill_kernel, torch.device("cuda", 0), (1, 1, 1), ("none like it",), (), ())
+    with pytest.raises(RuntimeError, match=r"fill_kernel is not compiled yet .* once before the capture"):
+        backend._launch(call, ())
 
 
 # What only a GPU has

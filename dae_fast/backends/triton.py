@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .reference import columns_of_residual, per_sample_sum
+from .reference import KINDS, columns_of_residual, per_sample_sum
 from .tickets import workspace
 
 try:
@@ -46,6 +46,7 @@ _STEPS_MAP, _STEPS_SUM = 8, 64
 _ABSENT = -1  # the column of a coefficient that is 0
 _NONE, _MEAN, _SUM = 0, 1, 2
 _NO_NOISE, _FOLDED, _RAW = 0, 1, 2
+_PSEUDO_HUBER = KINDS.index("pseudo_huber")
 
 _TYPES = {
     torch.float32: "*fp32",
@@ -61,9 +62,9 @@ _LANE = {torch.float32: 4, torch.float64: 2, torch.bfloat16: 8, torch.float16: 8
 Key = tuple[Any, ...]
 Grid = tuple[int, int, int]
 Operands = tuple[Tensor | None, ...]
-# The last two of a row's three sizes, with channels and lanes of each where those lie side by side, else None, None
-# (kernels.logical); and for each operand the strides of the batch and of those three. None where contiguous.
-Layout = tuple[tuple[int | None, ...] | None, tuple[tuple[int, ...] | None, ...]]
+# The last two of a row's three sizes, then channels and lanes of each where those lie side by side (kernels.logical);
+# and for each operand the strides of the batch and of those three. None where contiguous.
+Layout = tuple[tuple[int, ...] | None, tuple[tuple[int, ...] | None, ...]]
 CONTIGUOUS: Layout = (None, (None,) * 6)  # of as many as a kernel may have
 # A row that does not merge to three dimensions (or is beyond 32-bit indices): its operands are copied.
 SCATTERED: Layout = (None, ())
@@ -111,8 +112,17 @@ def _type(value: Any) -> Any:
     return "constexpr" if value is None else "i64"
 
 
+def _may_take_64_registers(per_sample: Any = None, thresholds: Any = None, **others: Any) -> bool:
+    """Losses that need no more, and that ptxas would fit into 40, making Philox's keys again for every block."""
+    if per_sample is None or others["KIND"] == _PSEUDO_HUBER or (thresholds is not None and others["NOISE"]):
+        return False
+    return others["ALIGNED"] and others["sizes"] is None and others["LANES"] >= 32
+
+
 def compile_for(target: GPUTarget, kernel: Any, args: tuple[Any, ...]) -> Any:
     options = {"num_warps": THREADS // target.warp_size, "num_stages": 1, "enable_fp_fusion": False}
+    if _may_take_64_registers(**dict(zip(kernel.arg_names, args, strict=True))):
+        options["maxnreg"] = 64
     return triton.compile(source(kernel, args), target=target, options=options)
 
 
@@ -158,14 +168,21 @@ def _launch(call: _Call, args: tuple[Any, ...]) -> None:
     args = (*args, *call.fixed)
     compiled = call.compiled
     if compiled is None:
-        compiled = _compiled.get(call.key)
-        if compiled is None:
-            target = triton.runtime.driver.active.get_current_target()
-            compiled = _compiled[call.key] = compile_for(target, call.kernel, args)
-        call.compiled = compiled
+        compiled = call.compiled = _compiled.get(call.key) or _compile(call, args)
     run = compiled.run  # loads the kernel, and so comes before compiled.function
     stream = torch._C._cuda_getCurrentRawStream(index)
     run(*call.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *args)
+
+
+def _compile(call: _Call, args: tuple[Any, ...]) -> Any:
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{call.kernel.__name__} is not compiled yet for these dtypes, layouts and options, and no kernel can be "
+            "loaded while a CUDA stream is captured; make the same call once before the capture"
+        )
+    target = triton.runtime.driver.active.get_current_target()
+    # Another thread may have been the first.
+    return _compiled.setdefault(call.key, compile_for(target, call.kernel, args))
 
 
 def _plan(B: int, D: int, V: int, most_steps: int) -> tuple[Grid, int, int, int]:
@@ -175,6 +192,8 @@ def _plan(B: int, D: int, V: int, most_steps: int) -> tuple[Grid, int, int, int]
     ROWS = THREADS // LANES
     groups, tiles = -(-B // ROWS), -(-lanes // LANES)
     steps = max(1, min(most_steps, groups * tiles // _PROGRAMS, tiles))
+    if most_steps == _STEPS_SUM and groups >= _PROGRAMS // 2:
+        steps = min(most_steps, tiles)  # enough programs without cutting rows: nothing left to add up
     along = -(-tiles // steps)
     z = -(-groups // 65535)
     return (along, -(-groups // z), z), -(-tiles // along), ROWS, LANES
@@ -264,7 +283,7 @@ def _strided(operands: Operands, ordered: bool) -> Layout:
     whole = [None if s is None else (s[0], *[0] * missing, *s[1:]) for s in strides]
     guide, V = next(s for s in whole if s is not None), _LANE[first.dtype]
     by_channels = 0 < guide[2] < guide[3] and sizes[2] % V == 0
-    order = (sizes[1], sizes[2] // V) if by_channels else (None, None)
+    order = (sizes[1], sizes[2] // V) if by_channels else ()
     return (sizes[1], sizes[2], *order), tuple(whole)
 
 
@@ -289,8 +308,15 @@ def _contiguous(*operands: Tensor | None) -> Operands:
     return tuple(None if t is None else t.contiguous() for t in operands)
 
 
-def _strided_ones(layout: Layout) -> Key:
-    return tuple(s is None for s in layout[1])
+def _copy_back(written: Operands, results: Operands) -> None:
+    for made, result in zip(written, results, strict=False):
+        if result is not None and made is not None and result is not made:
+            result.copy_(made)
+
+
+def _types_of(layout: Layout) -> Key:
+    """What of a layout the code depends on."""
+    return len(layout[0] or ()), *(s is None for s in layout[1])
 
 
 @functools.lru_cache(maxsize=4096)
@@ -326,7 +352,7 @@ def _affine_call(
     low, high = (None, None) if clamp is None else (_bits(clamp[3]), _bits(clamp[4]))
     sizes, strides = layout
     runtime = levels, low, high, B, D, steps, sizes, *strides
-    return _Call(kernels.affine_kernel, device, grid, (dtype, present, index, _strided_ones(layout)), runtime, spec)
+    return _Call(kernels.affine_kernel, device, grid, (dtype, present, index, _types_of(layout)), runtime, spec)
 
 
 def plain_affine(
@@ -348,7 +374,7 @@ def plain_affine(
     """For csrc/plain.cpp, which has checked that the tensors are contiguous. index: an int is of one row for all."""
     if isinstance(index, int):
         table, index = table[index : index + 1], None
-    _run_affine(aligned, CONTIGUOUS, shape, dtype, x, y, z, noise, table, index, columns, clamp, out, out2, w)
+    _run_affine(aligned, CONTIGUOUS, shape, dtype, (x, y, z, w, out, out2), noise, table, index, columns, clamp)
 
 
 def affine(
@@ -372,12 +398,15 @@ def affine(
     shape = x.shape
     if 0 in shape:
         return results
-    aligned, layout = _memory((x, y, z, w, out, out2), noise is not None)
-    if layout is SCATTERED:
-        y, z, w = _contiguous(y, z, w)
-        made = affine(op, x.contiguous(), y, z, noise, table, index, columns, clamp, w=w)
-        return (out.copy_(made[0]), *made[1:])
-    _run_affine(aligned, layout, shape, x.dtype, x, y, z, noise, table, index, columns, clamp, out, out2, w)
+    operands: Operands = (x, y, z, w, out, out2)
+    aligned, layout = _memory(operands, noise is not None)
+    copied = layout is SCATTERED
+    if copied:
+        operands = _contiguous(*operands)
+        aligned, layout = _memory(operands, noise is not None)
+    _run_affine(aligned, layout, shape, x.dtype, operands, noise, table, index, columns, clamp)
+    if copied:
+        _copy_back(operands[4:], results)
     return results
 
 
@@ -386,21 +415,20 @@ def _run_affine(
     layout: Layout,
     shape: tuple[int, ...],
     dtype: torch.dtype,
-    x: Tensor,
-    y: Tensor | None,
-    z: Tensor | None,
+    operands: Operands,
     noise: Noise | None,
     table: Tensor,
     index: Tensor | None,
     columns: tuple[int, ...],
     clamp: tuple[int, int, int, float, float] | None,
-    out: Tensor,
-    out2: Tensor | None,
-    w: Tensor | None,
 ) -> None:
+    """operands: x, y, z, w, out, out2."""
+    x, y, z, w, out, out2 = operands
+    assert x is not None
     device = x.device
     table = _on(device, table)
-    seed, offset, key, sample, first = _noise(noise, device)
+    address = _noise(noise, device)
+    _, _, key, sample, _ = address
     call = _affine_call(
         shape,
         dtype,
@@ -414,7 +442,18 @@ def _run_affine(
         aligned,
         layout,
     )
-    _launch(call, (x, y, z, w, out, out2, table, index, seed, offset, key, sample, first))
+    _launch(call, (x, y, z, w, out, out2, table, index, *address))
+
+
+# Of a loss, what is neither a tensor nor a shape: columns, kind, reduction, whether a drawn mask counts what it leaves,
+# and whether the gradient was made before. A NamedTuple would take 0.2 us of a call.
+Terms = tuple[tuple[int, ...], int, int, bool, bool]
+
+
+def _final_rows(B: int, tiles: int) -> int:
+    """The shape with which the last program of a loss takes the fewest turns, of few: each is compiled by itself."""
+    at_once = kernels.FINAL.value * kernels.TILES_AT_ONCE.value
+    return min((1, 16, 128), key=lambda rows: -(-B // rows) * -(-tiles * rows // at_once))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -422,28 +461,25 @@ def _residual_call(
     shape: tuple[int, ...],
     dtype: torch.dtype,
     device: torch.device,
-    present: tuple[bool, ...],
+    absent: tuple[bool, ...],
     index: torch.dtype | None,
     weight: torch.dtype | None,
     table: tuple[int, int],
     noise: int,
-    columns: tuple[int, ...],
-    kind: int,
-    keeps: bool,
-    masked: bool,
-    reduction: int,
-    made: bool,
-    want_loss: bool,
-    want_grad: bool,
+    terms: Terms,
     aligned: bool,
     layout: Layout,
 ) -> _Call:
+    """absent: grad, kept and loss, then all whose absence changes nothing but the code."""
+    no_grad, all_count, no_loss = absent[:3]
+    columns, kind, reduction, keeps, made = terms
     B, D, V = shape[0], math.prod(shape[1:]), _LANE[dtype]
     grid, steps, ROWS, LANES = _plan(B, D, V, _STEPS_SUM)
-    one_tile = grid[0] == 1
+    tiles = grid[0]
+    summed = no_grad or not no_loss
     levels, K = table
     # Of the gradient, without what differs from row to row.
-    factor = 2.0 / (B if reduction == _MEAN else 1) / (1 if reduction == _SUM or masked else D)
+    factor = 2.0 / (B if reduction == _MEAN else 1) / (D if reduction != _SUM and all_count else 1)
     spec = (
         (_ABSENT, *columns[:3]),
         (*columns[3:], _ABSENT),
@@ -454,7 +490,7 @@ def _residual_call(
         noise,
         reduction,
         made,
-        one_tile,
+        _final_rows(B, tiles) if summed and tiles > 1 else 0,
         aligned and D % V == 0,
         ROWS,
         LANES,
@@ -462,11 +498,12 @@ def _residual_call(
         _NVIDIA,
     )
     sizes, strides = layout
-    types = dtype, present, index, weight, want_loss, want_grad, _strided_ones(layout)
+    types = dtype, absent, index, weight, _types_of(layout)
     parts = 0
-    if want_loss or not (want_grad or one_tile):
-        # Of one tile: a sum of each program, and two more for `also`.
-        parts = -(-B // ROWS) * (1 if columns[4] == _ABSENT else 3) if one_tile else B * grid[0]
+    if summed and tiles > 1:
+        parts = B * tiles
+    elif not no_loss:
+        parts = -(-B // ROWS) * (1 if columns[4] == _ABSENT else 3)  # a sum of each program, and two more for `also`
     runtime = levels, _bits(factor), B, D, steps, sizes, *strides[:5]
     return _Call(kernels.residual_kernel, device, grid, types, runtime, spec, parts)
 
@@ -502,7 +539,6 @@ def residual(
     table = _on(device, table)
     per_sample = table.new_empty(shape[0]) if want_loss or not want_grad else None
     loss = table.new_empty(()) if want_loss else None
-    columns = columns_of_residual(columns)
     grad = (torch.empty_like(pred) if made is None else made) if want_grad else None
     if made is not None and upstream is None:
         return per_sample, loss, made
@@ -511,64 +547,25 @@ def residual(
             if nothing is not None:
                 nothing.zero_()
         return per_sample, loss, grad
-    drawn = None if mask is None or isinstance(mask, Tensor) else mask
-    stored = mask if isinstance(mask, Tensor) else None
+    drawn, stored = (None, mask) if mask is None or isinstance(mask, Tensor) else (mask, None)
     ordered = noise is not None or drawn is not None
-    aligned, layout = _memory((pred, y, z, stored, grad), ordered)
-    if layout is SCATTERED:
-        y, z, stored, dense = _contiguous(y, z, stored, made)
-        result = residual(
-            op,
-            pred.contiguous(),
-            y,
-            z,
-            noise,
-            table,
-            index,
-            columns,
-            drawn or stored,
-            weight,
-            reduction,
-            want_loss,
-            want_grad,
-            upstream,
-            dense,
-            kind,
-            also,
-        )
-        return result if made is None or result[2] is None else (*result[:2], made.copy_(result[2]))
+    operands: Operands = (pred, y, z, stored, grad)
+    aligned, layout = _memory(operands, ordered)
+    copied = layout is SCATTERED
+    if copied:
+        operands = _contiguous(*operands)
+        aligned, layout = _memory(operands, ordered)
     choice, keeps, kept = _NO_CHOICE, False, None
     if drawn is not None:
         choice, keeps = _choice(drawn.noise, drawn.thresholds, device), drawn.kept
         kept = _count(shape, choice, keeps, device)
     elif stored is not None:
         kept = per_sample_sum(stored)
-    _run_residual(
-        aligned,
-        layout,
-        shape,
-        pred.dtype,
-        pred,
-        y,
-        z,
-        noise,
-        table,
-        index,
-        columns,
-        kind,
-        reduction,
-        grad,
-        loss,
-        also,
-        per_sample,
-        None if weight is None else weight.contiguous(),
-        stored,
-        choice,
-        keeps,
-        kept,
-        upstream,
-        made is not None,
-    )
+    terms = columns_of_residual(columns), kind, reduction, keeps, made is not None
+    per_row = table, index, None if weight is None else weight.contiguous(), kept, upstream
+    _run_residual(aligned, layout, shape, pred.dtype, terms, operands, noise, per_row, choice, (per_sample, loss, also))
+    if copied:
+        _copy_back(operands[4:], (grad,))
     return per_sample, loss, grad
 
 
@@ -593,25 +590,10 @@ def plain_loss(
     if isinstance(index, int):
         table, index = table[index : index + 1], None
     table = _on(pred.device, table)
-    _run_residual(
-        aligned,
-        CONTIGUOUS,
-        shape,
-        dtype,
-        pred,
-        y,
-        z,
-        noise,
-        table,
-        index,
-        columns,
-        kind,
-        reduction,
-        grad,
-        loss,
-        also,
-        table.new_empty(shape[0]),
-    )
+    terms, per_row = (columns, kind, reduction, False, False), (table, index, None, None, None)
+    results = table.new_empty(shape[0]), loss, also
+    operands = pred, y, z, None, grad
+    _run_residual(aligned, CONTIGUOUS, shape, dtype, terms, operands, noise, per_row, _NO_CHOICE, results)
 
 
 def _run_residual(
@@ -619,34 +601,29 @@ def _run_residual(
     layout: Layout,
     shape: tuple[int, ...],
     dtype: torch.dtype,
-    pred: Tensor,
-    y: Tensor | None,
-    z: Tensor | None,
+    terms: Terms,
+    operands: Operands,
     noise: Noise | None,
-    table: Tensor,
-    index: Tensor | None,
-    columns: tuple[int, ...],
-    kind: int,
-    reduction: int,
-    grad: Tensor | None,
-    loss: Tensor | None,
-    also: Tensor | None,
-    per_sample: Tensor | None,
-    weight: Tensor | None = None,
-    mask: Tensor | None = None,
-    choice: Choice = _NO_CHOICE,
-    keeps: bool = False,
-    kept: Tensor | None = None,
-    upstream: Tensor | None = None,
-    made: bool = False,
+    per_row: Operands,
+    choice: Choice,
+    results: Operands,
 ) -> None:
+    """operands: pred, y, z, mask, grad; per_row: table, index, weight, kept, upstream; results: means, loss, also."""
+    pred, y, z, mask, grad = operands
+    table, index, weight, kept, upstream = per_row
+    _, loss, _ = results
+    assert pred is not None and table is not None
     device = pred.device
-    seed, offset, key, sample, first = _noise(noise, device)
+    address = _noise(noise, device)
+    _, _, key, sample, _ = address
     call = _residual_call(
         shape,
         dtype,
         device,
         (
+            grad is None,
+            kept is None,
+            loss is None,
             y is None,
             z is None,
             mask is None,
@@ -661,20 +638,12 @@ def _run_residual(
         None if weight is None else weight.dtype,
         table.shape,
         _NO_NOISE if noise is None else _FOLDED,
-        columns,
-        kind,
-        keeps,
-        kept is not None,
-        reduction,
-        made,
-        loss is not None,
-        grad is not None,
+        terms,
         aligned,
         layout,
     )
-    sums, ticket = workspace(device, call.parts) if call.parts else (None, None)
-    streams = pred, y, z, mask, grad, table, index, weight, kept, upstream
-    _launch(call, (*streams, seed, offset, key, sample, first, *choice, sums, ticket, per_sample, loss, also))
+    room = workspace(device, call.parts) if call.parts else (None, None)
+    _launch(call, operands + per_row + address + choice + room + results)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -705,7 +674,7 @@ def _corrupt_call(
     sizes, strides = layout
     runtime = B, D, steps, sizes, *strides[:2]
     spec = aligned and D % V == 0, ROWS, LANES, V
-    return _Call(kernels.corrupt_kernel, device, grid, (dtype, present, _strided_ones(layout)), runtime, spec)
+    return _Call(kernels.corrupt_kernel, device, grid, (dtype, present, _types_of(layout)), runtime, spec)
 
 
 def corrupt(x: Tensor, noise: Noise, thresholds: Tensor, low: float, high: float) -> Tensor:
@@ -738,7 +707,7 @@ def _row_dots_call(
     spec = noise, aligned and D % V == 0, ROWS, LANES, V, _NVIDIA
     sizes, strides = layout
     runtime = B, D, steps, sizes, *strides[:4]
-    types = dtype, present, _strided_ones(layout)
+    types = dtype, present, _types_of(layout)
     return _Call(kernels.row_dots_kernel, device, grid, types, runtime, spec)
 
 
@@ -754,9 +723,10 @@ def row_dots(g: Tensor, x: Tensor | None, y: Tensor | None, z: Tensor | None, no
     seed, offset, key, sample, first = _noise(noise, device)
     present = x is None, y is None, z is None, key is None, sample is None
     call = _row_dots_call(shape, g.dtype, device, present, _NO_NOISE if noise is None else _FOLDED, aligned, layout)
-    out = torch.zeros(shape[0], call.grid[0], 3, dtype=torch.float64, device=device)
+    tiles = call.grid[0]
+    out = torch.empty(shape[0], tiles, 3, dtype=torch.float64, device=device)
     _launch(call, (g, x, y, z, out, seed, offset, key, sample, first))
-    return out.sum(1)
+    return out[:, 0] if tiles == 1 else out.sum(1)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -776,7 +746,7 @@ def _gaussian_call(
     spec = noise, aligned and D % V == 0, ROWS, LANES, V, _NVIDIA
     sizes, strides = layout
     runtime = B, D, steps, sizes, *strides[:operands]
-    return _Call(kernel, device, grid, (dtype, present, _strided_ones(layout), grid[0] == 1), runtime, spec)
+    return _Call(kernel, device, grid, (dtype, present, _types_of(layout), grid[0] == 1), runtime, spec)
 
 
 def gaussian(mu: Tensor, log_var: Tensor, eps: Tensor | None, noise: Noise | None) -> tuple[Tensor, Tensor]:

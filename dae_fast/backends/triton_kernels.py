@@ -5,7 +5,8 @@ neighbouring elements of a row. Normals are made lane by lane and joined, so tha
 where its 128-bit loads and stores want them and nothing moves between threads. A program walks `steps`
 tiles along its rows. ROWS is 1 for long rows: everything that belongs to a row is then a scalar.
 
-An argument that is None does not exist for the compiled kernel. Names in capitals are compile-time.
+An argument that is None does not exist for the compiled kernel; within a tuple Triton 3.6 has no None, and what a
+function returns is not compile-time there. Names in capitals are compile-time.
 """
 
 # mypy: ignore-errors
@@ -41,9 +42,11 @@ PSEUDO_HUBER = tl.constexpr(3)
 # The interpreter truncates fp32 to bf16, where every GPU rounds to nearest.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
-# The last program of a loss reads the sums of FINAL_ROWS samples by FINAL_TILES tiles at a time.
-FINAL_ROWS = tl.constexpr(64)
-FINAL_TILES = tl.constexpr(8)
+# The last program of a loss reads FINAL sums at a time, one a thread, and so many times before it waits for any: tiles
+# of rows that were cut, or parts of a loss whose rows were not.
+FINAL = tl.constexpr(128)
+TILES_AT_ONCE = tl.constexpr(4)
+PARTS_AT_ONCE = tl.constexpr(16)
 
 
 @triton.jit
@@ -158,22 +161,14 @@ def lane_tile(ROWS: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def by_channels(sizes):
-    """Whether neighbouring lanes take neighbouring channels rather than neighbours in logical order."""
-    if sizes is None:
-        return False
-    else:
-        return sizes[2] is not None
-
-
-@triton.jit
 def logical(lane, sizes):
     """Which lane of its row, in logical order, the lane of a strided tile is; uint32.
 
-    sizes[2]: channels, which lie side by side in memory; sizes[3]: lanes of each.
+    By channels, where neighbouring lanes take neighbouring channels: sizes[2] of these lie side by side in memory,
+    sizes[3] lanes of each.
     """
     lane = lane.to(tl.uint32)
-    if by_channels(sizes):
+    if sizes is not None and len(sizes) == 4:
         channels = sizes[2].to(tl.uint32)
         each = sizes[3].to(tl.uint32)
         outer = lane // (channels * each)
@@ -188,7 +183,7 @@ def lane_block(
 ):
     """The words of block BLOCK of each of lanes `first`..., in tensors (ROWS, LANES); of half a block where V is 2."""
     lane = lane_tile(ROWS, LANES)
-    if by_channels(sizes):
+    if sizes is not None and len(sizes) == 4:
         lane = logical(first + lane, sizes)
         first = first ^ first
     if V == 2:
@@ -296,12 +291,12 @@ def at(pointer, row, first, D, sizes, strides, LANES: tl.constexpr, V: tl.conste
     lanes, which is one for all operands.
     """
     element = tl.arange(0, LANES * V)[None, :]
-    if by_channels(sizes):
+    if sizes is not None and len(sizes) == 4:
         i = logical(first + element // V, sizes) * V + (element % V).to(tl.uint32)
     elif strides is not None:
         i = (first * V).to(tl.uint32) + element.to(tl.uint32)
     if strides is None:
-        if by_channels(sizes):
+        if sizes is not None and len(sizes) == 4:
             return pointer + row * D + i
         else:
             return pointer + (row * D + first * V) + element
@@ -593,7 +588,7 @@ def residual_kernel(
     NOISE: tl.constexpr,
     REDUCTION: tl.constexpr,
     MADE: tl.constexpr,
-    ONE_TILE: tl.constexpr,
+    FINAL_ROWS: tl.constexpr,
     ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
@@ -608,7 +603,8 @@ def residual_kernel(
     kept: (B,) int64, the elements that count, or None for all (factor then holds 1 / D).
     Each program leaves its sums in `sums`; the one that draws the last ticket adds them, in one order
     whoever comes last. per_sample None: no sums are wanted; loss None: no loss.
-    MADE: grad holds the gradient for an upstream of 1.
+    MADE: grad holds the gradient for an upstream of 1. FINAL_ROWS: where rows are cut, of how many samples the last
+    program adds the sums side by side; 0 where a program has whole rows.
     """
     row0, row = rows_of(B, ROWS)
     if row0 >= B:
@@ -668,7 +664,7 @@ def residual_kernel(
     if per_sample is not None:
         mine = row_sums(total, ROWS, LANES, V)
         existing = row0 + tl.arange(0, ROWS)[:, None] < B if ROWS > 1 else None
-        if ONE_TILE:
+        if FINAL_ROWS == 0:
             part, mean = finish_rows(mine, row, existing, further, weight, kept, per_sample, D, FURTHER, REDUCTION)
             if loss is not None:
                 programs = tl.cdiv(B, ROWS)
@@ -703,6 +699,7 @@ def residual_kernel(
                     SHARED,
                     FURTHER,
                     REDUCTION,
+                    FINAL_ROWS,
                 )
 
 
@@ -737,7 +734,9 @@ def sum_of_rows(values, existing, ROWS: tl.constexpr):
 @triton.jit
 def last_to_finish(ticket, programs):
     """Whether all other programs have left their sums. The count starts again for the next launch."""
-    tl.debug_barrier()  # this program's sums are written before its ticket is drawn
+    # This program's sums are written before its ticket is drawn. On AMD GPUs, too, the barrier is a fence of the
+    # work-group for global memory; the ticket's acq_rel passes all its threads' writes on to the device.
+    tl.debug_barrier()
     last = tl.atomic_add(ticket, 1, sem="acq_rel") == programs - 1
     if last:
         tl.store(ticket, 0)
@@ -747,10 +746,12 @@ def last_to_finish(ticket, programs):
 @triton.jit
 def add_parts(sums, count):
     """The sum of `count` doubles, past the caches that other programs do not write through."""
-    lanes = tl.arange(0, FINAL_ROWS * FINAL_TILES)
-    total = tl.zeros([FINAL_ROWS * FINAL_TILES], tl.float64)
-    for first in range(0, count.to(tl.int32), FINAL_ROWS * FINAL_TILES):
-        total += tl.load(sums + first + lanes, mask=first + lanes < count, other=0.0, cache_modifier=".cg")
+    lanes = tl.arange(0, FINAL)
+    total = tl.zeros([FINAL], tl.float64)
+    for first in range(0, count.to(tl.int32), PARTS_AT_ONCE * FINAL):
+        for k in tl.static_range(PARTS_AT_ONCE):
+            part = first + k * FINAL + lanes
+            total += tl.load(sums + part, mask=part < count, other=0.0, cache_modifier=".cg")
     return tl.sum(total)
 
 
@@ -772,6 +773,7 @@ def finish_tiles(
     SHARED: tl.constexpr,
     FURTHER: tl.constexpr,
     REDUCTION: tl.constexpr,
+    FINAL_ROWS: tl.constexpr,
 ):
     """The loss from the (B, tiles) sums, the further means, and the mean of each row on the way."""
     total = tl.zeros([FINAL_ROWS], tl.float64)
@@ -781,7 +783,7 @@ def finish_tiles(
         row = first + tl.arange(0, FINAL_ROWS)
         existing = row < B
         c = coefficients(table, index, levels, tl.minimum(row, B - 1), K, SHARED, FURTHER)
-        row_total = add_tiles(sums, tiles, row, B)
+        row_total = add_tiles(sums, tiles, row, B, FINAL_ROWS)
         part, mean = finish_rows(row_total, row, existing, c, weight, kept, per_sample, D, FURTHER, REDUCTION)
         total += tl.where(existing, part, 0.0)
         if also is not None:
@@ -795,15 +797,17 @@ def finish_tiles(
 
 
 @triton.jit
-def add_tiles(sums, tiles, row, B):
+def add_tiles(sums, tiles, row, B, FINAL_ROWS: tl.constexpr):
     """The sum over each row's tiles, of FINAL_ROWS rows."""
-    total = tl.zeros([FINAL_ROWS], tl.float64)
-    for tile0 in range(0, tiles, FINAL_TILES):
-        tile = tile0 + tl.arange(0, FINAL_TILES)[None, :]
-        live = (row[:, None] < B) & (tile < tiles)
-        address = sums + row[:, None].to(tl.int64) * tiles + tile
-        total += tl.sum(tl.load(address, mask=live, other=0.0, cache_modifier=".cg"), 1)
-    return total
+    TILES: tl.constexpr = FINAL // FINAL_ROWS
+    total = tl.zeros([FINAL_ROWS, TILES], tl.float64)
+    address = sums + row[:, None].to(tl.int64) * tiles
+    for first in range(0, tiles, TILES_AT_ONCE * TILES):
+        for k in tl.static_range(TILES_AT_ONCE):
+            tile = first + k * TILES + tl.arange(0, TILES)[None, :]
+            live = (row[:, None] < B) & (tile < tiles)
+            total += tl.load(address + tile, mask=live, other=0.0, cache_modifier=".cg")
+    return tl.sum(total, 1)
 
 
 @triton.jit
@@ -927,7 +931,7 @@ def row_dots_kernel(
     V: tl.constexpr,
     NVIDIA: tl.constexpr,
 ):
-    """out (B, tiles, 3): sums over this program's part of each row of g*x, g*y, g*z; absent ones are not written."""
+    """out (B, tiles, 3): sums over this program's part of each row of g*x, g*y, g*z; 0 for those that are absent."""
     row0, row = rows_of(B, ROWS)
     if row0 >= B:
         return
@@ -958,12 +962,9 @@ def row_dots_kernel(
             gz = mul_add(gv, zv, gz)
     existing = row0 + tl.arange(0, ROWS)[:, None] < B if ROWS > 1 else None
     address = out + (row * tl.num_programs(0) + tl.program_id(0)) * 3
-    if x is not None:
-        tl.store(address, row_sums(gx, ROWS, LANES, V), mask=existing)
-    if y is not None:
-        tl.store(address + 1, row_sums(gy, ROWS, LANES, V), mask=existing)
-    if NOISE != NO_NOISE or z is not None:
-        tl.store(address + 2, row_sums(gz, ROWS, LANES, V), mask=existing)
+    tl.store(address, row_sums(gx, ROWS, LANES, V) if x is not None else 0.0, mask=existing)
+    tl.store(address + 1, row_sums(gy, ROWS, LANES, V) if y is not None else 0.0, mask=existing)
+    tl.store(address + 2, row_sums(gz, ROWS, LANES, V) if NOISE != NO_NOISE or z is not None else 0.0, mask=existing)
 
 
 @triton.jit
