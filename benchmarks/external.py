@@ -78,7 +78,7 @@ def _sampler_step(op: str, eta: float, clamp: float, guidance: float | None = No
     def step(i: Inputs) -> Tensor:
         x = i["x"]
         prediction = (i["pred"],) if guidance is None else (i["pred"], i["unconditional"])
-        return update(tables[x.dtype].to(x.device), 0, x, prediction, noise=i.get("noise"))[0]
+        return update(tables[x.dtype], 0, x, prediction, noise=i.get("noise"))[0]
 
     return step
 

@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     picture = path.with_name(f"{path.stem}-copy-share.svg")
     try:
         draw(rows, here, picture)
-    except ImportError as error:
+    except (ImportError, ValueError) as error:  # without matplotlib; without a row of the main ops
         print(f"left out: {picture.name}: {error}")
     settings = len({row.setting for row in rows})
     print(f"{settings} settings in {path.relative_to(RESULTS.parent.parent)}, {len(errors)} errors")

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +23,7 @@ LOGS = ROOT / "build" / "gpu-check"
 MINUTES = 9.5
 LEAST_S = 10.0  # a step that has less than this is not begun
 BENCHMARKS_LEAST_S, SANITIZER_S = 60.0, 75.0
+INTERRUPTED_S = 10.0  # in which an interrupted pytest says what has failed so far
 GRACE_S = 30.0  # for what the benchmarks are measuring when their time is up
 
 GPU = """
@@ -46,7 +48,10 @@ SHARDS = {
     "native": "native and not host_cost",
     "triton, ops": "not native and (test_forward or test_gradient)",
     "triton, lengths": "not native and test_every_length",
-    "triton, others": "not native and not (test_forward or test_gradient or test_every_length or host_cost)",
+    "triton, layouts": "not native and test_layouts",
+    "triton, bits": "not native and TheSameBits",
+    "triton, others": "not native and not "
+    "(test_forward or test_gradient or test_every_length or test_layouts or TheSameBits or host_cost)",
 }
 HOST_COST = "host_cost"  # alone: the others would be in its way
 
@@ -136,25 +141,32 @@ def run(steps: Sequence[Step], limit_s: float) -> list[Outcome]:
 
 
 def finish(step: Step, process: subprocess.Popen[bytes], began: float, limit_s: float) -> Outcome:
+    killed = False
     try:
         process.wait(max(0.0, began + limit_s - time.monotonic()))
     except subprocess.TimeoutExpired:
+        killed = True
         kill(process)
     seconds = time.monotonic() - began
     output = log(step).read_text(errors="replace")
     print(f"== {step.name}\n{output}", flush=True)
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     what = lines[-1] if lines else f"exit code {process.returncode}"
-    if process.returncode == -signal.SIGKILL:
+    if killed:
         what = f"killed after {seconds:.0f} s: {what}"
-    return Outcome(step, "failed" if process.returncode else "passed", seconds, what)
+    return Outcome(step, "failed" if killed or process.returncode else "passed", seconds, what)
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
     """With all that it started."""
-    if process.poll() is None:
+    if process.poll() is not None:
+        return
+    os.killpg(process.pid, signal.SIGINT)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(INTERRUPTED_S)
+    with suppress(ProcessLookupError):  # a shell's children in the background do not look at an interrupt
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    process.wait()
 
 
 def log(step: Step) -> Path:

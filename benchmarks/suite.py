@@ -149,6 +149,9 @@ def run(setting: Setting, names: Sequence[str], *, budget_s: float) -> list[Row]
             except WrongResultError as error:
                 refused.append(Row(*key, name, error=str(error)))
                 continue
+            except Exception as error:  # of a compiler, say: the other peers are measured all the same
+                refused.append(Row(*key, name, error=f"{type(error).__name__}: {error}"))
+                continue
             used = usage(call, x.nbytes, setting.device)
             calls[name] = call
             facts[name] = {

@@ -64,6 +64,15 @@ def constant_rows(op: str, columns: tuple[float, ...], dtype: torch.dtype) -> Ro
         raise ValueError(f"{op}: {error}") from None
 
 
+def on_device(table: Tensor, device: torch.device) -> Tensor:
+    """A table that may be a row in host memory: that is filled on the device, as a copy would wait for a GPU."""
+    if table.device == device:
+        return table
+    if type(table) is not Tensor or table.shape[0] != 1:
+        return table.to(device)
+    return torch.stack([torch.full((), v, dtype=table.dtype, device=device) for v in table[0].tolist()])[None]
+
+
 def stack_rows(op: str, columns: tuple[Any, ...], x: Tensor, dtype: torch.dtype) -> Rows:
     """Rows from columns that are floats, () tensors or (B,) tensors, worked out in float64 on x's device."""
     if not any(isinstance(c, Tensor) for c in columns) and not torch.compiler.is_compiling():

@@ -464,3 +464,19 @@ def test_pytest_form_refuses_a_wrong_op(monkeypatch):
     benchmark = SimpleNamespace(extra_info={})
     with pytest.raises(WrongResultError):
         test_ops.test_op(benchmark, setting, OURS)
+
+
+def test_a_peer_that_fails_leaves_the_others(monkeypatch):
+    """A compiler's error, say, is its own row's."""
+    setting = Setting(BY_NAME["to_x0-eps"], SHAPE, torch.float32)
+    original = suite.peer
+
+    def broken(setting, name):
+        if name == OURS:
+            raise RuntimeError("no such register")
+        return original(setting, name)
+
+    monkeypatch.setattr(suite, "peer", broken)
+    rows = {row.peer: row for row in suite.run(setting, (EAGER, OURS), budget_s=0)}
+    assert rows[OURS].error == "RuntimeError: no such register" and rows[OURS].median_ms is None
+    assert rows[EAGER].error == "" and rows[EAGER].median_ms > 0

@@ -450,7 +450,8 @@ class TestLaunches:
         inputs = case.inputs(FLAT, torch.float32, device=DEVICE)
         with torch.no_grad():
             case.ours(inputs)
-            assert usage(lambda: case.ours(inputs), 1, torch.device(DEVICE)).launches == 1
+            parted = backend == "triton" and case.name == "reparameterise"  # its rows are cut: a sum and a cast follow
+            assert usage(lambda: case.ours(inputs), 1, torch.device(DEVICE)).launches == (3 if parted else 1)
 
     def test_two_to_a_loss_and_its_gradient(self, backend: str) -> None:
         pred, one = torch.randn(FLAT, device=DEVICE, requires_grad=True), torch.ones((), device=DEVICE)

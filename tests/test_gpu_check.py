@@ -45,6 +45,13 @@ class TestSteps:
         steps = [shell("a", meet.format(place / "a", place / "b")), shell("b", meet.format(place / "b", place / "a"))]
         assert [o.result for o in gpu_check.run(steps, 60)] == ["passed", "passed"]
 
+    def test_one_that_takes_too_long_may_say_what_failed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(gpu_check, "LEAST_S", 0.0)
+        code = "import time\ntry: time.sleep(600)\nexcept KeyboardInterrupt: print('two failed')"
+        (slow,) = gpu_check.run([Step("slow", [sys.executable, "-c", code])], 3.0)
+        assert slow.result == "failed"
+        assert slow.what.startswith("killed after") and slow.what.endswith("two failed")
+
     def test_one_that_takes_too_long_is_killed_with_its_children(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(gpu_check, "LEAST_S", 0.0)
         child = gpu_check.LOGS.parent / "child"
@@ -120,7 +127,8 @@ class TestWhatIsRun:
         assert names[-4:] == ["host time", "benchmarks", "memcheck", "racecheck"]
         calls = self.calls()
         assert "pip install" in calls[1] and "--no-build-isolation --no-deps -e ." in calls[1]
-        assert sum("-m pytest -m gpu" in call for call in calls if not call.startswith("sanitizer")) == 6
+        tests = [call for call in calls if "-m pytest -m gpu" in call and not call.startswith("sanitizer")]
+        assert len(tests) == len(gpu_check.SHARDS) + 2  # the other files, and the host time
         (seconds,) = (float(call.split()[-1]) for call in calls if "benchmarks.gpu" in call)
         # What is left of nine and a half minutes when nothing else took any.
         assert seconds == pytest.approx(9.5 * 60 - 2 * gpu_check.SANITIZER_S - gpu_check.GRACE_S, abs=20)

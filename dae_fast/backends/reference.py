@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..rows import on_device
+
 if TYPE_CHECKING:
     from ..noise import Noise
 
@@ -108,7 +110,7 @@ def noise_like(noise: Noise, x: Tensor) -> Tensor:
 def coefficients(table: Tensor, index: Tensor | None, op: str, x: Tensor) -> Tensor:
     """(B or 1, K) rows of the table on x's device. A level outside it raises on the CPU and is NaN elsewhere."""
     if index is None:
-        return table.to(x.device)
+        return on_device(table, x.device)
     inside = (index >= 0) & (index < table.shape[0])
     unreadable = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     if not unreadable and type(index) is Tensor and index.device.type == "cpu" and not inside.all():
@@ -238,7 +240,7 @@ def corrupt(x: Tensor, noise: Noise, thresholds: Tensor, low: float, high: float
     """x with `low` where its word is below thresholds[b, 0], `high` where it is below thresholds[b, 1]."""
     B = x.shape[0]
     w = words(noise, B, x[0].numel() if B else 0, x.device).reshape(x.shape)
-    thresholds = thresholds.to(x.device)
+    thresholds = on_device(thresholds, x.device)
     first, second = row_of(thresholds, 0, x), row_of(thresholds, 1, x)
     return torch.where(w < first, low, torch.where(w < second, high, x)).to(x.dtype)
 

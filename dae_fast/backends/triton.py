@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..rows import on_device
 from .reference import KINDS, columns_of_residual, per_sample_sum
 from .tickets import workspace
 
@@ -230,18 +231,13 @@ def _on(device: torch.device, table: Tensor) -> Tensor:
     if table.device == device:
         return table
     if torch.cuda.is_current_stream_capturing():
-        return _filled(table, device)  # the graph's own memory
+        return on_device(table, device)  # the graph's own memory
     # By stream: what is dropped with the row may still be read there, and is used again after that.
     copies: dict[tuple[int, int], Tensor] = vars(table).setdefault("_copies", {})
     stream = device.index, torch._C._cuda_getCurrentRawStream(device.index)
     if stream not in copies:
-        copies[stream] = _filled(table, device)
+        copies[stream] = on_device(table, device)
     return copies[stream]
-
-
-def _filled(row: Tensor, device: torch.device) -> Tensor:
-    """Not a copy from the host, which would wait for the device."""
-    return torch.stack([torch.full((), value, dtype=row.dtype, device=device) for value in row[0].tolist()])[None]
 
 
 def _memory(operands: Operands, ordered: bool) -> tuple[bool, Layout]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..backends.reference import per_sample_sum, row_of
 from ..noise import Noise
+from ..rows import on_device
 from .flat import flatten, unflatten
 
 
@@ -23,7 +24,7 @@ class Drawn(NamedTuple):
 
     def on(self, x: Tensor) -> Tensor:
         """As a bool tensor like x."""
-        below = self.noise.bits(x.shape, device=x.device) < row_of(self.thresholds.to(x.device), 1, x)
+        below = self.noise.bits(x.shape, device=x.device) < row_of(on_device(self.thresholds, x.device), 1, x)
         return ~below if self.kept else below
 
 
