@@ -128,6 +128,7 @@ def run(steps: Sequence[Step], limit_s: float) -> list[Outcome]:
                     stdout=file,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
+                    preexec_fn=heed_interrupts,
                 )
         for step in steps:
             if step in able:
@@ -138,6 +139,11 @@ def run(steps: Sequence[Step], limit_s: float) -> list[Outcome]:
         for process in processes.values():
             kill(process)
     return outcomes
+
+
+def heed_interrupts() -> None:
+    """Where this runs in the background of a shell it ignores them, and what it starts would as well."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def finish(step: Step, process: subprocess.Popen[bytes], began: float, limit_s: float) -> Outcome:
