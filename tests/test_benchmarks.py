@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from benchmarks import __main__ as cli
 from benchmarks import pictures, readme_table, suite, tables
+from benchmarks.cases import CASES
 from benchmarks.environment import CPU, RESULTS, backends_on, default_backend, environment
 from benchmarks.gate import Gate, WrongResultError
 from benchmarks.growth import OURS_COMPILED, Point, fit
@@ -31,8 +32,6 @@ from benchmarks.report import Row, by_setting, ratio, read_csv, write_csv, write
 from benchmarks.suite import run, settings
 from benchmarks.traffic import compiled_bytes, moved_bytes
 from dae_fast.__main__ import app as dae_fast_app
-
-from .cases import CASES
 
 OURS = default_backend(CPU)
 SHAPE = (8, 16)

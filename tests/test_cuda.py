@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 import dae_fast as df
+from benchmarks.cases import DTYPES
 from dae_fast.backends import native, tickets
 from dae_fast.info import build_error
 
 from . import cuda_on_cpu, host_time
-from .cases import DTYPES
 from .cuda_sass import ARCHITECTURES, GROUP, LIBRARY, STREAMS, functions, instructions_a_value, kernels
 from .test_primitives import AFFINE, KINDS, NOISE, masks, randn, table_of
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 import dae_fast as df
+from benchmarks.cases import CASES, DTYPES, SCHEDULE, Case, Inputs, widen
 from benchmarks.memory import usage
 from dae_fast.noise import to_signed
 
-from .cases import CASES, DTYPES, SCHEDULE, Case, Inputs, widen
 from .test_ops import LENGTHS, assert_as_good, cut, outputs, require_grads
 
 pytestmark = pytest.mark.gpu

@@ -17,11 +17,10 @@ from typer.testing import CliRunner
 
 import dae_fast as df
 from benchmarks import profile, trace_picture
+from benchmarks.cases import CASES
 from benchmarks.end_to_end import TASKS
 from benchmarks.trace_picture import Event
 from dae_fast import backends, ranges
-
-from .cases import CASES
 
 pytest.importorskip("sklearn")
 
@@ -33,7 +32,7 @@ EVERY_CASE = """
 import torch
 import dae_fast as df
 from dae_fast.ranges import span
-from tests.cases import CASES
+from benchmarks.cases import CASES
 
 for case in CASES:
     inputs = case.inputs((4, 3, 8, 5), torch.bfloat16)
