@@ -25,9 +25,6 @@ bench: .venv/test
 profile: .venv/test
 	$(BIN)/python -m benchmarks.profile $(PROFILE)
 
-# The CUDA library takes a minute to compile and the demo has no use for it.
-.venv/demo: export CUDACXX = none
-
 # On a machine with a GPU, offline: into the Python that has torch, not into .venv.
 gpu-check:
 	$(PYTHON) -m benchmarks.gpu_check
