@@ -1,6 +1,6 @@
 """Fused kernels for everything a diffusion or denoising loop does outside the network."""
 
-from . import nn, samplers
+from . import nn, samplers, saved
 from .backends import backend_names, use_backend
 from .continuous import ContinuousSchedule
 from .info import info, noise_version, package_version
@@ -23,6 +23,7 @@ from .ops.structured import OffsetNoise, PyramidNoise
 from .schedule import Schedule
 
 __version__ = package_version()
+saved.allow()
 
 __all__ = [
     "EDM",

@@ -20,7 +20,7 @@ from .ops.levels import look_up, rows_for
 from .ops.loss import Selecting, check, check_level_weight, loss_mask, loss_weight
 from .ops.noising import add_noise
 from .ops.parameterisation import EDM, Parameterisation, check_name
-from .ops.residual import Looked
+from .ops.residual import Looked, Plan
 from .ops.structured import StructuredNoise
 from .ops.weighting import Weight, Weighting, check_weighting, weight_for
 from .rows import Rows, table_of
@@ -37,8 +37,8 @@ class DenoisingLoss(torch.nn.Module):
 
     loss(net, x0, noise) calls net(x_t, t) and returns {"loss", "noise_mse", "x0_mse"}: the objective,
     with its gradient, and the mean squared errors of the implied noise and x0 estimates, without, all
-    from one pass. With a Noise the levels too are a function of (seed, step, sample), and neither the
-    noise nor the target is stored.
+    from one pass. Of a discretised ContinuousSchedule the network is told the times. With a Noise the
+    levels too are a function of (seed, step, sample), and neither the noise nor the target is stored.
     Raises ValueError for a Schedule with a level where the prediction does not determine both x0 and
     eps (eps where alpha = 0, x0 or score where sigma = 0): predict v there. Ho et al. 2020, algorithm 1.
     """
@@ -58,7 +58,11 @@ class DenoisingLoss(torch.nn.Module):
         check_name(op, "predict", predict)
         if isinstance(weighting, Tensor):
             raise TypeError(f"{op}: weighting must be no tensor; give level_weight, or weight with the batch")
-        named = None if weighting is None or weighting == "uniform" else check_weighting(op, weighting)
+        if not isinstance(schedule, (Schedule, ContinuousSchedule)):
+            got = type(schedule).__name__
+            raise TypeError(f"{op}: schedule must be a Schedule or a ContinuousSchedule, got {got}")
+        if weighting is not None and weighting != "uniform":
+            check_weighting(op, weighting)
         if level_weight is not None:
             if not isinstance(schedule, Schedule):
                 raise ValueError(f"{op}: level_weight needs a Schedule, whose levels are counted")
@@ -67,11 +71,25 @@ class DenoisingLoss(torch.nn.Module):
         self.predict = predict
         self.weighting = weighting
         self.register_buffer("level_weight", level_weight)
-        columns = LossColumns(predict, named if isinstance(named, Weighting) else None, errors=True)
-        # Of a plain call; None where the weight is no column.
-        self._plan = columns.plan if named is None or isinstance(named, Weighting) else None
+        columns, self._plan = self._planned()
         if isinstance(schedule, Schedule):
             table_of(schedule, op, columns.name, columns.coefficients, torch.float32, torch.device("cpu"))
+
+    def _planned(self) -> tuple[LossColumns, Plan | None]:
+        """The table's columns; and, unless the weight is no column, what a plain call reads."""
+        plain = self.weighting is None or self.weighting == "uniform"
+        named = None if plain else check_weighting("DenoisingLoss", self.weighting)
+        weighting = named if isinstance(named, Weighting) else None
+        columns = LossColumns(self.predict, weighting, errors=True)
+        return columns, columns.plan if weighting is named else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Plain data, which torch.load(weights_only=True) takes: the plan is made again."""
+        return {name: value for name, value in self.__dict__.items() if name != "_plan"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _, self._plan = self._planned()
 
     def draw_levels(self, noise: Noise, x0: Tensor) -> Tensor:
         """(B,) schedule.draw: int64 levels or float32 times, a function of the noise's key and sample ids."""
@@ -111,7 +129,7 @@ class DenoisingLoss(torch.nn.Module):
         level = self.schedule[t]
         x_t = add_noise(x0, noise, level)
         assert isinstance(x_t, Tensor)
-        pred = net(x_t, t, **net_arguments)
+        pred = net(x_t, self._told(t), **net_arguments)
         like(op, "the network's output", pred, "x0", x0)
         looked = None
         if weight is None and self.level_weight is None and mask is None and not is_compiling():
@@ -122,6 +140,9 @@ class DenoisingLoss(torch.nn.Module):
         assert errors is not None
         noise_mse, x0_mse = errors.unbind()
         return {"loss": loss, "noise_mse": noise_mse, "x0_mse": x0_mse}
+
+    def _told(self, t: Tensor) -> Tensor:
+        return self.schedule._told(t) if isinstance(self.schedule, Schedule) else t
 
     def _looked(
         self,

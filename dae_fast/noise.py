@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,8 +33,9 @@ def _index(expected: str, value: object) -> int:
 class Noise:
     """Gaussian noise addressed by a key: never stored, regenerated wherever it is wanted.
 
-    seed: int, taken modulo 2**64, or an int64 tensor (2,) that holds (seed, offset) bits: a key in
-          memory, so that a captured CUDA graph or a compiled function sees new keys without a change
+    seed: int, taken modulo 2**64; or a key: (seed, offset), as `key` gives it, or an int64 tensor (2,) that
+          holds their bits in memory, so that a captured CUDA graph or a compiled function sees new keys
+          without a change
     sample: int64 tensor (B,), the id of each row (a data-set index, say); None: first_sample + row
     first_sample: id of row 0 when there is no `sample`: a shard's place in the global batch
 
@@ -45,7 +47,9 @@ class Noise:
 
     __slots__ = ("_first_sample", "_key_tensor", "_offset", "_sample", "_seed")
 
-    def __init__(self, seed: int | Tensor, *, sample: Tensor | None = None, first_sample: int = 0) -> None:
+    def __init__(
+        self, seed: int | tuple[int, int] | Tensor, *, sample: Tensor | None = None, first_sample: int = 0
+    ) -> None:
         self._seed = self._offset = 0
         self._key_tensor: Tensor | None = None
         if isinstance(seed, Tensor):
@@ -54,6 +58,10 @@ class Noise:
                     f"Noise: a key tensor must be int64 of shape (2,), got {seed.dtype} of {tuple(seed.shape)}"
                 )
             self._key_tensor = seed.contiguous()
+        elif isinstance(seed, tuple):
+            if len(seed) != 2:
+                raise ValueError(f"Noise: a key must be (seed, offset), got {len(seed)} of them")
+            self._seed, self._offset = (to_signed(_index("Noise: a key must be of two ints", part)) for part in seed)
         else:
             self._seed = to_signed(
                 seed if type(seed) is int else _index("Noise: seed must be an int or an int64 tensor (2,)", seed)
@@ -106,6 +114,19 @@ class Noise:
         if self._key_tensor is not None:
             return self._key_tensor
         return self._seed & 0xFFFF_FFFF_FFFF_FFFF, self._offset & 0xFFFF_FFFF_FFFF_FFFF
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data for a checkpoint: Noise.from_state_dict(noise.state_dict()) is the same noise."""
+        return {"key": self.key, "sample": self._sample, "first_sample": self._first_sample}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> Noise:
+        """Raises ValueError unless it is what state_dict() gives."""
+        if not isinstance(state, dict) or set(state) != {"key", "sample", "first_sample"}:
+            raise ValueError(
+                "Noise.from_state_dict: state must have key, sample and first_sample, as state_dict() gives"
+            )
+        return cls(state["key"], sample=state["sample"], first_sample=state["first_sample"])
 
     def to(self, device: torch.device | str) -> Noise:
         """The same noise with its key (and sample ids) in memory on `device`."""

@@ -183,6 +183,46 @@ def test_from_betas_and_from_alpha_bar():
     close(df.Schedule.from_betas(torch.tensor([0.5, 0.25], dtype=torch.float32)).alpha_bar, [0.5, 0.375])
 
 
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: df.Schedule([0.5], [0.5]), r"Schedule: alpha must be a tensor \(T,\) of real numbers, got list"),
+        (
+            lambda: df.Schedule(torch.ones(1), None),
+            r"Schedule: sigma must be a tensor \(T,\) of real numbers, got None",
+        ),
+        (lambda: df.Schedule(torch.ones(1), torch.ones(1) + 0j), "sigma must be .* got torch.complex64"),
+        (lambda: df.Schedule(torch.ones(1), torch.ones(1), times=[0.5]), r"times must be a tensor .* got list"),
+        (lambda: df.Schedule.from_betas("0.1"), "from_betas: betas must be a tensor or a sequence of numbers, got str"),
+        (lambda: df.Schedule.from_alpha_bar([None]), "alpha_bar must be a tensor or a sequence of numbers, got list"),
+        (lambda: df.Schedule.linear(9, None), "Schedule.linear: beta_start must be a number, got NoneType"),
+        (lambda: df.Schedule.cosine(9, "s"), "Schedule.cosine: s must be a number, got str"),
+        (lambda: df.nn.DenoisingLoss(None), "DenoisingLoss: schedule must be a Schedule or a Cont.*, got NoneType"),
+    ],
+)
+def test_what_is_no_column(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+def test_columns_rounded_to_float32_are_in_order():
+    """Level 0 and 1 may come out the wrong way round by a rounding."""
+    for schedule in (df.Schedule.linear(4000), df.Schedule.cosine(), df.Schedule.sigmoid(), df.Schedule.flow(3000)):
+        df.Schedule(schedule.alpha.float(), schedule.sigma.float())
+        df.Schedule.from_alpha_bar(schedule.alpha.float().square().clamp(max=1))
+    df.Schedule.from_betas([0.0, 0.0, 0.1, 0.0])  # levels alike
+
+
+def test_a_table_that_overflows_says_so():
+    """alpha = 5.4e-20 > 0 is no reason to refuse a level: its square beneath a fraction is."""
+    message = r"DenoisingLoss: a coefficient of 3.45e\+38 overflows torch.float32 at level 9363 of .*alpha = 5.38.*e-20"
+    with pytest.raises(ValueError, match=message):
+        df.nn.DenoisingLoss(df.Schedule.linear(10000))
+    df.nn.DenoisingLoss(df.Schedule.linear(10000), "v")
+    x = torch.ones(1, 2, dtype=torch.float64)
+    assert df.to_x0(x, x, df.Schedule.linear(10000)[9999]).isfinite().all()
+
+
 def test_schedule_of_own_columns_keeps_a_copy():
     alpha = torch.tensor([1.0, 0.5], dtype=torch.float64)
     schedule = df.Schedule(alpha, torch.tensor([0.0, 3.0]))
@@ -206,6 +246,22 @@ def test_schedule_of_own_columns_keeps_a_copy():
         (lambda: df.Schedule.from_betas(torch.zeros(2, 2)), r"alpha must have shape \(T,\), T > 0, got \(2, 2\)"),
         (lambda: df.Schedule(torch.ones(3), torch.ones(2)), r"sigma must have shape \(T,\), T > 0, got \(2,\)"),
         (lambda: df.Schedule(torch.ones(2), -torch.ones(2)), "sigma must be finite and not negative"),
+        (
+            lambda: df.Schedule(torch.ones(3), torch.tensor([0.5, 2.0, 1.0])),
+            r"Schedule: levels must be in order, .*sigma/alpha falls from level 1 to 2 \(alpha = 1, sigma = 2 and",
+        ),
+        (
+            lambda: df.Schedule.from_alpha_bar([0.01, 0.5, 0.99]),
+            "from_alpha_bar: levels must be in order, .*level 0 to 1",
+        ),
+        (
+            lambda: df.Schedule(torch.ones(2), torch.ones(2), times=torch.tensor([0.2, 0.1])),
+            "Schedule: times must increase",
+        ),
+        (
+            lambda: df.Schedule(torch.ones(2), torch.ones(2), times=torch.tensor([0.2, float("nan")])),
+            "Schedule: times must be finite",
+        ),
         (lambda: df.Schedule.geometric(0.0, 1.0), "needs 0 < sigma_min <= sigma_max"),
         (lambda: df.Schedule.geometric(2.0, 1.0), "needs 0 < sigma_min <= sigma_max"),
         (lambda: df.Schedule.sigmoid(0), "Schedule.sigmoid: T must be a positive int, got 0"),
