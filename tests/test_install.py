@@ -234,6 +234,11 @@ def test_a_wheel_has_the_noise_of_every_machine(wheel, tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{NOISE_HASH}\n", "")
 
 
+def test_the_pages_and_the_release_name_the_same_hash():
+    for name in ("pyproject.toml", "docs/release.md", "docs/matrix.md"):
+        assert NOISE_HASH in (ROOT / name).read_text(), name
+
+
 @NEEDS_COMPILER
 def test_a_wheel_measures(wheel, tmp_path):
     """In a folder that is no clone; what it finds goes there."""
