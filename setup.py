@@ -136,19 +136,25 @@ def compile_cuda(build: Path, target: Path) -> str | None:
     return run_ninja("CUDA", build / "cuda", lambda ninja: cuda_ninja(ninja, target, nvcc))
 
 
+def compile_parts(build: Path, core: Path, cuda: Path, note: Path) -> dict[str, str | None]:
+    """Returns why each of "native" and "cuda" was not built, or None, and keeps it in `note`."""
+    core.parent.mkdir(parents=True, exist_ok=True)
+    notes: dict[str, str | None] = {}
+    for part, target, compile_part in (("native", core, compile_core), ("cuda", cuda, compile_cuda)):
+        without = part == "cuda" and notes["native"]  # nothing would load it
+        notes[part] = error = "the native core is missing" if without else compile_part(build, target.resolve())
+        if error:
+            target.unlink(missing_ok=True)  # an older build must not pass for this one
+    note.write_text(json.dumps(notes, indent=1) + "\n")
+    return notes
+
+
 class NinjaBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        core = Path(self.get_ext_fullpath(ext.name)).resolve()
-        core.parent.mkdir(parents=True, exist_ok=True)
-        build = Path(self.build_temp).resolve()
-        notes = {}
-        for part, target, compile_part in (("native", core, compile_core), ("cuda", self.cuda, compile_cuda)):
-            without = part == "cuda" and notes["native"]  # nothing would load it
-            notes[part] = error = "the native core is missing" if without else compile_part(build, target.resolve())
+        core, build = Path(self.get_ext_fullpath(ext.name)), Path(self.build_temp)
+        for part, error in compile_parts(build.resolve(), core.resolve(), self.cuda, self.note).items():
             if error:
-                target.unlink(missing_ok=True)  # an older build must not pass for this one
                 self.warn(f"{part} not built: {error}")
-        self.note.write_text(json.dumps(notes, indent=1) + "\n")
 
     @property
     def cuda(self) -> Path:
@@ -172,4 +178,5 @@ class NinjaBuild(build_ext):
                 shutil.copy2(path, package)
 
 
-setup(ext_modules=[Extension("dae_fast._core", sources=[], optional=True)], cmdclass={"build_ext": NinjaBuild})
+if __name__ == "__main__":  # benchmarks/gpu_pack.py calls compile_parts
+    setup(ext_modules=[Extension("dae_fast._core", sources=[], optional=True)], cmdclass={"build_ext": NinjaBuild})
