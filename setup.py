@@ -41,7 +41,7 @@ ISAS = {"baseline": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     ISAS = {"baseline": "-march=x86-64-v2", "avx2": AVX2, "avx512": f"{AVX512} -Wno-maybe-uninitialized"}
 # Of the CUDA library: a binary for each, of those that nvcc knows, and PTX of the first for what lies between or after.
-CUDA_ARCHS = os.environ.get("DAE_CUDA_ARCHS", "80;90;100;120")
+CUDA_ARCHS = "80;90;100;120"
 CUDA_FLAGS = "-std=c++17 -O3 -fmad=false -Xfatbin -compress-all -Xcompiler -fPIC,-fvisibility=hidden"
 CUDA_ELEMENTS = {"f32": "float", "f64": "double", "bf16": "__nv_bfloat16", "f16": "__half"}
 
@@ -107,9 +107,10 @@ def cuda_commands() -> tuple[str, str]:
             f"no CUDA compiler: {nvcc!r} is neither on the PATH nor in {toolkit}; install the toolkit, then reinstall"
         )
     known = subprocess.run([path, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
-    archs = [a for a in re.split("[;, ]+", CUDA_ARCHS) if f"sm_{a}" in known]
-    if not archs:
-        raise NotBuilt(f"DAE_CUDA_ARCHS={CUDA_ARCHS}: nvcc has none of these, but {' '.join(known)}")
+    wanted = re.split("[;, ]+", os.environ.get("DAE_CUDA_ARCHS", CUDA_ARCHS).strip("; "))
+    archs = [a for a in wanted if f"sm_{a}" in known]
+    if "DAE_CUDA_ARCHS" in os.environ and archs != wanted:
+        raise SystemExit(f"DAE_CUDA_ARCHS={';'.join(wanted)}: {path} knows {', '.join(known)}")
     codes = [*(f"arch=compute_{a},code=sm_{a}" for a in archs), f"arch=compute_{archs[0]},code=compute_{archs[0]}"]
     flags = " ".join([CUDA_FLAGS, *(f"-gencode {code}" for code in codes)])
     return f"{path} -MD -MF $out.d {flags}", f"{path} -shared -cudart static $in -o $out"
