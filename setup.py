@@ -141,24 +141,32 @@ def build(part: str, objects: list[tuple[str, str, str]], commands: tuple[str, s
     shutil.copy2(folder / "library.so", target)
 
 
+def build_all(core: Path, cuda: Path, note: Path) -> dict[str, str | None]:
+    """Builds both libraries, and notes why one is left out."""
+    errors: dict[str, str | None] = {}
+    for part, target in (("native", core), ("cuda", cuda)):
+        target.unlink(missing_ok=True)  # an older build must not pass for this one
+        try:
+            if part == "native":
+                build(part, CORE, core_commands(), target)
+            elif errors["native"]:
+                raise NotBuilt("the native core is missing")  # nothing would load it
+            else:
+                build(part, CUDA, cuda_commands(), target)
+            errors[part] = None
+        except NotBuilt as error:
+            errors[part] = str(error)
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(errors, indent=1) + "\n")
+    return errors
+
+
 class NinjaBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         core = Path(self.get_ext_fullpath(ext.name)).resolve()
-        errors: dict[str, str | None] = {}
-        for part, target in (("native", core), ("cuda", self.beside("_cuda.so"))):
-            target.unlink(missing_ok=True)  # an older build must not pass for this one
-            try:
-                if part == "native":
-                    build("native", CORE, core_commands(), target)
-                elif errors["native"]:
-                    raise NotBuilt("the native core is missing")  # nothing would load it
-                else:
-                    build("cuda", CUDA, cuda_commands(), target)
-                errors[part] = None
-            except NotBuilt as error:
-                errors[part] = str(error)
+        for part, error in build_all(core, self.beside("_cuda.so"), self.beside("_build.json")).items():
+            if error:
                 self.warn(f"{part} not built: {error}")
-        self.beside("_build.json").write_text(json.dumps(errors, indent=1) + "\n")
 
     def beside(self, name: str) -> Path:
         return Path(self.build_lib).resolve() / "dae_fast" / name
@@ -177,4 +185,5 @@ class NinjaBuild(build_ext):
                 shutil.copy2(self.beside(name), package)
 
 
-setup(ext_modules=[Extension("dae_fast._core", sources=[], optional=True)], cmdclass={"build_ext": NinjaBuild})
+if __name__ == "__main__":
+    setup(ext_modules=[Extension("dae_fast._core", sources=[], optional=True)], cmdclass={"build_ext": NinjaBuild})

@@ -70,9 +70,9 @@ def build_script(source: Path) -> ModuleType:
     return module
 
 
-def compile_into(place: Path, build: Path, source: Path = ROOT) -> None:
+def compile_into(place: Path) -> None:
     place.mkdir(parents=True, exist_ok=True)
-    notes = build_script(source).compile_parts(build, place / CORE, place / CUDA, place / NOTE)
+    notes = build_script(ROOT).build_all(place / CORE, place / CUDA, place / NOTE)
     if errors := [f"{part}: {error}" for part, error in notes.items() if error]:
         sys.exit("\n".join(errors))
 
@@ -81,24 +81,24 @@ def variant_library(name: str) -> str:
     return f"_cuda-{name.replace(' ', '-')}.so"
 
 
-def compile_variant(name: str, changes: Sequence[Change], build: Path) -> None:
+def compile_variant(name: str, changes: Sequence[Change]) -> None:
     with tempfile.TemporaryDirectory() as place:
         source = Path(place)
         shutil.copytree(ROOT / "csrc", source / "csrc")
         shutil.copy2(ROOT / "setup.py", source)
         changed(source / "csrc", changes)
-        library = PACK / variant_library(name)
-        error = build_script(source).compile_cuda(build / variant_library(name), library.resolve())
-    if error:
-        sys.exit(f"{name}: {error}")
+        script = build_script(source)
+        try:
+            script.build("cuda", script.CUDA, script.cuda_commands(), PACK / variant_library(name))
+        except script.NotBuilt as error:
+            sys.exit(f"{name}: {error}")
 
 
 def pack(variants: Sequence[str]) -> None:
     shutil.rmtree(PACK, ignore_errors=True)
-    build = ROOT / "build" / "gpu-pack-objects"
-    compile_into(PACK, build)
+    compile_into(PACK)
     for name in variants:
-        compile_variant(name, VARIANTS[name], build)
+        compile_variant(name, VARIANTS[name])
     facts = {"sources": sources_hash(), "python": sys.version.split()[0], "variants": list(variants)}
     (PACK / MANIFEST).write_text(json.dumps(facts, indent=1) + "\n")
     size = sum(path.stat().st_size for path in PACK.iterdir()) / 2**20
@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     os.environ["DAE_CUDA_ARCHS"] = options.architectures
     if options.here:
-        compile_into(ROOT / "dae_fast", ROOT / "build" / "here")
+        compile_into(ROOT / "dae_fast")
     else:
         pack(options.variants)
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import dae_fast as df
+from dae_fast.samplers.common import START_TAG
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "csrc", "dae_fast", "benchmarks")
@@ -115,7 +116,9 @@ def test_without_a_compiler_the_reference_runs(without_compiler, tmp_path):
         "x_t": x_t,
         "loss": ((x_t / 2 - eps) ** 2).mean(),
         "grad": 2 * (x_t / 2 - eps) / 24,
-        "samples": df.samplers.ddpm(lambda x, t: x / 2, noise.fold_in(10).normal((2, 3)).double(), schedule, noise),
+        "samples": df.samplers.ddpm(
+            lambda x, t: x / 2, noise.fold_in(START_TAG).normal((2, 3)).double(), schedule, noise
+        ),
     }
     for name, values in wanted.items():
         torch.testing.assert_close(torch.tensor(got[name], dtype=torch.float64), values, rtol=1e-5, atol=1e-6)
@@ -269,15 +272,13 @@ def test_an_unchanged_tree_is_not_compiled_again(tmp_path):
     assert "ninja: no work to do" in builds[1].stdout and "compiling" not in builds[1].stdout
 
 
-def test_cuda_is_built_where_it_is_asked_for(tmp_path, monkeypatch):
+def test_cuda_is_built_where_it_is_asked_for(tmp_path):
     """By a torch with CUDA, or by the environment."""
     code = "import sysconfig, setup; sysconfig.get_path = lambda name: '.'; print(setup.torch_has_cuda())"
+    (tmp_path / "torch").mkdir()
     for line, wanted in (("cuda: Optional[str] = '13.0'", "True"), ("cuda: Optional[str] = None", "False")):
-        (tmp_path / "torch").mkdir(exist_ok=True)
         (tmp_path / "torch" / "version.py").write_text(f"__version__ = '2.13.0'\n{line}\n")
-        guarded = (ROOT / "setup.py").read_text().replace("\nsetup(ext_modules", "\nif False: setup(ext_modules")
-        (tmp_path / "setup.py").write_text(guarded)
-        assert run("-c", code, cwd=tmp_path).stdout.strip() == wanted
+        assert run("-c", code, cwd=tmp_path, PYTHONPATH=ROOT).stdout.strip() == wanted
 
 
 @NEEDS_NATIVE
