@@ -112,13 +112,12 @@ def test_without_a_compiler_the_reference_runs(without_compiler, tmp_path):
     t = torch.tensor([0, 3, 6, 9])
     eps = noise.normal((4, 6), dtype=torch.float64)
     x_t = schedule.alpha[t][:, None] * torch.arange(24.0).reshape(4, 6) / 10 + schedule.sigma[t][:, None] * eps
+    start = noise.fold_in(START_TAG).normal((2, 3)).double()
     wanted = {
         "x_t": x_t,
         "loss": ((x_t / 2 - eps) ** 2).mean(),
         "grad": 2 * (x_t / 2 - eps) / 24,
-        "samples": df.samplers.ddpm(
-            lambda x, t: x / 2, noise.fold_in(START_TAG).normal((2, 3)).double(), schedule, noise
-        ),
+        "samples": df.samplers.ddpm(lambda x, t: x / 2, start, schedule, noise),
     }
     for name, values in wanted.items():
         torch.testing.assert_close(torch.tensor(got[name], dtype=torch.float64), values, rtol=1e-5, atol=1e-6)
