@@ -190,6 +190,7 @@ class PlainCall {
       error = kernel(api, queue);
     }
     if (!error) return;
+    if (error == kNoMemory) throw std::bad_alloc();
     PyErr_Format(PyExc_RuntimeError, "dae_fast: CUDA error: %s", error);
     throw PythonError();
   }
@@ -349,6 +350,8 @@ PyObject* plain(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     return Call().run(arguments);
   } catch (const PythonError&) {
     return nullptr;
+  } catch (const std::bad_alloc&) {
+    return PyErr_NoMemory();
   }
 }
 
