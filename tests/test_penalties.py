@@ -223,3 +223,18 @@ def test_sums_of_doubles(shape):
     level = df.Level(torch.tensor(0.5, dtype=torch.float64, requires_grad=True), 1.0)
     df.add_noise(x, zero, level).sum().backward()
     assert abs(fractions.Fraction(float(level.alpha.grad)) / (x.numel() * exact) - 1) < 2e-15
+
+
+def test_kl_sparsity_is_the_same_for_every_number_of_threads(restore_threads):
+    h = torch.rand(300, 40_000, generator=torch.Generator().manual_seed(0))
+    found = set()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.add(float(df.kl_sparsity(h)))
+    assert len(found) == 1
+    rho = h.double().mean(0)
+    wanted = (0.05 * (0.05 / rho).log() + 0.95 * (0.95 / (1 - rho)).log()).sum()
+    assert found.pop() == pytest.approx(float(wanted), rel=1e-6)
+    for B in range(1, 20):  # every way of halving
+        h = torch.rand(B, 3, dtype=torch.float64, requires_grad=True)
+        torch.autograd.gradcheck(df.kl_sparsity, h)
