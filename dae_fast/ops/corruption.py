@@ -215,8 +215,12 @@ def patch_mask(noise: Noise, B: int, patches: int, ratio: float, *, device: torc
     op = "patch_mask"
     if not isinstance(noise, Noise):
         raise TypeError(f"{op}: noise must be a Noise, got {type(noise).__name__}")
+    if isinstance(ratio, Tensor):
+        raise TypeError(f"{op}: ratio must be a float, got a tensor")
     ratio = checks.number(op, "ratio", ratio, "in [0, 1]")
-    B, patches = checks.integer(op, "B", B, 0), checks.integer(op, "patches", patches, 0)
+    B, patches = checks.integer(op, "B", B), checks.integer(op, "patches", patches)
+    if B < 0 or patches < 0:
+        raise ValueError(f"{op}: B and patches must not be negative, got {B} and {patches}")
     noise._check(op, B, torch.empty(0, device=device).device)
     words = noise.fold_in(PATCH_TAG).bits((B, patches), device=device)
     order = words.argsort(dim=1, stable=True)
