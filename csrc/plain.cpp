@@ -180,14 +180,16 @@ class PlainCall {
   void launch(Launch kernel) const {
     const Queue queue = queue_of_device(first_->device());
     const Api& api = api_of(queue);
-    const OnDevice there(queue);
     const char* error;
-    if (queue.device < 0 && batch_.B * batch_.D > kReleaseGil) {
-      Py_BEGIN_ALLOW_THREADS;
-      error = kernel(api, queue);
-      Py_END_ALLOW_THREADS;
-    } else {
-      error = kernel(api, queue);
+    {
+      const OnDevice there(queue);  // leaves by a call of Python, which no exception may be set for
+      if (queue.device < 0 && batch_.B * batch_.D > kReleaseGil) {
+        Py_BEGIN_ALLOW_THREADS;
+        error = kernel(api, queue);
+        Py_END_ALLOW_THREADS;
+      } else {
+        error = kernel(api, queue);
+      }
     }
     if (!error) return;
     if (error == kNoMemory) throw std::bad_alloc();

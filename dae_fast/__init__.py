@@ -3,7 +3,7 @@
 from . import nn, samplers, saved
 from .backends import backend_names, use_backend
 from .continuous import ContinuousSchedule
-from .info import info, package_version
+from .info import info, noise_version, package_version
 from .level import Level
 from .nn import LevelStatistics
 from .noise import Noise
@@ -49,6 +49,7 @@ __all__ = [
     "langevin_step",
     "nn",
     "noise_mse",
+    "noise_version",
     "patch_mask",
     "reparameterise",
     "samplers",

@@ -25,7 +25,7 @@ NOTHING = """
 #include "api.h"
 using namespace dae;
 static const Api kApi = {
-    [](const AffineArgs&, Queue) -> const char* { return nullptr; },
+    [](const AffineArgs&, Queue) -> const char* { return ERROR; },
     [](const ResidualArgs&, const LossArgs&, Scratch, Queue) -> const char* { return nullptr; },
     [](const RowDotsArgs&, double*, Scratch, Queue) -> const char* { return nullptr; },
     [](const MaskArgs&, double*, Scratch, Queue) -> const char* { return nullptr; },
@@ -46,8 +46,8 @@ def microseconds(call: Callable[[], Any], number: int = 1000, rounds: int = 50) 
     return min(timeit.repeat(call, number=number, repeat=rounds)) / number * 1e6
 
 
-def load_nothing(current_device: int = 0) -> None:
-    """The CUDA library replaced by one that launches nothing."""
+def load_nothing(current_device: int = 0, error: str = "nullptr") -> None:
+    """The CUDA library replaced by one that launches nothing. error: a C string, what the affine map's launch says."""
     with tempfile.TemporaryDirectory() as place:
         source, library = Path(place) / "nothing.cpp", Path(place) / "nothing.so"
         source.write_text(NOTHING)
@@ -60,6 +60,7 @@ def load_nothing(current_device: int = 0) -> None:
                 "-fPIC",
                 f"-I{CSRC}",
                 f"-DCURRENT_DEVICE={current_device}",
+                f"-DERROR={error}",
                 source,
                 "-o",
                 library,

@@ -14,12 +14,12 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import dae_fast as df
+from benchmarks.cases import DTYPES
 from dae_fast.backends import native
 from dae_fast.ops.corruption import MASK_TAG, PATCH_TAG
 from dae_fast.ops.residual import MINUS_TARGET, residual_loss
 from dae_fast.rows import stack_rows
 
-from .cases import DTYPES
 from .conftest import ISAS, not_in_torch_2_11
 
 NOISE = df.Noise(2**63 + 77).fold_in(4)

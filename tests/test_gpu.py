@@ -5,7 +5,6 @@ The judge is fp64 arithmetic on the CPU; what must be equal bit for bit is compa
 
 from __future__ import annotations
 
-import timeit
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -15,10 +14,10 @@ import torch
 from torch import Tensor
 
 import dae_fast as df
+from benchmarks.cases import CASES, DTYPES, SCHEDULE, Case, Inputs, widen
 from benchmarks.memory import usage
 from dae_fast.noise import to_signed
 
-from .cases import CASES, DTYPES, SCHEDULE, Case, Inputs, widen
 from .test_ops import LENGTHS, assert_as_good, cut, outputs, require_grads
 
 pytestmark = pytest.mark.gpu
@@ -524,16 +523,20 @@ def noise_at(noise: df.Noise, row: int, first: int) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("B", [1, 3], ids=["one row", "rows"])
-def test_more_than_2_to_the_31_elements(backend: str, dtype: torch.dtype, B: int) -> None:
+@pytest.mark.parametrize(
+    ("B", "ragged", "offset"),
+    [(1, 0, 0), (3, 0, 0), (1, 1, 0), (1, 0, 1)],
+    ids=["one row", "rows", "one ragged row", "one misaligned row"],
+)
+def test_more_than_2_to_the_31_elements(backend: str, dtype: torch.dtype, B: int, ragged: int, offset: int) -> None:
     free, _ = torch.cuda.mem_get_info()
     if free < 24 << 30:
         pytest.skip(f"needs 24 GiB of free GPU memory, there are {free / 2**30:.0f}")
-    D = (2**31 + 4096) // B // 8 * 8
+    D = (2**31 + 4096) // B // 8 * 8 + ragged
     noise = df.Noise(3).fold_in(1)
-    x0 = torch.zeros(B, D, dtype=dtype, device=DEVICE)
+    x0 = torch.zeros(B * D + offset, dtype=dtype, device=DEVICE)[offset:].view(B, D)
     x_t = df.add_noise(x0, noise, df.Level(1.0, 1.0))
-    checked = [(0, 0), (B - 1, D // 2 // 4 * 4), (B - 1, D - 1024)]
+    checked = [(0, 0), (B - 1, D // 2 // 4 * 4), (B - 1, (D - 1024) // 4 * 4)]
     if B == 1:
         checked.append((0, 2**31 - 512))
     for row, first in checked:
@@ -577,29 +580,6 @@ def test_a_short_run_of_each_op(backend: str) -> None:
     df.Noise(0).to(DEVICE).fold_in(1).normal((3, 70), device="cuda:0")
     df.Noise(0).bits((3, 70), device=DEVICE)
     torch.cuda.synchronize()
-
-
-def test_host_cost(backend: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Printed, not asserted: microseconds of Python to a call whose kernel has next to nothing to do."""
-    x = torch.randn(2, 8, device=DEVICE)
-    pred, level, noise = torch.randn(2, 8, device=DEVICE, requires_grad=True), df.Level(1.0, 0.5), df.Noise(0)
-    calls = {
-        "empty_like": lambda: torch.empty_like(x),
-        "x + x": lambda: x + x,
-        "add_noise, fresh": lambda: df.add_noise(x, noise, level),
-        "to_x0": lambda: df.to_x0(x, x, level),
-        "noise_mse": lambda: df.noise_mse(x, noise),
-        "noise_mse, gradient": lambda: torch.autograd.grad(df.noise_mse(pred, noise), pred),
-    }
-    lines = []
-    for name, call in calls.items():
-        call()
-        torch.cuda.synchronize()
-        # Few calls to a round, so that the queue of launches is never full.
-        seconds = min(timeit.repeat(call, setup=torch.cuda.synchronize, number=100, repeat=20)) / 100
-        lines.append(f"{name} {seconds * 1e6:.1f}")
-    with capsys.disabled():
-        print(f"\nhost microseconds a call, {backend}: {', '.join(lines)}")
 
 
 def test_continuous_times_out_of_range_are_nan() -> None:

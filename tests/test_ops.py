@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 import dae_fast as df
+from benchmarks.cases import CASES, DTYPES, Case, Inputs, widen
 from dae_fast.backends import native
 
-from .cases import CASES, DTYPES, Case, Inputs, widen
 from .conftest import ISAS
 
 SHAPE = (40, 3, 17, 16)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 import dae_fast as df
+from benchmarks.cases import DTYPES
 from dae_fast.ops import affine, conversions, langevin, noising, residual
 from dae_fast.ops.routing import plain_affine
 from dae_fast.rows import Rows
 from dae_fast.samplers import common
 
-from .cases import DTYPES
 from .conftest import BACKENDS
 
 pytestmark = pytest.mark.skipif("native" not in BACKENDS, reason="there is no native core")

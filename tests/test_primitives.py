@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 import dae_fast as df
+from benchmarks.cases import DTYPES
 from dae_fast.backends import reference
 from dae_fast.ops.affine import affine
 from dae_fast.ops.masks import Drawn
 from dae_fast.rows import Rows
 
-from .cases import DTYPES
 from .conftest import GPU_CODE, module_of
 
 SHAPES = ((5, 2, 3, 8), (3, 1301), (9, 5), (2, 3, 7, 5))

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import dae_fast as df
+from benchmarks.cases import DTYPES
 from dae_fast.backends import reference
 
-from .cases import DTYPES
 from .conftest import ISAS, module_of
 
 SHAPES = ((5, 7), (3, 1301), (2, 3, 5, 4), (0, 4), (3, 0), (4,))

@@ -846,7 +846,7 @@ def test_no_progress_bar_by_default(run, capfd):
 def test_progress_bar_on_request(name, run, capsys):
     result = run(torch.ones(2, 3))
     assert result.shape == (2, 3)
-    out = capsys.readouterr().out
+    out = capsys.readouterr().err  # as tqdm does it
     assert name in out and "100%" in out
 
 

@@ -18,7 +18,8 @@ from dae_fast.ops.parameterisation import MIXES, errors, mix
 
 TEXT = (Path(__file__).parents[1] / "docs" / "vocabulary.md").read_text()
 # Of the library itself rather than of the literature, and what the page says in its text.
-INFRASTRUCTURE = {"Level", "Noise", "backend_names", "info", "nn", "samplers", "use_backend", "weighting"}
+INFRASTRUCTURE = {"Level", "Noise", "backend_names", "info", "nn", "noise_version", "samplers", "use_backend"}
+INFRASTRUCTURE |= {"weighting"}
 Array = NDArray[np.float64]
 
 

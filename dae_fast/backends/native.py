@@ -71,7 +71,11 @@ def cuda_missing() -> str:
 
 
 def available() -> str:
-    """What keeps this backend from running here: nothing, once the module has loaded."""
+    """What keeps this backend from running here: a torch whose tensors the module cannot read."""
+    try:
+        _core.on_gpu(torch.empty(0))
+    except RuntimeError as error:
+        return str(error).removeprefix("dae_fast: ")
     return ""
 
 

@@ -462,6 +462,6 @@ def rounded(op: str, table: Tensor, dtype: torch.dtype) -> Tensor:
 def progressed(plan: Sequence[Plan], progress: bool, what: str) -> Iterable[Plan]:
     if not progress:
         return plan
-    from rich.progress import track
+    from tqdm.auto import tqdm  # takes a moment, and is wanted by few
 
-    return track(plan, description=what)
+    return tqdm(plan, desc=what)
