@@ -192,6 +192,7 @@ class PlainCall {
       }
     }
     if (!error) return;
+    if (error == kNoMemory) throw std::bad_alloc();
     PyErr_Format(PyExc_RuntimeError, "dae_fast: CUDA error: %s", error);
     throw PythonError();
   }
@@ -351,6 +352,8 @@ PyObject* plain(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     return Call().run(arguments);
   } catch (const PythonError&) {
     return nullptr;
+  } catch (const std::bad_alloc&) {
+    return PyErr_NoMemory();
   }
 }
 

@@ -55,7 +55,8 @@ def gradients(
         return found
     way = route(op, mu, log_var, eps, z_grad, kl_grad)
     if needs[2] and z_grad is not None:
-        found[2] = z_grad * torch.exp(0.5 * log_var)
+        compute = reference.compute_dtype(mu.dtype)  # in half precision the scale alone may overflow
+        found[2] = (z_grad.to(compute) * torch.exp(0.5 * log_var.to(compute))).to(log_var.dtype)
     if torch.is_grad_enabled() or way is Route.REFERENCE:
         found[:2] = _differentiable(z_grad, kl_grad, mu, log_var, eps, noise)
     elif way is Route.DISPATCHER:
@@ -73,7 +74,7 @@ def _differentiable(
     eps: Tensor | None,
     noise: Noise | None,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of mu and log_var in plain torch, for double backward."""
+    """The gradients of mu and log_var in plain torch, for double backward. An upstream gradient of 0 gives 0."""
     compute = reference.compute_dtype(mu.dtype)
     mean, log_variance = mu.to(compute), log_var.to(compute)
     of_mu, of_log_var = torch.zeros_like(mean), torch.zeros_like(mean)
@@ -81,10 +82,12 @@ def _differentiable(
         e = noise.normal(mu.shape, dtype=compute, device=mu.device) if noise is not None else eps
         assert e is not None
         of_mu = z_grad.to(compute)
-        of_log_var = 0.5 * of_mu * torch.exp(0.5 * log_variance) * e.to(compute)
+        of_log_var = torch.where(of_mu == 0, 0, 0.5 * of_mu * torch.exp(0.5 * log_variance)) * e.to(compute)
     if kl_grad is not None:
         each = kl_grad.reshape(-1, *[1] * (mu.dim() - 1))
-        of_mu, of_log_var = of_mu + each * mean, of_log_var + 0.5 * each * torch.expm1(log_variance)
+        unused = each == 0
+        of_mu = of_mu + torch.where(unused, 0, each * mean)
+        of_log_var = of_log_var + torch.where(unused, 0, 0.5 * each * torch.expm1(log_variance))
     return of_mu.to(mu.dtype), of_log_var.to(mu.dtype)
 
 

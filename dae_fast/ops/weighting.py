@@ -17,7 +17,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..backends.reference import compute_dtype
 from ..level import Level, check_per_sample
 from ..rows import Coefficients
 from ..schedule import finite_numbers
@@ -179,7 +178,7 @@ def weight_for(
         value = _of_error(op, found.weight, level, pred) * _error(found.of, op, level, pred, predict)
     else:
         value = value_at(op, "weight", found, level, pred)
-    return None, value.to(compute_dtype(pred.dtype)).expand(pred.shape[0])
+    return None, value.expand(pred.shape[0])  # not rounded: x0 may be wider than pred
 
 
 def check_weighting(op: str, weight: Any) -> Weighting | Likelihood | OnError | Function:
