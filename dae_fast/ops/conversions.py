@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from ..backends.reference import compute_dtype
+from ..checks import is_number
 from ..level import Level
 from ..rows import Coefficients
 from .affine import ABSENT, Clamp, Columns, affine
@@ -170,7 +171,10 @@ def _by_x0(predict: Parameterisation, to: Parameterisation) -> Coefficients:
 
 
 def bounds(op: str, clamp: Bounds) -> tuple[float, float]:
-    low, high = clamp if isinstance(clamp, tuple) else (-clamp, clamp)
+    pair = clamp if isinstance(clamp, tuple) else (-clamp, clamp) if is_number(clamp) else ()
+    if len(pair) != 2 or not all(map(is_number, pair)):
+        raise TypeError(f"{op}: clamp must be a number c or a tuple (low, high), got {clamp!r}")
+    low, high = pair
     if not low <= high:
         raise ValueError(f"{op}: clamp must be c >= 0 or (low, high) with low <= high, got {clamp}")
     return float(low), float(high)
