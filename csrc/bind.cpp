@@ -225,7 +225,7 @@ int cuda_devices() {
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
-  m.doc() = "Native kernels of dae_fast, for the CPU and for CUDA devices; see dae_fast.backends.native.";
+  m.doc() = "Native kernels of dae_fast, for the CPU and for CUDA devices; see dae_fast.kernels.native.";
   py::register_exception_translator([](std::exception_ptr p) {
     try {
       if (p) std::rethrow_exception(p);

@@ -18,11 +18,11 @@ struct TorchState {
 
   static const TorchState& get() {
     static const TorchState known = {member("torch", "is_grad_enabled"),
-                                     member("torch._C", "_are_functorch_transforms_active"),
-                                     member("torch._C", "_len_torch_dispatch_stack"),
-                                     member("torch._C", "_is_torch_function_mode_enabled"),
-                                     member("torch.autograd", "forward_ad"),
-                                     member("torch.autograd", "_profiler_enabled"),
+                                     member("dae_fast._torch", "in_functorch"),
+                                     member("dae_fast._torch", "dispatch_modes"),
+                                     member("dae_fast._torch", "function_modes"),
+                                     member("dae_fast._torch", "forward_ad"),
+                                     member("dae_fast._torch", "profiling"),
                                      member("torch", "empty_like"),
                                      Owned(PyUnicode_InternFromString("_current_level")).release()};
     return known;
@@ -38,7 +38,7 @@ bool g_pretend_gpu = false;
 
 bool asks_true(PyObject* function) { return is_true(Owned(PyObject_CallNoArgs(function))); }
 
-// No transform, mode or dual level around the call, and nobody who wants its range (dae_fast/ranges.py).
+// No transform, mode or dual level around the call, and nobody who wants its range (dae_fast/profiling.py).
 bool nothing_around(const TorchState& torch) {
   return !nvtx::listens() && !asks_true(torch.profiling) && !asks_true(torch.in_functorch) &&
          to_int(Owned(PyObject_CallNoArgs(torch.dispatch_modes))) == 0 && !asks_true(torch.function_modes) &&

@@ -23,7 +23,7 @@ struct Exchange {
 
 const Exchange& exchange() {
   static const Exchange* const known = [] {
-    PyObject* const capsule = PyObject_GetAttrString(torch().tensor, "__dlpack_c_exchange_api__");
+    PyObject* const capsule = member("dae_fast._torch", "dlpack_exchange");
     const auto* table = static_cast<const Exchange*>(
         capsule ? PyCapsule_GetPointer(capsule, "dlpack_exchange_api") : nullptr);
     if (!table || table->version.major != 1 || !table->tensor_of) {

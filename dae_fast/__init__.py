@@ -1,9 +1,9 @@
 """Fused kernels for everything a diffusion or denoising loop does outside the network."""
 
 from . import nn, samplers
-from .backends import backend_names, use_backend
 from .continuous import ContinuousSchedule
 from .info import info, package_version
+from .kernels.dispatch import backend_names, use_backend
 from .level import Level
 from .nn import LevelStatistics
 from .noise import Noise

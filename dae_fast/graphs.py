@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from . import backends
+from .kernels import dispatch
 from .noise import Noise
 
 DEVICE = "cuda"  # the type; torch has ROCm under the same name
@@ -65,7 +65,7 @@ def replayed(
     place = _layout(x), noise._first_sample, noise._sample is None
     autocast = torch.is_autocast_enabled(DEVICE), torch.get_autocast_dtype(DEVICE)
     reads = tuple(_read_through(network, set()))
-    key = op, options, function, place, given, constant, autocast, backends._choice(x, op), reads
+    key = op, options, function, place, given, constant, autocast, dispatch._choice(x, op), reads
     with _lock:
         try:
             kept = _captured.setdefault(owner, OrderedDict())

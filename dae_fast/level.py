@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ._torch import in_functorch
 from .rows import Coefficients, Rows, rows_at, stack_rows, table_of
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def can_read(value: Tensor) -> bool:
         value.device.type == "cpu"
         and type(value) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
+        and not in_functorch()
     )
 
 

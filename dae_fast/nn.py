@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from .backends.reference import compute_dtype
 from .continuous import ContinuousSchedule
+from .kernels.reference import compute_dtype
 from .level import Level, can_read
 from .noise import Noise
 from .ops.affine import ABSENT, affine

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import backends
-from .backends import kernels, reference
+from .kernels import dispatch, reference
+from .kernels.dispatch import kernels
 from .ops.routing import Route, route
 
 
@@ -136,7 +136,7 @@ class Noise:
         if not isinstance(data, (int, Tensor)):
             data = _index("Noise.fold_in: data must be an int or an int64 tensor", data)
         if isinstance(data, int) and self._key_tensor is None and not torch.compiler.is_compiling():
-            seed, offset = backends.fold_in(self._seed, self._offset, to_signed(data))
+            seed, offset = dispatch.fold_in(self._seed, self._offset, to_signed(data))
             return Noise._make(seed, offset, None, self._sample, self._first_sample)
         if isinstance(data, Tensor):
             if data.dtype != torch.int64 or data.numel() != 1:

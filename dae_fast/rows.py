@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.utils._python_dispatch import _disable_current_modes
+
+from ._torch import outside_modes
 
 if TYPE_CHECKING:
     from .schedule import Schedule
@@ -29,18 +28,6 @@ class Rows(NamedTuple):
 def rows_at(table: Tensor, t: Tensor | int | None) -> Rows:
     """With an int, that row for all samples."""
     return Rows(table[t : t + 1], None) if isinstance(t, int) else Rows(table, t)
-
-
-@contextmanager
-def outside_modes() -> Iterator[None]:
-    """What is cached must be a plain tensor, whatever traces, transforms or infers around the call."""
-    with (
-        torch.inference_mode(False),
-        temporarily_clear_interpreter_stack(),
-        _disable_current_modes(),
-        torch._C.DisableTorchFunction(),
-    ):
-        yield
 
 
 @lru_cache(maxsize=16)

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends.reference import coefficients as look_up
+from ._torch import outside_modes
+from .kernels.reference import coefficients as look_up
 from .level import Level, singular
 from .noise import Noise
-from .rows import Coefficients, Place, outside_modes, table_of
+from .rows import Coefficients, Place, table_of
 
 # Levels and times are drawn from a stream of their own, so that they are independent of the noise they scale.
 LEVEL_TAG = 0x6C6576656C  # "level"

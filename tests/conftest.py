@@ -17,14 +17,14 @@ from filelock import FileLock
 
 import dae_fast as df
 
-BACKENDS = tuple(name for name in df.backend_names() if df.backends.supports(name, torch.device("cpu")))
-ISAS = tuple(df.backends.native.isas()) if "native" in BACKENDS else ()
+BACKENDS = tuple(name for name in df.backend_names() if df.kernels.dispatch.supports(name, torch.device("cpu")))
+ISAS = tuple(df.kernels.native.isas()) if "native" in BACKENDS else ()
 CUDA_ON_CPU = "cuda on cpu"  # the native backend's CUDA code, compiled for the CPU
 GPU_CODE = (CUDA_ON_CPU, "triton")
 
 
 def module_of(backend: str) -> ModuleType:
-    return df.backends.module("native" if backend == CUDA_ON_CPU else backend)
+    return df.kernels.dispatch.module("native" if backend == CUDA_ON_CPU else backend)
 
 
 # Few tests that take minutes: begun last, they would keep one of two workers busy while the other has nothing left.
@@ -71,9 +71,9 @@ def backend(request: pytest.FixtureRequest):
 @pytest.fixture
 def restore_isa():
     """Leaves the instruction set as it was."""
-    before = df.backends.native.isa()
+    before = df.kernels.native.isa()
     yield
-    df.backends.native.use_isa(before)
+    df.kernels.native.use_isa(before)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import dae_fast as df
-from dae_fast.backends import native
+from dae_fast.kernels import native
 
 CSRC = Path(__file__).parents[1] / "csrc"
 NOTHING = """
@@ -98,13 +98,13 @@ def main() -> None:
 
 def _pretend_triton() -> None:
     """The Triton backend on CPU tensors, launching nothing."""
-    from dae_fast.backends import triton
+    from dae_fast.kernels import triton
 
     triton._launch = lambda call, args: None
     kept = torch.empty(4096, dtype=torch.float64), torch.zeros(1, dtype=torch.int32)
     triton.workspace = lambda device, doubles: kept  # as on a GPU, where it is kept from call to call
     triton.supports = lambda device: True
-    df.backends._loaded["triton"] = triton, ""
+    df.kernels.dispatch._loaded["triton"] = triton, ""
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import dae_fast as df
-from dae_fast.backends import native
+from dae_fast.kernels import native
 from dae_fast.ops.corruption import MASK_TAG, PATCH_TAG
 from dae_fast.ops.residual import MINUS_TARGET, residual_loss
 from dae_fast.rows import stack_rows

@@ -13,7 +13,7 @@ import torch
 from scipy import stats
 
 import dae_fast as df
-from dae_fast.backends import native, reference
+from dae_fast.kernels import native, reference
 
 from .conftest import ISAS, module_of
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import dae_fast as df
-from dae_fast.backends import native
+from dae_fast.kernels import native
 
 from .cases import CASES, DTYPES, Case, Inputs, widen
 from .conftest import ISAS

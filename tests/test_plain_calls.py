@@ -319,4 +319,4 @@ def test_backends_launch_their_own(spy: Spy) -> None:
             df.add_noise(x0, df.Noise(0), SCHEDULE[LEVELS])
             df.noise_mse(pred, df.Noise(0))
             assert spy.taken == (0 if name == "reference" else 2)
-    assert affine.kernels(x0, "op") is df.backends.module("native")
+    assert affine.kernels(x0, "op") is df.kernels.dispatch.module("native")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import dae_fast as df
-from dae_fast.backends import reference
+from dae_fast.kernels import reference
 from dae_fast.ops.affine import affine
 from dae_fast.ops.masks import Drawn
 from dae_fast.rows import Rows

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import dae_fast as df
-from dae_fast.backends import reference
+from dae_fast.kernels import reference
 
 from .cases import DTYPES
 from .conftest import ISAS, module_of

@@ -446,7 +446,7 @@ def test_learned_variance_where_nothing_is_added():
 
 def test_learned_variance_stores_no_noise(monkeypatch):
     """Where there are kernels, they make it."""
-    if df.backends.default_name("cpu") == "reference":
+    if df.kernels.dispatch.default_name("cpu") == "reference":
         pytest.skip("plain torch makes the noise as a tensor")
     x, noise = start(5, 7), df.Noise(3)
     wanted = ddpm(with_variance, x, SCHEDULE, noise, variance="learned")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import dae_fast as df
-from dae_fast.backends import reference
+from dae_fast.kernels import reference
 from dae_fast.ops.masks import Drawn
 
 from .conftest import TRITON_BEFORE_3_9
@@ -22,8 +22,8 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from dae_fast.backends import triton as backend
-from dae_fast.backends import triton_kernels as kernels
+from dae_fast.kernels import triton as backend
+from dae_fast.kernels.triton import kernels
 
 if backend.available():
     pytest.skip(backend.available(), allow_module_level=True)
@@ -300,7 +300,7 @@ def test_normals_are_those_of_fp32(dtype: torch.dtype) -> None:
 @pytest.mark.skipif(TRITON_BEFORE_3_9 and backend.INTERPRETED, reason="that interpreter rounds an fma twice")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_normals_have_the_bits_of_the_cpu(dtype: torch.dtype) -> None:
-    native = pytest.importorskip("dae_fast.backends.native")
+    native = pytest.importorskip("dae_fast.kernels.native")
     noise = df.Noise(11).fold_in(1)
     for B, D in ((3, 4096), (5, 65), (130, 2)):
         here = backend.normal(noise, B, D, dtype, DEVICE).cpu()
@@ -482,7 +482,7 @@ def test_drawn_masks_and_corruption_of_copied_rows() -> None:
 @pytest.mark.parametrize("kind", range(4), ids=reference.KINDS)
 def test_gradients_have_the_bits_of_the_cpu(kind: int, dtype: torch.dtype) -> None:
     """Division and square root included. An interpreter that rounds an fma twice would show in pseudo_huber."""
-    native = pytest.importorskip("dae_fast.backends.native")
+    native = pytest.importorskip("dae_fast.kernels.native")
     if backend.INTERPRETED and kind == 3 and dtype != torch.float64:
         pytest.skip("needs a GPU")
     pred, y = randn(4, 256, dtype=dtype), randn(4, 256, dtype=dtype, seed=1)

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 import dae_fast as df
-from dae_fast.backends import reference
+from dae_fast.kernels import reference
 from dae_fast.ops.parameterisation import MIXES, errors, mix
 
 TEXT = (Path(__file__).parents[1] / "docs" / "vocabulary.md").read_text()

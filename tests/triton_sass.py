@@ -28,8 +28,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 import dae_fast as df
-from dae_fast.backends import triton as backend
-from dae_fast.backends.reference import KINDS, compute_dtype
+from dae_fast.kernels import triton as backend
+from dae_fast.kernels.reference import KINDS, compute_dtype
 from dae_fast.ops.masks import Drawn
 
 NVIDIA = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)}

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ..backends import kernels, reference
+from .._torch import DirectFunction, batchable, outside_modes
+from ..kernels import reference
+from ..kernels.dispatch import kernels
 from ..noise import Noise
-from ..rows import Rows, outside_modes, rows_at
+from ..rows import Rows, rows_at
 from .flat import flatten, seen
-from .routing import DirectFunction, Route, batchable, differentiate_with, plain_affine, route, wants_grad
+from .routing import Route, differentiate_with, plain_affine, route, wants_grad
 
 Columns = tuple[int, ...]  # of the table: c0, c1, c2, c3 of the output, then those of a second one
 Clamp = tuple[int, int, int, float, float]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ..backends.reference import compute_dtype
+from ..kernels.reference import compute_dtype
 from ..level import Level
 from ..rows import Coefficients
 from .affine import ABSENT, Clamp, Columns, affine

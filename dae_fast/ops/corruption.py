@@ -13,14 +13,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import kernels, reference
+from .._torch import DirectFunction, batchable
+from ..kernels import reference
+from ..kernels.dispatch import kernels
 from ..level import as_number, can_read, check_per_sample
 from ..noise import Noise
 from ..rows import stack_rows
 from .checks import samples
 from .flat import flatten, seen
 from .masks import Drawn
-from .routing import DirectFunction, Route, batchable, route, wants_grad
+from .routing import Route, route, wants_grad
 
 # Streams of their own, so that what is struck does not depend on the normals of the same noise.
 MASK_TAG = 0x6D61736B  # "mask"

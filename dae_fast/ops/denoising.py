@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ..backends.reference import compute_dtype
+from ..kernels.reference import compute_dtype
 from ..level import Level, as_number, can_read, check_per_sample
 from ..noise import Noise
 from ..rows import Coefficients, Rows, stack_rows

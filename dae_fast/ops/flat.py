@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._torch import fake_mode
 from ..noise import Noise
 from ..rows import Rows
 
@@ -33,5 +34,5 @@ def seen(rows: Rows) -> Rows:
     """As a FakeTensorMode around the call sees them: it takes no real tensor, and a cached table is one."""
     if torch.compiler.is_compiling() or type(rows.table) is not Tensor:
         return rows
-    fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    fake = fake_mode()
     return rows if fake is None else Rows(fake.from_tensor(rows.table), rows.t)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ..backends.reference import compute_dtype
+from ..kernels.reference import compute_dtype
 from ..level import can_read, check_per_sample
 from ..noise import Noise
 from ..rows import constant_rows, stack_rows

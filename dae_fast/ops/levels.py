@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from ..backends.reference import coefficients
+from ..kernels.reference import coefficients
 from ..level import Level
 from ..rows import Coefficients, Rows
 from .flat import seen

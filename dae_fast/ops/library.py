@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
 from torch.library import Library
 
-from ..backends import kernels_of
+from .._torch import register_autograd, unwrap_dead_wrappers
+from ..kernels.dispatch import kernels_of
 from ..noise import Noise
 from ..rows import Rows
 from .affine import _gradients as affine_gradients
@@ -222,42 +222,10 @@ def _backward_gaussian(ctx: Any, z_grad: Tensor | None, kl_grad: Tensor | None) 
     return (None, *found, *[None] * 4)
 
 
-def _register_autograd(name: str, setup: Any, backward: Any) -> None:
-    """As torch.library.register_autograd, whose ops refuse to run inside torch.func.
-
-    Each level of torch.func comes here in its turn, so what is wanted is a Function of one level.
-    """
-    op = getattr(torch.ops.dae_fast, name).default
-
-    def below(keyset: Any, arguments: tuple[Any, ...]) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
-
-    def forward(ctx: Any, keyset: Any, *arguments: Any) -> Any:
-        with torch.enable_grad():  # for the levels of torch.func around this one; without it they get zeros
-            outputs = below(keyset, arguments)
-        setup(ctx, arguments)
-        return outputs
-
-    function: Any = type(
-        f"_{name}_backward",
-        (torch.autograd.function._SingleLevelFunction,),
-        {"forward": staticmethod(forward), "backward": staticmethod(backward)},
-    )
-
-    def kernel(keyset: Any, *arguments: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
-            with enable_single_level_autograd_function():
-                return function.apply(keyset, *arguments)
-        return below(keyset, arguments)
-
-    _library.impl(name, kernel, "Autograd", with_keyset=True)
-
-
 for _name in ("affine", "affine2"):
-    _register_autograd(_name, _setup_affine, _backward_affine)
-_register_autograd("sample_means", _setup_means, _backward_means)
-_register_autograd("gaussian", _setup_gaussian, _backward_gaussian)
-_register_autograd("corrupt", _setup_corrupt, _backward_corrupt)
+    register_autograd(_library, _name, _setup_affine, _backward_affine)
+register_autograd(_library, "sample_means", _setup_means, _backward_means)
+register_autograd(_library, "gaussian", _setup_gaussian, _backward_gaussian)
+register_autograd(_library, "corrupt", _setup_corrupt, _backward_corrupt)
 for _name in _KERNELS:
     torch.library.register_vmap(f"dae_fast::{_name}", rule(getattr(torch.ops.dae_fast, _name).default), lib=_library)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ..backends.reference import compute_dtype
+from ..kernels.reference import compute_dtype
 from ..level import Level, check_per_sample
 from ..noise import Noise
 from ..rows import Rows, rows_at, stack_rows

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..backends.reference import per_sample_sum, row_of
+from ..kernels.reference import per_sample_sum, row_of
 from ..noise import Noise
 from ..rows import on_device
 from .flat import flatten, unflatten

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ..backends.reference import compute_dtype
+from ..kernels.reference import compute_dtype
 from ..level import Level, as_number
 from ..noise import Noise
 from ..rows import Coefficients

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.func import vjp
 
-from ..backends.reference import compute_dtype, per_sample_sum
+from ..kernels.reference import compute_dtype, per_sample_sum
 from ..level import as_number, can_read
 from ..noise import Noise
 from ..rows import stack_rows

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import kernels, reference
+from .._torch import DirectFunction, batchable
+from ..kernels import reference
+from ..kernels.dispatch import kernels
 from ..noise import Noise
 from .checks import like, noise_for, promote, samples
 from .flat import flatten
-from .routing import DirectFunction, Route, batchable, route, wants_grad
+from .routing import Route, route, wants_grad
 
 
 def reparameterise(mu: Tensor, log_var: Tensor, noise: Noise | Tensor) -> tuple[Tensor, Tensor]:

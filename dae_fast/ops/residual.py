@@ -10,8 +10,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import kernels, reference
-from ..backends.reference import row_of
+from .._torch import DirectFunction, batchable
+from ..kernels import reference
+from ..kernels.dispatch import kernels
+from ..kernels.reference import row_of
 from ..level import Level
 from ..noise import Noise
 from ..rows import Rows, constant_rows, rows_at
@@ -19,7 +21,7 @@ from .affine import ABSENT, Gradients, affine, row_dots
 from .flat import flatten, seen
 from .levels import look_up
 from .masks import Drawn, FlatMask, Mask, kept_elements, tensors_of
-from .routing import DirectFunction, Route, batchable, is_one, plain_loss, route, wants_grad
+from .routing import Route, is_one, plain_loss, route, wants_grad
 
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS = ("none", "mean", "sum")  # a reduction's place here is its number in the native core

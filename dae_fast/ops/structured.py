@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ..backends.reference import compute_dtype
+from ..kernels.reference import compute_dtype
 from ..level import as_number
 from ..noise import Noise
 from ..rows import stack_rows

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..backends.reference import compute_dtype
+from ..kernels.reference import compute_dtype
 from ..level import Level, check_per_sample
 from ..rows import Coefficients
 from ..schedule import finite_numbers

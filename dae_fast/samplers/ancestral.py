@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..backends.reference import compute_dtype
+from ..kernels.reference import compute_dtype
 from ..noise import Noise
 from ..ops.conversions import Bounds
 from ..ops.parameterisation import Parameterisation

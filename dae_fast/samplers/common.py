@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ..backends.reference import compute_dtype
+from .._torch import outside_modes
 from ..graphs import replayed, start_device
+from ..kernels.reference import compute_dtype
 from ..noise import Noise
 from ..ops.affine import ABSENT, Clamp, Columns, affine
 from ..ops.checks import like, noise_for, samples
 from ..ops.conversions import Bounds, bounds
 from ..ops.parameterisation import Parameterisation
 from ..ops.routing import plain_affine
-from ..rows import Rows, outside_modes
+from ..rows import Rows
 from ..schedule import Schedule
 from .tables import reverse_table
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.reference import compute_dtype
 from ..graphs import replayed
+from ..kernels.reference import compute_dtype
 from ..level import can_read, check_per_sample
 from ..noise import Noise
 from ..ops.affine import ABSENT, affine_into

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..backends.reference import compute_dtype
+from ..kernels.reference import compute_dtype
 from ..noise import Noise
 from ..ops.affine import ABSENT, affine_into
 from ..ops.conversions import Bounds

@@ -1,4 +1,4 @@
-"""The Triton kernels of triton_kernels.py: tensors in, one launch out.
+"""The Triton kernels of kernels.py: tensors in, one launch out.
 
 Functions here take checked tensors of one shape, dtype and device, and allocate the results. Kernels are
 compiled from types alone, never from a value: a new seed, batch or pointer runs what is there. Nothing
@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..rows import on_device
-from .reference import KINDS, columns_of_residual, per_sample_sum
-from .tickets import workspace
+from ..._torch import current_raw_stream
+from ...rows import on_device
+from ..reference import KINDS, columns_of_residual, per_sample_sum
+from ..scratch import workspace
 
 try:
     import triton
@@ -27,12 +28,12 @@ except ImportError as error:
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import triton_gaussian as gaussians
-from . import triton_kernels as kernels
+from . import gaussian as gaussians
+from . import kernels
 
 if TYPE_CHECKING:
-    from ..noise import Noise
-    from ..ops.masks import Drawn
+    from ...noise import Noise
+    from ...ops.masks import Drawn
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 # Whose square root the kernels use (sqrt_rn).
@@ -171,7 +172,7 @@ def _launch(call: _Call, args: tuple[Any, ...]) -> None:
     if compiled is None:
         compiled = call.compiled = _compiled.get(call.key) or _compile(call, args)
     run = compiled.run  # loads the kernel, and so comes before compiled.function
-    stream = torch._C._cuda_getCurrentRawStream(index)
+    stream = current_raw_stream(index)
     run(*call.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *args)
 
 
@@ -234,7 +235,7 @@ def _on(device: torch.device, table: Tensor) -> Tensor:
         return on_device(table, device)  # the graph's own memory
     # By stream: what is dropped with the row may still be read there, and is used again after that.
     copies: dict[tuple[int, int], Tensor] = vars(table).setdefault("_copies", {})
-    stream = device.index, torch._C._cuda_getCurrentRawStream(device.index)
+    stream = device.index, current_raw_stream(device.index)
     if stream not in copies:
         copies[stream] = on_device(table, device)
     return copies[stream]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .._torch import in_functorch
 from ..rows import on_device
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def coefficients(table: Tensor, index: Tensor | None, op: str, x: Tensor) -> Ten
     if index is None:
         return on_device(table, x.device)
     inside = (index >= 0) & (index < table.shape[0])
-    unreadable = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    unreadable = torch.compiler.is_compiling() or in_functorch()
     if not unreadable and type(index) is Tensor and index.device.type == "cpu" and not inside.all():
         raise_bad_level(op, table, index, int((~inside).nonzero()[0, 0]))
     rows = table[index.long().clamp(0, table.shape[0] - 1)]

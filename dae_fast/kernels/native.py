@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..rows import constant_rows
 from .reference import columns_of_residual, compute_dtype, raise_bad_level
-from .tickets import workspace
+from .scratch import workspace
 
 try:
     # torch first: it loads the OpenMP runtime that the kernels look up.
