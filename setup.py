@@ -70,7 +70,7 @@ def core_ninja(ninja: Writer, target: Path) -> None:
     kernels = [(f"kernels_{isa}", "cpu/kernels.cpp", f"-DDAE_ISA={isa} {flags}") for isa, flags in ISAS.items()]
     others = [
         (Path(source).stem, source, "")
-        for source in ("cpu/dispatch.cpp", "cpu/run.cpp", "tensor.cpp", "plain.cpp", "bind.cpp")
+        for source in ("cpu/dispatch.cpp", "cpu/run.cpp", "tensor.cpp", "call.cpp", "bind.cpp")
     ]
     objects = [
         ninja.build(f"{name}.o", "compile", str(CSRC / source), variables={"isa": flags})[0]

@@ -111,10 +111,12 @@ def batchable(backward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def register_autograd(library: Any, name: str, setup: Any, backward: Any) -> None:
+def register_autograd(library: Any, name: str, in_torch: Callable[..., Any], setup: Any, backward: Any) -> None:
     """As torch.library.register_autograd, whose ops refuse to run inside torch.func; it will replace this when they do.
 
-    Each level of torch.func comes here in its turn, so what is wanted is a Function of one level.
+    Each level of torch.func comes here in its turn, so what is wanted is a Function of one level; setup None: of an op
+    that is part of a gradient there is none. Dual numbers come here too: the primal is the op's own, the tangent that
+    of in_torch, the same op in torch's operations. torch.library has no rule for those.
     """
     op = getattr(torch.ops.dae_fast, name).default
 
@@ -135,9 +137,24 @@ def register_autograd(library: Any, name: str, setup: Any, backward: Any) -> Non
     )
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
-        if torch.is_grad_enabled() and any_requires_grad(*arguments):
+        if dual_level() and any(is_dual(a) for a in arguments):
+            primal = op(*(forward_ad.unpack_dual(a).primal if is_dual(a) else a for a in arguments))
+            tangents = in_torch(*arguments)
+            if isinstance(primal, Tensor):
+                return _with_tangent(primal, tangents)
+            return tuple(_with_tangent(p, t) for p, t in zip(primal, tangents, strict=True))
+        if setup is not None and torch.is_grad_enabled() and any_requires_grad(*arguments):
             with enable_single_level_autograd_function():
                 return function.apply(keyset, *arguments)
         return below(keyset, arguments)
 
     library.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+def is_dual(value: Any) -> bool:
+    return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
+
+
+def _with_tangent(primal: Tensor, of: Tensor) -> Tensor:
+    tangent = forward_ad.unpack_dual(of).tangent
+    return primal if tangent is None else forward_ad.make_dual(primal, tangent)

@@ -13,7 +13,21 @@ import torch
 from torch import Tensor
 
 from .._torch import in_functorch
-from ..rows import on_device
+from .spec import (
+    ABSENT,
+    Bounds,
+    Found,
+    Inputs,
+    Kind,
+    Loss,
+    Map,
+    Reduction,
+    Residual,
+    Rows,
+    Wanted,
+    compute_dtype,
+    on_device,
+)
 
 if TYPE_CHECKING:
     from ..noise import Noise
@@ -47,8 +61,10 @@ def block_at(seed: Tensor, offset: Tensor, n: Tensor) -> Words:
     return philox4x32_10((low, high, zero, zero), _low_high(seed))
 
 
-def fold_in_tensor(noise: Noise, data: Tensor) -> Tensor:
+def fold_in_tensor(noise: Noise, data: Tensor | int) -> Tensor:
     """The key (2,) of noise.fold_in(data), data int64 bits ()."""
+    if not isinstance(data, Tensor):
+        data = torch.full((), data, dtype=torch.int64, device=noise._as_tensor().device)
     seed, offset = noise._as_tensor().to(data.device)
     r0, r1, r2, r3 = block_at(seed, offset, data)
     return torch.stack((r0 | r1 << 32, r2 | r3 << 32))
@@ -61,25 +77,32 @@ def fold_in(seed: int, offset: int, data: int) -> tuple[int, int]:
     return tuple(w - (w >> 63 << 64) for w in (r0 | r1 << 32, r2 | r3 << 32))  # type: ignore[return-value]
 
 
-def words(noise: Noise, B: int, D: int, device: torch.device, fold: bool = True, below: int = 2**32) -> Tensor:
+def words(noise: Noise, shape: tuple[int, int], device: torch.device, fold: bool = True, below: int = 2**32) -> Tensor:
     """(B, D) words w of the noise as floor(w * below / 2^32); with fold=False a row is the raw stream of the key."""
+    B, D = shape
     key = noise._as_tensor().to(device)
     seed, offset = key[0].expand(B, 1), key[1].expand(B, 1)
     if fold:
+        rows, first = noise._span or (1, 0)
         ids = noise._sample
         if ids is None:
-            ids = torch.arange(B, device=device) + noise._first_sample
+            ids = torch.arange(B // rows, device=device) + noise._first_sample
         r0, r1, r2, r3 = block_at(key[0], key[1], ids)
-        seed, offset = (r0 | r1 << 32)[:, None], (r2 | r3 << 32)[:, None]
+        block = first // 4 + torch.arange(rows, device=device) * (D // 4)
+        seed = (r0 | r1 << 32)[:, None].expand(-1, rows).reshape(B, 1)
+        offset = ((r2 | r3 << 32)[:, None] + block).reshape(B, 1)
     n = torch.arange((D + 3) // 4, device=device)[None, :]
     made = torch.stack(block_at(seed, offset, n), -1).flatten(1)[:, :D]
     return made if below == 2**32 else (made * below) >> 32
 
 
-def normal(noise: Noise, B: int, D: int, dtype: torch.dtype, device: torch.device, fold: bool = True) -> Tensor:
+def normal(noise: Noise, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, fold: bool = True) -> Tensor:
     """(B, D): Box-Muller in fp64, rounded once to fp32, which is the master value of every dtype."""
+    B, D = shape
     pairs = (D + 3) // 4 * 2
-    w = words(noise, B, 2 * pairs, device, fold).double().reshape(B, pairs, 2)
+    if noise._span is not None and noise._span[0] > 1:
+        assert D % 4 == 0, "rows begin with a block"
+    w = words(noise, (B, 2 * pairs), device, fold).double().reshape(B, pairs, 2)
     u = w * 2.0**-32 + 2.0**-33
     # ln u from the complement of the word where u is near 1, as the kernels do.
     log_u = torch.where(u > 0.5, torch.log1p(-((2.0**32 - 1 - w) * 2.0**-32 + 2.0**-33)), torch.log(u))[..., 0]
@@ -97,14 +120,10 @@ def supports(device: torch.device) -> bool:
     return True
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def noise_like(noise: Noise, x: Tensor) -> Tensor:
     """The noise of x's shape and device, in x's compute dtype."""
     B = x.shape[0]
-    values = normal(noise, B, x[0].numel() if B else 0, compute_dtype(x.dtype), x.device)
+    values = normal(noise, (B, x[0].numel() if B else 0), compute_dtype(x.dtype), x.device)
     return values.reshape(x.shape)
 
 
@@ -127,80 +146,93 @@ def raise_bad_level(op: str, table: Tensor, index: Tensor, row: int) -> None:
 
 
 def affine(
-    op: str,
-    x: Tensor,
-    y: Tensor | None,
-    z: Tensor | None,
-    noise: Noise | None,
-    table: Tensor,
-    index: Tensor | None,
-    columns: tuple[int, ...],
-    clamp: tuple[int, int, int, float, float] | None = None,
-    w: Tensor | None = None,
+    spec: Map, inputs: Inputs, noise: Noise | None, rows: Rows, bounds: Bounds | None = None, out: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """c0*x + c1*y + c2*z + c3*w for each four of `columns` (-1: that coefficient is 0); z may be `noise`.
+    """c0*x + c1*y + c2*z + c3*w for each four of the columns (ABSENT: that coefficient is 0); z may be `noise`.
 
-    clamp (a0, a1, a3, lo, hi): y becomes clamp(a0*x + a1*y + a3*w, lo, hi).
+    bounds: y becomes clamp(a0*x + a1*y + a3*w, low, high), the coefficients in the columns `inner`.
     """
-    compute = compute_dtype(x.dtype)
-    rows = coefficients(table, index, op, x).to(compute)
-    column = [row_of(rows, k, x) for k in range(rows.shape[1])]
-    inputs = [None if t is None else t.to(compute) for t in (x, y, z, w)]
+    x = inputs[0]
+    assert x is not None
+    dtype = compute_dtype(x.dtype)
+    table = coefficients(*rows.dense(spec.op, dtype), spec.op, x).to(dtype)
+    column = [row_of(table, k, x) for k in range(table.shape[1])]
+    wide = [None if t is None else t.to(dtype) for t in inputs]
     if noise is not None:
-        inputs[2] = noise_like(noise, x)
-    if clamp is not None:
-        a0, a1, a3, lo, hi = clamp
-        of_estimate = ((a0, inputs[0]), (a1, inputs[1]), (a3, inputs[3]))
+        wide[2] = noise_like(noise, x)
+    if spec.inner is not None:
+        assert bounds is not None
+        of_estimate = zip(spec.inner, (wide[0], wide[1], wide[3]), strict=True)
         terms = [column[a] * t for a, t in of_estimate if a >= 0 and t is not None]
-        inputs[1] = torch.clamp(sum(terms[1:], terms[0]), lo, hi)
+        wide[1] = torch.clamp(sum(terms[1:], terms[0]), *bounds)
     outputs = []
-    for first in range(0, len(columns), 4):
-        used = zip(columns[first : first + 4], inputs, strict=True)
+    for first in range(0, len(spec.columns), 4):
+        used = zip(spec.columns[first : first + 4], wide, strict=True)
         terms = [column[c] * t for c, t in used if c >= 0 and t is not None]
         outputs.append(sum(terms[1:], terms[0]).expand(x.shape).to(x.dtype))
-    return tuple(outputs)
+    return tuple(outputs) if out is None else (out.copy_(outputs[0]),)
 
 
-def residual(
-    op: str,
-    pred: Tensor,
-    y: Tensor | None,
-    z: Tensor | None,
-    noise: Noise | None,
-    table: Tensor,
-    index: Tensor | None,
-    columns: tuple[int, ...],
-    mask: Tensor | None,
-    kind: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """(B,) sums of rho(pred + n1*y + n2*z) over each sample's kept elements, and how many those are.
+def residual(spec: Loss, operands: Residual, rows: Rows, wanted: Wanted) -> Found:
+    """The means of rho(pred + n1*y + n2*z) over each sample's kept elements, the loss, the gradient of pred."""
+    pred = operands.pred
+    with torch.set_grad_enabled(wanted.grad or torch.is_grad_enabled()):
+        leaf = pred.detach().requires_grad_() if wanted.grad else pred
+        sums, kept = residual_sums(spec, operands._replace(pred=leaf), rows)
+        means = sums / kept.clamp(min=1)
+        if not (wanted.loss or wanted.grad or wanted.also is not None):
+            return Found(means, None, None)
+        table = coefficients(*rows.dense(spec.op, means.dtype), spec.op, pred).to(means.dtype)
+        factor, *others = (None if c == ABSENT else table[:, c] for c in spec.columns[3:])
+        each = sums if spec.reduction == Reduction.sum else means
+        each = each if wanted.weight is None else each * wanted.weight.to(each.dtype)
+        each = each if factor is None else each * factor
+        loss = each.mean() if spec.reduction == Reduction.mean else each.sum()
+        grad = None
+        if wanted.grad:
+            upstream = None if wanted.upstream is None else wanted.upstream.to(loss.dtype)
+            (grad,) = torch.autograd.grad(loss, leaf, upstream)
+            if wanted.made is not None:
+                grad = wanted.made.copy_(grad)
+    if wanted.also is not None:
+        for k, other in enumerate(others):
+            assert other is not None
+            wanted.also[k] = (means.detach() * other).mean()
+    if wanted.upstream is not None:
+        return Found(None, None, grad)
+    return Found(means.detach() if wanted.grad else means, loss.detach() if wanted.grad else loss, grad)
 
-    columns: of n1, n2 and rho's delta. kind: rho's place in KINDS.
-    """
-    compute = compute_dtype(pred.dtype)
-    rows = coefficients(table, index, op, pred).to(compute)
-    r = pred.to(compute)
+
+def residual_sums(spec: Loss, operands: Residual, rows: Rows) -> tuple[Tensor, Tensor]:
+    """(B,) sums of rho(r) over each sample's kept elements, and how many those are."""
+    pred, y, z, noise, mask = operands
+    dtype = compute_dtype(pred.dtype)
+    table = coefficients(*rows.dense(spec.op, dtype), spec.op, pred).to(dtype)
+    r = pred.to(dtype)
     third = noise_like(noise, pred) if noise is not None else z
-    for column, t in zip(columns[:2], (y, third), strict=True):
+    for column, t in zip(spec.columns[:2], (y, third), strict=True):
         if column >= 0 and t is not None:
-            r = r + row_of(rows, column, pred) * t.to(compute)
+            r = r + row_of(table, column, pred) * t.to(dtype)
     B = pred.shape[0]
     if mask is None:
-        kept = torch.full((B,), pred[0].numel() if B else 0, dtype=compute, device=pred.device)
+        kept = torch.full((B,), pred[0].numel() if B else 0, dtype=dtype, device=pred.device)
     else:
+        mask = mask if isinstance(mask, Tensor) else mask.on(pred)
         r = torch.where(mask, r, 0)
-        kept = per_sample_sum(mask).to(compute)
-    delta = row_of(rows, columns[2], r) if columns[2] >= 0 else None
-    return per_sample_sum(penalty(r, kind, delta)), kept
+        kept = per_sample_sum(mask).to(dtype)
+    delta = row_of(table, spec.columns[2], r) if spec.columns[2] >= 0 else None
+    return per_sample_sum(penalty(r, spec.kind, delta)), kept
 
 
-def columns_of_residual(columns: tuple[int, ...]) -> tuple[int, ...]:
-    """All six: of n1, n2, delta; then, absent (-1) where not given, those that a loss reads when it is summed."""
-    return columns + (-1,) * (6 - len(columns))
+def row_dots(g: Tensor, inputs: Inputs, noise: Noise | None) -> Tensor:
+    """(B, 3) sums over each row of g*x, g*y, g*z; z may be `noise`."""
+    wide = g.to(compute_dtype(g.dtype))
+    x, y, z, _ = inputs
+    third = noise_like(noise, g) if noise is not None else z
+    sums = [torch.zeros_like(wide) if t is None else wide * t for t in (x, y, third)]
+    return torch.stack([per_sample_sum(s).double() for s in sums], -1)
 
 
-# What a residual costs, rho(r): a kind's place here is its number in the kernels.
-KINDS = ("mse", "l1", "huber", "pseudo_huber")
 STRAIGHT = 1e18  # beyond it the pseudo-Huber penalty is straight: a square would overflow
 
 
@@ -209,38 +241,39 @@ def row_of(rows: Tensor, column: int, like: Tensor) -> Tensor:
     return rows[:, column].reshape(-1, *[1] * (like.dim() - 1))
 
 
-def penalty(r: Tensor, kind: int, delta: Tensor | None) -> Tensor:
-    """rho(r): r^2, |r|, Huber's, or 2 delta (sqrt(r^2 + delta^2) - delta), in a form that does not cancel."""
-    if kind == 0:
+def penalty(r: Tensor, kind: Kind, delta: Tensor | None) -> Tensor:
+    """rho(r), in a form that does not cancel."""
+    if kind == Kind.mse:
         return r.square()
-    if kind == 1:
+    if kind == Kind.l1:
         return r.abs()
     assert delta is not None
-    if kind == 2:
-        size = r.abs()
-        return torch.where(size <= delta, 0.5 * r * r, delta * (size - 0.5 * delta))
     size = r.abs()
+    if kind == Kind.huber:
+        return torch.where(size <= delta, 0.5 * r * r, delta * (size - 0.5 * delta))
+    assert kind == Kind.pseudo_huber, f"no penalty {kind}"
     bent = size.clamp(max=STRAIGHT)
     return 2 * delta * (bent * bent / (torch.sqrt(bent * bent + delta * delta) + delta) + (size - bent))
 
 
-def slope(r: Tensor, kind: int, delta: Tensor | None) -> Tensor:
+def slope(r: Tensor, kind: Kind, delta: Tensor | None) -> Tensor:
     """d rho / dr."""
-    if kind == 0:
+    if kind == Kind.mse:
         return 2 * r
-    if kind == 1:
+    if kind == Kind.l1:
         return torch.sign(r)
     assert delta is not None
-    if kind == 2:
+    if kind == Kind.huber:
         return torch.minimum(torch.maximum(r, -delta), delta)
+    assert kind == Kind.pseudo_huber, f"no slope of {kind}"
     bent = r.clamp(-STRAIGHT, STRAIGHT)
     return 2 * delta * (bent / torch.sqrt(bent * bent + delta * delta))
 
 
-def corrupt(x: Tensor, noise: Noise, thresholds: Tensor, low: float, high: float) -> Tensor:
+def corrupt(x: Tensor, noise: Noise, thresholds: Tensor, values: Bounds) -> Tensor:
     """x with `low` where its word is below thresholds[b, 0], `high` where it is below thresholds[b, 1]."""
-    B = x.shape[0]
-    w = words(noise, B, x[0].numel() if B else 0, x.device).reshape(x.shape)
+    B, (low, high) = x.shape[0], values
+    w = words(noise, (B, x[0].numel() if B else 0), x.device).reshape(x.shape)
     thresholds = on_device(thresholds, x.device)
     first, second = row_of(thresholds, 0, x), row_of(thresholds, 1, x)
     return torch.where(w < first, low, torch.where(w < second, high, x)).to(x.dtype)
@@ -256,6 +289,29 @@ def gaussian(mu: Tensor, log_var: Tensor, eps: Tensor | None, noise: Noise | Non
     z = wide if eps is None else wide + scale * eps.to(compute)
     kl = 0.5 * (wide.square() + torch.expm1(log_variance) - log_variance)
     return z.to(mu.dtype), per_sample_sum(kl)
+
+
+def gaussian_grad(
+    mu: Tensor,
+    log_var: Tensor,
+    eps: Tensor | None,
+    noise: Noise | None,
+    z_grad: Tensor | None,
+    kl_grad: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of mu and log_var from those of z and of the divergences; None is 0."""
+    compute = compute_dtype(mu.dtype)
+    mean, log_variance = mu.to(compute), log_var.to(compute)
+    of_mu, of_log_var = torch.zeros_like(mean), torch.zeros_like(mean)
+    if z_grad is not None:
+        e = noise_like(noise, mu) if noise is not None else eps
+        assert e is not None
+        of_mu = z_grad.to(compute)
+        of_log_var = 0.5 * of_mu * torch.exp(0.5 * log_variance) * e.to(compute)
+    if kl_grad is not None:
+        each = kl_grad.reshape(-1, *[1] * (mu.dim() - 1))
+        of_mu, of_log_var = of_mu + each * mean, of_log_var + 0.5 * each * torch.expm1(log_variance)
+    return of_mu.to(mu.dtype), of_log_var.to(mu.dtype)
 
 
 def per_sample_sum(x: Tensor) -> Tensor:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._torch import dispatch_modes, dual_level, function_modes, in_functorch, is_wrapped
-from ..kernels import dispatch
+from ._torch import dispatch_modes, dual_level, function_modes, in_functorch, is_wrapped, jit_tracing
+from .kernels import dispatch
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -22,33 +21,21 @@ def _no_core(*_: Any) -> None:
 # A plain call, straight from Python's objects to the kernel: the result, or None for everything else. Guard it with
 # torch.compiler.is_compiling(), which cannot look inside.
 _native = dispatch.module("native")
-plain_affine: Callable[..., Any] = _no_core if _native is None else _native.plain_affine
-plain_loss: Callable[..., tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | int | None] | None] = (
-    _no_core if _native is None else _native.plain_loss
-)
-is_one: Callable[[Tensor], bool | None] = _no_core if _native is None else _native.is_one
-
-
-def differentiate_with(function: Callable[..., Any]) -> None:
-    """What a plain call of the affine map becomes where a gradient is wanted."""
-    if _native is not None:
-        _native.use_gradients(function)
+plain_map: Any = _no_core if _native is None else _native.plain_map
+plain_loss: Any = _no_core if _native is None else _native.plain_loss
+is_one: Any = _no_core if _native is None else _native.is_one
 
 
 class Route(Enum):
     REFERENCE = 0  # plain torch
     DIRECT = 1  # straight to the kernels
-    DISPATCHER = 2  # torch.library ops: compile, export, torch.func, fake tensors, modes, subclasses
+    DISPATCHER = 2  # torch.library ops: compile, export, torch.func, dual numbers, fake tensors, modes, subclasses
 
 
 def route(op: str, first: Tensor, *others: Tensor | None) -> Route:
     if not dispatch.has_kernels(first, op):
         return Route.REFERENCE
-    if torch.compiler.is_compiling():
-        return Route.DISPATCHER
-    if dual_level():
-        return Route.REFERENCE  # dual tensors: torch differentiates the plain formula
-    if in_functorch():
+    if torch.compiler.is_compiling() or dual_level() or in_functorch() or jit_tracing() is not None:
         return Route.DISPATCHER
     if dispatch_modes() or function_modes() or first.is_meta:
         return Route.DISPATCHER

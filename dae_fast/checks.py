@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..level import Level
-from ..noise import Noise
+from ._torch import in_functorch
 
 DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
@@ -34,29 +34,44 @@ def like(op: str, name: str, t: Tensor, ref_name: str, ref: Tensor) -> None:
         raise ValueError(f"{op}: {name} must be on {ref.device} like {ref_name}, got {t.device}")
 
 
-def noise_for(op: str, noise: Noise | Tensor, x: Tensor, x_name: str) -> tuple[Tensor | None, Noise | None]:
-    """(tensor, None) or (None, Noise), fit for batch x."""
-    if isinstance(noise, Tensor):
-        like(op, "noise", noise, x_name, x)
-        return noise, None
-    if not isinstance(noise, Noise):
-        raise TypeError(f"{op}: noise must be a Noise or a tensor like {x_name}, got {type(noise).__name__}")
-    noise._check(op, x.shape[0], x.device)
-    return None, noise
-
-
-def level_for(op: str, level: Level) -> None:
-    if not isinstance(level, Level):
-        got = type(level).__name__
-        raise TypeError(f"{op}: level must be a Level, as schedule[t] or Level(alpha, sigma), got {got}")
-
-
 def promote(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Tensors (None stays None) to their common dtype, as torch's own arithmetic would."""
     dtypes = {t.dtype for t in tensors if t is not None}
-    if len(dtypes) == 1:
+    if len(dtypes) <= 1:
         return tensors
     common = dtypes.pop()
     for dtype in dtypes:
         common = torch.promote_types(common, dtype)
     return tuple(None if t is None else t.to(common) for t in tensors)
+
+
+def as_number(op: str, name: str, value: Any) -> float:
+    """int, float or a numpy scalar."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{op}: {name} must be a float or a tensor, got {type(value).__name__}")
+    return float(value)
+
+
+def check_per_sample(op: str, name: str, value: float | Tensor, x: Tensor) -> float | Tensor:
+    """A number (returned as a float), a () tensor, or one entry per sample, or for more of x's leading dimensions."""
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            raise TypeError(f"{op}: {name} must be floating, got {value.dtype}")
+        if value.dim() and value.shape not in ((1,), x.shape[: value.dim()]):
+            raise ValueError(
+                f"{op}: {name} must be a float or have shape ({x.shape[0]},), one per sample, got {tuple(value.shape)}"
+            )
+        if value.device != x.device:
+            raise ValueError(f"{op}: {name} must be on {x.device} like the samples, got {value.device}")
+        return value
+    return as_number(op, name, value)
+
+
+def can_read(value: Tensor) -> bool:
+    """Whether looking at the values costs nothing: on the CPU, outside tracing and transforms."""
+    return (
+        value.device.type == "cpu"
+        and type(value) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not in_functorch()
+    )
