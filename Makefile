@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: demo test bench profile gpu-check clean
+.PHONY: demo test bench profile matrix docs gpu-check clean
 
 demo: .venv/demo
 	$(BIN)/python examples/train_digits.py
@@ -25,8 +25,13 @@ bench: .venv/test
 profile: .venv/test
 	$(BIN)/python -m benchmarks.profile $(PROFILE)
 
-# The CUDA library takes a minute to compile and the demo has no use for it.
-.venv/demo: export CUDACXX = none
+# Every compiler and Python that is here, aarch64 under qemu: a table in docs/matrix.md.
+matrix: .venv/test
+	$(BIN)/python -m tests.matrix
+
+# The site, in build/site; broken links fail it.
+docs: .venv/docs
+	$(BIN)/python -m mkdocs build
 
 # On a machine with a GPU, offline: into the Python that has torch, not into .venv.
 gpu-check:

@@ -1,7 +1,7 @@
 """Builds dae_fast._core, and the CUDA library beside it, with ninja; metadata is in pyproject.toml.
 
-A machine without a compiler for one of them still gets a working package: the reason is kept in
-dae_fast/_build.json, `python -m dae_fast info` shows it, and other backends run.
+What cannot be built is left out: dae_fast/_build.json keeps the reason, `python -m dae_fast info` shows it.
+Read from the environment: CXX, CXXFLAGS, LDFLAGS; CUDACXX (nvcc; "none" for no CUDA); DAE_CUDA_ARCHS ("90;100").
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,132 +25,145 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
+BUILD = ROOT / "build" / f"ninja-{sysconfig.get_platform()}-{sysconfig.get_config_var('SOABI')}"  # kept for the next
 
 # The results must be the same on every instruction set: no contraction, no fast-math.
 CFLAGS = (
     "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-strict-aliasing "
-    "-ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra"
+    "-ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -Wno-missing-field-initializers"
 )
 # The x86 baseline is v2 (2009), which numpy's own wheels need as well: plain SSE2 has no 64-bit compare,
 # and without it the emulated fma does not vectorise.
 # gcc 12 takes the "undefined" operands inside its own AVX-512 intrinsics for uninitialised variables.
+AVX2 = "-mavx2 -mfma -mf16c"
+AVX512 = f"{AVX2} -mavx512f -mavx512dq -mavx512bw -mavx512vl -mprefer-vector-width=512"
 ISAS = {"baseline": ""}
 if platform.machine() in ("x86_64", "AMD64"):
-    ISAS["baseline"] = "-march=x86-64-v2"
-    ISAS["avx2"] = "-mavx2 -mfma -mf16c"
-    ISAS["avx512"] = (
-        "-mavx2 -mfma -mf16c -mavx512f -mavx512dq -mavx512bw -mavx512vl "
-        "-mprefer-vector-width=512 -Wno-maybe-uninitialized"
-    )
-
-
+    ISAS = {"baseline": "-march=x86-64-v2", "avx2": AVX2, "avx512": f"{AVX512} -Wno-maybe-uninitialized"}
 # Of the CUDA library: a binary for each, of those that nvcc knows, and PTX of the first for what lies between or after.
-CUDA_ARCHITECTURES = ("80", "90", "100", "120")
-CUDA_ELEMENTS = {"f32": "float", "f64": "double", "bf16": "__nv_bfloat16", "f16": "__half"}
+CUDA_ARCHS = os.environ.get("DAE_CUDA_ARCHS", "80;90;100;120")
 CUDA_FLAGS = "-std=c++17 -O3 -fmad=false -Xfatbin -compress-all -Xcompiler -fPIC,-fvisibility=hidden"
+CUDA_ELEMENTS = {"f32": "float", "f64": "double", "bf16": "__nv_bfloat16", "f16": "__half"}
+
+# (object, source, flags of its own), of each library.
+CORE = [
+    *((f"kernels_{isa}", "cpu/kernels.cpp", f"-DDAE_ISA={isa} {flags}") for isa, flags in ISAS.items()),
+    *((Path(s).stem, s, "") for s in ("cpu/dispatch.cpp", "cpu/run.cpp", "tensor.cpp", "call.cpp", "bind.cpp")),
+]
+CUDA = [
+    *((f"kernels_{n}", "cuda/kernels.cu", f"-DDAE_ELEMENT={e} -DDAE_NAME={n}") for n, e in CUDA_ELEMENTS.items()),
+    ("api", "cuda/api.cu", ""),
+]
 
 
-def nvtx_include() -> str:
-    """The compiler's flag for the NVTX headers, of the nvidia-nvtx wheel or of a CUDA toolkit; "" without them."""
-    nvidia = find_spec("nvidia")
-    wheels = [Path(place) / "cu13" for place in (nvidia.submodule_search_locations or ())] if nvidia else []
-    for home in (*wheels, Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))):
-        if (home / "include" / "nvtx3" / "nvToolsExt.h").exists():
-            return f"-isystem {home / 'include'}"
-    return ""
+class NotBuilt(Exception):  # noqa: N818
+    """Why a library is left out."""
 
 
-def core_ninja(ninja: Writer, target: Path) -> None:
-    includes = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')} {nvtx_include()}"
-    extra = os.environ.get("CXXFLAGS", "")
-    ninja.variable("cxx", os.environ.get("CXX", "c++"))
-    ninja.variable("cflags", f"{CFLAGS} {includes} {extra}")
-    ninja.rule("compile", "$cxx -MMD -MF $out.d $cflags $isa -c $in -o $out", depfile="$out.d", deps="gcc")
-    ninja.rule("link", f"$cxx -shared {extra} {os.environ.get('LDFLAGS', '')} $in -ldl -o $out")
-    kernels = [(f"kernels_{isa}", "cpu/kernels.cpp", f"-DDAE_ISA={isa} {flags}") for isa, flags in ISAS.items()]
-    others = [
-        (Path(source).stem, source, "")
-        for source in ("cpu/dispatch.cpp", "cpu/run.cpp", "tensor.cpp", "call.cpp", "bind.cpp")
-    ]
-    objects = [
-        ninja.build(f"{name}.o", "compile", str(CSRC / source), variables={"isa": flags})[0]
-        for name, source, flags in [*kernels, *others]
-    ]
-    ninja.build(str(target), "link", objects)
+def include(name: str, headers: Path) -> str:
+    """The compiler's flag for headers, through a link: an isolated build has them in a new folder each time."""
+    link = BUILD / "include" / name
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(headers)
+    return f"-isystem {link}"
 
 
-def cuda_ninja(ninja: Writer, target: Path, nvcc: str) -> None:
-    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
-    architectures = [a for a in CUDA_ARCHITECTURES if f"sm_{a}" in known]
-    codes = [f"-gencode arch=compute_{a},code=sm_{a}" for a in architectures]
-    first = architectures[0]
-    ninja.variable("nvflags", " ".join([CUDA_FLAGS, *codes, f"-gencode arch=compute_{first},code=compute_{first}"]))
-    ninja.rule("compile", f"{nvcc} -MD -MF $out.d $nvflags $element -c $in -o $out", depfile="$out.d", deps="gcc")
-    ninja.rule("link", f"{nvcc} -shared -cudart static $in -o $out")
-    kernels = [
-        (f"kernels_{name}", "kernels.cu", f"-DDAE_ELEMENT={element} -DDAE_NAME={name}")
-        for name, element in CUDA_ELEMENTS.items()
-    ]
-    objects = [
-        ninja.build(f"{name}.o", "compile", str(CSRC / "cuda" / source), variables={"element": flags})[0]
-        for name, source, flags in [*kernels, ("api", "api.cu", "")]
-    ]
-    ninja.build(str(target), "link", objects)
+def nvtx() -> str:
+    """The same of the nvidia-nvtx wheel or a CUDA toolkit; "" without them."""
+    spec = find_spec("nvidia")
+    homes = [Path(place) / "cu13" for place in (spec.submodule_search_locations or ())] if spec else []
+    found = (home / "include" for home in (*homes, Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))))
+    return next((include("nvtx", headers) for headers in found if (headers / "nvtx3" / "nvToolsExt.h").exists()), "")
 
 
-def run_ninja(what: str, build: Path, write: Callable[[Writer], None]) -> str | None:
-    """Returns why it failed, or None."""
-    build.mkdir(parents=True, exist_ok=True)
-    with (build / "build.ninja").open("w") as stream:
-        write(Writer(stream, width=110))
-    run = subprocess.run([Path(BIN_DIR) / "ninja", "-C", build], capture_output=True, text=True)
-    return f"the {what} build failed:\n{run.stdout[-2000:]}{run.stderr[-2000:]}" if run.returncode else None
+def core_commands() -> tuple[str, str]:
+    """How the core is compiled and linked."""
+    cxx, extra = os.environ.get("CXX", "c++"), os.environ.get("CXXFLAGS", "")
+    if not shutil.which(shlex.split(cxx)[0]):
+        raise NotBuilt(f"no C++ compiler: {cxx!r} is not on the PATH; install one or set CXX, then reinstall")
+    own = include(f"pybind11-{pybind11.__version__}", Path(pybind11.get_include()))
+    headers = f"{own} -isystem {sysconfig.get_path('include')} {nvtx()}"
+    link = f"{cxx} -shared {extra} {os.environ.get('LDFLAGS', '')} $in -ldl -o $out"
+    return f"{cxx} -MMD -MF $out.d {CFLAGS} {headers} {extra}", link
 
 
-def compile_core(build: Path, target: Path) -> str | None:
-    """Returns why it failed, or None."""
-    compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
-    if not shutil.which(compiler):
-        return f"no C++ compiler: {compiler!r} is not on the PATH; install one or set CXX, then reinstall"
-    return run_ninja("C++", build / "core", lambda ninja: core_ninja(ninja, target))
+def torch_has_cuda() -> bool:
+    """Of the torch in the environment that is installed into, which an isolated build cannot import."""
+    version = Path(sysconfig.get_path("purelib"), "torch", "version.py")
+    return version.exists() and re.search(r"^cuda\b.*=\s*['\"]", version.read_text(), re.MULTILINE) is not None
 
 
-def compile_cuda(build: Path, target: Path) -> str | None:
-    """Returns why it failed, or None. CUDACXX names the compiler, as for CMake."""
-    wanted = os.environ.get("CUDACXX", "nvcc")
-    toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"
-    nvcc = shutil.which(wanted) or shutil.which(wanted, path=toolkit)
-    if not nvcc:
-        return (
-            f"no CUDA compiler: {wanted!r} is neither on the PATH nor in {toolkit}; install the toolkit, then reinstall"
+def cuda_commands() -> tuple[str, str]:
+    """How the CUDA library is compiled and linked."""
+    nvcc, toolkit = os.environ.get("CUDACXX", "nvcc"), Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"
+    if not {"CUDACXX", "DAE_CUDA_ARCHS"} & set(os.environ) and not torch_has_cuda():
+        raise NotBuilt(
+            "no torch with CUDA is installed here; to build it all the same set CUDACXX=nvcc, then reinstall"
         )
-    return run_ninja("CUDA", build / "cuda", lambda ninja: cuda_ninja(ninja, target, nvcc))
+    path = shutil.which(nvcc) or shutil.which(nvcc, path=toolkit)
+    if not path:
+        raise NotBuilt(
+            f"no CUDA compiler: {nvcc!r} is neither on the PATH nor in {toolkit}; install the toolkit, then reinstall"
+        )
+    known = subprocess.run([path, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    archs = [a for a in re.split("[;, ]+", CUDA_ARCHS) if f"sm_{a}" in known]
+    if not archs:
+        raise NotBuilt(f"DAE_CUDA_ARCHS={CUDA_ARCHS}: nvcc has none of these, but {' '.join(known)}")
+    codes = [*(f"arch=compute_{a},code=sm_{a}" for a in archs), f"arch=compute_{archs[0]},code=compute_{archs[0]}"]
+    flags = " ".join([CUDA_FLAGS, *(f"-gencode {code}" for code in codes)])
+    return f"{path} -MD -MF $out.d {flags}", f"{path} -shared -cudart static $in -o $out"
+
+
+def build(part: str, objects: list[tuple[str, str, str]], commands: tuple[str, str], target: Path) -> None:
+    """Compiles and links what has changed, saying so file by file."""
+    folder = BUILD / part
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "build.ninja").open("w") as stream:
+        ninja = Writer(stream, width=110)
+        compiles, links = commands
+        ninja.rule("compile", f"{compiles} $flags -c $in -o $out", "compiling $out", "$out.d", deps="gcc")
+        ninja.rule("link", links, "linking $out")
+        made = [ninja.build(f"{n}.o", "compile", str(CSRC / s), variables={"flags": f})[0] for n, s, f in objects]
+        ninja.build("library.so", "link", made)
+    lines = []
+    with subprocess.Popen(
+        [Path(BIN_DIR) / "ninja", "-C", folder], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as run:
+        for line in run.stdout:
+            print(f"{part}: {line}", end="", flush=True)
+            lines.append(line)
+    if run.returncode:
+        first = next((i for i, line in enumerate(lines) if re.search(r"\berror\b", line, re.IGNORECASE)), 0)
+        raise NotBuilt(f"the {part} build failed:\n{''.join(lines[first : first + 20])}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy2(folder / "library.so", target)
 
 
 class NinjaBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         core = Path(self.get_ext_fullpath(ext.name)).resolve()
-        core.parent.mkdir(parents=True, exist_ok=True)
-        build = Path(self.build_temp).resolve()
-        notes = {}
-        for part, target, compile_part in (("native", core, compile_core), ("cuda", self.cuda, compile_cuda)):
-            without = part == "cuda" and notes["native"]  # nothing would load it
-            notes[part] = error = "the native core is missing" if without else compile_part(build, target.resolve())
-            if error:
-                target.unlink(missing_ok=True)  # an older build must not pass for this one
+        errors: dict[str, str | None] = {}
+        for part, target in (("native", core), ("cuda", self.beside("_cuda.so"))):
+            target.unlink(missing_ok=True)  # an older build must not pass for this one
+            try:
+                if part == "native":
+                    build("native", CORE, core_commands(), target)
+                elif errors["native"]:
+                    raise NotBuilt("the native core is missing")  # nothing would load it
+                else:
+                    build("cuda", CUDA, cuda_commands(), target)
+                errors[part] = None
+            except NotBuilt as error:
+                errors[part] = str(error)
                 self.warn(f"{part} not built: {error}")
-        self.note.write_text(json.dumps(notes, indent=1) + "\n")
+        self.beside("_build.json").write_text(json.dumps(errors, indent=1) + "\n")
 
-    @property
-    def cuda(self) -> Path:
-        return Path(self.build_lib) / "dae_fast" / "_cuda.so"
-
-    @property
-    def note(self) -> Path:
-        return Path(self.build_lib) / "dae_fast" / "_build.json"
+    def beside(self, name: str) -> Path:
+        return Path(self.build_lib).resolve() / "dae_fast" / name
 
     def get_outputs(self) -> list[str]:
-        paths = [*super().get_outputs(), str(self.cuda), str(self.note)]
+        paths = [*super().get_outputs(), str(self.beside("_cuda.so")), str(self.beside("_build.json"))]
         return [path for path in paths if os.path.exists(path)]
 
     def copy_extensions_to_source(self) -> None:  # an editable install
@@ -158,9 +171,9 @@ class NinjaBuild(build_ext):
         for stale in [*package.glob("_core*.so"), *package.glob("_cuda.so")]:
             stale.unlink()
         super().copy_extensions_to_source()
-        for path in (self.cuda, self.note):
-            if path.exists():
-                shutil.copy2(path, package)
+        for name in ("_cuda.so", "_build.json"):
+            if self.beside(name).exists():
+                shutil.copy2(self.beside(name), package)
 
 
 setup(ext_modules=[Extension("dae_fast._core", sources=[], optional=True)], cmdclass={"build_ext": NinjaBuild})

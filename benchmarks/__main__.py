@@ -12,8 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+import dae_fast as df
+
 from . import external, memory, peers, suite, tables
-from .environment import RESULTS, environment, results_name
+from .environment import RESULTS, default_backend, environment, results_name
 from .report import Row, read_csv, write_csv, write_json
 from .suite import Measurement
 
@@ -47,6 +49,7 @@ def main(
         console.print(_comparison(*compare))
         return
     where = chosen_device(device)
+    refuse_plain_torch(where, peer)
     everything = not (case or shape or dtype or peer)
     if everything:
         plan = suite.full(where) if full else suite.quick(where)
@@ -60,7 +63,7 @@ def main(
     for library, why in external.missing().items():
         console.print(f"not measured: {library}: {why}", style="yellow", markup=False, highlight=False)
     if csv is None and full and everything:
-        csv = RESULTS / f"{results_name(where)}.csv"
+        csv = (RESULTS if RESULTS.exists() else Path.cwd()) / f"{results_name(where)}.csv"  # a wheel has no results
     for path, write in ((csv, write_csv), (json, write_json)):
         if path is not None:
             write(path, rows, here)
@@ -71,6 +74,16 @@ def main(
     ours = peers.backends_on(where)
     if any(row.error and row.peer in ours for row in rows):
         raise typer.Exit(1)
+
+
+def refuse_plain_torch(device: torch.device, peer: Sequence[str] | None) -> None:
+    """Measured as dae_fast, the reference would pass for what it is only the judge of."""
+    if default_backend(device) == "reference" and "reference" not in (peer or ()):
+        why = df.kernels.dispatch.missing("native") or df.info().get("cuda", "")
+        raise typer.BadParameter(
+            f"no kernels run on {device} here, only plain torch ({why}); `--peer reference` measures that all the same",
+            param_hint="--device",
+        )
 
 
 def measured(plan: Sequence[Measurement], device: torch.device, *, budget_s: float) -> list[Row]:

@@ -12,7 +12,8 @@ import dae_fast as df
 from dae_fast.ops.corruption import PATCH_TAG
 from dae_fast.ops.penalties import CONTRACTION_TAG
 from dae_fast.ops.structured import PYRAMID_TAG, enlarge
-from tests.cases import NORMAL, Case, Inputs, Law, noised
+
+from .cases import NORMAL, Case, Inputs, Law, noised
 
 RATIO, RATE, WIDTH, DISCOUNT = 0.75, 0.05, 8, 0.8
 

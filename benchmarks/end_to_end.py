@@ -24,9 +24,9 @@ from rich.text import Text
 from torch import Tensor, nn
 
 import dae_fast as df
-from tests.cases import column
 
 from . import memory
+from .cases import column
 from .environment import RESULTS, environment, results_name
 from .measure import Peer, Timing, interleave
 from .models import MLP, DiT, UNet

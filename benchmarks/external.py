@@ -22,7 +22,8 @@ from dae_fast.kernels.reference import compute_dtype
 from dae_fast.ops.structured import OFFSET_TAG
 from dae_fast.samplers.common import Limits, Update
 from dae_fast.samplers.tables import reverse_table
-from tests.cases import DTYPES, NORMAL, SCHEDULE, TABLES, Case, Inputs, Law, Result, alpha_sigma, noised
+
+from .cases import DTYPES, NORMAL, SCHEDULE, TABLES, Case, Inputs, Law, Result, alpha_sigma, noised
 
 if TYPE_CHECKING:
     from .peers import Setting, Tensors

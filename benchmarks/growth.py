@@ -20,9 +20,9 @@ from rich.progress import Progress
 from torch import Tensor
 
 import dae_fast as df
-from tests.cases import SCHEDULE, TABLES, column
 
 from . import loops, memory
+from .cases import SCHEDULE, TABLES, column
 from .environment import CPU, RESULTS, default_backend, environment, results_name
 from .measure import Peer, interleave
 from .peers import COMPILE, EAGER, Setting, own_leaves, peer

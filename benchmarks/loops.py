@@ -16,7 +16,8 @@ from torch import Tensor
 
 import dae_fast as df
 from dae_fast import samplers
-from tests.cases import column
+
+from .cases import column
 
 Network = Callable[..., Tensor]  # net(x, t), or score(x)
 Normal = Callable[[Tensor, int], Tensor]  # noise like x; the int is the key that the sampler folds in

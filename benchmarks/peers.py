@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 import dae_fast as df
-from tests.cases import SCHEDULE, Case, Inputs, Result, widen
 
+from .cases import SCHEDULE, Case, Inputs, Result, widen
 from .environment import CPU, backends_on, default_backend
 from .measure import Peer
 

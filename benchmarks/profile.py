@@ -11,10 +11,10 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -29,6 +29,9 @@ from . import memory  # quietens the profiler's announcements
 from .end_to_end import SCHEDULE, TASKS, Task
 
 DOMAIN = "dae_fast:"  # nsys puts the domain before a range's name
+# The names of a report in releases from 2023 on and before. Of GPUs the old one lists every range: it is not read.
+PUSH_POP, ON_GPU = ("nvtx_pushpop_sum", "nvtxppsum"), ("nvtx_gpu_proj_sum",)
+LIMIT_S = 300.0  # for each thing that nsys does
 WARM_UP = 3
 CUDA_AVAILABLE = torch.cuda.is_available()
 
@@ -83,21 +86,27 @@ def run_loop(step: Callable[[int], None], steps: int, device: torch.device) -> N
 
 
 def nsys_line(report: Path, task: Task, steps: int, device: torch.device) -> list[str]:
-    """Without a GPU nothing calls cudaProfilerStart, and the whole process is recorded."""
+    """Without a GPU nothing calls cudaProfilerStart, and the whole process is recorded, the warm-up with it.
+
+    No sampling of the processor: nsys 2022 takes minutes to write the samples down, and the table has none of them.
+    """
     if device.type == "cuda":
         what = ["-t", "cuda,nvtx,osrt", "-c", "cudaProfilerApi", "--capture-range-end=stop"]
     else:
         what = ["-t", "nvtx,osrt"]
     loop = [sys.executable, "-m", "benchmarks.profile", "--loop"]
     loop += ["--task", task.name, "--steps", str(steps), "--device", device.type]
-    return ["nsys", "profile", *what, "--force-overwrite=true", "-o", str(report), *loop]
+    quiet = ["-s", "none", "--cpuctxsw=none", "--force-overwrite=true"]
+    return ["nsys", "profile", *what, *quiet, "-o", str(report), *loop]
 
 
 def under_nsys(line: list[str], report: Path, device: torch.device) -> list[Range]:
-    subprocess.run(line, check=True)
+    report.with_suffix(".nsys-rep").unlink(missing_ok=True)
+    limited(line)
+    imported(report)
     gpu = {}
     if device.type == "cuda":
-        gpu = {r["Range"]: float(r["Total Proj Time (ns)"]) / 1e3 for r in nsys_stats(report, "nvtx_gpu_proj_sum")}
+        gpu = {r["Range"]: float(r["Total Proj Time (ns)"]) / 1e3 for r in nsys_stats(report, ON_GPU)}
     return [
         Range(
             row["Range"].removeprefix(DOMAIN),
@@ -105,20 +114,44 @@ def under_nsys(line: list[str], report: Path, device: torch.device) -> list[Rang
             float(row["Total Time (ns)"]) / 1e3,
             gpu.get(row["Range"]),
         )
-        for row in nsys_stats(report, "nvtx_pushpop_sum")
+        for row in nsys_stats(report, PUSH_POP)
         if row["Range"].startswith(DOMAIN)
     ]
 
 
-def nsys_stats(report: Path, name: str) -> list[dict[str, str]]:
-    """The lines of one of nsys's reports; it prints what it is doing before the CSV."""
-    command = ["nsys", "stats", "--report", name, "--format", "csv", "--output", "-", "--force-export=true"]
-    output = subprocess.run([*command, f"{report}.nsys-rep"], check=True, capture_output=True, text=True).stdout
-    lines = output.splitlines()
-    headers = [number for number, line in enumerate(lines) if "Range" in line.split(",")]
-    if not headers:
-        raise RuntimeError(f"nsys stats has no {name}:\n{output}")
-    return [row for row in csv.DictReader(lines[headers[0] :]) if row["Range"]]
+def limited(command: Sequence[str | Path], **options: Any) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, check=True, text=True, timeout=LIMIT_S, **options)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"{Path(command[0]).name} did not end within {LIMIT_S:.0f} s and was killed") from None
+
+
+def imported(report: Path) -> None:
+    """Turns what nsys recorded into a report, where it did not find its own importer, as Debian's does not."""
+    recording = report.with_suffix(".qdstrm")
+    if report.with_suffix(".nsys-rep").exists() or not recording.exists():
+        return
+    nsys = shutil.which("nsys")
+    homes = [Path(nsys).resolve().parents[1], Path(nsys).parents[1] / "lib" / "nsight-systems"] if nsys else []
+    importers = [home / "host-linux-x64" / "QdstrmImporter" for home in homes]
+    importer = next((path for path in importers if path.exists()), None)
+    if importer is None:
+        raise RuntimeError(f"nsys left {recording} and no QdstrmImporter was found to read it; open it in nsys-ui")
+    limited([importer, "-i", recording], capture_output=True)
+
+
+def nsys_stats(report: Path, names: Sequence[str]) -> list[dict[str, str]]:
+    """The lines of one of nsys's reports, under the first name that it knows; it prints what it does before the CSV."""
+    outputs = []
+    for name in names:
+        command = ["nsys", "stats", "--report", name, "--format", "csv", "--output", "-", "--force-export=true"]
+        output = limited([*command, f"{report}.nsys-rep"], capture_output=True).stdout
+        lines = output.splitlines()
+        headers = [number for number, line in enumerate(lines) if "Range" in line.split(",")]
+        if headers:
+            return [row for row in csv.DictReader(lines[headers[0] :]) if row["Range"]]
+        outputs.append(output)
+    raise RuntimeError(f"nsys stats has no {' or '.join(names)}:\n{''.join(outputs)}")
 
 
 def under_torch(step: Callable[[int], None], steps: int, device: torch.device, trace: Path) -> list[Range]:

@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tests.cases import CASES as OPS
-from tests.cases import Case
-
 from . import composed, external, peers
+from .cases import CASES as OPS
+from .cases import Case
 from .environment import CPU, default_backend
 from .gate import Gate, WrongResultError
 from .measure import Peer, interleave

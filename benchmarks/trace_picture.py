@@ -1,12 +1,14 @@
-"""`python -m benchmarks.trace_picture profile/trace.json docs/trace`: one training step of a Chrome trace as a picture.
+"""`python -m benchmarks.trace_picture profile/dae_fast.sqlite docs/trace`: one training step of a trace as a picture.
 
-Writes docs/trace-light.png and docs/trace-dark.png from our ranges in the trace.
+Writes docs/trace-light.png and docs/trace-dark.png from our ranges in what nsys exported, or in torch.profiler's JSON.
 """
 
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +31,20 @@ class Event:
     @property
     def end(self) -> float:
         return self.start + self.length
+
+
+def nsys_events(export: Path) -> list[Event]:
+    """The same of the SQLite file that `nsys stats` leaves beside its report."""
+    query = """
+        SELECT coalesce(range.text, named.value), range.start, range.end FROM NVTX_EVENTS range
+        JOIN NVTX_EVENTS domain ON domain.eventType = 75 AND domain.domainId = range.domainId
+        LEFT JOIN StringIds named ON named.id = range.textId
+        WHERE range.eventType = 59 AND range.end IS NOT NULL AND domain.text = 'dae_fast'
+    """
+    with closing(sqlite3.connect(export)) as database:
+        rows = database.execute(query).fetchall()
+    found = [Event(name, start / 1e6, (end - start) / 1e6) for name, start, end in rows]
+    return sorted(found, key=lambda e: (e.start, -e.length))
 
 
 def our_events(trace: dict[str, list[dict]]) -> list[Event]:
@@ -88,7 +104,8 @@ def draw(events: Sequence[Event], path: Path, ink: str) -> None:
 def main(trace: Path, out: Path) -> None:
     """Draw one step of TRACE, to OUT-light.png and OUT-dark.png."""
     matplotlib.use("Agg")
-    events = median_step(our_events(json.loads(trace.read_text())))
+    read = nsys_events if trace.suffix == ".sqlite" else lambda path: our_events(json.loads(path.read_text()))
+    events = median_step(read(trace))
     for mode, ink in INK.items():
         draw(events, out.with_name(f"{out.name}-{mode}.png"), ink)
 

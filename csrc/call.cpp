@@ -36,7 +36,7 @@ struct TorchState {
 // Who launches a device's plain calls: True, this module; a Python module with plain_map and plain_loss; None: there
 // are none.
 PyObject *g_on_cpu = Py_True, *g_on_gpu = Py_True;
-// What makes plain calls of a weighted sum differentiable: dae_fast/primitives/affine.py's.
+// What makes plain calls of a weighted sum differentiable: dae_fast/primitives/sums.py's.
 PyObject* g_with_gradients = Py_None;
 
 bool asks_true(PyObject* function) { return is_true(Owned(PyObject_CallNoArgs(function))); }
@@ -319,14 +319,16 @@ class PlainCall {
   void launch(Launch kernel) const {
     const Queue queue = queue_of_device(first_->device());
     const Api& api = api_of(queue);
-    const OnDevice there(queue);
     const char* error;
-    if (queue.device < 0 && batch_.B * batch_.D > kReleaseGil) {
-      Py_BEGIN_ALLOW_THREADS;
-      error = kernel(api, queue);
-      Py_END_ALLOW_THREADS;
-    } else {
-      error = kernel(api, queue);
+    {
+      const OnDevice there(queue);  // leaves by a call of Python, which no exception may be set for
+      if (queue.device < 0 && batch_.B * batch_.D > kReleaseGil) {
+        Py_BEGIN_ALLOW_THREADS;
+        error = kernel(api, queue);
+        Py_END_ALLOW_THREADS;
+      } else {
+        error = kernel(api, queue);
+      }
     }
     if (!error) return;
     PyErr_Format(PyExc_RuntimeError, "dae_fast: CUDA error: %s", error);

@@ -105,18 +105,24 @@ DAE_FN Key fold_in(Key key, uint64_t data) {
   return {b.r[0] | static_cast<uint64_t>(b.r[1]) << 32, b.r[2] | static_cast<uint64_t>(b.r[3]) << 32};
 }
 
+// The normals' constants that meet another constant in one fma: a GPU's instruction has room for one, so that a loop
+// which makes many of them keeps these in registers (cuda/batch.cuh).
+struct Pinned {
+  float scale = 0x1p-32f, log = -1.7469501495e-01f, sine = -7.5393562317e+01f, cosine = 5.9229240417e+01f;
+};
+
 // -2 ln u with u = (r + 1/2) 2^-32, relative error below 2^-22.9.
 //
 // For u > 1/2 the complement 1 - u comes from ~r, so that ln stays exact as u -> 1. Then
 // u = 2^e (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)), and -2 ln(1 + f) = -2f + f^2 Q(f), Q minimax.
-DAE_FN float neg2_log_u(uint32_t r) {
+DAE_FN float neg2_log_u(uint32_t r, const Pinned& pinned) {
   const int32_t sign = static_cast<int32_t>(r) >> 31;  // all ones when u > 1/2
-  const float x = fma32(static_cast<float>(static_cast<int32_t>(r) ^ sign), 0x1p-32f, 0x1p-33f);
+  const float x = fma32(static_cast<float>(static_cast<int32_t>(r) ^ sign), pinned.scale, 0x1p-33f);
   const float u = sign ? 1.0f - x : x;
   const int32_t bits = bits_as<int32_t>(u);
   const int32_t exponent = (bits - 0x3f3504f3) & static_cast<int32_t>(0xff800000);  // e << 23
   const float f = exponent == 0 ? -x : bits_as<float>(bits - exponent) - 1.0f;
-  float q = fma32(f, -1.7469501495e-01f, 2.8614965081e-01f);
+  float q = fma32(f, pinned.log, 2.8614965081e-01f);
   q = fma32(q, f, -2.9835978150e-01f);
   q = fma32(q, f, 3.3141028881e-01f);
   q = fma32(q, f, -3.9924141765e-01f);
@@ -143,15 +149,15 @@ DAE_FN bool bit_30(uint32_t r) {
 // Box-Muller's angle 2 pi u with u = (r + 1/2) 2^-32: sin and cos of it, both to be multiplied by the sign, which is
 // the top bit of `sign`. The nearest quarter turn comes off as integer bits, so the argument of the polynomials is
 // exact up to its one rounding to float.
-DAE_FN void sincos_2pi_u(uint32_t r, float& sine, float& cosine, uint32_t& sign) {
+DAE_FN void sincos_2pi_u(uint32_t r, float& sine, float& cosine, uint32_t& sign, const Pinned& pinned) {
   const float y = static_cast<float>(static_cast<int32_t>(r << 2 | 2u)) * 0x1p-34f;
   const float y2 = y * y;
   // 2 pi = kTwoPi + a rest: the leading product is rounded once, with everything else inside it.
   constexpr float kTwoPi = 6.2831855f, kTwoPiRest = -1.7484556e-07f;
-  float s = fma32(y2, -7.5393562317e+01f, 8.1592353821e+01f);
+  float s = fma32(y2, pinned.sine, 8.1592353821e+01f);
   s = fma32(s, y2, -4.1341663361e+01f);
   s = fma32(y, kTwoPi, y * fma32(s, y2, kTwoPiRest));
-  float c = fma32(y2, 5.9229240417e+01f, -8.5443237305e+01f);
+  float c = fma32(y2, pinned.cosine, -8.5443237305e+01f);
   c = fma32(c, y2, 6.4939323425e+01f);
   c = fma32(c, y2, -1.9739208221e+01f);
   c = fma32(c, y2, 1.0f);
@@ -175,11 +181,11 @@ DAE_FN float sqrt_rn(float a) {
 }
 
 // Box-Muller 1958: two normals from two words.
-DAE_FN void normal_pair(uint32_t radius, uint32_t angle, float& z0, float& z1) {
+DAE_FN void normal_pair(uint32_t radius, uint32_t angle, float& z0, float& z1, const Pinned& pinned = Pinned()) {
   float sine, cosine;
   uint32_t sign;
-  sincos_2pi_u(angle, sine, cosine, sign);
-  const float s = bits_as<float>(bits_as<uint32_t>(sqrt_rn(neg2_log_u(radius))) ^ (sign & 0x80000000u));
+  sincos_2pi_u(angle, sine, cosine, sign, pinned);
+  const float s = bits_as<float>(bits_as<uint32_t>(sqrt_rn(neg2_log_u(radius, pinned))) ^ (sign & 0x80000000u));
   z0 = s * cosine;
   z1 = s * sine;
 }

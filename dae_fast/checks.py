@@ -1,14 +1,161 @@
-"""Argument checks that the ops share: each says the op, the argument, what was expected and what came."""
+"""Checks of arguments: each says what was called, the argument, what was expected and what came.
+
+`arguments` is the one table of them: a name means one thing in the whole library, so it is checked alike everywhere.
+"""
 
 from __future__ import annotations
 
+import math
 import numbers
-from typing import Any
+import operator
+from collections.abc import Callable
+from functools import wraps
+from inspect import Parameter, signature
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from ._torch import in_functorch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Check = Callable[[str, str, Any], object]
+
+
+def kind_of(value: object) -> str:
+    return type(value).__name__
+
+
+def integer(op: str, name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
+    """The int that it is: a numpy integer too, no bool."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        found = operator.index(value)
+    except (TypeError, RuntimeError):  # torch says of a tensor without a value that it is no int by the latter
+        raise TypeError(f"{op}: {name} must be an int, got {kind_of(value)}") from None
+    if most is not None and least is not None:
+        if not least <= found <= most:
+            raise ValueError(f"{op}: {name} must be in [{least}, {most}], got {found}")
+    elif least is not None and found < least:
+        bound = {0: "not be negative", 1: "be positive"}.get(least, f"be at least {least}")
+        raise ValueError(f"{op}: {name} must {bound}, got {found}")
+    return found
+
+
+def number(op: str, name: str, value: Any, which: str = "") -> float:
+    """The float that it is: an int or a numpy scalar too; no bool, no tensor.
+
+    which: the kind that it must be, one of NUMBERS.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{op}: {name} must be a number, got {kind_of(value)}")
+    try:
+        found = float(value)
+    except OverflowError:  # an int or a fraction of more than 1e308
+        raise ValueError(f"{op}: {name} must be within float64, got a {kind_of(value)} beyond it") from None
+    if which and not NUMBERS[which](found):
+        raise ValueError(f"{op}: {name} must be {which}, got {value}")
+    return found
+
+
+NUMBERS: dict[str, Callable[[float], bool]] = {
+    "finite": math.isfinite,
+    "finite and not negative": lambda v: 0 <= v < math.inf,
+    "positive and finite": lambda v: 0 < v < math.inf,
+    "in [0, 1]": lambda v: 0 <= v <= 1,
+    "in (0, 1]": lambda v: 0 < v <= 1,
+    "in (0, 1)": lambda v: 0 < v < 1,
+}
+
+
+def a_number(op: str, name: str, value: Any) -> None:
+    """Its range is its function's own."""
+    number(op, name, value)
+
+
+def float64(op: str, name: str, value: Any) -> Tensor:
+    """A new float64 tensor on the CPU, of a tensor, an array or nested sequences of real numbers."""
+    try:
+        found = (
+            value.detach() if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64, device="cpu")
+        )
+        if found.is_complex() or found.dtype == torch.bool:
+            raise TypeError
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        got = value.dtype if isinstance(value, Tensor) else kind_of(value)
+        raise TypeError(f"{op}: {name} must be a tensor or a sequence of numbers, got {got}") from None
+    return found.to("cpu", torch.float64, copy=True)
+
+
+def flag(op: str, name: str, value: Any) -> None:
+    """True or False; 0 and 1 as well."""
+    if not (isinstance(value, int) or kind_of(value) in ("bool_", "bool")) or value not in (0, 1):
+        raise TypeError(f"{op}: {name} must be True or False, got {value!r}")
+
+
+def function(op: str, name: str, value: Any) -> None:
+    if not callable(value):
+        raise TypeError(f"{op}: {name} must be callable, got {kind_of(value)}")
+
+
+def instance(what: type | tuple[type, ...], described: str) -> Check:
+    """That an argument is `described`, of a class of `what`."""
+
+    def check(op: str, name: str, value: Any) -> None:
+        if not isinstance(value, what):
+            got = "a tensor" if isinstance(value, Tensor) else kind_of(value)
+            raise TypeError(f"{op}: {name} must be {described}, got {got}")
+
+    return check
+
+
+def one_of(*names: str) -> Check:
+    *others, last = map(repr, names)
+    described = f"{', '.join(others)} or {last}" if others else last
+
+    def check(op: str, name: str, value: Any) -> None:
+        if not isinstance(value, str) or value not in names:
+            raise ValueError(f"{op}: {name} must be {described}, got {value!r}")
+
+    return check
+
+
+def whole(least: int | None = None) -> Check:
+    """An int of at least that."""
+    return lambda op, name, value: integer(op, name, value, least)
+
+
+def real(which: str) -> Check:
+    """A number of NUMBERS' kind."""
+    return lambda op, name, value: number(op, name, value, which)
+
+
+def arguments(**checks: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Looks at a function's arguments of these names before it runs; a default needs no look."""
+
+    def checking(make: Callable[P, R]) -> Callable[P, R]:
+        parameters = list(signature(make).parameters.values())
+        op = make.__qualname__.removesuffix(".__init__")
+        looks = [(p.name, checks[p.name], p.default) for p in parameters if p.name in checks]
+        unknown = set(checks) - {p.name for p in parameters}
+        assert not unknown, f"{op} has no argument {unknown}"
+        places = [p.name for p in parameters if p.kind is not Parameter.KEYWORD_ONLY]
+
+        @wraps(make)
+        def checked(*given: P.args, **named: P.kwargs) -> R:
+            found = {**dict(zip(places, given, strict=False)), **named}
+            for name, check, default in looks:
+                value = found.get(name, default)
+                if value is not default:
+                    check(op, name, value)
+            return make(*given, **named)
+
+        return checked
+
+    return checking
+
 
 DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 

@@ -73,24 +73,31 @@ class Formula:
         ]
         return tuple(self.function(*wide))
 
-    def build(self, schedule: Schedule, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def build(self, schedule: Schedule, dtype: torch.dtype, device: torch.device, op: str) -> Tensor:
         """(T, K) for all levels of a schedule."""
         with outside_modes():
             columns = self.function(schedule.alpha, schedule.sigma)
             wide = [c if isinstance(c, Tensor) else torch.full_like(schedule.alpha, c) for c in columns]
-            table = torch.stack(wide, -1).to(dtype)
-            schedule._require_finite(self.op, table, range(len(schedule)))
-            return table.to(device)
+            table = torch.stack(wide, -1)
+            schedule._require_finite(op, table, range(len(schedule)))
+            narrow = table.to(dtype)
+            for t in (~narrow.isfinite().all(1)).nonzero()[:1, 0].tolist():
+                largest = float(table[t].abs().max())
+                raise ValueError(
+                    f"{op}: a coefficient of {largest:.3g} overflows {dtype} at {schedule._at(t)}: "
+                    "leave that level out, predict='v', or use samples in float64"
+                )
+            return narrow.to(device)
 
-    def table(self, schedule: Schedule, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def table(self, schedule: Schedule, dtype: torch.dtype, device: torch.device, op: str = "") -> Tensor:
         """(T, K), made once. Raises ValueError where a level has no finite coefficients."""
         if is_dynamo_compiling():
             name = f"{self.key} {dtype} {device}".replace(".", " ")  # Dynamo takes a dot for a path
-            schedule._make_table(self.key, dtype, device, name)
+            schedule._make_table(self.key, dtype, device, op or self.op, name)
             return getattr(schedule._traced, name)
         found = schedule._tables.get((self, dtype, device))
         if found is None:
-            found = keep(schedule._tables, (self, dtype, device), self.build(schedule, dtype, device))
+            found = keep(schedule._tables, (self, dtype, device), self.build(schedule, dtype, device, op or self.op))
         return found
 
     def rows(self, level: Level, x: Tensor, dtype: torch.dtype, op: str = "") -> Rows:
@@ -99,7 +106,7 @@ class Formula:
         if is_dynamo_compiling() and not self.key and level.t is not None:
             level = Level._by_hand(*alpha_sigma(op, level, x))
         if level._schedule is not None:
-            table = self.table(level._schedule, dtype, x.device)
+            table = self.table(level._schedule, dtype, x.device, op)
             level._check(op, x)
             t = level._t
             if not isinstance(t, Tensor):
@@ -148,8 +155,8 @@ def stack_rows(op: str, columns: tuple[Any, ...], x: Tensor, dtype: torch.dtype)
     # As a factor, a float that changes is an input of a compiled graph; in torch.tensor it is a constant.
     one = torch.ones((), dtype=torch.float64, device=x.device)
     wide = [c.double() if isinstance(c, Tensor) else one * c for c in columns]
-    leading = max(c.dim() for c in wide)
-    wide = [c.reshape(*c.shape, *[1] * (leading - c.dim())) if 0 < c.dim() < leading else c for c in wide]
+    dims = leading(*wide)
+    wide = [c.reshape(*c.shape, *[1] * (dims - c.dim())) if 0 < c.dim() < dims else c for c in wide]
     return Rows(torch.stack(torch.broadcast_tensors(*wide), -1).reshape(-1, len(columns)).to(dtype), None)
 
 
@@ -219,8 +226,7 @@ class Level:
 
     def _dims(self) -> int:
         """How many leading dimensions a row of the batch stands for: 1, or more where each frame has its level."""
-        given = (self._t,) if self._schedule is not None else (self._alpha, self._sigma)
-        return max((v.dim() for v in given if isinstance(v, Tensor)), default=1) or 1
+        return leading(self._t) if self._schedule is not None else leading(self._alpha, self._sigma)
 
     def _check(self, op: str, x: Tensor) -> None:
         """An index tensor has one entry per sample, on their device."""
@@ -238,6 +244,15 @@ class Level:
         if self._schedule is None:
             return f"Level(alpha={self._alpha}, sigma={self._sigma})"
         return f"{self._schedule!r}[{self._t}]"
+
+
+def leading(*values: Any) -> int:
+    """How many dimensions a row stands for: as many as the largest of the tensors has, and at least 1."""
+    found = 1
+    for value in values:
+        if isinstance(value, Tensor) and value.dim() > found:
+            found = value.dim()
+    return found
 
 
 def is_one(t: Tensor) -> bool:
@@ -281,6 +296,11 @@ def value_at(op: str, name: str, function: Callable[..., Any], level: Level, x: 
     return value.detach().double()
 
 
+def all_within(value: Tensor, low: float, high: float) -> bool:
+    """Whether a plain tensor's values are known to lie in [low, high], without an operation of torch."""
+    return not is_compiling() and _native is not None and bool(_native.all_within(value, low, high))
+
+
 LARGEST = float(torch.finfo(torch.float64).max)
 
 
@@ -294,7 +314,7 @@ def _checked(name: str, value: float | Tensor) -> float | Tensor:
         raise ValueError(
             f"Level: {name} must be a float or a floating tensor () or (B,), got {value.dtype} of {tuple(value.shape)}"
         )
-    elif not is_compiling() and _native is not None and _native.all_within(value, 0.0, LARGEST):
+    elif all_within(value, 0.0, LARGEST):
         pass
     elif can_read(value):
         good = (value >= 0) & (value < math.inf)

@@ -6,13 +6,13 @@ import math
 import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from .level import Level, can_read
+from .checks import can_read
+from .coefficients import Level, all_within
 from .noise import Noise
 from .schedule import (
     Schedule,
@@ -139,9 +139,7 @@ class ContinuousSchedule:
         drift = -beta/2, diffusion = sqrt(beta). Song et al. 2021, eq. 11, 29 and 33, appendix C.
         """
         name = _betas("vp", beta_min, beta_max, t_min)
-        alpha = partial(_vp_alpha, beta_min=beta_min, beta_max=beta_max)
-        sigma = partial(_vp_sigma, beta_min=beta_min, beta_max=beta_max)
-        return cls(alpha, sigma, t_min=t_min, name=name)
+        return cls(_VpAlpha(beta_min, beta_max), _VpSigma(beta_min, beta_max), t_min=t_min, name=name)
 
     @classmethod
     def sub_vp(cls, beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-5) -> ContinuousSchedule:
@@ -150,9 +148,7 @@ class ContinuousSchedule:
         drift = -beta/2, diffusion = sqrt(beta (1 - exp(-2I))). Song et al. 2021, eq. 12 and 29.
         """
         name = _betas("sub_vp", beta_min, beta_max, t_min)
-        alpha = partial(_vp_alpha, beta_min=beta_min, beta_max=beta_max)
-        sigma = partial(_sub_vp_sigma, beta_min=beta_min, beta_max=beta_max)
-        return cls(alpha, sigma, t_min=t_min, name=name)
+        return cls(_VpAlpha(beta_min, beta_max), _SubVpSigma(beta_min, beta_max), t_min=t_min, name=name)
 
     @classmethod
     def ve(cls, sigma_min: float = 0.01, sigma_max: float = 50.0) -> ContinuousSchedule:
@@ -161,7 +157,7 @@ class ContinuousSchedule:
         0 < sigma_min < sigma_max      diffusion = sigma sqrt(2 ln(sigma_max/sigma_min)). Song et al. 2021, appendix C.
         """
         name = _sigmas("ve", sigma_min, sigma_max)
-        return cls(torch.ones_like, partial(_ve_sigma, sigma_min=sigma_min, sigma_max=sigma_max), name=name)
+        return cls(_one, _VeSigma(sigma_min, sigma_max), name=name)
 
     @classmethod
     def edm(cls, sigma_min: float = 0.002, sigma_max: float = 80.0) -> ContinuousSchedule:
@@ -170,7 +166,7 @@ class ContinuousSchedule:
         0 < sigma_min < sigma_max      diffusion = sqrt(2 t). discretise(T, rho=7) gives its sampling steps.
         """
         name = _sigmas("edm", sigma_min, sigma_max)
-        return cls(torch.ones_like, _identity, t_min=sigma_min, t_max=sigma_max, density=LogNormal(), name=name)
+        return cls(_one, _identity, t_min=sigma_min, t_max=sigma_max, density=LogNormal(), name=name)
 
     @classmethod
     def cosine(cls) -> ContinuousSchedule:
@@ -190,7 +186,7 @@ class ContinuousSchedule:
         name = f"ContinuousSchedule.laplace({mu}, {b})"
         if not b > 0:
             raise ValueError(f"{name}: needs b > 0")
-        return cls(partial(_laplace_alpha, mu=mu, b=b), partial(_laplace_sigma, mu=mu, b=b), name=name)
+        return cls(_Laplace(mu, b, 1), _Laplace(mu, b, -1), name=name)
 
     def alpha(self, t: Time) -> Time:
         """The factor of the data at t, a number or a floating tensor of any shape: a float, or float64 like t."""
@@ -253,8 +249,6 @@ class ContinuousSchedule:
         return self._shifted(t).float().clamp(*self._inner)
 
     def __getitem__(self, t: float | Tensor) -> Level:
-        if isinstance(t, Tensor) and t.dim() != 1:
-            raise ValueError(f"{self._name}: t must have shape (B,), got {tuple(t.shape)}")
         return Level(*self._evaluate("", t, self._alpha, self._sigma))
 
     def __repr__(self) -> str:
@@ -320,6 +314,9 @@ class ContinuousSchedule:
     def _evaluate(self, what: str, t: float | Tensor, *functions: Function) -> list[Any]:
         """Floats for a number, float64 tensors for a tensor; NaN where t is out of range and cannot be read."""
         if isinstance(t, Tensor):
+            if all_within(t, self.t_min, self.t_max):
+                wide = t.double()
+                return [f(wide) for f in functions]
             inside = self._inside(what, t)
             wide = t.double().clamp(self.t_min, self.t_max)
             return [torch.where(inside, f(wide), math.nan) for f in functions]
@@ -355,36 +352,19 @@ def _derivative(function: Function, t: Tensor) -> Tensor:
         return torch.func.grad(lambda u: function(u).sum())(t.clone())
 
 
-# The closed forms: functions of the module, so that schedules can be pickled.
+# The closed forms: functions of the module and classes of numbers, so that a schedule is plain data in a file.
 
 
 def _identity(t: Tensor) -> Tensor:
     return t
 
 
+def _one(t: Tensor) -> Tensor:
+    return torch.ones_like(t)
+
+
 def _one_minus(t: Tensor) -> Tensor:
     return 1 - t
-
-
-def _integral(t: Tensor, beta_min: float, beta_max: float) -> Tensor:
-    """Of beta(s) = beta_min + s (beta_max - beta_min) from 0 to t."""
-    return beta_min * t + (0.5 * (beta_max - beta_min)) * t.square()
-
-
-def _vp_alpha(t: Tensor, beta_min: float, beta_max: float) -> Tensor:
-    return torch.exp(-0.5 * _integral(t, beta_min, beta_max))
-
-
-def _vp_sigma(t: Tensor, beta_min: float, beta_max: float) -> Tensor:
-    return _sub_vp_sigma(t, beta_min, beta_max).sqrt()
-
-
-def _sub_vp_sigma(t: Tensor, beta_min: float, beta_max: float) -> Tensor:
-    return -torch.expm1(-_integral(t, beta_min, beta_max))
-
-
-def _ve_sigma(t: Tensor, sigma_min: float, sigma_max: float) -> Tensor:
-    return sigma_min * (sigma_max / sigma_min) ** t
 
 
 def _quarter_sine(t: Tensor) -> Tensor:
@@ -396,12 +376,51 @@ def _quarter_cosine(t: Tensor) -> Tensor:
     return _quarter_sine(1 - t)
 
 
-def _laplace_alpha(t: Tensor, mu: float, b: float) -> Tensor:
-    return alpha_from_log_snr(laplace_log_snr(t, mu, b))
+@dataclass(frozen=True)
+class _Integral:
+    """Of beta(s) = beta_min + s (beta_max - beta_min) from 0 to t."""
+
+    beta_min: float
+    beta_max: float
+
+    def integral(self, t: Tensor) -> Tensor:
+        return self.beta_min * t + (0.5 * (self.beta_max - self.beta_min)) * t.square()
 
 
-def _laplace_sigma(t: Tensor, mu: float, b: float) -> Tensor:
-    return alpha_from_log_snr(-laplace_log_snr(t, mu, b))
+class _VpAlpha(_Integral):
+    def __call__(self, t: Tensor) -> Tensor:
+        return torch.exp(-0.5 * self.integral(t))
+
+
+class _SubVpSigma(_Integral):
+    def __call__(self, t: Tensor) -> Tensor:
+        return -torch.expm1(-self.integral(t))
+
+
+class _VpSigma(_Integral):
+    def __call__(self, t: Tensor) -> Tensor:
+        return (-torch.expm1(-self.integral(t))).sqrt()
+
+
+@dataclass(frozen=True)
+class _VeSigma:
+    sigma_min: float
+    sigma_max: float
+
+    def __call__(self, t: Tensor) -> Tensor:
+        return self.sigma_min * (self.sigma_max / self.sigma_min) ** t
+
+
+@dataclass(frozen=True)
+class _Laplace:
+    """alpha for sign = 1, sigma for -1."""
+
+    mu: float
+    b: float
+    sign: int
+
+    def __call__(self, t: Tensor) -> Tensor:
+        return alpha_from_log_snr(self.sign * laplace_log_snr(t, self.mu, self.b))
 
 
 def _betas(constructor: str, beta_min: float, beta_max: float, t_min: float) -> str:
@@ -420,3 +439,21 @@ def _sigmas(constructor: str, sigma_min: float, sigma_max: float) -> str:
     if not 0 < sigma_min < sigma_max:
         raise ValueError(f"{name}: needs 0 < sigma_min < sigma_max")
     return name
+
+
+PLAIN = (
+    _identity,
+    _one,
+    _one_minus,
+    _quarter_sine,
+    _quarter_cosine,
+    _VpAlpha,
+    _SubVpSigma,
+    _VpSigma,
+    _VeSigma,
+    _Laplace,
+    Uniform,
+    LogNormal,
+    LogitNormal,
+    ContinuousSchedule,
+)  # what one is made of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,9 +12,24 @@ def build_error(part: str) -> str | None:
     """Why "native", the CPU core, or "cuda", its CUDA library, was not built; None when it was."""
     note = Path(__file__).with_name("_build.json")
     if not note.exists():
-        return "the package was never built: run `pip install .`"
+        return (
+            f"{note.parent} is a source folder in which nothing was built: run `pip install -e .` there, or leave it, "
+            "since it hides what is installed elsewhere"
+        )
     error: str | None = json.loads(note.read_text())[part]
     return error
+
+
+# Of the noise contract: it changes when a key gives other bits, which `python -m dae_fast hash` shows.
+noise_version = "1"
+
+
+def noise_hash() -> str:
+    """SHA-256 of the first 2^24 normals of seed 0, sample 0, as little-endian fp32: one value for all machines."""
+    from .noise import Noise
+
+    normals = Noise(0).normal((1, 2**24)).numpy().astype("<f4", copy=False)
+    return hashlib.sha256(normals.tobytes()).hexdigest()
 
 
 def package_version() -> str:

@@ -19,11 +19,11 @@ from .kernels.dispatch import kernels_of
 from .kernels.spec import ABSENT, Kind, Reduction, Residual, Rows, Wanted, compute_dtype, loss_of, map_of
 from .noise import FlatNoise, Noise
 from .ops.reparameterisation import gradients as gaussian_gradients
-from .primitives.affine import gradients as affine_gradients
 from .primitives.batching import rule
 from .primitives.masks import FlatMask
-from .primitives.residual import gradients as residual_gradients
-from .primitives.residual import pred_gradient_in_torch
+from .primitives.residuals import gradients as residual_gradients
+from .primitives.residuals import pred_gradient_in_torch
+from .primitives.sums import gradients as affine_gradients
 
 _NOISE = "Tensor? key, Tensor? sample, SymInt first_sample, SymInt rows_per_sample, SymInt first_element"
 _ROWS = "Tensor table, Tensor? index"

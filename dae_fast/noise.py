@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from .checks import like
 from .kernels import dispatch, reference
 from .kernels.dispatch import kernels
 from .routing import Route, route
-
 
 Span = tuple[int, int]  # rows of one sample, and the sample's element at which the first of them begins
 BLOCK = 4  # elements of a Philox block
@@ -54,8 +53,9 @@ class FlatNoise(NamedTuple):
 class Noise:
     """Gaussian noise addressed by a key: never stored, regenerated wherever it is wanted.
 
-    seed: int, taken modulo 2**64, or an int64 tensor (2,) that holds (seed, offset) bits: a key in
-          memory, so that a captured CUDA graph or a compiled function sees new keys without a change
+    seed: int, taken modulo 2**64; or a key: (seed, offset), as `key` gives it, or an int64 tensor (2,) that
+          holds their bits in memory, so that a captured CUDA graph or a compiled function sees new keys
+          without a change
     sample: int64 tensor (B,), the id of each row (a data-set index, say); None: first_sample + row
     first_sample: id of row 0 when there is no `sample`: a shard's place in the global batch
     first_element: where the rows begin in their samples: a shard's place in the sample (whole blocks of 4 are made in
@@ -70,7 +70,12 @@ class Noise:
     __slots__ = ("_first_sample", "_key_tensor", "_offset", "_sample", "_seed", "_span")
 
     def __init__(
-        self, seed: int | Tensor, *, sample: Tensor | None = None, first_sample: int = 0, first_element: int = 0
+        self,
+        seed: int | tuple[int, int] | Tensor,
+        *,
+        sample: Tensor | None = None,
+        first_sample: int = 0,
+        first_element: int = 0,
     ) -> None:
         self._seed = self._offset = 0
         self._key_tensor: Tensor | None = None
@@ -80,6 +85,10 @@ class Noise:
                     f"Noise: a key tensor must be int64 of shape (2,), got {seed.dtype} of {tuple(seed.shape)}"
                 )
             self._key_tensor = seed.contiguous()
+        elif isinstance(seed, tuple):
+            if len(seed) != 2:
+                raise ValueError(f"Noise: a key must be (seed, offset), got {len(seed)} of them")
+            self._seed, self._offset = (to_signed(_index("Noise: a key must be of two ints", part)) for part in seed)
         else:
             self._seed = to_signed(
                 seed if type(seed) is int else _index("Noise: seed must be an int or an int64 tensor (2,)", seed)
@@ -153,6 +162,22 @@ class Noise:
             return self._key_tensor
         return self._seed & 0xFFFF_FFFF_FFFF_FFFF, self._offset & 0xFFFF_FFFF_FFFF_FFFF
 
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data for a checkpoint: Noise.from_state_dict(noise.state_dict()) is the same noise."""
+        state = {"key": self.key, "sample": self._sample, "first_sample": self._first_sample}
+        return state if self._span is None else {**state, "first_element": self._span[1]}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> Noise:
+        """Raises ValueError unless it is what state_dict() gives."""
+        names = {"key", "sample", "first_sample"}
+        if not isinstance(state, dict) or set(state) - {"first_element"} != names:
+            raise ValueError(
+                "Noise.from_state_dict: state must have key, sample and first_sample, as state_dict() gives"
+            )
+        rest = {name: value for name, value in state.items() if name != "key"}
+        return cls(state["key"], **rest)
+
     def to(self, device: torch.device | str) -> Noise:
         """The same noise with its key (and sample ids) in memory on `device`."""
         if not isinstance(device, (torch.device, str, int)) or isinstance(device, bool):
@@ -171,7 +196,7 @@ class Noise:
         return Noise._make(0, 0, key, self._sample, self._first_sample, self._span)
 
     def _flat(self) -> FlatNoise:
-        """As the plain arguments that torch.library takes; the key a tensor, so that a traced function has no constant."""
+        """As the arguments that torch.library takes; the key a tensor, so that a traced function has no constant."""
         return FlatNoise(self._as_tensor(), self._sample, self._first_sample, *(self._span or (1, 0)))
 
     def _check(self, op: str, B: int, device: torch.device) -> None:
@@ -274,8 +299,8 @@ def fill(
     if way is not Route.DISPATCHER:
         module = reference if way is Route.REFERENCE else kernels(place, op)
         if op == "bits":
-            return module.words(noise, B, D, device, below=below).reshape(shape)
-        return module.normal(noise, B, D, dtype, device).reshape(shape)
+            return module.words(noise, (B, D), device, below=below).reshape(shape)
+        return module.normal(noise, (B, D), dtype, device).reshape(shape)
     flat: Tensor = torch.ops.dae_fast.fill(op, *noise._on(device)._flat(), B, D, dtype, below)
     return flat.reshape(shape)
 

@@ -5,18 +5,16 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Iterator, Sequence
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._torch import outside_modes
-from .kernels.reference import coefficients as look_up
-from .level import Level, singular
+from . import checks
+from .coefficients import PAIR, Formula, Level, Place, formula_of, keep, singular
+from .kernels import reference
 from .noise import Noise
-from .rows import Coefficients, Place, table_of
 
 # Levels and times are drawn from a stream of their own, so that they are independent of the noise they scale.
 LEVEL_TAG = 0x6C6576656C  # "level"
@@ -25,33 +23,40 @@ LEVEL_TAG = 0x6C6576656C  # "level"
 class Schedule:
     """T levels of noise, level 0 the least: float64 master columns alpha and sigma.
 
-    schedule[t], t an int or an int32/int64 tensor (B,), is a Level. Tables of coefficients are made from
-    the masters once per op and device, in float64, and rounded once to float32 (float64 for fp64 samples).
+    schedule[t], t an int or an int32/int64 tensor (), (1,), (B,) or, a level for each frame of samples (B, F, ...),
+    (B, F), is a Level. Tables of coefficients are made from the masters once per op and device, in float64, and
+    rounded once to float32 (float64 for fp64 samples).
     An int level out of range raises ValueError here; one in a tensor raises it in the op, or on a GPU
-    becomes NaN there. Schedule(alpha, sigma) takes columns (T,) of one's own, finite and not negative.
+    becomes NaN there. Schedule(alpha, sigma) takes columns (T,) of one's own, finite and not negative, the
+    noisiest level last: sigma/alpha must not fall from one level to the next.
     times: (T,) float64, the continuous times of the levels where ContinuousSchedule.discretise made them,
-    for a network that was trained on those; else None.
+    for a network that was trained on those, which samplers and DenoisingLoss then tell it; else None.
     """
 
     def __init__(self, alpha: Tensor, sigma: Tensor, *, name: str = "Schedule", times: Tensor | None = None) -> None:
-        for column, values in (("alpha", alpha), ("sigma", sigma)):
-            if values.dim() != 1 or values.shape != alpha.shape or not values.numel():
-                raise ValueError(f"{name}: {column} must have shape (T,), T > 0, got {tuple(values.shape)}")
-            if not (torch.isfinite(values).all() and (values >= 0).all()):
-                raise ValueError(f"{name}: {column} must be finite and not negative")
-        if times is not None and times.shape != alpha.shape:
-            raise ValueError(f"{name}: times must have shape {tuple(alpha.shape)}, got {tuple(times.shape)}")
+        for column, values in (("alpha", alpha), ("sigma", sigma), *([("times", times)] if times is not None else [])):
+            check_column(name, column, values)
+            if values.shape != alpha.shape or not values.numel():
+                wanted = "(T,), T > 0" if column != "times" else f"{tuple(alpha.shape)}"
+                raise ValueError(f"{name}: {column} must have shape {wanted}, got {tuple(values.shape)}")
+            if not (torch.isfinite(values).all() and (column == "times" or (values >= 0).all())):
+                wanted = "finite" if column == "times" else "finite and not negative"
+                raise ValueError(f"{name}: {column} must be {wanted}")
         self.alpha = alpha.detach().to("cpu", torch.float64, copy=True)
         self.sigma = sigma.detach().to("cpu", torch.float64, copy=True)
         self.times = None if times is None else times.detach().to("cpu", torch.float64, copy=True)
         self._name = name
         self._tables: dict[Place, Tensor] = {}
         self._traced = SimpleNamespace()
+        self._of_times = None if self.times is None else _formula_of_times(self.times)
+        _check_order(name, self.alpha, self.sigma)
+        if self.times is not None and not (self.times[1:] > self.times[:-1]).all():
+            raise ValueError(f"{name}: times must increase, the noisiest level last")
 
     @classmethod
     def from_alpha_bar(cls, alpha_bar: Tensor | Sequence[float], *, name: str = "Schedule.from_alpha_bar") -> Schedule:
         """alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar): variance preserving (Ho et al. 2020)."""
-        bar = torch.as_tensor(alpha_bar, dtype=torch.float64, device="cpu")
+        bar = checks.float64(name, "alpha_bar", alpha_bar)
         if not ((bar >= 0) & (bar <= 1)).all():
             raise ValueError(f"{name}: alpha_bar must lie in [0, 1], got values from {bar.min()} to {bar.max()}")
         return cls(bar.sqrt(), (1 - bar).sqrt(), name=name)
@@ -59,7 +64,7 @@ class Schedule:
     @classmethod
     def from_betas(cls, betas: Tensor | Sequence[float], *, name: str = "Schedule.from_betas") -> Schedule:
         """alpha_bar_t = prod_{s<=t} (1 - beta_s) (Ho et al. 2020, eq. 4)."""
-        beta = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
+        beta = checks.float64(name, "betas", betas)
         if not ((beta >= 0) & (beta <= 1)).all():
             raise ValueError(f"{name}: betas must lie in [0, 1], got values from {beta.min()} to {beta.max()}")
         return cls.from_alpha_bar(torch.cumprod(1 - beta, 0), name=name)
@@ -67,12 +72,14 @@ class Schedule:
     @classmethod
     def linear(cls, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
         """DDPM: betas evenly spaced (Ho et al. 2020, section 4)."""
+        finite_numbers("Schedule.linear", beta_start=beta_start, beta_end=beta_end)
         name = f"Schedule.linear({levels('Schedule.linear', T)}, {beta_start}, {beta_end})"
         return cls.from_betas(torch.linspace(beta_start, beta_end, T, dtype=torch.float64, device="cpu"), name=name)
 
     @classmethod
     def scaled_linear(cls, T: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> Schedule:
         """Latent diffusion: square roots of the betas evenly spaced (Rombach et al. 2022)."""
+        finite_numbers("Schedule.scaled_linear", beta_start=beta_start, beta_end=beta_end)
         name = f"Schedule.scaled_linear({levels('Schedule.scaled_linear', T)}, {beta_start}, {beta_end})"
         if beta_start < 0 or beta_end < 0:
             raise ValueError(f"{name}: betas must lie in [0, 1]")
@@ -82,6 +89,7 @@ class Schedule:
     @classmethod
     def cosine(cls, T: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> Schedule:
         """alpha_bar(t) = cos^2((t/T + s)/(1 + s) * pi/2), betas clipped (Nichol and Dhariwal 2021, eq. 17)."""
+        finite_numbers("Schedule.cosine", s=s, max_beta=max_beta)
         name = f"Schedule.cosine({levels('Schedule.cosine', T)}, {s}, {max_beta})"
         u = torch.arange(T + 1, dtype=torch.float64, device="cpu") / T
         bar = torch.cos((u + s) / (1 + s) * (math.pi / 2)).square()
@@ -109,6 +117,7 @@ class Schedule:
     @classmethod
     def geometric(cls, sigma_min: float = 0.01, sigma_max: float = 1.0, T: int = 10) -> Schedule:
         """NCSN: alpha = 1, sigmas in geometric progression, level T-1 the largest (Song and Ermon 2019)."""
+        finite_numbers("Schedule.geometric", sigma_min=sigma_min, sigma_max=sigma_max)
         name = f"Schedule.geometric({sigma_min}, {sigma_max}, {levels('Schedule.geometric', T)})"
         if not 0 < sigma_min <= sigma_max < math.inf:
             raise ValueError(f"{name}: needs 0 < sigma_min <= sigma_max")
@@ -229,8 +238,6 @@ class Schedule:
         if isinstance(t, Tensor):
             if t.dtype not in (torch.int64, torch.int32):
                 raise TypeError(f"{self._name}: t must be int32 or int64, got {t.dtype}")
-            if t.dim() != 1:
-                raise ValueError(f"{self._name}: t must have shape (B,), got {tuple(t.shape)}")
         elif isinstance(t, numbers.Integral) and not isinstance(t, bool):
             t = int(t)
             if not 0 <= t < len(self):
@@ -242,8 +249,12 @@ class Schedule:
     def __iter__(self) -> Iterator[Level]:
         return (self[t] for t in range(len(self)))
 
-    def __reduce__(self) -> Any:
-        return partial(Schedule, name=self._name, times=self.times), (self.alpha, self.sigma)
+    def __getstate__(self) -> dict[str, Any]:
+        """Tensors and a name, which torch.load(weights_only=True) takes; tables are made again."""
+        return {"alpha": self.alpha, "sigma": self.sigma, "times": self.times, "name": self._name}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
 
     def __repr__(self) -> str:
         return self._name
@@ -251,36 +262,60 @@ class Schedule:
     # Run, not traced: torch.compile then finds the table as an attribute, an input of its graph. An entry
     # that a dict gained while tracing it would not see.
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-    def _make_table(self, op: str, place: Place, name: str, coefficients: Coefficients) -> None:
-        """Puts the table into the cache and, where a name is given, among the attributes."""
+    def _make_table(self, key: str, dtype: torch.dtype, device: torch.device, op: str, name: str) -> None:
+        """Puts a formula's table among the attributes."""
+        formula = formula_of(key)
+        place = formula, dtype, device
         if place not in self._tables:
-            self._tables[place] = self._build_table(op, place, coefficients)
-        if name:
-            setattr(self._traced, name, self._tables[place])
-
-    def _build_table(self, op: str, place: Place, coefficients: Coefficients) -> Tensor:
-        with outside_modes():
-            columns = coefficients(self.alpha, self.sigma)
-            wide = [c if isinstance(c, Tensor) else torch.full_like(self.alpha, c) for c in columns]
-            _, dtype, device = place
-            table = torch.stack(wide, -1).to(dtype)
-            self._require_finite(op, table, range(len(self)))
-            return table.to(device)
+            keep(self._tables, place, formula.build(self, dtype, device, op))
+        setattr(self._traced, name, self._tables[place])
 
     def _require_finite(self, op: str, table: Tensor, levels: Sequence[int]) -> None:
-        """Row i of the table belongs to levels[i]."""
+        """Row i of the float64 table belongs to levels[i]."""
         for i in (~table.isfinite().all(1)).nonzero()[:1, 0].tolist():
-            t = levels[i]
-            where = f"level {t} of {self}, alpha = {float(self.alpha[t])}, sigma = {float(self.sigma[t])}"
-            raise ValueError(singular(op, where))
+            raise ValueError(singular(op, self._at(levels[i])))
+
+    def _at(self, t: int) -> str:
+        return f"level {t} of {self}, alpha = {float(self.alpha[t])}, sigma = {float(self.sigma[t])}"
+
+    def _told(self, t: Tensor) -> Tensor:
+        """What a network is told at levels t: their times, float32 on t's device, or where there are none t."""
+        return t if self._of_times is None else self._look_up(self._of_times, 0, t, "Level.times")
 
     def _gather(self, column: str, t: int | Tensor) -> float | Tensor:
         values: Tensor = getattr(self, column)
         if isinstance(t, int):
             return float(values[t])
-        op = f"Level.{column}"
-        table = table_of(self, op, column, lambda a, s: (a if column == "alpha" else s,), torch.float32, t.device)
-        return look_up(table, t, op, t)[:, 0]
+        return self._look_up(PAIR, PAIR.column(column), t, f"Level.{column}")
+
+    def _look_up(self, formula: Formula, column: int, t: Tensor, op: str) -> Tensor:
+        """float32 like t, on its device."""
+        table = formula.table(self, torch.float32, t.device, op)
+        return reference.coefficients(table, t.reshape(-1), op, t)[:, column].reshape(t.shape)
+
+
+def _formula_of_times(times: Tensor) -> Formula:
+    return Formula("Level.times", ("times",), lambda alpha, sigma: (times,))
+
+
+def check_column(name: str, column: str, values: Any) -> None:
+    """A tensor (T,) of real numbers."""
+    if not isinstance(values, Tensor) or values.dtype == torch.bool or values.is_complex():
+        got = values.dtype if isinstance(values, Tensor) else type(values).__name__
+        raise TypeError(f"{name}: {column} must be a tensor (T,) of real numbers, got {got}")
+    if values.dim() != 1:
+        raise ValueError(f"{name}: {column} must have shape (T,), T > 0, got {tuple(values.shape)}")
+
+
+def _check_order(name: str, alpha: Tensor, sigma: Tensor) -> None:
+    """sigma/alpha must not fall, but for what float32 columns may have been rounded by."""
+    before, after = alpha[1:] * sigma[:-1], alpha[:-1] * sigma[1:]
+    for t in (before > after * (1 + 1e-6)).nonzero()[:1, 0].tolist():
+        pairs = " and ".join(f"alpha = {float(alpha[k]):.6g}, sigma = {float(sigma[k]):.6g}" for k in (t, t + 1))
+        raise ValueError(
+            f"{name}: levels must be in order, the least noisy first: sigma/alpha falls from level {t} to {t + 1} "
+            f"({pairs}); flip the columns"
+        )
 
 
 def levels(what: str, T: int | None) -> int:
@@ -289,12 +324,9 @@ def levels(what: str, T: int | None) -> int:
     return T
 
 
-def finite_numbers(what: str, **arguments: float) -> None:
+def finite_numbers(what: str, **arguments: Any) -> None:
     for argument, value in arguments.items():
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise TypeError(f"{what}: {argument} must be a number, got {type(value).__name__}")
-        if not math.isfinite(value):
-            raise ValueError(f"{what}: {argument} must be finite, got {value}")
+        checks.number(what, argument, value, "finite")
 
 
 def unit_grid(T: int) -> Tensor:

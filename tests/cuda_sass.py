@@ -27,6 +27,10 @@ STREAMS = {
     "residual_kernel<fresh, 2>": (2, 1),
     "residual_kernel<read, 2>": (2, 1),
     "residual_kernel<read, 3>": (3, 1),
+    "residual_kernel<fresh, 1, masked>": (1, 1),
+    "residual_kernel<fresh, 2, masked>": (2, 1),
+    "residual_kernel<read, 2, masked>": (2, 1),
+    "residual_kernel<read, 3, masked>": (3, 1),
     "residual_kernel<any>": (3, 1),
     "row_dots_kernel<fresh>": (3, 0),
     "row_dots_kernel<read>": (4, 0),
@@ -101,13 +105,13 @@ def kernels(architecture: str) -> tuple[Kernel, ...]:
 def _describe(mangled: str) -> tuple[str, str, str] | None:
     """Name, element type and access; None for a kernel that streams nothing."""
     match = re.search(r"cuda\d(f32|f64)|cuda\d(bf16|f16)", mangled)
-    kernel = re.search(r"\d([a-z_]+_kernel)I(?:Lb([01])E)?(?:Lin?(\d+)E)?NS\w*?(Whole|Strided)", mangled)
+    kernel = re.search(r"\d([a-z_]+_kernel)I(?:Lb([01])E)?(?:Lin?(\d+)E)?(?:Lb([01])E)?NS\w*?(Whole|Strided)", mangled)
     if not match or not kernel:
         return None
-    name, fresh, inputs, access = kernel.groups()
+    name, fresh, inputs, masked, access = kernel.groups()
     arguments = [] if fresh is None else ["fresh" if fresh == "1" else "read"]
     if inputs:  # -1 is for all that has no kernel of its own, with fresh noise or without
-        arguments = ["any"] if "Lin" in kernel[0] else [*arguments, inputs]
+        arguments = ["any"] if "Lin" in kernel[0] else [*arguments, inputs, *["masked"] * (masked == "1")]
     return name + f"<{', '.join(arguments)}>" * bool(arguments), match[1] or match[2], access
 
 
@@ -140,7 +144,7 @@ def main() -> None:
         for kernel in sorted(kernels(architecture), key=lambda k: (k.element, k.name)):
             if kernel.access == "Whole":
                 print(
-                    f"{architecture:7}{kernel.name:28}{kernel.element:5}{kernel.registers:4} registers, "
+                    f"{architecture:7}{kernel.name:34}{kernel.element:5}{kernel.registers:4} registers, "
                     f"{instructions_a_value(kernel):5.1f} instructions a value"
                 )
 

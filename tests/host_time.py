@@ -25,7 +25,7 @@ NOTHING = """
 #include "api.h"
 using namespace dae;
 static const Api kApi = {
-    [](const AffineArgs&, Queue) -> const char* { return nullptr; },
+    [](const AffineArgs&, Queue) -> const char* { return ERROR; },
     [](const ResidualArgs&, const LossArgs&, Scratch, Queue) -> const char* { return nullptr; },
     [](const RowDotsArgs&, double*, Scratch, Queue) -> const char* { return nullptr; },
     [](const MaskArgs&, double*, Scratch, Queue) -> const char* { return nullptr; },
@@ -36,6 +36,7 @@ static const Api kApi = {
     [](const Noise&, uint64_t, const uint64_t*, Key*, Queue) -> const char* { return nullptr; },
     [](int* count) -> const char* { return *count = 1, nullptr; },
     [] { return CURRENT_DEVICE; },
+    true,
 };
 extern "C" const Api* dae_cuda_api() { return &kApi; }
 """
@@ -46,8 +47,8 @@ def microseconds(call: Callable[[], Any], number: int = 1000, rounds: int = 50) 
     return min(timeit.repeat(call, number=number, repeat=rounds)) / number * 1e6
 
 
-def load_nothing(current_device: int = 0) -> None:
-    """The CUDA library replaced by one that launches nothing."""
+def load_nothing(current_device: int = 0, error: str = "nullptr") -> None:
+    """The CUDA library replaced by one that launches nothing. error: a C string, what the affine map's launch says."""
     with tempfile.TemporaryDirectory() as place:
         source, library = Path(place) / "nothing.cpp", Path(place) / "nothing.so"
         source.write_text(NOTHING)
@@ -60,6 +61,7 @@ def load_nothing(current_device: int = 0) -> None:
                 "-fPIC",
                 f"-I{CSRC}",
                 f"-DCURRENT_DEVICE={current_device}",
+                f"-DERROR={error}",
                 source,
                 "-o",
                 library,
@@ -84,11 +86,10 @@ def main() -> None:
     }
     print(f"torch.empty_like alone {microseconds(lambda: torch.empty_like(x)):.2f} us")
     load_nothing()
-    native._core.pretend_gpu(True)
     kept = torch.empty(4096, dtype=torch.float64), torch.zeros(1, dtype=torch.int32)
     native.workspace = lambda device, doubles: kept  # as on a GPU, where it is kept from call to call
     cuda = {name: microseconds(call) for name, call in calls.items()}
-    native._core.pretend_gpu(False)
+    native._core.load_cuda(None)
 
     _pretend_triton()
     with df.use_backend("triton"):

@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 
 import dae_fast as df
 from benchmarks import external, growth, loops, samplers, schedulers
+from benchmarks.cases import SCHEDULE
 from benchmarks.growth import OURS, Point
 from benchmarks.loops import LOOPS, Loop, fresh
 from benchmarks.peers import EAGER
 from benchmarks.report import read_csv
-from tests.cases import SCHEDULE
 
 from .test_samplers import network, same, start
 

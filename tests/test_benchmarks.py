@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from benchmarks import __main__ as cli
 from benchmarks import pictures, readme_table, suite, tables
+from benchmarks.cases import CASES
 from benchmarks.environment import CPU, RESULTS, backends_on, default_backend, environment
 from benchmarks.gate import Gate, WrongResultError
 from benchmarks.growth import OURS_COMPILED, Point, fit
@@ -30,9 +31,7 @@ from benchmarks.peers import CLONE, COMPILE, EAGER, Setting, own_leaves, peer
 from benchmarks.report import Row, by_setting, ratio, read_csv, write_csv, write_json
 from benchmarks.suite import run, settings
 from benchmarks.traffic import compiled_bytes, moved_bytes
-from dae_fast.__main__ import app as dae_fast_app
-
-from .cases import CASES
+from dae_fast.__main__ import main as command_line
 
 OURS = default_backend(CPU)
 SHAPE = (8, 16)
@@ -424,17 +423,18 @@ def test_command_line_refuses_unknown_names(arguments):
     assert CliRunner().invoke(cli.app, arguments).exit_code == 2
 
 
-def test_bench_is_a_command_of_the_package():
-    result = CliRunner().invoke(dae_fast_app, ["bench", "--case", "nothing"])
-    assert result.exit_code == 2
-    assert "no case starts with nothing" in result.output
+def test_bench_is_a_command_of_the_package(capsys):
+    with pytest.raises(SystemExit) as done:
+        command_line(["bench", "--case", "nothing"])
+    assert done.value.code == 2
+    assert "no case starts with nothing" in capsys.readouterr().err
 
 
-def test_bench_without_a_clone_says_where_it_is(monkeypatch, tmp_path):
-    monkeypatch.setattr("dae_fast.__main__.__file__", str(tmp_path / "dae_fast" / "__main__.py"))
-    result = CliRunner().invoke(dae_fast_app, ["bench", "--quick"])
-    assert result.exit_code == 2
-    assert "in the repository" in result.output
+def test_bench_without_its_extra_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "typer", None)
+    monkeypatch.delitem(sys.modules, "benchmarks.__main__", raising=False)
+    assert command_line(["bench", "--quick"]) == 2
+    assert "`pip install 'dae-fast[cli]'` brings what it needs" in capsys.readouterr().err
 
 
 def test_pytest_form(tmp_path):

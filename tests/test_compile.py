@@ -12,8 +12,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import dae_fast as df
+from benchmarks.cases import CASES, SCHEDULE, Case, Inputs
 
-from .cases import CASES, SCHEDULE, Case, Inputs
 from .conftest import not_in_torch_2_11
 
 SHAPE = (3, 4, 5)

@@ -9,10 +9,9 @@ import torch
 
 import dae_fast as df
 from benchmarks import composed, external
+from benchmarks.cases import CASES
 from benchmarks.gate import Gate, WrongResultError
 from benchmarks.peers import STEP, Setting, own_leaves, peer
-
-from .cases import CASES
 
 OWN = (*external.CASES, *composed.CASES)
 BY_NAME = {case.name: case for case in (*CASES, *OWN)}

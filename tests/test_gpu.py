@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 import dae_fast as df
+from benchmarks.cases import CASES, DTYPES, SCHEDULE, Case, Inputs, widen
 from benchmarks.memory import usage
 from dae_fast.noise import to_signed
 
-from .cases import CASES, DTYPES, SCHEDULE, Case, Inputs, widen
 from .test_ops import LENGTHS, assert_as_good, cut, outputs, require_grads
 
 pytestmark = pytest.mark.gpu
@@ -521,20 +521,24 @@ def noise_at(noise: df.Noise, row: int, first: int) -> Tensor:
     key = noise.fold_in(row)
     there = df.Noise._make(key._seed, to_signed(key._offset + first // 4))
     native = df.kernels.native
-    return native.normal(there, 1, 1024, torch.float32, torch.device("cpu"), fold=False)[0]
+    return native.normal(there, (1, 1024), torch.float32, torch.device("cpu"), fold=False)[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("B", [1, 3], ids=["one row", "rows"])
-def test_more_than_2_to_the_31_elements(backend: str, dtype: torch.dtype, B: int) -> None:
+@pytest.mark.parametrize(
+    ("B", "ragged", "offset"),
+    [(1, 0, 0), (3, 0, 0), (1, 1, 0), (1, 0, 1)],
+    ids=["one row", "rows", "one ragged row", "one misaligned row"],
+)
+def test_more_than_2_to_the_31_elements(backend: str, dtype: torch.dtype, B: int, ragged: int, offset: int) -> None:
     free, _ = torch.cuda.mem_get_info()
     if free < 24 << 30:
         pytest.skip(f"needs 24 GiB of free GPU memory, there are {free / 2**30:.0f}")
-    D = (2**31 + 4096) // B // 8 * 8
+    D = (2**31 + 4096) // B // 8 * 8 + ragged
     noise = df.Noise(3).fold_in(1)
-    x0 = torch.zeros(B, D, dtype=dtype, device=DEVICE)
+    x0 = torch.zeros(B * D + offset, dtype=dtype, device=DEVICE)[offset:].view(B, D)
     x_t = df.add_noise(x0, noise, df.Level(1.0, 1.0))
-    checked = [(0, 0), (B - 1, D // 2 // 4 * 4), (B - 1, D - 1024)]
+    checked = [(0, 0), (B - 1, D // 2 // 4 * 4), (B - 1, (D - 1024) // 4 * 4)]
     if B == 1:
         checked.append((0, 2**31 - 512))
     for row, first in checked:

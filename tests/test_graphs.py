@@ -711,7 +711,7 @@ def test_gpu_streams():
 @pytest.mark.gpu
 def test_gpu_start_from_a_shape():
     net, noise = Net().cuda(), df.Noise(9)
-    wanted = ddpm(net, noise.fold_in(len(LINEAR)).normal((3, 5), device="cuda"), LINEAR, noise)
+    wanted = ddpm(net, noise.fold_in(0x7374617274).normal((3, 5), device="cuda"), LINEAR, noise)
     assert torch.equal(ddpm(net, (3, 5), LINEAR, noise, graph=True), wanted)
 
 

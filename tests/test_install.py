@@ -16,14 +16,14 @@ import torch
 import dae_fast as df
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "dae_fast")
+SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "csrc", "dae_fast", "benchmarks")
 NEEDS_COMPILER = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="needs a C++ compiler")
 NEEDS_NATIVE = pytest.mark.skipif("native" not in df.backend_names(), reason="needs the native backend")
 
 
 def run(*command, cwd, timeout=300, **environment):
     """With only what the tests mean to set of the variables that matter here."""
-    ours = ("CXX", "CUDACXX", "CXXFLAGS", "DAE_FAST_CPU_ISA", "PYTHONPATH")
+    ours = ("CXX", "CUDACXX", "DAE_CUDA_ARCHS", "CXXFLAGS", "DAE_FAST_CPU_ISA", "PYTHONPATH")
     kept = {k: v for k, v in os.environ.items() if k not in ours}
     return subprocess.run(
         [sys.executable, *map(str, command)],
@@ -133,6 +133,17 @@ def test_without_a_compiler_info_says_why(without_compiler, tmp_path):
     assert f"torch {torch.__version__}" in shown
 
 
+def test_without_a_compiler_the_import_warns(without_compiler, tmp_path):
+    done = run("-c", "import dae_fast", cwd=tmp_path, PYTHONPATH=without_compiler)
+    assert f"RuntimeWarning: dae_fast has no kernels here and runs as plain torch, only slower: {WHY}" in done.stderr
+
+
+def test_without_a_compiler_the_reference_is_not_measured_as_ours(without_compiler, tmp_path):
+    done = run("-m", "dae_fast", "bench", "--quick", cwd=tmp_path, PYTHONPATH=without_compiler, COLUMNS="500")
+    assert done.returncode == 2
+    assert f"no kernels run on cpu here, only plain torch ({WHY})" in one_line(done.stderr)
+
+
 def test_without_a_compiler_native_is_refused(without_compiler, tmp_path):
     code = "import dae_fast as df; df.use_backend('reference'); df.use_backend(None); df.use_backend('native')"
     done = run("-c", code, cwd=tmp_path, PYTHONPATH=without_compiler)
@@ -161,18 +172,26 @@ def test_a_compiler_that_fails(tmp_path):
     done = run("-m", "dae_fast", "info", cwd=tmp_path, PYTHONPATH=alone(tmp_path / "site"))
     assert done.returncode == 0, done.stderr
     shown = one_line(done.stdout)
-    assert "missing: the C++ build failed:" in shown
+    assert "missing: the native build failed:" in shown
     assert "error: [/bold] [red]no such thing [-Wsome]" in shown
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """A wheel built as usual: one compilation. That of the CUDA library, which takes a minute, fails."""
+    """A wheel made of the sdist, as for a release. nvcc, which takes a minute, fails."""
     place = tmp_path_factory.mktemp("wheel")
     nvcc = place / "nvcc"
-    nvcc.write_text("#!/bin/sh\ncase $1 in --list-gpu-code) echo sm_90;; *) echo 'no such thing' >&2; exit 1;; esac\n")
+    nvcc.write_text(
+        "#!/bin/sh\ncase $1 in --list-gpu-code) echo sm_90;; *) echo 'error: no such thing' >&2; exit 1;; esac\n"
+    )
     nvcc.chmod(0o755)
-    pip("wheel", copy_sources(place / "source"), "--wheel-dir", place / "dist", cwd=place, CUDACXX=nvcc)
+    source = copy_sources(place / "source")
+    done = run(
+        "-m", "build", "--sdist", "--no-isolation", "--skip-dependency-check", "--outdir", place / "dist", cwd=source
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (sdist,) = (place / "dist").glob("dae_fast-*.tar.gz")
+    pip("wheel", sdist, "--wheel-dir", place / "dist", cwd=place, CUDACXX=nvcc)
     (path,) = (place / "dist").glob("dae_fast-*.whl")
     with zipfile.ZipFile(path) as archive:
         archive.extractall(place / "site")
@@ -184,6 +203,7 @@ def wheel(tmp_path_factory):
 def test_what_a_wheel_holds(wheel):
     site, names = wheel
     modules = {str(p.relative_to(ROOT)) for p in (ROOT / "dae_fast").rglob("*.py")}
+    modules |= {f"dae_fast/benchmarks/{p.name}" for p in (ROOT / "benchmarks").glob("*.py")}
     assert modules <= set(names)
     (library,) = (n for n in names if n.endswith(".so"))
     assert library.startswith("dae_fast/_core.")
@@ -192,7 +212,7 @@ def test_what_a_wheel_holds(wheel):
     assert any(n.endswith(".dist-info/licenses/LICENSE") for n in names)
     notes = json.loads((site / "dae_fast" / "_build.json").read_text())
     assert notes["native"] is None
-    assert notes["cuda"].startswith("the CUDA build failed:") and "no such thing" in notes["cuda"]
+    assert notes["cuda"].startswith("the cuda build failed:\nerror: no such thing")
 
 
 @NEEDS_COMPILER
@@ -202,6 +222,57 @@ def test_a_wheel_runs_native(wheel, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(str(site))
     assert "'native': 'built; instruction set" in done.stdout and "'default on CPU': 'native'" in done.stdout
+
+
+# Of the first 2^24 normals of seed 0, on every machine.
+NOISE_HASH = "b153974fe216ebd4cdd7cdb030e189a759b955bdf6d2b0f73ef73a1ed558ee94"
+
+
+@NEEDS_COMPILER
+def test_a_wheel_has_the_noise_of_every_machine(wheel, tmp_path):
+    done = run("-m", "dae_fast", "hash", cwd=tmp_path, PYTHONPATH=wheel[0])
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{NOISE_HASH}\n", "")
+
+
+@NEEDS_COMPILER
+def test_a_wheel_measures(wheel, tmp_path):
+    """In a folder that is no clone; what it finds goes there."""
+    chosen = (
+        "--case",
+        "add_noise-fresh",
+        "--shape",
+        "4x16",
+        "--dtype",
+        "float32",
+        "--peer",
+        "native",
+        "--csv",
+        "a.csv",
+    )
+    done = run("-m", "dae_fast", "bench", *chosen, cwd=tmp_path, PYTHONPATH=wheel[0])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "add_noise-fresh" in (tmp_path / "a.csv").read_text()
+
+
+@NEEDS_COMPILER
+def test_an_unchanged_tree_is_not_compiled_again(tmp_path):
+    """Not even where pip's isolated build has the headers in a new folder, as a link stands for it here."""
+    source = copy_sources(tmp_path / "source")
+    builds = [run("setup.py", "build_ext", "--inplace", cwd=source, CUDACXX="none") for _ in range(2)]
+    assert all(done.returncode == 0 for done in builds), builds
+    assert "compiling kernels_baseline.o" in builds[0].stdout
+    assert "ninja: no work to do" in builds[1].stdout and "compiling" not in builds[1].stdout
+
+
+def test_cuda_is_built_where_it_is_asked_for(tmp_path, monkeypatch):
+    """By a torch with CUDA, or by the environment."""
+    code = "import sysconfig, setup; sysconfig.get_path = lambda name: '.'; print(setup.torch_has_cuda())"
+    for line, wanted in (("cuda: Optional[str] = '13.0'", "True"), ("cuda: Optional[str] = None", "False")):
+        (tmp_path / "torch").mkdir(exist_ok=True)
+        (tmp_path / "torch" / "version.py").write_text(f"__version__ = '2.13.0'\n{line}\n")
+        guarded = (ROOT / "setup.py").read_text().replace("\nsetup(ext_modules", "\nif False: setup(ext_modules")
+        (tmp_path / "setup.py").write_text(guarded)
+        assert run("-c", code, cwd=tmp_path).stdout.strip() == wanted
 
 
 @NEEDS_NATIVE

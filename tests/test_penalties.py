@@ -10,9 +10,8 @@ from scipy import stats
 from torch import Tensor
 
 import dae_fast as df
+from benchmarks.cases import DTYPES
 from dae_fast.ops.penalties import CONTRACTION_TAG
-
-from .cases import DTYPES
 
 NOISE = df.Noise(12).fold_in(1)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])

@@ -17,12 +17,11 @@ from typer.testing import CliRunner
 
 import dae_fast as df
 from benchmarks import profile, trace_picture
+from benchmarks.cases import CASES
 from benchmarks.end_to_end import TASKS
 from benchmarks.trace_picture import Event
 from dae_fast import profiling
 from dae_fast.kernels import dispatch
-
-from .cases import CASES
 
 pytest.importorskip("sklearn")
 
@@ -33,8 +32,10 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 EVERY_CASE = """
 import torch
 import dae_fast as df
+from dae_fast import profiling
+from dae_fast.kernels import dispatch
 from dae_fast.profiling import span
-from tests.cases import CASES
+from benchmarks.cases import CASES
 
 for case in CASES:
     inputs = case.inputs((4, 3, 8, 5), torch.bfloat16)
@@ -188,7 +189,8 @@ def test_make_profile_runs_nsys_and_its_stats(nsys: Path, tmp_path: Path) -> Non
     result = subprocess.run(make, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     first, second = calls(nsys)
-    line = ["profile", "-t", "nvtx,osrt", "--force-overwrite=true", "-o", f"{out}/dae_fast"]
+    line = ["profile", "-t", "nvtx,osrt", "-s", "none", "--cpuctxsw=none", "--force-overwrite=true"]
+    line += ["-o", f"{out}/dae_fast"]
     assert first[: len(line)] == line
     assert first[len(line) + 1 :] == [
         *("-m", "benchmarks.profile", "--loop", "--task", "MLP", "--steps", "2", "--device", "cpu")
@@ -205,7 +207,7 @@ def test_on_a_gpu_nsys_waits_for_the_profiler_api(nsys: Path, tmp_path: Path) ->
     line = profile.nsys_line(tmp_path / "dae_fast", TASKS[1], 5, CUDA)
     assert line[: line.index("-o")] == [
         *("nsys", "profile", "-t", "cuda,nvtx,osrt", "-c", "cudaProfilerApi", "--capture-range-end=stop"),
-        "--force-overwrite=true",
+        *("-s", "none", "--cpuctxsw=none", "--force-overwrite=true"),
     ]
     assert line[-4:] == ["--steps", "5", "--device", "cuda"]
     nothing = [*line[: line.index("-o") + 2], "true"]
@@ -228,8 +230,37 @@ def test_the_gpu_is_recorded_between_start_and_stop(monkeypatch: pytest.MonkeyPa
 def test_without_stats_nsys_output_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     empty = subprocess.CompletedProcess([], 0, "SKIPPED: dae_fast.sqlite does not contain NVTX data.\n")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: empty)
-    with pytest.raises(RuntimeError, match=r"no nvtx_pushpop_sum:\nSKIPPED: .* does not contain NVTX"):
-        profile.nsys_stats(tmp_path / "dae_fast", "nvtx_pushpop_sum")
+    with pytest.raises(RuntimeError, match=r"no nvtx_pushpop_sum or nvtxppsum:\nSKIPPED: .* does not contain NVTX"):
+        profile.nsys_stats(tmp_path / "dae_fast", profile.PUSH_POP)
+
+
+def test_nsys_is_never_waited_for_without_a_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(profile, "LIMIT_S", 0.1)
+    with pytest.raises(RuntimeError, match="sleep did not end within 0 s and was killed"):
+        profile.under_nsys(["sleep", "60"], tmp_path / "dae_fast", torch.device("cpu"))
+
+
+def test_a_recording_that_nothing_imports_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", "")
+    (tmp_path / "dae_fast.qdstrm").touch()
+    with pytest.raises(RuntimeError, match=r"nsys left .*dae_fast\.qdstrm and no QdstrmImporter was found"):
+        profile.imported(tmp_path / "dae_fast")
+
+
+@pytest.mark.skipif(not shutil.which("nsys"), reason="Nsight Systems is not installed")
+def test_under_the_real_nsys(tmp_path: Path) -> None:
+    """The table and the picture, from a loop that it recorded."""
+    report = tmp_path / "dae_fast"
+    line = profile.nsys_line(report, TASKS[0], 3, torch.device("cpu"))
+    found = {r.name: r for r in profile.under_nsys(line, report, torch.device("cpu"))}
+    steps = 3 + profile.WARM_UP
+    assert found["step"].calls == found["add_noise 64x784 float32"].calls == steps
+    assert found["noise_mse 64x784 float32"].calls == 2 * steps  # forward, and where backward asks for its gradient
+    assert 0 < found["add_noise 64x784 float32"].host_us < found["step"].host_us
+    events = trace_picture.nsys_events(tmp_path / "dae_fast.sqlite")
+    assert [e.name for e in events].count("step") == steps
+    trace_picture.main(tmp_path / "dae_fast.sqlite", tmp_path / "trace")
+    assert {path.name for path in tmp_path.glob("*.png")} == {"trace-light.png", "trace-dark.png"}
 
 
 def test_without_nsys_torch_profiler_makes_the_table_and_the_trace(
@@ -239,7 +270,8 @@ def test_without_nsys_torch_profiler_makes_the_table_and_the_trace(
     arguments = ["--steps", "3", "--device", "cpu", "--out", str(tmp_path)]
     result = CliRunner().invoke(command(profile.main), arguments)
     assert result.exit_code == 0, result.output
-    assert f"nsys profile -t nvtx,osrt --force-overwrite=true -o {tmp_path}/dae_fast" in result.output
+    line = f"nsys profile -t nvtx,osrt -s none --cpuctxsw=none --force-overwrite=true -o {tmp_path}/dae_fast"
+    assert line in result.output
     for name in ("step", "backward", "add_noise 64x784 float32", "noise_mse 64x784 float32"):
         assert name in result.output
 

@@ -11,10 +11,9 @@ from scipy import stats
 from torch import Tensor
 
 import dae_fast as df
+from benchmarks.cases import DTYPES, SCHEDULE
 from dae_fast.ops.noising import PERTURBATION_TAG
 from dae_fast.ops.structured import OFFSET_TAG, PYRAMID_TAG, enlarge
-
-from .cases import DTYPES, SCHEDULE
 
 NOISE = df.Noise(2**62 + 5).fold_in(3)
 LEVEL = SCHEDULE[torch.tensor([0, 300, 999, 700])]

@@ -19,8 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
 import dae_fast as df
-
-from .cases import CASES, SCHEDULE, Case, Inputs
+from benchmarks.cases import CASES, SCHEDULE, Case, Inputs
 
 NOISE = df.Noise(5).fold_in(2)
 SHAPE = (3, 4, 5)

@@ -12,8 +12,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp, vmap
 
 import dae_fast as df
-
-from .cases import CASES, SCHEDULE, Case, Inputs, widen
+from benchmarks.cases import CASES, SCHEDULE, Case, Inputs, widen
 
 NOISE = df.Noise(5).fold_in(2)
 V, B, D = 3, 2, 5

@@ -30,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 import dae_fast as df
 from dae_fast.kernels import triton as backend
 from dae_fast.kernels.reference import KINDS, compute_dtype
-from dae_fast.ops.masks import Drawn
+from dae_fast.primitives.masks import Drawn
 
 NVIDIA = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)}
 AMD = GPUTarget("hip", "gfx942", 64)

@@ -1,6 +1,9 @@
 #include "dispatch.h"
 
 #include <dlfcn.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include <cstring>
 
@@ -8,11 +11,19 @@ namespace dae::cpu {
 
 namespace {
 
+#if defined(__x86_64__)
+// Asked of the processor: clang 14's __builtin_cpu_supports does not know the name.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 bool processor_has(const char* name) {
   if (!std::strcmp(name, "baseline")) return true;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   if (!std::strcmp(name, "avx2")) return avx2;
   if (!std::strcmp(name, "avx512"))
     return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&

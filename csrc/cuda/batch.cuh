@@ -134,15 +134,15 @@ struct Strided {
 
   __device__ bool has(int k) const { return data[k] != nullptr; }
 
-  // 32 bits, because a division of 64 costs some hundred instructions. None for the last dimension: what the others
-  // leave of the index lies within it.
-  __device__ int64_t locate(uint32_t index, const int64_t (&stride)[kMaxDims]) const {
+  // Divides in 32 bits, because a division of 64 costs some hundred instructions, and not at all for the last dimension:
+  // what the others leave of the index lies within it. So a row of one dimension may have any length.
+  __device__ int64_t locate(int64_t index, const int64_t (&stride)[kMaxDims]) const {
     const int last = ndim - 1;
     int64_t at = 0;
 #pragma unroll 1
     for (int d = 0; d < last; ++d) {
-      const uint32_t next = index / sizes[d];
-      at += (index - next * sizes[d]) * stride[d];
+      const uint32_t here = static_cast<uint32_t>(index), next = here / sizes[d];
+      at += (here - next * sizes[d]) * stride[d];
       index = next;
     }
     return at + index * stride[last];
@@ -157,7 +157,7 @@ struct Strided {
         : g(static_cast<int>(threadIdx.x)), s_(strided), cut_(cut), unit_(unit) {}
     __device__ __forceinline__ void step() { g += kThreads; }
     __device__ uint64_t block(const Place& at) const {
-      return static_cast<uint64_t>(s_.grouped ? s_.locate(static_cast<uint32_t>(at.group), s_.logical) / N : at.group);
+      return s_.grouped ? static_cast<uint64_t>(s_.locate(at.group, s_.logical)) / N : static_cast<uint64_t>(at.group);
     }
     __device__ void read(int k, Pack<T, N>& pack) const {
       T v[N];
@@ -184,14 +184,13 @@ struct Strided {
     __device__ __forceinline__ void for_each(int k, Each each) const {
       const Place at = place_of(cut_, unit_, g);
       Element* row = static_cast<Element*>(s_.data[k]) + (unit_.row + at.row) * s_.batch_stride[k];
-      const uint32_t group = static_cast<uint32_t>(at.group);
-      const int64_t first = s_.grouped ? s_.locate(group, s_.strides[k]) : 0;
+      const int64_t first = s_.grouped ? s_.locate(at.group, s_.strides[k]) : 0;
 #pragma unroll
-      for (uint32_t i = 0; i < N; ++i) {
+      for (int i = 0; i < N; ++i) {
         if (s_.grouped)
           each(i, row + first + i * s_.step[k]);
-        else if (N * group + i < cut_.D)
-          each(i, row + s_.locate(N * group + i, s_.strides[k]));
+        else if (N * at.group + i < cut_.D)
+          each(i, row + s_.locate(N * at.group + i, s_.strides[k]));
       }
     }
 
@@ -327,14 +326,25 @@ __device__ __forceinline__ void draw(const Choice& choice, int64_t row, const B&
   for (int i = 0; i < N; ++i) counts[i] = choice.counts(w[i], second);
 }
 
+// The constants, kept in registers where zero is 0 but comes with the launch, so that the compiler cannot know them.
+__device__ __forceinline__ Pinned pin(uint32_t zero) {
+  const auto kept = [zero](float value) {
+    uint32_t bits = bits_as<uint32_t>(value) + zero;
+    keep(bits);
+    return bits_as<float>(bits);
+  };
+  const Pinned known;
+  return {kept(known.scale), kept(known.log), kept(known.sine), kept(known.cosine)};
+}
+
 template <int N, class R, class B>
-__device__ __forceinline__ void normals(const B& blocks, R (&z)[N]) {
+__device__ __forceinline__ void normals(const B& blocks, R (&z)[N], const Pinned& pinned) {
 #pragma unroll
   for (int i = 0; i < N; i += 4) {
     const Block b = blocks[i / 4];
     float master[4];
-    normal_pair(b.r[0], b.r[1], master[0], master[1]);
-    normal_pair(b.r[2], b.r[3], master[2], master[3]);
+    normal_pair(b.r[0], b.r[1], master[0], master[1], pinned);
+    normal_pair(b.r[2], b.r[3], master[2], master[3], pinned);
 #pragma unroll
     for (int j = 0; j < 4; ++j) z[i + j] = master[j];
   }

@@ -22,6 +22,7 @@ struct Rows {
   Cut cut;
   Noise noise;
   Table table;
+  uint32_t zero = 0;  // for pin
 };
 
 // The first C of the columns, of each row.
@@ -104,11 +105,13 @@ __global__ void __launch_bounds__(kThreads, (kAffineBlocks<kInputs, Access>))
 
   const auto walk = [&](auto groups) {
     const OfRow<groups.kOneRow, R, kGeneral ? kColumns : kOfOut2> row(coefficients);
+    const Pinned pinned = pin(p.zero);
+#pragma unroll(kGeneral ? 1 : 2)
     while (cursor.g < unit.groups) {
       R x[N], y[N], z[N], w[N], v[N];
       const auto [at, blocks] = groups(cursor);
       const R* c = row[at.row];
-      if (fresh) normals(blocks, z);
+      if (fresh) normals(blocks, z, pinned);
       widen(xs, x), widen(ys, y), widen(ws, w);
       if (!fresh) widen(zs, z);
       Cursor ahead = cursor;
@@ -213,9 +216,9 @@ __device__ __forceinline__ R penalise(Penalty penalty, R delta, R (&r)[N]) {
   }
 }
 
-// kInputs: of squares, without a drawn mask, how many of pred, y, z are read, in that order. kAnyInputs:
-// everything else, with fresh noise or without.
-template <bool kFresh, int kInputs, class Access>
+// kInputs: of squares, how many of pred, y, z are read, in that order; kMasked: with a mask in memory. kAnyInputs:
+// everything else, drawn masks too, with fresh noise or without.
+template <bool kFresh, int kInputs, bool kMasked, class Access>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 && kInputs == kAnyInputs ? 2 : 3)
     residual_kernel(const __grid_constant__ ResidualParams p, const __grid_constant__ Access access) {
   using Cursor = typename Access::template Cursor<T>;
@@ -246,6 +249,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 && kInputs == kAnyInp
   if constexpr (kFresh || kGeneral)
     if (fresh) prepare_keys(p.noise, unit, keys);
   const bool drawn = kGeneral && p.choice.noise.present;
+  const bool masked = kGeneral ? access.has(kMask) : kMasked;
   if constexpr (kGeneral)
     if (drawn) prepare_keys(p.choice.noise, unit, mask_keys);
   __syncthreads();
@@ -253,12 +257,13 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 && kInputs == kAnyInp
   const auto walk = [&](auto groups) {
     const OfRow<groups.kOneRow, R, kGeneral ? 3 : 2> row(coefficients);
     const OfRow<groups.kOneRow, R, 1> scale(scales);
-#pragma unroll 1
+    const Pinned pinned = pin(p.zero);
+#pragma unroll(kGeneral ? 1 : 2)
     while (cursor.g < unit.groups) {
       R pred[N], y[N], z[N], r[N];
       const auto [at, blocks] = groups(cursor);
       const R* c = row[at.row];
-      if (fresh) normals(blocks, z);
+      if (fresh) normals(blocks, z, pinned);
       widen(preds, pred), widen(ys, y);
       if (!fresh) widen(zs, z);
 #pragma unroll
@@ -269,7 +274,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 && kInputs == kAnyInp
       ahead.step();
       fetch(ahead);
       // Selects, not products: what is masked out may be NaN, and past the row's end there is noise.
-      if (access.has(kMask) || drawn) {
+      if (masked || drawn) {
         bool kept[N];
         if (drawn)
           draw(p.choice, unit.row + at.row, Blocks{to_key(mask_keys[at.row]), cursor.block(at)}, kept);
@@ -321,6 +326,7 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<T, Access>))
   __syncthreads();
   RowSums<R, 3> sums;
   const auto walk = [&](auto groups) {
+    const Pinned pinned = pin(p.zero);
 #pragma unroll 1
     for (; cursor.g < unit.groups; cursor.step()) {
       Pack<T, N> gs, xs = {}, ys = {}, zs = {};
@@ -331,7 +337,7 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<T, Access>))
       R v[N], other[3][N], dots[3] = {R(0), R(0), R(0)};
       widen(gs, v), widen(xs, other[0]), widen(ys, other[1]);
       if constexpr (kFresh)
-        normals(groups(cursor).blocks, other[2]);
+        normals(groups(cursor).blocks, other[2], pinned);
       else
         widen(zs, other[2]);
 #pragma unroll
@@ -398,13 +404,13 @@ enum { kMu, kLogVar, kEps, kSample };
 // What both directions read of a group. blocks: of eps, where it is fresh.
 template <int N, class Cursor, class Access, class B>
 __device__ __forceinline__ void read_gaussian(bool fresh, const Cursor& cursor, const Access& access, const B& blocks,
-                                              R (&mu)[N], R (&log_var)[N], R (&eps)[N]) {
+                                              const Pinned& pinned, R (&mu)[N], R (&log_var)[N], R (&eps)[N]) {
   Pack<T, N> mus, log_vars, epss = {};
   cursor.read(kMu, mus);
   cursor.read(kLogVar, log_vars);
   if (access.has(kEps)) cursor.read(kEps, epss);
   widen(mus, mu), widen(log_vars, log_var), widen(epss, eps);
-  if (fresh) normals(blocks, eps);
+  if (fresh) normals(blocks, eps, pinned);
 }
 
 struct GaussianParams : Rows {
@@ -425,10 +431,11 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<T, Access> - 1))
   __syncthreads();
   RowSums<R, 1> sums;
   const auto walk = [&](auto groups) {
+    const Pinned pinned = pin(p.zero);
 #pragma unroll 1
     for (; cursor.g < unit.groups; cursor.step()) {
       R mu[N], log_var[N], eps[N], z[N], kl[1] = {R(0)};
-      read_gaussian(p.noise.present, cursor, access, groups(cursor).blocks, mu, log_var, eps);
+      read_gaussian(p.noise.present, cursor, access, groups(cursor).blocks, pinned, mu, log_var, eps);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         const Gaussian<R> gaussian(mu[i], log_var[i]);
@@ -467,6 +474,7 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<T, Access> - 1))
   __syncthreads();
   const auto walk = [&](auto groups) {
     const OfRow<groups.kOneRow, R, 1> row(kl_grads);
+    const Pinned pinned = pin(p.zero);
 #pragma unroll 1
     for (; cursor.g < unit.groups; cursor.step()) {
       const auto [at, blocks] = groups(cursor);
@@ -474,7 +482,7 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<T, Access> - 1))
       Pack<T, N> pack = {};
       if (access.has(kZGrad)) cursor.read(kZGrad, pack);
       R mu[N], log_var[N], eps[N], z_grad[N], gradient[N];
-      read_gaussian(p.noise.present, cursor, access, blocks, mu, log_var, eps);
+      read_gaussian(p.noise.present, cursor, access, blocks, pinned, mu, log_var, eps);
       widen(pack, z_grad);
 #pragma unroll
       for (int i = 0; i < N; ++i) gradient[i] = Gaussian<R>(mu[i], log_var[i]).mu_grad(z_grad[i], kl_grad);
@@ -531,15 +539,17 @@ const char* launch_residual(const ResidualArgs& a, const LossArgs& loss, Scratch
   return how.with_access<T>(a.batch, operands, [&](const auto& access) {
     using Access = std::decay_t<decltype(access)>;
     if constexpr (!Access::kRagged) {
-      // With fresh noise z is not read; without, something is.
+      // With fresh noise z is not read; without, y is, or the general kernel runs, which needs neither.
       constexpr int kLeast = kFresh ? 1 : 2;
-      if (a.penalty == Penalty::mse && !a.choice.noise.present) {
-        if (access.data[kFresh ? kTargetY : kTargetZ])
-          return how.units<residual_kernel<kFresh, kLeast + 1, Access>, T>(a.batch, p, access);
-        return how.units<residual_kernel<kFresh, kLeast, Access>, T>(a.batch, p, access);
+      const bool more = access.data[kFresh ? kTargetY : kTargetZ], masked = access.data[kMask];
+      if (a.penalty == Penalty::mse && !a.choice.noise.present && (kFresh || access.data[kTargetY])) {
+        if (more && masked) return how.units<residual_kernel<kFresh, kLeast + 1, true, Access>, T>(a.batch, p, access);
+        if (more) return how.units<residual_kernel<kFresh, kLeast + 1, false, Access>, T>(a.batch, p, access);
+        if (masked) return how.units<residual_kernel<kFresh, kLeast, true, Access>, T>(a.batch, p, access);
+        return how.units<residual_kernel<kFresh, kLeast, false, Access>, T>(a.batch, p, access);
       }
     }
-    return how.units<residual_kernel<false, kAnyInputs, Access>, T>(a.batch, p, access);
+    return how.units<residual_kernel<false, kAnyInputs, true, Access>, T>(a.batch, p, access);
   });
 }
 

@@ -92,7 +92,8 @@ const char* Launch::with_access(const Batch& batch, const Operand (&operands)[K]
     for (int k = 0; k < K; ++k) whole.data[k] = operands[k].data;
     return run(whole);
   }
-  if (batch.ndim > kMaxDims || batch.D > INT32_MAX) return "a strided row of more than 8 dimensions or 2^31 elements";
+  if (batch.ndim > kMaxDims || (batch.ndim > 1 && batch.D > INT32_MAX))
+    return "a strided row of more than 8 dimensions, or of several and 2^31 elements";
   return run(make_strided(batch, operands));
 }
 

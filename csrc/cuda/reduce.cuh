@@ -59,8 +59,9 @@ __device__ __forceinline__ void sum_rows(int64_t rows, int64_t length, Value val
   }
 }
 
-// True in the thread block that comes here last, when the partial sums of all others can be read. A fence by one
-// thread is one for all that a barrier put before it, or puts behind it.
+// True in the thread block that comes here last, when the partial sums of all others can be read. The first fence puts
+// this block's sums before its ticket, the second those of the others before what follows; each by one thread, for all
+// that a barrier put before it, or puts behind it.
 __device__ __forceinline__ bool is_last_block(uint32_t* counter) {
   __shared__ bool last;
   __syncthreads();
@@ -68,8 +69,8 @@ __device__ __forceinline__ bool is_last_block(uint32_t* counter) {
     __threadfence();
     last = atomicAdd(counter, 1u) == gridDim.x - 1;
     if (last) {
-      *counter = 0;  // for the next launch
       __threadfence();
+      *counter = 0;  // for the next launch
     }
   }
   __syncthreads();

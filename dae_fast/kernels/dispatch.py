@@ -6,6 +6,7 @@ does) and supports(device) where it can.
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -166,4 +167,7 @@ def backend_names() -> tuple[str, ...]:
 
 if not missing("native"):
     _default |= {"cpu": "native", "meta": "native"}
+else:
+    why = missing("native")
+    warnings.warn(f"dae_fast has no kernels here and runs as plain torch, only slower: {why}", RuntimeWarning, 2)
 _choose_launchers()

@@ -74,7 +74,11 @@ def cuda_missing() -> str:
 
 
 def available() -> str:
-    """What keeps this backend from running here: nothing, once the module has loaded."""
+    """What keeps this backend from running here: a torch whose tensors the module cannot read."""
+    try:
+        _core.on_gpu(torch.empty(0))
+    except RuntimeError as error:
+        return str(error).removeprefix("dae_fast: ")
     return ""
 
 
@@ -114,7 +118,8 @@ def plain_loss(
     core: Any, operands: tuple[Any, ...], source: Any, key: Any, weight: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Any, Tensor | int | None] | None:
     """(loss, gradient of pred or None, also or None, table, t) of a plain call on (pred, y, z, noise); else None."""
-    return _core.plain_loss(core, *operands, source, key, weight, workspace)
+    pred, y, z, noise = operands
+    return _core.plain_loss(core, pred, y, z, noise, source, key, weight, workspace)
 
 
 def _scratch(x: Tensor, columns: int = 1) -> tuple[Tensor | None, Tensor | None]:
@@ -161,7 +166,7 @@ def residual(spec: Loss, operands: Residual, rows: Rows, wanted: Wanted) -> Foun
     """
     pred, y, z, noise, mask = operands
     in_memory = mask if isinstance(mask, Tensor) else None
-    drawn = (None, None, False) if mask is None or in_memory is not None else tuple(mask)
+    drawn: tuple[Any, Any, bool] = (None, None, False) if mask is None or in_memory is not None else tuple(mask)
     pred, y, z, in_memory = _walkable(pred, y, z, in_memory)
     compute, device = compute_dtype(pred.dtype), pred.device
     table, index = rows.dense(spec.op, compute)
@@ -169,11 +174,11 @@ def residual(spec: Loss, operands: Residual, rows: Rows, wanted: Wanted) -> Foun
     means = None if again else torch.empty(pred.shape[0], dtype=compute, device=device)
     loss = torch.empty((), dtype=compute, device=device) if wanted.loss and not again else None
     grad = torch.empty_like(pred) if wanted.grad and wanted.made is None else wanted.made
-    room = _scratch(pred, 1)
+    sums, counter = room = _scratch(pred, 1)
     kept, weight = None, wanted.weight
     if mask is not None:
         kept = torch.empty(pred.shape[0], dtype=torch.float64, device=device)
-        _core.mask_count(pred if in_memory is None else in_memory, *drawn, kept, *room)
+        _core.mask_count(pred if in_memory is None else in_memory, *drawn, kept, sums, counter)
     if weight is not None:
         weight = (weight if weight.dtype in (torch.float32, torch.float64) else weight.float()).contiguous()
     factors, results = (kept, weight, wanted.upstream), (means, loss, wanted.also, grad)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .._torch import dispatch_modes, outside_modes
 
@@ -134,7 +135,14 @@ class Map:
         self, op: str, columns: tuple[int, ...], inner: tuple[int, ...] | None, slots: tuple[int, ...]
     ) -> None:
         self.op, self.columns, self.inner, self.slots = op, columns, inner, slots
-        self.core: Any = None if make_core_map is None else make_core_map(op, columns, inner, slots, self)
+        self.core: Any = (
+            None if make_core_map is None or is_compiling() else make_core_map(op, columns, inner, slots, self)
+        )
+
+    def reads(self, slot: int) -> bool:
+        """Whether an output or the estimate reads x, y, z or w."""
+        inside = self.inner is not None and slot != Z and self.inner[2 if slot == W else slot] != ABSENT
+        return inside or any(c != ABSENT for c in self.columns[slot::4])
 
     @property
     def outputs(self) -> int:
@@ -168,7 +176,9 @@ class Loss:
 
     def __init__(self, op: str, kind: Kind, reduction: Reduction, columns: tuple[int, ...]) -> None:
         self.op, self.kind, self.reduction, self.columns = op, kind, reduction, columns
-        self.core: Any = None if make_core_loss is None else make_core_loss(int(kind), int(reduction), columns)
+        self.core: Any = (
+            None if make_core_loss is None or is_compiling() else make_core_loss(int(kind), int(reduction), columns)
+        )
 
     @property
     def has_also(self) -> bool:

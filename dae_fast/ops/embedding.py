@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from ..checks import DTYPES
 from ..noise import Noise
-from .checks import DTYPES
-from .routing import wants_grad
+from ..routing import wants_grad
 
 
 def timestep_embedding(

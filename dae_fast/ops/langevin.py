@@ -34,7 +34,9 @@ def langevin_step(
         samples(op, "x", x)
     h = _factor(op, "step_size", step_size, x)
     scale = _factor(op, "noise_scale", noise_scale, x)
-    negative = bool((h < 0).any()) if isinstance(h, Tensor) and can_read(h) else not isinstance(h, Tensor) and not h >= 0
+    negative = (
+        bool((h < 0).any()) if isinstance(h, Tensor) and can_read(h) else not isinstance(h, Tensor) and not h >= 0
+    )
     if negative:
         raise ValueError(f"{op}: step_size must not be negative, got {float(torch.as_tensor(h).min())}")
     return summed(op, ("x", "score", "noise"), (x, score, noise), (1.0, h, scale * (2 * h) ** 0.5), out)

@@ -1,7 +1,7 @@
 """The two primitives, of which all ops are made, open to everybody: a weighted sum, and a weighted residual's loss.
 
 Each call goes one way: the core's, for a plain call; else the arguments are checked, a level of several dimensions
-makes its entries rows of the batch, and affine.py or residual.py dispatches.
+makes its entries rows of the batch, and sums.py or residuals.py dispatches.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from ..checks import as_number, check_per_sample, like, promote, samples
-from ..coefficients import Formula, Level, level_for, stack_rows
+from ..coefficients import Formula, Level, leading, level_for, stack_rows
 from ..kernels.spec import (
     ABSENT,
     NOISE,
@@ -35,12 +35,12 @@ from ..kernels.spec import (
     map_of,
 )
 from ..noise import Noise
-from .affine import affine, affine_into, written
+from ..routing import plain_map, wants_grad
 from .masks import Drawn, Mask
 from .memory import check_out
-from .residual import Weighed
-from .residual import residual_loss as residual
-from ..routing import plain_map, wants_grad
+from .residuals import Weighed
+from .residuals import residual_loss as residual
+from .sums import affine, affine_into, written
 
 Coefficient = float | Tensor
 Term = tuple[Coefficient, Any]  # a coefficient, and a tensor, a Noise or what `clamped` returns
@@ -72,7 +72,8 @@ def plan(op: str, uses: tuple[Use, ...], estimate: Use | None, noise: int, also:
         columns[Y], inner[1] = estimate.out, uses[alone[-1]].inner
         if also:
             columns[4 + Y] = estimate.also
-    for k, use in enumerate(uses):
+    for k in sorted(range(len(uses)), key=lambda k: uses[k] == Use()):  # last what is not read
+        use = uses[k]
         if k == noise:
             if use.inner != ABSENT:
                 return None
@@ -100,8 +101,8 @@ class LevelOp:
     """An op over a schedule: a weighted sum whose coefficients are functions of the level, in one launch.
 
     name: for errors and profilers
-    coefficients(alpha, sigma) -> {input: coefficient, or None for one that is checked and not read}; called with floats, or with float64 tensors of all levels, once:
-        a schedule keeps the table
+    coefficients(alpha, sigma) -> {input: coefficient, or None for one that is checked and not read}; called with
+        floats, or with float64 tensors of all levels, once: a schedule keeps the table
     also: the same for a second output, of the same inputs
     estimate: the same for an estimate that is clamped, which `coefficients` and `also` then have as an input "estimate"
 
@@ -223,11 +224,11 @@ def launched(
     names: Sequence[str],
     given: tuple[Any, ...],
     rows: Callable[[], Rows],
-    leading: int,
+    dims: int,
     bounds: Bounds | None,
     out: Tensor | None,
 ) -> Any:
-    """A checked weighted sum. leading: how many dimensions its rows stand for."""
+    """A checked weighted sum. dims: how many dimensions its rows stand for."""
     slots: list[Any] = [None] * 5
     for slot, value in zip(spec.slots, given, strict=True):
         slots[slot] = value
@@ -241,24 +242,24 @@ def launched(
         check_out(spec.op, out, **read)
         if wants_grad(*inputs, coefficients.tensor, out):
             raise ValueError(f"{spec.op}: out= has no gradient; call it under torch.no_grad() or without out")
-    flat: Any = tuple(in_rows(t, leading) for t in inputs)
-    if leading > 1 and noise is not None:
-        noise = noise._in_rows(math.prod(shape[1:leading]))
+    flat: Any = tuple(in_rows(t, dims) if spec.reads(k) else None for k, t in enumerate(inputs))
+    if dims > 1 and noise is not None:
+        noise = noise._in_rows(math.prod(shape[1:dims]))
     if out is not None:
-        target = in_rows(out, leading)
+        target = in_rows(out, dims)
         affine_into(by_slot, target, flat, noise, coefficients, bounds)
-        if leading > 1 and target.data_ptr() != out.data_ptr():
+        if dims > 1 and target.data_ptr() != out.data_ptr():
             out.copy_(target.reshape(shape))
         return out
     made = affine(by_slot, flat, noise, coefficients, bounds)
-    if leading > 1:
-        made = tuple(t.unflatten(0, shape[:leading]) for t in made)
+    if dims > 1:
+        made = tuple(t.unflatten(0, shape[:dims]) for t in made)
     return made if len(made) > 1 else made[0]
 
 
-def in_rows(t: Tensor | None, leading: int) -> Any:
+def in_rows(t: Tensor | None, dims: int) -> Any:
     """With its leading dimensions as one."""
-    return t if t is None or leading == 1 else t.flatten(0, leading - 1)
+    return t if t is None or dims == 1 else t.flatten(0, dims - 1)
 
 
 class Clamped(NamedTuple):
@@ -313,7 +314,8 @@ def weighted_sum(*terms: Term, also: Sequence[Coefficient] | None = None, out: T
             if type(term[1]) is Noise:
                 noise = k
         else:
-            spec = _simple_plan(len(given), noise, also is not None) if given else None
+            fits = given and (also is None or len(also) == len(given))
+            spec = _simple_plan(len(given), noise, also is not None) if fits else None
             if spec is not None:
                 row = tuple(coefficients) if also is None else (*coefficients, *also)
                 done = plain_map(spec.core, tuple(given), row, None, None, out)
@@ -404,7 +406,7 @@ def _parse(op: str, terms: Sequence[Any], also: Sequence[Coefficient] | None) ->
 def _sum(op: str, parsed: _Parsed, also: bool, out: Tensor | None) -> Any:
     x, given = checked(op, parsed.names, parsed.given)
     coefficients = [check_per_sample(op, name, c, x) for name, c in parsed.coefficients]
-    leading = max((c.dim() for c in coefficients if isinstance(c, Tensor)), default=1) or 1
+    dims = leading(*coefficients)
     noise = next((k for k, value in enumerate(given) if isinstance(value, Noise)), -1)
     spec = plan(op, parsed.uses, parsed.estimate, noise, also)
 
@@ -412,7 +414,7 @@ def _sum(op: str, parsed: _Parsed, also: bool, out: Tensor | None) -> Any:
         return stack_rows(op, tuple(coefficients), x, compute_dtype(x.dtype))
 
     if spec is not None:
-        return launched(spec, parsed.names, given, rows, leading, parsed.bounds, out)
+        return launched(spec, parsed.names, given, rows, dims, parsed.bounds, out)
     if parsed.estimate is None:
         tensors = sum(not isinstance(value, Noise) for value in given)
         raise ValueError(f"{op}: at most four tensors, or three and a Noise, fit one launch; got {tensors} tensors")
@@ -468,12 +470,11 @@ def residual_loss(
     row = (1.0, of_y, of_z) if delta is None else (1.0, of_y, of_z, check_per_sample(op, "delta", delta, pred))
     columns = (1 if y is not None else ABSENT, 2 if n[1] >= 0 else ABSENT, 3 if known.has_delta else ABSENT)
     w = None if weight is None else check_per_sample(op, "weight", weight, pred)
-    leading = max((c.dim() for c in (*row, w) if isinstance(c, Tensor)), default=1) or 1
     spec = loss_of(op, known, how, (*columns, ABSENT, ABSENT, ABSENT))
     if isinstance(w, float):
         w = torch.full((), w, dtype=compute_dtype(pred.dtype), device=pred.device)
     rows = stack_rows(op, row, pred, compute_dtype(pred.dtype))
-    return loss_of_rows(spec, Residual(pred, y, z, noise, mask_of(op, pred, mask)), rows, w, leading)[0]
+    return loss_of_rows(spec, Residual(pred, y, z, noise, mask_of(op, pred, mask)), rows, w, leading(*row, w))[0]
 
 
 def _operands(given: Sequence[Any]) -> tuple[Any, Any, Any, tuple[int, int]]:
@@ -538,20 +539,21 @@ def mask_of(op: str, pred: Tensor, mask: Any) -> Mask:
         raise ValueError(f"{op}: mask must be broadcastable to {tuple(pred.shape)}, got {tuple(mask.shape)}") from None
 
 
-def loss_of_rows(spec: Any, operands: Residual, rows: Rows, weight: Tensor | None, leading: int) -> Weighed:
+def loss_of_rows(spec: Any, operands: Residual, rows: Rows, weight: Tensor | None, dims: int) -> Weighed:
     """A checked loss; its values of rows get their dimensions back. weight: () or (B,), or of the rows' dimensions."""
     pred, y, z, noise, mask = operands
-    shape = pred.shape[:leading]
+    shape = pred.shape[:dims]
     if weight is not None:
-        weight = weight.reshape(*weight.shape, *[1] * (leading - weight.dim())) if weight.dim() else weight
+        weight = weight.reshape(*weight.shape, *[1] * (dims - weight.dim())) if weight.dim() else weight
         weight = weight.expand(shape).reshape(-1)
-    if leading > 1:
+    if dims > 1:
         if noise is not None:
             noise = noise._in_rows(math.prod(shape[1:]))
         stored: Any = mask.on(pred) if isinstance(mask, Drawn) else mask
-        operands = Residual(*(in_rows(t, leading) for t in (pred, y, z)), noise, in_rows(stored, leading))
+        pred, y, z, stored = (in_rows(t, dims) for t in (pred, y, z, stored))
+        operands = Residual(pred, y, z, noise, stored)
     loss, means, also = residual(spec, operands, rows, weight)
-    if leading > 1:
+    if dims > 1:
         means = means.unflatten(0, shape)
         loss = loss.unflatten(0, shape) if loss.dim() else loss
     return loss, means, also

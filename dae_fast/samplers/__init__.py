@@ -1,8 +1,10 @@
 """Samplers: each one flat loop around the fused step. One Noise makes the whole run reproducible.
 
-They run without gradients, leave a start given as a tensor as it is, and keep its dtype: what the
-network returns is cast to it. Row b of the result depends on the noise's id of sample b alone, so a
-batch sampled in parts (Noise(seed, first_sample=...)) is the batch sampled at once.
+They run without gradients and leave a start given as a tensor as it is. The network is handed x in the
+start's dtype, and so is the caller; between the steps x and the estimates are kept in the dtype of the
+arithmetic, fp32 for fp16 and bf16, in which many small steps would be lost. Each x that a network is handed
+is a tensor of its own. Row b of the result depends on the noise's id of sample b alone, so a batch sampled
+in parts (Noise(seed, first_sample=...)) is the batch sampled at once.
 
 graph=True runs the whole loop as one CUDA graph, with the same result and no work of the host between
 the steps. The first call of a kind (network, shape, dtype, schedule, options) runs the network once more

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..kernels.reference import compute_dtype
 from ..noise import Noise
 from ..ops.conversions import Bounds
 from ..ops.parameterisation import Parameterisation
@@ -16,23 +15,27 @@ from ..ops.reparameterisation import reparameterise
 from ..schedule import Schedule
 from .common import (
     Limits,
+    Look,
     Network,
     Update,
     begin,
     conditions,
     descend,
     grid,
+    guided,
     limits,
+    mixed,
     planned,
-    predicted,
     progressed,
+    raw_plan,
     reverse_plan,
     run,
+    sampler,
 )
 from .tables import reverse_table
 
 
-@torch.no_grad()
+@sampler()
 def ddpm(
     net: Network,
     x: Tensor | Sequence[int],
@@ -40,6 +43,7 @@ def ddpm(
     noise: Noise,
     *,
     predict: Parameterisation = "eps",
+    conditioning: str | None = None,
     clamp: Bounds | None = None,
     threshold: float | None = None,
     guidance: float | None = None,
@@ -49,11 +53,14 @@ def ddpm(
 ) -> Tensor:
     """Ancestral sampling, one step per level.
 
-    net(x_t, t): the network, like x_t, at levels t (B,) int64
-    x: x_T (B, ...) fp16/bf16/fp32/fp64, or a shape: then noise.fold_in(T).normal(shape), fp32 on the CPU
-       (with graph on the current CUDA device; times sigma_T when the schedule is not variance preserving)
+    net(x_t, t): the network, like x_t, at levels t (B,), as `conditioning` says
+    x: x_T (B, ...) fp16/bf16/fp32/fp64, or a shape: then noise.fold_in(START_TAG).normal(shape), fp32 on the CPU
+       (with graph on the current CUDA device; times sigma_T when the schedule is not variance preserving), which is
+       warned of where the first level is not nearly pure noise
     noise: Noise; the step from level t uses noise.fold_in(t)
     predict: what net predicts, "eps", "x0", "v", "score", "flow" or an EDM
+    conditioning: what net is told of a level: "level", t int64; "time", that of ContinuousSchedule.discretise; or
+        "sigma", where alpha = 1 (Schedule.karras); both fp32 (fp64 for fp64). None: the time where there is one
     clamp: c or (low, high), the limits of the x0 estimate in every step
     threshold: dynamic thresholding instead, the quantile (0.995) of a sample's |x0 estimate| that becomes 1
         where it is more (Saharia et al. 2022, section 2.3)
@@ -70,30 +77,31 @@ def ddpm(
     if variance not in ("small", "large", "learned"):
         raise ValueError(f"{op}: variance must be 'small', 'large' or 'learned', got {variance!r}")
     levels = list(reversed(range(len(schedule))))
+    told = conditions(op, schedule, levels, conditioning)
     limit = limits(op, clamp, threshold)
     if variance != "learned":
         large = variance == "large"
         update = reverse_plan(op, schedule, tuple(levels), predict, 1.0, 1.0, large, guidance, limit)
-        return descend(op, net, begin(op, x, schedule, noise, levels, graph), noise, levels, update, progress, graph)
+        x = begin(op, x, schedule, noise, levels, graph)
+        return descend(op, net, x, noise, levels, update, progress, graph, told)
     update, table, noisy = _learned(op, schedule, tuple(levels), predict, guidance, limit)
     parts = (*(update.parts or ("prediction",)), "v")
 
-    def loop(x: Tensor, noise: Noise, table: Tensor) -> Tensor:
-        compute = compute_dtype(x.dtype)
+    def loop(look: Look, x: Tensor, noise: Noise, table: Tensor) -> Tensor:
         for i, t in enumerate(progressed(levels, progress, op)):
-            *prediction, v = predicted(op, net, x, t, parts)
+            *prediction, v = look(x, told[i], parts)
             (x,) = update(table, i, x, tuple(prediction))
             if noisy[i]:
                 # The affine map has one factor a sample; here each element has its own.
-                log_var = torch.addcmul(table[i, -2], table[i, -1], v.to(compute))
-                x = reparameterise(x.to(compute), log_var, noise.fold_in(t))[0].to(x.dtype)
+                log_var = torch.addcmul(table[i, -2], table[i, -1], v)
+                x, _ = reparameterise(x, log_var, noise.fold_in(t))
         return x
 
     x = begin(op, x, schedule, noise, levels, graph)
-    return run(op, net, loop, x, noise, table, ("learned", *levels, update.options), progress, graph)
+    return run(op, net, loop, x, noise, table, ("learned", *levels, *told, update.options), progress, graph)
 
 
-@torch.no_grad()
+@sampler()
 def ddim(
     net: Network,
     x: Tensor | Sequence[int],
@@ -104,8 +112,10 @@ def ddim(
     levels: Sequence[int] | None = None,
     eta: float = 0.0,
     predict: Parameterisation = "eps",
+    conditioning: str | None = None,
     clamp: Bounds | None = None,
     threshold: float | None = None,
+    use_clipped_model_output: bool = False,
     guidance: float | None = None,
     progress: bool = False,
     graph: bool = False,
@@ -114,6 +124,9 @@ def ddim(
 
     steps: in [1, T]      levels: instead of steps, one's own, decreasing; a start of a shape is of the first
     eta: in [0, 1], 0 is deterministic, 1 is ancestral
+    clamp, threshold: of the x0 estimate alone, and the step goes on along the eps that net predicts, as diffusers'
+        clip_sample has it. use_clipped_model_output, diffusers' name: along the eps of the limited x0 instead, as
+        in Dhariwal and Nichol's code and k-diffusion, and in all other samplers here
     Other arguments, the result and the errors as in ddpm. Song, Meng and Ermon 2021, eq. 12.
     """
     op = "ddim"
@@ -121,11 +134,27 @@ def ddim(
         raise ValueError(f"{op}: eta must be in [0, 1], got {eta}")
     chosen = grid(op, schedule, steps, levels)
     limit = limits(op, clamp, threshold)
-    update = reverse_plan(op, schedule, tuple(chosen), predict, eta, 1.0, False, guidance, limit)
-    return descend(op, net, begin(op, x, schedule, noise, chosen, graph), noise, chosen, update, progress, graph)
+    told = conditions(op, schedule, chosen, conditioning)
+    if limit == Limits() or use_clipped_model_output:
+        update = reverse_plan(op, schedule, tuple(chosen), predict, eta, 1.0, False, guidance, limit)
+        x = begin(op, x, schedule, noise, chosen, graph)
+        return descend(op, net, x, noise, chosen, update, progress, graph, told)
+    update, table = raw_plan(op, schedule, tuple(chosen), predict, eta, guidance, limit)
+    # The launch reads the prediction twice, limited and as it is, and so has no room for a second one.
+    parts = guided(op, guidance)
+
+    def loop(look: Look, x: Tensor, noise: Noise, table: Tensor) -> Tensor:
+        for i, t in enumerate(progressed(chosen, progress, op)):
+            pred = mixed(op, table[i : i + 1, -2:], look(x, told[i], parts))
+            fresh = noise.fold_in(t) if update.reads_z[i] else None
+            (x,) = update(table, i, x, (pred,), noise=fresh, w=pred)
+        return x
+
+    x = begin(op, x, schedule, noise, chosen, graph)
+    return run(op, net, loop, x, noise, table, ("raw", *chosen, *told, parts, update.options), progress, graph)
 
 
-@torch.no_grad()
+@sampler()
 def euler_ancestral(
     net: Network,
     x: Tensor | Sequence[int],
@@ -137,7 +166,7 @@ def euler_ancestral(
     eta: float = 1.0,
     noise_scale: float = 1.0,
     predict: Parameterisation = "eps",
-    conditioning: str = "level",
+    conditioning: str | None = None,
     clamp: Bounds | None = None,
     threshold: float | None = None,
     guidance: float | None = None,
@@ -149,8 +178,6 @@ def euler_ancestral(
     sigma_up = min(sigma_s, eta * sigma_s * sqrt(1 - sigma_s^2/sigma_t^2)), sigma_down^2 = sigma_s^2 - sigma_up^2,
     all over alpha; the step is ddim's, whose eta ends at 1.
     eta: >= 0      noise_scale: >= 0, k-diffusion's s_noise, a factor of the noise added
-    conditioning: what net is told, "level", t (B,) int64, or "sigma", (B,) fp32 (fp64 for fp64), for a schedule
-        with alpha = 1 (Schedule.karras)
     Other arguments, the result and the errors as in ddim and ddpm. k-diffusion's sample_euler_ancestral (Crowson 2022).
     """
     op = "euler_ancestral"

@@ -5,32 +5,74 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+import warnings
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from functools import lru_cache, wraps
+from functools import lru_cache, partial, wraps
+from inspect import signature
 from itertools import pairwise
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from .. import checks
 from .._torch import outside_modes
+from ..checks import can_read, like, samples
 from ..graphs import replayed, start_device
-from ..kernels.reference import compute_dtype
-from ..noise import Noise
-from ..ops.affine import ABSENT, Clamp, Columns, affine
-from ..ops.checks import like, noise_for, samples
+from ..kernels.spec import ABSENT, Map, Rows, compute_dtype, map_of
+from ..noise import Noise, noise_for
 from ..ops.conversions import Bounds, bounds
-from ..ops.parameterisation import Parameterisation
-from ..ops.routing import plain_affine
-from ..rows import Rows
+from ..ops.parameterisation import Parameterisation, check_name
+from ..primitives.sums import affine
 from ..schedule import Schedule
-from .tables import reverse_table
+from .tables import estimate, following, reverse_table
 
 Network = Callable[[Tensor, Tensor], Any]
+Look = Callable[..., tuple[Tensor, ...]]  # by the network, of (x, t, parts), as `predicted`
+Told = Sequence[int] | Sequence[float]  # what the network is told at each level
+START_TAG = 0x7374617274  # "start"
+UNNOISED = 0.1  # alpha/sigma from which a start of pure noise is not the law of x_t
 GUIDED = "conditional", "unconditional"  # what a network returns under guidance
 OUTPUT = "the network's output"
 Plan = TypeVar("Plan")
+P = ParamSpec("P")
+
+ARGUMENTS: dict[str, checks.Check] = {
+    "net": checks.function,
+    "score": checks.function,
+    "schedule": checks.instance(Schedule, "a Schedule"),
+    "noise": checks.instance(Noise, "a Noise"),
+    "predict": check_name,
+    "steps": checks.whole(),
+    "steps_per_level": checks.whole(1),
+    "corrector_steps": checks.whole(0),
+    "threshold": checks.a_number,
+    "eta": checks.a_number,
+    "noise_scale": checks.a_number,
+    "step_size": checks.a_number,
+    "snr": checks.real("finite and not negative"),
+    "S_churn": checks.real("finite and not negative"),
+    "S_tmin": checks.a_number,
+    "S_tmax": checks.a_number,
+    "S_noise": checks.real("finite and not negative"),
+    "use_clipped_model_output": checks.flag,
+    "denoise": checks.flag,
+    "progress": checks.flag,
+    "graph": checks.flag,
+}
+
+
+def sampler(**own: checks.Check) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
+    """A sampler's face: its arguments looked at, no gradients. own: checks that are not those of ARGUMENTS."""
+
+    def made(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+        table = {**ARGUMENTS, **own}
+        chosen = {name: table[name] for name in signature(function).parameters if name in table}
+        faced: Callable[P, Tensor] = torch.no_grad()(checks.arguments(**chosen)(function))
+        return faced
+
+    return made
 
 
 def begin(
@@ -39,20 +81,31 @@ def begin(
     """The start, checked; of a shape, pure noise of the size that it has at the first of `levels`."""
     if not isinstance(x, Tensor):
         alpha, sigma = float(schedule.alpha[levels[0]]), float(schedule.sigma[levels[0]])
-        x = draw_start(op, x, noise, len(schedule), alpha, sigma, graph)
+        if alpha > UNNOISED * sigma and not is_compiling():
+            warnings.warn(
+                f"{op}: a start of pure noise is not the law of x_t at level {levels[0]} of {schedule}, which keeps "
+                f"alpha = {alpha:.3g} of the data beside sigma = {sigma:.3g}: use zero_terminal_snr() or a schedule "
+                "that ends in noise, or give x = alpha*x0 + sigma*eps",
+                stacklevel=5,
+            )
+        x = draw_start(op, x, noise, alpha, sigma, graph)
     check_start(op, x, noise)
     return x
 
 
-def draw_start(
-    op: str, shape: Sequence[int], noise: Noise, key: int, alpha: float, sigma: float, graph: bool
-) -> Tensor:
-    """noise.fold_in(key), times sigma unless alpha^2 + sigma^2 = 1; with graph on the CUDA device."""
+def draw_start(op: str, shape: Sequence[int], noise: Noise, alpha: float, sigma: float, graph: bool) -> Tensor:
+    """noise.fold_in(START_TAG), times sigma unless alpha^2 + sigma^2 = 1; with graph on the CUDA device.
+
+    So one key is one start, whatever the schedule, its levels and the sampler.
+    """
     if not isinstance(shape, Sequence) or isinstance(shape, str):
         raise TypeError(f"{op}: x must be a tensor or a shape (B, ...), got {type(shape).__name__}")
     if not isinstance(noise, Noise):
         raise TypeError(f"{op}: noise must be a Noise, got {type(noise).__name__}")
-    z = noise.fold_in(key).normal(shape, device=start_device(op) if graph else torch.device("cpu"))
+    shape = tuple(checks.integer(op, "x, a shape,", n, 0) for n in shape)
+    if not shape:
+        raise ValueError(f"{op}: x must be a tensor or a shape (B, ...), got ()")
+    z = noise.fold_in(START_TAG).normal(shape, device=start_device(op) if graph else torch.device("cpu"))
     return z if abs(alpha**2 + sigma**2 - 1) < 1e-9 else z * sigma
 
 
@@ -70,8 +123,7 @@ def grid(op: str, schedule: Schedule, steps: int, levels: Sequence[int] | None, 
     """
     T = len(schedule)
     if levels is None:
-        if not 1 <= steps <= T:
-            raise ValueError(f"{op}: steps must be in [1, {T}], got {steps}")
+        steps = checks.integer(op, "steps", steps, 1, T)
         points = torch.linspace(T - 1, last, steps - last, dtype=torch.float64, device="cpu")
         return [int(t) for t in points[:steps].round().tolist()]
     try:
@@ -83,12 +135,19 @@ def grid(op: str, schedule: Schedule, steps: int, levels: Sequence[int] | None, 
     return chosen
 
 
-def conditions(op: str, schedule: Schedule, levels: list[int], conditioning: str) -> list[int] | list[float]:
-    """What the network is told at each of `levels`: the level, or its sigma."""
+def conditions(op: str, schedule: Schedule, levels: list[int], conditioning: str | None) -> Told:
+    """What the network is told at each of `levels`: the level, its time or its sigma."""
+    if conditioning is None:  # the times, where the schedule has them: a network was trained on those
+        conditioning = "level" if schedule.times is None else "time"
+    CONDITIONING(op, "conditioning", conditioning)
     if conditioning == "level":
         return levels
-    if conditioning != "sigma":
-        raise ValueError(f"{op}: conditioning must be 'level' or 'sigma', got {conditioning!r}")
+    if conditioning == "time":
+        if schedule.times is None:
+            raise ValueError(
+                f"{op}: conditioning='time' needs a schedule with times (ContinuousSchedule.discretise), got {schedule}"
+            )
+        return schedule.times[levels].tolist()
     if not bool((schedule.alpha == 1).all()):
         raise ValueError(
             f"{op}: conditioning='sigma' needs a schedule with alpha = 1 (Schedule.karras), got {schedule}"
@@ -96,12 +155,21 @@ def conditions(op: str, schedule: Schedule, levels: list[int], conditioning: str
     return schedule.sigma[levels].tolist()
 
 
+CONDITIONING = checks.one_of("level", "time", "sigma")
+
+
 def predicted(
-    op: str, net: Network, x: Tensor, t: float, parts: tuple[str, ...] = (), what: str = OUTPUT
+    op: str,
+    net: Network,
+    dtype: torch.dtype,
+    x: Tensor,
+    t: float,
+    parts: tuple[str, ...] = (),
+    what: str = OUTPUT,
 ) -> tuple[Tensor, ...]:
-    """net(x, t) for all samples at t: an int as int64, a float in the dtype of the arithmetic."""
-    dtype = torch.int64 if isinstance(t, int) else compute_dtype(x.dtype)
-    return checked(op, net(x, torch.full(x.shape[:1], t, dtype=dtype, device=x.device)), x, parts, what)
+    """net(x, t) of the state x in `dtype`, for all samples at t: an int as int64, a float in x's dtype."""
+    told = torch.full(x.shape[:1], t, dtype=torch.int64 if isinstance(t, int) else x.dtype, device=x.device)
+    return checked(op, net(x if x.dtype == dtype else x.to(dtype), told), x, parts, what)
 
 
 def checked(op: str, made: Any, x: Tensor, parts: tuple[str, ...], what: str) -> tuple[Tensor, ...]:
@@ -137,7 +205,7 @@ def mixed(op: str, row: Tensor, prediction: Sequence[Tensor]) -> Tensor:
     first, *second = prediction
     if not second:
         return first
-    return affine(op, first, second[0], None, None, Rows(row, None), (0, 1, ABSENT, ABSENT))[0]
+    return affine(map_of(op, (0, 1, ABSENT, ABSENT)), (first, second[0], None, None), None, Rows(row, None))[0]
 
 
 class Limits(NamedTuple):
@@ -162,7 +230,7 @@ def limits(op: str, clamp: Bounds | None, threshold: float | None) -> Limits:
         raise ValueError(f"{op}: give clamp or threshold, not both, got {clamp} and {threshold}")
     if not 0 < threshold <= 1:
         raise ValueError(f"{op}: threshold must be a quantile in (0, 1], got {threshold}")
-    return Limits(-1.0, 1.0, threshold)
+    return Limits(-1.0, 1.0, float(threshold))
 
 
 class Update:
@@ -189,7 +257,8 @@ class Update:
         else:
             self.table = torch.cat([self._direct(o, a_x, a_c, a_u) for o in outer], 1)
         self._outputs = len(outputs)
-        self._columns = {(z, w): self._columns_of(z, w) for z in (False, True) for w in (False, True)}
+        self._maps = {(z, w): self._map(z, w) for z in (False, True) for w in (False, True)}
+        self._bounds = (limits.low, limits.high) if self._estimates else None
 
     def _direct(self, output: Tensor, a_x: Tensor, a_c: Tensor, a_u: Tensor) -> Tensor:
         """(steps, 4): of x, the prediction, z and w."""
@@ -201,14 +270,12 @@ class Update:
         """What a captured loop depends on besides the table."""
         return self.limits, self.parts, self._outputs
 
-    def _columns_of(self, reads_z: bool, reads_w: bool) -> tuple[Columns, Clamp | None]:
-        """Of the outputs, and of the estimate."""
+    def _map(self, reads_z: bool, reads_w: bool) -> Map:
         of_w = reads_w and not (self.parts and self._estimates)  # there u is read by the estimate alone
         of_output = 0, 1, 2 if reads_z else ABSENT, 3 if of_w else ABSENT
         first = 3 if self._estimates else 0
         columns = tuple(c if c == ABSENT else first + 4 * k + c for k in range(self._outputs) for c in of_output)
-        low, high, _ = self.limits
-        return columns, (0, 1, 2 if self.parts else ABSENT, low, high) if self._estimates else None
+        return map_of(self.op, columns, (0, 1, 2 if self.parts else ABSENT) if self._estimates else None)
 
     def __call__(
         self,
@@ -225,17 +292,13 @@ class Update:
         w = u[0] if u else w
         reads_z, quantile = self.reads_z[i], self.limits.quantile
         z, noise = (z, noise) if reads_z else (None, None)
-        columns, clamp = self._columns[reads_z, w is not None]
-        if quantile is None and not is_compiling():
-            stepped = plain_affine(self.op, columns, x, p, z, noise, i, table, w, clamp)
-            if stepped is not None:
-                return stepped if isinstance(stepped, tuple) else (stepped,)
-        row = table[i : i + 1]
-        if quantile is not None:
-            of_u = 2 if u else ABSENT
-            (x0_hat,) = affine(self.op, x, p, None, None, Rows(row, None), (0, 1, ABSENT, of_u), w=w)
-            row = _thresholded(row, x0_hat, quantile)
-        return affine(self.op, x, p, z, noise, Rows(row, None), columns, clamp, w=w)
+        spec, inputs = self._maps[reads_z, w is not None], (x, p, z, w)
+        if quantile is None:
+            return affine(spec, inputs, noise, Rows(table, i), self._bounds)  # type: ignore[arg-type]
+        row, of_u = table[i : i + 1], 2 if u else ABSENT
+        (x0_hat,) = affine(map_of(self.op, (0, 1, ABSENT, of_u)), (x, p, None, w), None, Rows(row, None))
+        row = _thresholded(row, x0_hat, quantile)
+        return affine(spec, inputs, noise, Rows(row, None), self._bounds)
 
 
 def planned(make: Callable[..., Plan]) -> Callable[..., Plan]:
@@ -277,6 +340,33 @@ def reverse_plan(
     return Update(op, table[:, 3:], table[:, :3], guidance=guidance, limits=limit)
 
 
+@planned
+def raw_plan(
+    op: str,
+    schedule: Schedule,
+    levels: tuple[int, ...],
+    predict: Parameterisation,
+    eta: float,
+    guidance: float | None,
+    limit: Limits,
+) -> tuple[Update, Tensor]:
+    """As reverse_plan, of alpha_s * (the limited x0 estimate) + keep * (eps of the prediction as it is) + the noise.
+
+    Then the table, with what weighs the predictions under guidance: of one prediction the launch has two uses.
+    """
+    table = reverse_table(op, schedule, list(levels), predict, eta, False)
+    alpha, sigma = schedule.alpha[list(levels)], schedule.sigma[list(levels)]
+    alpha_s, _ = following(alpha, sigma)
+    keep = table[:, 0] * sigma
+    eps = torch.where(keep[:, None] > 0, estimate(op, predict, alpha, sigma, "eps"), 0.0) * keep[:, None]
+    output = torch.stack((eps[:, 0], alpha_s, table[:, 2], eps[:, 1]), 1)
+    update = Update(op, table[:, 3:], output, guidance=None, limits=limit)
+    guided(op, guidance)
+    table = torch.cat((update.table, mix(guidance, alpha)), 1)
+    schedule._require_finite(op, table, levels)
+    return update, table
+
+
 def _thresholded(row: Tensor, x0_hat: Tensor, quantile: float) -> Tensor:
     """(B, K): the row of each sample, so that its clamp to [-1, 1] is dynamic thresholding.
 
@@ -308,15 +398,14 @@ def descend(
     update: Update,
     progress: bool,
     graph: bool,
-    told: Sequence[float] | None = None,
+    told: Told,
 ) -> Tensor:
     """One look by the network and one launch for each of `levels`; `told`: what the network is told there."""
-    told = levels if told is None else told
 
-    def loop(x: Tensor, noise: Noise, table: Tensor) -> Tensor:
+    def loop(look: Look, x: Tensor, noise: Noise, table: Tensor) -> Tensor:
         for i, t in enumerate(progressed(levels, progress, op)):
             fresh = noise.fold_in(t) if update.reads_z[i] else None
-            (x,) = update(table, i, x, predicted(op, net, x, told[i], update.parts), noise=fresh)
+            (x,) = update(table, i, x, look(x, told[i], update.parts), noise=fresh)
         return x
 
     return run(op, net, loop, x, noise, update.table, (*levels, *told, update.options), progress, graph)
@@ -324,26 +413,48 @@ def descend(
 
 def run(
     op: str,
-    net: Callable[..., Any],
-    loop: Callable[[Tensor, Noise, Tensor], Tensor],
+    net: Network,
+    loop: Callable[[Look, Tensor, Noise, Tensor], Tensor],
     x: Tensor,
     noise: Noise,
     table: Tensor,
     options: object,
     progress: bool,
     graph: bool,
+    what: str = OUTPUT,
 ) -> Tensor:
-    """loop(x, noise, table), the table rounded once; with graph replayed. options: what else the loop depends on."""
-    table = table.to(compute_dtype(x.dtype))
+    """loop(look, x, noise, table), with graph replayed. options: what else the loop depends on.
+
+    The state, and all that a step keeps, is of the dtype of the arithmetic, as the table is, rounded once: in half
+    precision a small step would be lost in x. The network is handed x's own dtype, and so is the caller.
+    """
+    dtype, compute = x.dtype, compute_dtype(x.dtype)
+    table = rounded(op, table, compute)
+
+    def whole(x: Tensor, noise: Noise, table: Tensor) -> Tensor:
+        look = partial(predicted, op, net, dtype, what=what)
+        return loop(look, x.to(compute), noise, table).to(dtype)
+
     if graph:
         # By repr, for a network told level 1 is not one told sigma 1.0.
-        return replayed(op, net, loop, x, noise, progress, table=table, options=repr(options))
-    return loop(x, noise, table.to(x.device))
+        return replayed(op, net, whole, x, noise, progress, table=table, options=repr(options))
+    return whole(x, noise, table.to(x.device))
+
+
+def rounded(op: str, table: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of float64 coefficients, none of which may overflow."""
+    narrow = table.to(dtype)
+    if can_read(narrow):
+        for beyond in table[table.isfinite() & ~narrow.isfinite()][:1].tolist():
+            raise ValueError(
+                f"{op}: a coefficient of {beyond:.3g} overflows {dtype}: give x in float64, or other levels"
+            )
+    return narrow
 
 
 def progressed(plan: Sequence[Plan], progress: bool, what: str) -> Iterable[Plan]:
     if not progress:
         return plan
-    from rich.progress import track
+    from tqdm.auto import tqdm  # takes a moment, and is wanted by few
 
-    return track(plan, description=what)
+    return tqdm(plan, desc=what)

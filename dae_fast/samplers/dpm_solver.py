@@ -14,7 +14,9 @@ from ..ops.parameterisation import Parameterisation
 from ..schedule import Schedule
 from .common import (
     Limits,
+    Look,
     Network,
+    Told,
     Update,
     begin,
     conditions,
@@ -24,14 +26,14 @@ from .common import (
     mix,
     mixed,
     planned,
-    predicted,
     progressed,
     run,
+    sampler,
 )
 from .tables import estimate, following
 
 
-@torch.no_grad()
+@sampler()
 def dpm_solver_pp_2m(
     net: Network,
     x: Tensor | Sequence[int],
@@ -41,7 +43,7 @@ def dpm_solver_pp_2m(
     steps: int = 20,
     levels: Sequence[int] | None = None,
     predict: Parameterisation = "eps",
-    conditioning: str = "level",
+    conditioning: str | None = None,
     clamp: Bounds | None = None,
     threshold: float | None = None,
     guidance: float | None = None,
@@ -51,8 +53,6 @@ def dpm_solver_pp_2m(
     """DPM-Solver++ 2M: the probability-flow ODE to second order at one look by the network a step.
 
     noise: Noise; of a start given as a shape alone, the steps have none
-    conditioning: what net is told, "level", t (B,) int64, or "sigma", (B,) fp32 (fp64 for fp64), for a schedule
-        with alpha = 1 (Schedule.karras)
     Other arguments, the result and the errors as in ddim and ddpm.
     The step also writes its x0 estimate, which the next one reads. The first step has none to read, and the last,
     to the data, is the estimate itself: both are of first order (lower_order_final in the paper's code).
@@ -65,7 +65,7 @@ def dpm_solver_pp_2m(
     return _multistep(op, net, x, schedule, noise, chosen, told, 0.0, predict, limit, guidance, progress, graph)
 
 
-@torch.no_grad()
+@sampler()
 def dpm_solver_pp_2m_sde(
     net: Network,
     x: Tensor | Sequence[int],
@@ -76,7 +76,7 @@ def dpm_solver_pp_2m_sde(
     levels: Sequence[int] | None = None,
     eta: float = 1.0,
     predict: Parameterisation = "eps",
-    conditioning: str = "level",
+    conditioning: str | None = None,
     clamp: Bounds | None = None,
     threshold: float | None = None,
     guidance: float | None = None,
@@ -106,7 +106,7 @@ def _multistep(
     schedule: Schedule,
     noise: Noise,
     levels: list[int],
-    told: Sequence[float],
+    told: Told,
     eta: float,
     predict: Parameterisation,
     limit: Limits,
@@ -119,10 +119,10 @@ def _multistep(
     # The launch has no room for a second prediction beside the x0_hat of the step before.
     parts = guided(op, guidance)
 
-    def loop(x: Tensor, noise: Noise, table: Tensor) -> Tensor:
+    def loop(look: Look, x: Tensor, noise: Noise, table: Tensor) -> Tensor:
         x0_hat = None
         for i, t in enumerate(progressed(levels, progress, op)):
-            pred = mixed(op, table[i : i + 1, -2:], predicted(op, net, x, told[i], parts))
+            pred = mixed(op, table[i : i + 1, -2:], look(x, told[i], parts))
             before = x0_hat if looks_back[i] else None
             x, x0_hat = update(table, i, x, (pred,), noise=noise.fold_in(t), w=before)
         return x

@@ -10,28 +10,31 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..noise import Noise
 from ..ops.conversions import Bounds
 from ..ops.parameterisation import Parameterisation
 from ..schedule import Schedule
 from .common import (
     Limits,
+    Look,
     Network,
     Update,
     begin,
+    conditions,
     descend,
     grid,
     limits,
     planned,
-    predicted,
     progressed,
     reverse_plan,
     run,
+    sampler,
 )
 from .tables import corrected, estimate, following, reverse
 
 
-@torch.no_grad()
+@sampler()
 def flow_euler(
     net: Network,
     x: Tensor | Sequence[int],
@@ -41,6 +44,7 @@ def flow_euler(
     steps: int = 50,
     levels: Sequence[int] | None = None,
     predict: Parameterisation = "flow",
+    conditioning: str | None = None,
     clamp: Bounds | None = None,
     threshold: float | None = None,
     guidance: float | None = None,
@@ -58,12 +62,13 @@ def flow_euler(
     """
     op = "flow_euler"
     chosen = grid(op, schedule, steps, levels, last=-1)
+    told = conditions(op, schedule, chosen, conditioning)
     limit = limits(op, clamp, threshold)
     update = reverse_plan(op, schedule, tuple(chosen), predict, 0.0, 1.0, False, guidance, limit)
-    return descend(op, net, begin(op, x, schedule, noise, chosen, graph), noise, chosen, update, progress, graph)
+    return descend(op, net, begin(op, x, schedule, noise, chosen, graph), noise, chosen, update, progress, graph, told)
 
 
-@torch.no_grad()
+@sampler()
 def flow_midpoint(
     net: Network,
     x: Tensor | Sequence[int],
@@ -73,6 +78,7 @@ def flow_midpoint(
     steps: int = 25,
     levels: Sequence[int] | None = None,
     predict: Parameterisation = "flow",
+    conditioning: str | None = None,
     clamp: Bounds | None = None,
     threshold: float | None = None,
     guidance: float | None = None,
@@ -88,22 +94,22 @@ def flow_midpoint(
     Other arguments, the result and the errors as in flow_euler. Lipman et al. 2023, section 6.
     """
     op = "flow_midpoint"
-    if levels is None and not 1 <= steps <= len(schedule) // 2:
-        raise ValueError(f"{op}: steps must be in [1, {len(schedule) // 2}], got {steps}")
+    if levels is None:
+        steps = checks.integer(op, "steps", steps, 1, len(schedule) // 2)
     chosen = grid(op, schedule, 2 * steps, levels, last=-1)
     if len(chosen) % 2:
         raise ValueError(f"{op}: levels must be an even number, a start and a middle for each step, got {chosen}")
-    N = len(chosen) // 2
+    N, told = len(chosen) // 2, conditions(op, schedule, chosen, conditioning)
     starts, middles = chosen[::2], chosen[1::2]
     update = _midpoints(op, schedule, tuple(starts), tuple(middles), predict, guidance, limits(op, clamp, threshold))
 
-    def loop(x: Tensor, noise: Noise, table: Tensor) -> Tensor:
+    def loop(look: Look, x: Tensor, noise: Noise, table: Tensor) -> Tensor:
         for i in progressed(range(N), progress, op):
-            (middle,) = update(table, i, x, predicted(op, net, x, starts[i], update.parts))
-            (x,) = update(table, N + i, middle, predicted(op, net, middle, middles[i], update.parts), z=x)
+            (middle,) = update(table, i, x, look(x, told[2 * i], update.parts))
+            (x,) = update(table, N + i, middle, look(middle, told[2 * i + 1], update.parts), z=x)
         return x
 
-    options = (*chosen, update.options)
+    options = (*chosen, *told, update.options)
     x = begin(op, x, schedule, noise, chosen, graph)
     return run(op, net, loop, x, noise, update.table, options, progress, graph)
 

@@ -9,19 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import checks
+from ..checks import can_read, check_per_sample
+from ..coefficients import stack_rows
 from ..graphs import replayed
-from ..kernels.reference import compute_dtype
-from ..level import can_read, check_per_sample
+from ..kernels.spec import ABSENT, Rows, compute_dtype, map_of
 from ..noise import Noise
-from ..ops.affine import ABSENT, affine_into
-from ..rows import Rows, stack_rows
+from ..primitives.sums import affine
 from ..schedule import Schedule
-from .common import Network, check_start, checked, guided, predicted, progressed, run
+from .common import Look, Network, check_start, checked, conditions, guided, progressed, run, sampler
 
 SCORE = "the score"
 
 
-@torch.no_grad()
+def _per_sample(op: str, name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        checks.number(op, name, value)
+
+
+@sampler(step_size=_per_sample, noise_scale=_per_sample, steps=checks.whole(0))
 def langevin(
     score: Callable[[Tensor], Any],
     x: Tensor,
@@ -46,8 +52,6 @@ def langevin(
     """
     op = "langevin"
     check_start(op, x, noise)
-    if steps < 0:
-        raise ValueError(f"{op}: steps must not be negative, got {steps}")
     step_size = check_per_sample(op, "step_size", step_size, x)
     noise_scale = check_per_sample(op, "noise_scale", noise_scale, x)
     readable = not isinstance(step_size, Tensor) or can_read(step_size)
@@ -55,23 +59,26 @@ def langevin(
         raise ValueError(f"{op}: step_size must not be negative, got {float(torch.as_tensor(step_size).min())}")
     parts = guided(op, guidance)
     g = 1.0 if guidance is None else float(guidance)
+    dtype, compute = x.dtype, compute_dtype(x.dtype)
 
     def chain(x: Tensor, noise: Noise, step_size: float | Tensor, noise_scale: float | Tensor) -> Tensor:
         h, scale = (c.double() if isinstance(c, Tensor) else c for c in (step_size, noise_scale))
-        rows = stack_rows(op, (1.0, g * h, scale * (2 * h) ** 0.5, (1 - g) * h), x, compute_dtype(x.dtype))
+        rows = stack_rows(op, (1.0, g * h, scale * (2 * h) ** 0.5, (1 - g) * h), x, compute)
+        x = x.to(compute, copy=True)
         for k in progressed(range(steps), progress, op):
-            c, *u = checked(op, score(x), x, parts, SCORE)
-            affine_into(op, x, x, c, None, noise.fold_in(k), rows, (0, 1, 2, 3 if u else ABSENT), w=u[0] if u else None)
-        return x
+            c, *u = checked(op, score(x if dtype == compute else x.to(dtype)), x, parts, SCORE)
+            of_u, w = (3, u[0]) if u else (ABSENT, None)
+            (x,) = affine(map_of(op, (0, 1, 2, of_u)), (x, c, None, w), noise.fold_in(k), rows)
+        return x.to(dtype)
 
     if not graph:
-        return chain(x.clone(), noise, step_size, noise_scale)
+        return chain(x, noise, step_size, noise_scale)
 
     given = step_size, noise_scale
     return replayed(op, score, chain, x, noise, progress, arguments=given, options=(steps, guidance))
 
 
-@torch.no_grad()
+@sampler()
 def annealed_langevin(
     score: Network,
     x: Tensor,
@@ -81,13 +88,14 @@ def annealed_langevin(
     step_size: float = 2e-5,
     steps_per_level: int = 100,
     denoise: bool = True,
+    conditioning: str | None = None,
     guidance: float | None = None,
     progress: bool = False,
     graph: bool = False,
 ) -> Tensor:
     """NCSN sampling: Langevin at each level from the noisiest down, h_t = step_size/2 * (sigma_t/sigma_0)^2.
 
-    score(x, t): the score at levels t (B,) int64, like x      x: (B, ...) the starts
+    score(x, t): the score at levels t (B,), like x; conditioning: as in ddpm      x: (B, ...) the starts
     schedule: variance exploding, Schedule.geometric      step_size: the paper's epsilon
     noise: Noise; step k of level t uses noise.fold_in(t*steps_per_level + k)
     denoise: end with Tweedie's step x + sigma_0^2 * score      guidance: as in langevin
@@ -101,8 +109,6 @@ def annealed_langevin(
         raise ValueError(
             f"{op}: schedule must be variance exploding with sigma > 0 (Schedule.geometric), got {schedule}"
         )
-    if steps_per_level < 1:
-        raise ValueError(f"{op}: steps_per_level must be positive, got {steps_per_level}")
     if not 0 <= step_size < math.inf:
         raise ValueError(f"{op}: step_size must be finite and not negative, got {step_size}")
     parts = guided(op, guidance)
@@ -116,13 +122,15 @@ def annealed_langevin(
     if denoise:
         plan.append((0, len(schedule), steps_per_level))
 
-    def descend(x: Tensor, noise: Noise, table: Tensor) -> Tensor:
-        x = x.clone()
+    told = conditions(op, schedule, list(range(len(schedule))), conditioning)
+
+    def descend(look: Look, x: Tensor, noise: Noise, table: Tensor) -> Tensor:
         for t, row, k in progressed(plan, progress, op):
-            c, *u = predicted(op, score, x, t, parts, SCORE)
+            c, *u = look(x, told[t], parts)
             fresh = noise.fold_in(t * steps_per_level + k) if row == t else None
-            columns = 0, 1, ABSENT if fresh is None else 2, 3 if u else ABSENT
-            affine_into(op, x, x, c, None, fresh, Rows(table[row : row + 1], None), columns, w=u[0] if u else None)
+            spec = map_of(op, (0, 1, ABSENT if fresh is None else 2, 3 if u else ABSENT))
+            (x,) = affine(spec, (x, c, None, u[0] if u else None), fresh, Rows(table, row))  # type: ignore[arg-type]
         return x
 
-    return run(op, score, descend, x, noise, table, (steps_per_level, denoise, guidance), progress, graph)
+    options = (*told, steps_per_level, denoise, guidance)
+    return run(op, score, descend, x, noise, table, options, progress, graph, SCORE)

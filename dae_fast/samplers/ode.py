@@ -8,14 +8,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..kernels.spec import ABSENT, Rows, map_of
 from ..noise import Noise
-from ..ops.affine import ABSENT, affine
 from ..ops.conversions import Bounds
 from ..ops.parameterisation import Parameterisation
-from ..rows import Rows
+from ..primitives.sums import affine
 from ..schedule import Schedule
 from .common import (
     Limits,
+    Look,
     Network,
     Update,
     begin,
@@ -24,15 +25,15 @@ from .common import (
     grid,
     limits,
     planned,
-    predicted,
     progressed,
     reverse_plan,
     run,
+    sampler,
 )
 from .tables import corrected, estimate, following, reverse
 
 
-@torch.no_grad()
+@sampler()
 def euler(
     net: Network,
     x: Tensor | Sequence[int],
@@ -42,7 +43,7 @@ def euler(
     steps: int = 50,
     levels: Sequence[int] | None = None,
     predict: Parameterisation = "eps",
-    conditioning: str = "level",
+    conditioning: str | None = None,
     clamp: Bounds | None = None,
     threshold: float | None = None,
     guidance: float | None = None,
@@ -52,8 +53,7 @@ def euler(
     """Euler steps x' + (sigma'_s - sigma'_t) * eps in x' = x/alpha and sigma' = sigma/alpha: ddim with eta = 0.
 
     noise: makes the start when x is a shape; the steps are deterministic
-    conditioning: what net is told, "level", t (B,) int64, or "sigma", (B,) fp32 (fp64 for fp64), for a schedule
-        with alpha = 1 (Schedule.karras) and a network as EDM's and k-diffusion's; predict="x0" is EDM's D
+    conditioning: "sigma" is for a network as EDM's and k-diffusion's; predict="x0" is EDM's D
     Other arguments, the result and the errors as in ddim and ddpm.
     Song, Meng and Ermon 2021, eq. 13; Karras et al. 2022, section 3 (k-diffusion's sample_euler without churn).
     """
@@ -65,7 +65,7 @@ def euler(
     return descend(op, net, begin(op, x, schedule, noise, chosen, graph), noise, chosen, update, progress, graph, told)
 
 
-@torch.no_grad()
+@sampler()
 def heun(
     net: Network,
     x: Tensor | Sequence[int],
@@ -79,7 +79,7 @@ def heun(
     S_tmax: float = math.inf,
     S_noise: float = 1.0,
     predict: Parameterisation = "eps",
-    conditioning: str = "level",
+    conditioning: str | None = None,
     clamp: Bounds | None = None,
     threshold: float | None = None,
     guidance: float | None = None,
@@ -95,9 +95,6 @@ def heun(
     Karras et al. 2022, algorithms 1 and 2.
     """
     op = "heun"
-    for name, value in (("S_churn", S_churn), ("S_noise", S_noise)):
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{op}: {name} must be finite and not negative, got {value}")
     if S_churn > 0 and conditioning != "sigma":
         raise ValueError(f"{op}: S_churn needs conditioning='sigma', as it leads between the levels")
     chosen = grid(op, schedule, steps, levels)
@@ -107,22 +104,22 @@ def heun(
     update, table, raised, is_raised, corrects = _heun(op, schedule, tuple(chosen), churn, predict, guidance, limit)
     at_start = raised if conditioning == "sigma" else told
     width = table.shape[1] - 2
+    raising = map_of(op, (width, ABSENT, width + 1, ABSENT))
 
-    def loop(x: Tensor, noise: Noise, table: Tensor) -> Tensor:
+    def loop(look: Look, x: Tensor, noise: Noise, table: Tensor) -> Tensor:
         for i, t in enumerate(progressed(chosen, progress, op)):
             if is_raised[i]:
                 # A launch of its own: the network must see the raised x, and the step before has no place for noise.
-                row = Rows(table[i : i + 1], None)
-                (x,) = affine(op, x, None, None, noise.fold_in(t), row, (width, ABSENT, width + 1, ABSENT))
-            (ahead,) = update(table, i, x, predicted(op, net, x, at_start[i], update.parts))
+                (x,) = affine(raising, (x, None, None, None), noise.fold_in(t), Rows(table, i))  # type: ignore[arg-type]
+            (ahead,) = update(table, i, x, look(x, at_start[i], update.parts))
             if corrects[i]:
-                prediction = predicted(op, net, ahead, told[i + 1], update.parts)
+                prediction = look(ahead, told[i + 1], update.parts)
                 (x,) = update(table, N + i, ahead, prediction, z=x)
             else:
                 x = ahead
         return x
 
-    options = (*chosen, *at_start, *is_raised, update.options)
+    options = (*chosen, *told, *at_start, *is_raised, update.options)
     return run(op, net, loop, begin(op, x, schedule, noise, chosen, graph), noise, table, options, progress, graph)
 
 

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..kernels.reference import compute_dtype
+from .. import checks
+from ..coefficients import stack_rows
+from ..kernels.spec import ABSENT, Residual, Rows, compute_dtype, loss_of, map_of
 from ..noise import Noise
-from ..ops.affine import ABSENT, affine_into
 from ..ops.conversions import Bounds
-from ..ops.parameterisation import Parameterisation, conversion
-from ..ops.residual import sample_means
-from ..rows import Coefficients, Rows, stack_rows
+from ..ops.parameterisation import Coefficients, Parameterisation, conversion
+from ..primitives.residuals import sample_means
+from ..primitives.sums import affine
 from ..schedule import Schedule
-from .common import Limits, Network, Update, begin, grid, limits, mix, mixed, predicted, progressed, run
+from .common import Limits, Look, Network, Update, begin, conditions, grid, limits, mix, mixed, progressed, run, sampler
 from .tables import estimate, following, reverse
 
 PREDICTORS = "reverse_diffusion", "ancestral"
 NORMS = "sample", "batch"
 
 
-@torch.no_grad()
+@sampler(predictor=checks.one_of(*PREDICTORS), norm=checks.one_of(*NORMS))
 def predictor_corrector(
     net: Network,
     x: Tensor | Sequence[int],
@@ -38,6 +38,7 @@ def predictor_corrector(
     snr: float = 0.16,
     norm: str = "sample",
     predict: Parameterisation = "eps",
+    conditioning: str | None = None,
     clamp: Bounds | None = None,
     threshold: float | None = None,
     guidance: float | None = None,
@@ -64,14 +65,8 @@ def predictor_corrector(
     limits of x0 it makes the limited eps, in a launch of its own. Algorithms 2 to 5; the step size: appendix G.
     """
     op = "predictor_corrector"
-    for name, value, known in (("predictor", predictor, PREDICTORS), ("norm", norm, NORMS)):
-        if value not in known:
-            raise ValueError(f"{op}: {name} must be {' or '.join(map(repr, known))}, got {value!r}")
-    if corrector_steps < 0:
-        raise ValueError(f"{op}: corrector_steps must not be negative, got {corrector_steps}")
-    if not 0 <= snr < math.inf:
-        raise ValueError(f"{op}: snr must be finite and not negative, got {snr}")
     chosen = grid(op, schedule, len(schedule) if steps is None else steps, levels)
+    told = conditions(op, schedule, chosen, conditioning)
     limit = limits(op, clamp, threshold)
     alpha, sigma = schedule.alpha[chosen], schedule.sigma[chosen]
     alpha_s, sigma_s = following(alpha, sigma)
@@ -91,43 +86,43 @@ def predictor_corrector(
     schedule._require_finite(op, table, chosen)
     reads_x = bool((q_x != 0).any())
 
-    def loop(x: Tensor, noise: Noise, table: Tensor) -> Tensor:
+    def loop(look: Look, x: Tensor, noise: Noise, table: Tensor) -> Tensor:
         parts = table.split([predicting.table.shape[1], correcting.shape[1]], 1)
         of_predictor, of_corrector = (part.contiguous() for part in parts)
         for i, t in enumerate(progressed(chosen, progress, op)):
             for k in range(corrector_steps if i else 0):
-                prediction = predicted(op, net, x, t, predicting.parts)
+                prediction = look(x, told[i], predicting.parts)
                 if limited:
                     (pred,) = to_eps(of_corrector[1:], i - 1, x, prediction)
                 else:
                     pred = mixed(op, of_corrector[i : i + 1, -2:], prediction)
                 fresh = noise.fold_in(len(schedule) + 1 + t * corrector_steps + k)
-                _langevin(op, x, pred, fresh, of_corrector[i : i + 1, -8:-2], reads_x, norm)
-            prediction = predicted(op, net, x, t, predicting.parts)
+                x = _langevin(op, x, pred, fresh, of_corrector[i : i + 1, -8:-2], reads_x, norm)
+            prediction = look(x, told[i], predicting.parts)
             (x,) = predicting(of_predictor, i, x, prediction, noise=noise.fold_in(t))
         return x
 
     x = begin(op, x, schedule, noise, chosen, graph)
-    options = (*chosen, predicting.options, corrector_steps, norm, reads_x)
+    options = (*chosen, *told, predicting.options, corrector_steps, norm, reads_x)
     return run(op, net, loop, x, noise, table, options, progress, graph)
 
 
-def _langevin(op: str, x: Tensor, pred: Tensor, noise: Noise, row: Tensor, reads_x: bool, norm: str) -> None:
-    """x + h * score + sqrt(2h) z into x, score = q_x * x + q_p * pred and h = scale * |z|^2 / |score / q_p|^2.
+def _langevin(op: str, x: Tensor, pred: Tensor, noise: Noise, row: Tensor, reads_x: bool, norm: str) -> Tensor:
+    """x + h * score + sqrt(2h) z, score = q_x * x + q_p * pred and h = scale * |z|^2 / |score / q_p|^2.
 
     row: (1, 6), 1, q_x/q_p, -1, scale, q_x and q_p: the first three weigh the residuals pred + q_x/q_p * x and 0 - z,
     whose mean squares are the two norms over the number of elements.
     """
     weights = Rows(row[:, :3], None)
     zero = x.new_zeros(()).expand(x.shape)
-    of_noise = sample_means(op, zero, None, None, noise, weights, None).double()
-    of_score = sample_means(op, pred, x if reads_x else None, None, None, weights, None).double()
+    of_noise = sample_means(loss_of(op), Residual(zero, None, None, noise), weights).double()
+    of_score = sample_means(loss_of(op), Residual(pred, x if reads_x else None, None, None), weights).double()
     if norm == "batch":
         of_noise, of_score = (square.sqrt().mean().square() for square in (of_noise, of_score))
     scale, q_x, q_p = row[0, 3:].double().unbind()
     h = torch.where(of_score > 0, scale * of_noise / of_score, 0.0)
     rows = stack_rows(op, (1 + h * q_x, h * q_p, (2 * h).sqrt()), x, compute_dtype(x.dtype))
-    affine_into(op, x, x, pred, None, noise, rows, (0, 1, 2, ABSENT))
+    return affine(map_of(op, (0, 1, 2, ABSENT)), (x, pred, None, None), noise, rows)[0]
 
 
 def _reverse_diffusion(alpha_t: Tensor, sigma_t: Tensor, alpha_s: Tensor, sigma_s: Tensor) -> Tensor:

@@ -7,17 +7,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..continuous import ContinuousSchedule
 from ..noise import Noise
 from ..ops.conversions import Bounds
 from ..ops.parameterisation import Parameterisation
-from .common import Limits, Network, Update, check_start, draw_start, limits, planned, predicted, progressed, run
+from .common import Limits, Look, Network, Update, check_start, draw_start, limits, planned, progressed, run, sampler
 from .tables import estimate
 
-START_TAG = 0x7374617274  # "start"
 
-
-@torch.no_grad()
+@sampler(
+    schedule=checks.instance(ContinuousSchedule, "a ContinuousSchedule"),
+    method=checks.one_of("euler", "heun"),
+    steps=checks.whole(1),
+)
 def probability_flow(
     net: Network,
     x: Tensor | Sequence[int],
@@ -51,14 +54,9 @@ def probability_flow(
     Song et al. 2021, eq. 13.
     """
     op = "probability_flow"
-    if method not in ("euler", "heun"):
-        raise ValueError(f"{op}: method must be 'euler' or 'heun', got {method!r}")
-    if times is None:
-        if steps < 1:
-            raise ValueError(f"{op}: steps must be positive, got {steps}")
-        down: tuple[float, ...] | None = None
-    else:
-        chosen = torch.as_tensor(times, dtype=torch.float64, device="cpu")
+    down: tuple[float, ...] | None = None
+    if times is not None:
+        chosen = checks.float64(op, "times", times)
         if chosen.dim() != 1 or len(chosen) < 2 or not bool((chosen[1:] < chosen[:-1]).all()):
             raise ValueError(f"{op}: times must be two or more and decrease, got {times}")
         down = tuple(chosen.tolist())
@@ -66,20 +64,20 @@ def probability_flow(
     update, told, start = _flow(op, schedule, steps, down, method, denoise, predict, guidance, limit)
     N = len(told) - 1
 
-    def loop(x: Tensor, noise: Noise, table: Tensor) -> Tensor:
+    def loop(look: Look, x: Tensor, noise: Noise, table: Tensor) -> Tensor:
         for i in progressed(range(N), progress, op):
-            (ahead,) = update(table, i, x, predicted(op, net, x, told[i], update.parts))
+            (ahead,) = update(table, i, x, look(x, told[i], update.parts))
             if method == "euler":
                 x = ahead
             else:
-                prediction = predicted(op, net, ahead, told[i + 1], update.parts)
+                prediction = look(ahead, told[i + 1], update.parts)
                 (x,) = update(table, N + i, ahead, prediction, z=x)
         if denoise:
-            (x,) = update(table, len(table) - 1, x, predicted(op, net, x, told[-1], update.parts))
+            (x,) = update(table, len(table) - 1, x, look(x, told[-1], update.parts))
         return x
 
     if not isinstance(x, Tensor):
-        x = draw_start(op, x, noise, START_TAG, *start, graph)
+        x = draw_start(op, x, noise, *start, graph)
     check_start(op, x, noise)
     return run(op, net, loop, x, noise, update.table, (*told, method, denoise, update.options), progress, graph)
 

@@ -154,10 +154,11 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
 // One multiprocessor: even small batches give a thread several groups.
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 1, cudaSuccess; }
 
-// For the tests: how many queries will fail, and how many blocks the last launch had.
+// For the tests: how many queries will fail, how many blocks the last launch had, and how many of each launch's last
+// are run, all where it is 0.
 extern "C" {
 inline int failing_queries = 0;
-inline unsigned blocks_launched = 0;
+inline unsigned blocks_launched = 0, last_blocks_only = 0;
 }
 
 template <class Kernel>
@@ -174,7 +175,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   blocks_launched = gridDim.x;
   emulator::threads.resize(config->blockDim.x);
   emulator::body = [&] { kernel(arguments...); };
-  for (unsigned b = 0; b < config->gridDim.x; ++b) {
+  const unsigned count = config->gridDim.x;
+  for (unsigned b = last_blocks_only && last_blocks_only < count ? count - last_blocks_only : 0; b < count; ++b) {
     blockIdx.x = b;
     emulator::run_block();
   }

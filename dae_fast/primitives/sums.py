@@ -32,13 +32,14 @@ def affine(
 ) -> tuple[Tensor, ...]:
     """The outputs of a map with ALL_SLOTS. inputs: one shape, dtype and device; z or noise or neither.
 
+    rows: t may be the number of the one row for all samples
     bounds: where the map has an inner one, y is replaced by clamp(a0*x + a1*y + a3*w, low, high).
     """
     if not is_compiling():
         made = plain_map(spec.core, (*inputs, noise), rows.table, rows.t, bounds, None)
         if made is not None:
             return made if isinstance(made, tuple) else (made,)
-    x = inputs[0]
+    x, rows = inputs[0], rows_at(*rows)
     assert x is not None
     if noise is not None and not noise._whole_blocks(x[0].numel() if len(x) else 0):
         return _with_filled_noise(spec, inputs, noise, rows, bounds)
@@ -271,7 +272,7 @@ class _Affine(DirectFunction):
         table, index, _, _, *inputs = ctx.saved_tensors
         noise, spec, bounds, row = ctx.rest
         rows = Rows(table if row is None else row, index)
-        return (*gradients(ctx.needs_input_grad, grads, spec, tuple(inputs), noise, rows, bounds), None)  # type: ignore[arg-type]
+        return (*gradients(ctx.needs_input_grad, grads, spec, tuple(inputs), noise, rows, bounds), None)
 
 
 def with_gradients(

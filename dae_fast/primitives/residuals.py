@@ -18,9 +18,9 @@ from ..kernels.dispatch import kernels
 from ..kernels.reference import row_of
 from ..kernels.spec import ABSENT, Loss, Reduction, Residual, Rows, Wanted, compute_dtype, loss_of, map_of, rows_at
 from ..noise import FlatNoise
-from .affine import Gradients, affine, row_dots
-from .masks import Drawn, FlatMask, kept_elements, tensors_of
 from ..routing import Route, is_one, plain_loss, route, wants_grad
+from .masks import Drawn, FlatMask, kept_elements, tensors_of
+from .sums import Gradients, affine, row_dots
 
 COLUMNS = (0, 1, 2, ABSENT)  # a table holds (1, n1, n2): r = 1*pred + n1*y + n2*z; then rho's delta where it has one
 

@@ -1,0 +1,41 @@
+"""The pages of docs/: their blocks run, in order and page by page, and the API page names all that is public."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import dae_fast as df
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = ("index.md", "migration.md", "guide.md", "api.md")
+
+
+def blocks(page: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_blocks_run(page: str) -> None:
+    torch.manual_seed(0)
+    names: dict[str, object] = {}
+    found = blocks(page)
+    assert found
+    for number, block in enumerate(found):
+        exec(compile(block, f"{page}, block {number}", "exec"), names)
+
+
+def test_pages_with_blocks_are_run() -> None:
+    with_blocks = {path.name for path in DOCS.glob("*.md") if blocks(path.name)}
+    assert with_blocks - {"profiling.md"} == set(PAGES)  # that one's block is a part of a loop
+
+
+def test_the_api_page_has_every_public_name_with_an_example() -> None:
+    text = (DOCS / "api.md").read_text()
+    for name in df.__all__:
+        if not isinstance(getattr(df, name), str):
+            assert f"::: dae_fast.{name}" in text, name
+        assert re.search(rf"\bdf\.{name}\b", "".join(blocks("api.md"))), name
