@@ -172,6 +172,7 @@ class PlainCall {
     if (noise == Py_None) return true;
     const Owned sample = attribute(noise, names().sample), key = attribute(noise, names().key_tensor);
     if (key.get() != Py_None && length_of_dense(key.get()) != 2) return false;
+    if (sample.get() != Py_None && length_of_dense(sample.get()) < 0) return false;
     const int64_t rows = leading_ > 1 ? batch_.B / first_->size(0) : 1;
     if (!read_noise(noise, false, batch_.D, rows, read)) return false;
     return sample.get() == Py_None || length_of_dense(sample.get()) * read.rows_per_sample == batch_.B;

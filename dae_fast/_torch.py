@@ -125,7 +125,8 @@ def register_autograd(library: Any, name: str, in_torch: Callable[..., Any], set
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 
     def forward(ctx: Any, keyset: Any, *arguments: Any) -> Any:
-        with torch.enable_grad():  # for the levels of torch.func around this one; without it they get zeros
+        # For the levels of torch.func around this one; without it they get zeros.
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
             outputs = below(keyset, arguments)
         setup(ctx, arguments)
         return outputs
@@ -137,8 +138,8 @@ def register_autograd(library: Any, name: str, in_torch: Callable[..., Any], set
     )
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
-        if dual_level() and any(is_dual(a) for a in arguments):
-            primal = op(*(forward_ad.unpack_dual(a).primal if is_dual(a) else a for a in arguments))
+        if (dual_level() or in_functorch()) and any(is_dual(a) for a in arguments):
+            primal = op(*(torch._VF._unpack_dual(a, level=0).primal if is_dual(a) else a for a in arguments))
             tangents = in_torch(*arguments)
             if isinstance(primal, Tensor):
                 return _with_tangent(primal, tangents)
@@ -152,9 +153,10 @@ def register_autograd(library: Any, name: str, in_torch: Callable[..., Any], set
 
 
 def is_dual(value: Any) -> bool:
-    return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
+    """Whether a tensor carries a tangent. There is one level of them, and a compiled graph does not tell forward_ad."""
+    return isinstance(value, Tensor) and torch._VF._unpack_dual(value, level=0).tangent is not None
 
 
 def _with_tangent(primal: Tensor, of: Tensor) -> Tensor:
-    tangent = forward_ad.unpack_dual(of).tangent
-    return primal if tangent is None else forward_ad.make_dual(primal, tangent)
+    tangent = torch._VF._unpack_dual(of, level=0).tangent
+    return primal if tangent is None else torch._VF._make_dual(primal, tangent, level=0)

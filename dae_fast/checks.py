@@ -16,7 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from ._torch import in_functorch
+from ._torch import dispatch_modes, in_functorch, jit_tracing
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -221,4 +221,6 @@ def can_read(value: Tensor) -> bool:
         and type(value) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
         and not in_functorch()
+        and not dispatch_modes()
+        and jit_tracing() is None
     )

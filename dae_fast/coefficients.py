@@ -43,7 +43,7 @@ class Formula:
     def __init__(self, op: str, names: tuple[str, ...], function: Function) -> None:
         self.op, self.names, self.function = op, names, function
         self.key = ""
-        if not is_compiling():
+        if not is_dynamo_compiling():
             Formula._made += 1
             self.key = f"{op} {Formula._made}"
             _FORMULAS[self.key] = self
@@ -55,7 +55,7 @@ class Formula:
         """For a level made by hand, as the core asks; None where that has no finite value."""
         try:
             return self.at(alpha, sigma)
-        except (ZeroDivisionError, OverflowError):
+        except (ZeroDivisionError, OverflowError, ValueError):
             return None
 
     def at(self, alpha: float | Tensor, sigma: float | Tensor) -> tuple[Any, ...]:
@@ -119,7 +119,7 @@ class Formula:
         if not isinstance(alpha, Tensor) and not isinstance(sigma, Tensor):
             try:
                 return stack_rows(op, self.at(alpha, sigma), x, dtype)
-            except (ZeroDivisionError, ValueError):
+            except (ZeroDivisionError, OverflowError, ValueError):
                 raise ValueError(singular(op, f"alpha = {alpha}, sigma = {sigma}")) from None
         check_per_sample(op, "level.alpha", alpha, x)
         check_per_sample(op, "level.sigma", sigma, x)

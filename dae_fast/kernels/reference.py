@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .._torch import in_functorch
+from .._torch import dispatch_modes, in_functorch, jit_tracing
 from .spec import (
     ABSENT,
     Bounds,
@@ -132,7 +132,7 @@ def coefficients(table: Tensor, index: Tensor | None, op: str, x: Tensor) -> Ten
     if index is None:
         return on_device(table, x.device)
     inside = (index >= 0) & (index < table.shape[0])
-    unreadable = torch.compiler.is_compiling() or in_functorch()
+    unreadable = torch.compiler.is_compiling() or in_functorch() or dispatch_modes() or jit_tracing() is not None
     if not unreadable and type(index) is Tensor and index.device.type == "cpu" and not inside.all():
         raise_bad_level(op, table, index, int((~inside).nonzero()[0, 0]))
     rows = table[index.long().clamp(0, table.shape[0] - 1)]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from .._torch import dispatch_modes, outside_modes
 
@@ -79,7 +79,9 @@ def rows_at(table: Any, t: Tensor | int | None) -> Rows:
     """With an int, that row for all samples."""
     if not isinstance(t, int):
         return Rows(table, t)
-    if dispatch_modes() and type(table) is Tensor:  # a cached one, which a FakeTensorMode would not take
+    if (
+        not is_compiling() and dispatch_modes() and type(table) is Tensor
+    ):  # a cached one, which a FakeTensorMode would not take
         with outside_modes():
             return Rows(table[t : t + 1], None)
     return Rows(table[t : t + 1], None)
@@ -136,7 +138,7 @@ class Map:
     ) -> None:
         self.op, self.columns, self.inner, self.slots = op, columns, inner, slots
         self.core: Any = (
-            None if make_core_map is None or is_compiling() else make_core_map(op, columns, inner, slots, self)
+            None if make_core_map is None or is_dynamo_compiling() else make_core_map(op, columns, inner, slots, self)
         )
 
     def reads(self, slot: int) -> bool:
@@ -156,12 +158,14 @@ ALL_SLOTS = (X, Y, Z, W, NOISE)
 make_core_map: Any = None  # of the native core, where there is one
 
 
-@lru_cache(maxsize=512)
 def map_of(
     op: str, columns: tuple[int, ...], inner: tuple[int, ...] | None = None, slots: tuple[int, ...] = ALL_SLOTS
 ) -> Map:
-    """The same object for equal arguments."""
-    return Map(op, columns, inner, slots)
+    """The same object for equal arguments; a traced function makes its own, as Dynamo looks into no cache."""
+    return Map(op, columns, inner, slots) if is_dynamo_compiling() else _kept_map(op, columns, inner, slots)
+
+
+_kept_map = lru_cache(maxsize=512)(Map)
 
 
 class Loss:
@@ -177,7 +181,9 @@ class Loss:
     def __init__(self, op: str, kind: Kind, reduction: Reduction, columns: tuple[int, ...]) -> None:
         self.op, self.kind, self.reduction, self.columns = op, kind, reduction, columns
         self.core: Any = (
-            None if make_core_loss is None or is_compiling() else make_core_loss(int(kind), int(reduction), columns)
+            None
+            if make_core_loss is None or is_dynamo_compiling()
+            else make_core_loss(int(kind), int(reduction), columns)
         )
 
     @property
@@ -191,12 +197,14 @@ class Loss:
 make_core_loss: Any = None
 
 
-@lru_cache(maxsize=512)
 def loss_of(
     op: str, kind: Kind = Kind.mse, reduction: Reduction = Reduction.mean, columns: tuple[int, ...] = NOTHING_MORE
 ) -> Loss:
-    """The same object for equal arguments."""
-    return Loss(op, kind, reduction, columns)
+    """As map_of."""
+    return Loss(op, kind, reduction, columns) if is_dynamo_compiling() else _kept_loss(op, kind, reduction, columns)
+
+
+_kept_loss = lru_cache(maxsize=512)(Loss)
 
 
 class Residual(NamedTuple):

@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from ..checks import like, promote, samples
 from ..coefficients import Level, level_for
@@ -108,7 +108,7 @@ def _conversion(op: str, predict: Parameterisation, to: Parameterisation, clampe
         if named is not None:
             return named
         check_name(op, "predict", predict)
-    return _made(op, predict, to, clamped) if is_compiling() else _kept(op, predict, to, clamped)
+    return _made(op, predict, to, clamped) if is_dynamo_compiling() else _kept(op, predict, to, clamped)
 
 
 def _made(op: str, predict: Parameterisation, to: Parameterisation, clamped: bool) -> LevelOp:

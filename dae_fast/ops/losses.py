@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, overload
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from ..checks import as_number, can_read, check_per_sample, like, promote, samples
 from ..coefficients import Formula, Level, gather, is_one, leading, level_for, stack_rows, value_at
@@ -282,7 +282,7 @@ def _row_of(columns: LossColumns) -> Callable[[Any, Any], tuple[Any, ...]]:
 
 
 def formula_of(columns: LossColumns) -> Formula:
-    return _made_formula(columns) if is_compiling() else _kept_formula(columns)
+    return _made_formula(columns) if is_dynamo_compiling() else _kept_formula(columns)
 
 
 def _made_formula(columns: LossColumns) -> Formula:

@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from ..checks import as_number, samples
 from ..coefficients import Level, level_for
@@ -89,7 +89,7 @@ def operands(
 
 def _mixture(target: Parameterisation | None, of_y: float, of_eps: float) -> LevelOp:
     """x_t, and perhaps the target, of x0, a tensor y and a Noise eps: the noise is of_y*y + of_eps*eps, 0 for none."""
-    return _made_mixture(target, of_y, of_eps) if is_compiling() else _kept_mixture(target, of_y, of_eps)
+    return _made_mixture(target, of_y, of_eps) if is_dynamo_compiling() else _kept_mixture(target, of_y, of_eps)
 
 
 def _made_mixture(target: Parameterisation | None, of_y: float, of_eps: float) -> LevelOp:
@@ -112,7 +112,7 @@ _kept_mixture = lru_cache(maxsize=64)(_made_mixture)
 
 def _perturbed(x_t: Tensor, noise: Noise, level: Level, gamma: float) -> Tensor:
     """x_t + sigma * gamma * xi, in place where no gradient has to pass."""
-    perturb = _made_perturbation(gamma) if is_compiling() else _kept_perturbation(gamma)
+    perturb = _made_perturbation(gamma) if is_dynamo_compiling() else _kept_perturbation(gamma)
     given = x_t, noise.fold_in(PERTURBATION_TAG)
     by_hand = (c for c in (level._alpha, level._sigma) if isinstance(c, Tensor))
     in_place = not is_compiling() and not wants_grad(x_t, *by_hand)

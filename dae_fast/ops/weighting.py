@@ -235,7 +235,7 @@ def by_errors(weighting: Weighting, predict: Parameterisation) -> Coefficients:
 
 def _error(of: Parameterisation, op: str, level: Level, pred: Tensor, predict: Parameterisation) -> Tensor:
     """Squared error of `of` for each unit of the prediction's."""
-    made = _made_error(of, predict) if torch.compiler.is_compiling() else _kept_error(of, predict)
+    made = _made_error(of, predict) if torch.compiler.is_dynamo_compiling() else _kept_error(of, predict)
     return _column(op, level, pred, made)
 
 

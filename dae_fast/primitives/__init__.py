@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from ..checks import as_number, check_per_sample, like, promote, samples
 from ..coefficients import Formula, Level, leading, level_for, stack_rows
@@ -55,8 +55,12 @@ class Use(NamedTuple):
     inner: int = ABSENT
 
 
-@lru_cache(maxsize=512)
 def plan(op: str, uses: tuple[Use, ...], estimate: Use | None, noise: int, also: bool) -> Map | None:
+    """As _made_plan; the same object for equal arguments."""
+    return (_made_plan if is_dynamo_compiling() else _kept_plan)(op, uses, estimate, noise, also)
+
+
+def _made_plan(op: str, uses: tuple[Use, ...], estimate: Use | None, noise: int, also: bool) -> Map | None:
     """The map of an op's inputs, the one at `noise` being a Noise (-1: none); None where no one launch does it.
 
     estimate: the columns of the clamped one, which takes the place of an input that nothing else reads.
@@ -95,6 +99,9 @@ def plan(op: str, uses: tuple[Use, ...], estimate: Use | None, noise: int, also:
     if X in free:
         return None
     return map_of(op, tuple(columns), None if estimate is None else tuple(inner), tuple(slots))
+
+
+_kept_plan = lru_cache(maxsize=512)(_made_plan)
 
 
 class LevelOp:
@@ -350,9 +357,11 @@ def summed(op: str, names: tuple[str, ...], given: tuple[Any, ...], row: tuple[A
     return _sum(op, parsed, False, out)
 
 
-@lru_cache(maxsize=16)
 def _each_its_column(count: int) -> tuple[Use, ...]:
-    return tuple(Use(k) for k in range(count))
+    return _COLUMN_EACH[:count]
+
+
+_COLUMN_EACH = tuple(Use(k) for k in range(5))
 
 
 class _Parsed(NamedTuple):

@@ -52,7 +52,8 @@ def _keep_gradient(
     loss, grad = made
     key = (None, None) if noise is None else (noise._key_tensor, noise._sample)
     others = y, z, rows.t, mask if isinstance(mask, Tensor) else None, means, *key
-    return _Loss.apply(pred, weight, grad, loss, others, (spec, noise, rows.table, None if means is None else mask))
+    # In a tuple: of an argument that is returned autograd makes a view.
+    return _Loss.apply(pred, weight, (loss, grad), others, (spec, noise, rows.table, None if means is None else mask))
 
 
 def residual_loss(spec: Loss, operands: Residual, rows: Rows, weight: Tensor | None) -> Weighed:
@@ -217,8 +218,9 @@ class _Loss(DirectFunction):
 
     @staticmethod
     def forward(
-        ctx: Any, pred: Tensor, weight: Tensor | None, grad: Tensor | None, loss: Tensor, others: Any, call: Any
+        ctx: Any, pred: Tensor, weight: Tensor | None, made: tuple[Tensor, Tensor | None], others: Any, call: Any
     ) -> Tensor:
+        loss, grad = made
         ctx.save_for_backward(pred, weight, grad, *others)
         ctx.call = call
         ctx.given_away = False
@@ -231,7 +233,7 @@ class _Loss(DirectFunction):
         spec, noise, table, drawn = ctx.call
         operands = Residual(pred, y, z, noise, drawn if isinstance(drawn, Drawn) else mask)
         rows = Rows(table, index)
-        nothing = (None,) * 4
+        nothing = (None,) * 3
         if grad is not None and ctx.given_away:
             grad = None  # what it was given to may have changed it
         ctx.given_away = True
