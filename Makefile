@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: demo test bench profile matrix docs gpu-check clean
+.PHONY: demo test bench profile matrix docs gpu-pack gpu-check clean
 
 demo: .venv/demo
 	$(BIN)/python examples/train_digits.py
@@ -33,9 +33,17 @@ matrix: .venv/test
 docs: .venv/docs
 	$(BIN)/python -m mkdocs build
 
-# On a machine with a GPU, offline: into the Python that has torch, not into .venv.
+# On a machine with nvcc and the GPU machine's version of Python; then take build/gpu-pack there with the tree.
+GPU_PYTHON ?= python3.12
+gpu-pack:
+	$(GPU_PYTHON) -m venv build/gpu-venv
+	build/gpu-venv/bin/pip install --quiet --disable-pip-version-check pybind11 ninja setuptools "nvidia-nvtx>=13"
+	build/gpu-venv/bin/python -m benchmarks.gpu_pack $(PACK)
+
+# On a machine with a GPU, offline, with the Python that has torch. CALL="a --out FOLDER" or "b --out FOLDER"; by
+# default both calls, one after the other.
 gpu-check:
-	$(PYTHON) -m benchmarks.gpu_check
+	$(PYTHON) -m benchmarks.gpu_check $(CALL)
 
 # An environment with the extra of that name. torch first and by itself: a later "torch" requirement
 # must find it installed.

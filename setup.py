@@ -41,7 +41,7 @@ ISAS = {"baseline": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     ISAS = {"baseline": "-march=x86-64-v2", "avx2": AVX2, "avx512": f"{AVX512} -Wno-maybe-uninitialized"}
 # Of the CUDA library: a binary for each, of those that nvcc knows, and PTX of the first for what lies between or after.
-CUDA_ARCHS = os.environ.get("DAE_CUDA_ARCHS", "80;90;100;120")
+CUDA_ARCHS = "80;90;100;120"
 CUDA_FLAGS = "-std=c++17 -O3 -fmad=false -Xfatbin -compress-all -Xcompiler -fPIC,-fvisibility=hidden"
 CUDA_ELEMENTS = {"f32": "float", "f64": "double", "bf16": "__nv_bfloat16", "f16": "__half"}
 
@@ -107,9 +107,10 @@ def cuda_commands() -> tuple[str, str]:
             f"no CUDA compiler: {nvcc!r} is neither on the PATH nor in {toolkit}; install the toolkit, then reinstall"
         )
     known = subprocess.run([path, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
-    archs = [a for a in re.split("[;, ]+", CUDA_ARCHS) if f"sm_{a}" in known]
-    if not archs:
-        raise NotBuilt(f"DAE_CUDA_ARCHS={CUDA_ARCHS}: nvcc has none of these, but {' '.join(known)}")
+    wanted = re.split("[;, ]+", os.environ.get("DAE_CUDA_ARCHS", CUDA_ARCHS).strip("; "))
+    archs = [a for a in wanted if f"sm_{a}" in known]
+    if "DAE_CUDA_ARCHS" in os.environ and archs != wanted:
+        raise SystemExit(f"DAE_CUDA_ARCHS={';'.join(wanted)}: {path} knows {', '.join(known)}")
     codes = [*(f"arch=compute_{a},code=sm_{a}" for a in archs), f"arch=compute_{archs[0]},code=compute_{archs[0]}"]
     flags = " ".join([CUDA_FLAGS, *(f"-gencode {code}" for code in codes)])
     return f"{path} -MD -MF $out.d {flags}", f"{path} -shared -cudart static $in -o $out"
@@ -140,24 +141,32 @@ def build(part: str, objects: list[tuple[str, str, str]], commands: tuple[str, s
     shutil.copy2(folder / "library.so", target)
 
 
+def build_all(core: Path, cuda: Path, note: Path) -> dict[str, str | None]:
+    """Builds both libraries, and notes why one is left out."""
+    errors: dict[str, str | None] = {}
+    for part, target in (("native", core), ("cuda", cuda)):
+        target.unlink(missing_ok=True)  # an older build must not pass for this one
+        try:
+            if part == "native":
+                build(part, CORE, core_commands(), target)
+            elif errors["native"]:
+                raise NotBuilt("the native core is missing")  # nothing would load it
+            else:
+                build(part, CUDA, cuda_commands(), target)
+            errors[part] = None
+        except NotBuilt as error:
+            errors[part] = str(error)
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(errors, indent=1) + "\n")
+    return errors
+
+
 class NinjaBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         core = Path(self.get_ext_fullpath(ext.name)).resolve()
-        errors: dict[str, str | None] = {}
-        for part, target in (("native", core), ("cuda", self.beside("_cuda.so"))):
-            target.unlink(missing_ok=True)  # an older build must not pass for this one
-            try:
-                if part == "native":
-                    build("native", CORE, core_commands(), target)
-                elif errors["native"]:
-                    raise NotBuilt("the native core is missing")  # nothing would load it
-                else:
-                    build("cuda", CUDA, cuda_commands(), target)
-                errors[part] = None
-            except NotBuilt as error:
-                errors[part] = str(error)
+        for part, error in build_all(core, self.beside("_cuda.so"), self.beside("_build.json")).items():
+            if error:
                 self.warn(f"{part} not built: {error}")
-        self.beside("_build.json").write_text(json.dumps(errors, indent=1) + "\n")
 
     def beside(self, name: str) -> Path:
         return Path(self.build_lib).resolve() / "dae_fast" / name
@@ -176,4 +185,5 @@ class NinjaBuild(build_ext):
                 shutil.copy2(self.beside(name), package)
 
 
-setup(ext_modules=[Extension("dae_fast._core", sources=[], optional=True)], cmdclass={"build_ext": NinjaBuild})
+if __name__ == "__main__":
+    setup(ext_modules=[Extension("dae_fast._core", sources=[], optional=True)], cmdclass={"build_ext": NinjaBuild})

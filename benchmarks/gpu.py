@@ -20,11 +20,12 @@ from .report import Environment, Group, Row, by_setting, described, write_csv
 from .suite import MAIN, Measurement
 
 BUDGET_S = 0.3  # of a setting
+LARGE = (256, 16, 128, 128)  # beyond the cache in every type: 128 MiB in bf16
 COLOURS = {EAGER: "#8b949e", COMPILE: "#e08a1e", "native": "#2f81f7", "triton": "#8957e5"}
 
 
 def plan(device: torch.device) -> list[Measurement]:
-    """The quick suite, then the main ops from the largest tensors down, then all the rest."""
+    """The main ops on large tensors, then the quick suite, the main ops from the largest down, and all the rest."""
     ours = tuple(name for name in backends_on(device) if name != "reference")
 
     def with_ours(measurement: Measurement) -> Measurement:
@@ -34,10 +35,12 @@ def plan(device: torch.device) -> list[Measurement]:
         setting = measurement.setting
         return setting.case.name not in MAIN, setting.mode == "with all gradients", -setting.sample_bytes
 
-    quick = suite.quick(device)
-    done = {m.setting for m in quick}
+    main = [case for case in suite.CASES if case.name in MAIN]
+    large = suite.settings(main, (LARGE,), suite.DTYPES, device, gradients=False)
+    first = [*(Measurement(setting, (EAGER, COMPILE)) for setting in large), *suite.quick(device)]
+    done = {m.setting for m in first}
     rest = sorted((m for m in suite.full(device) if m.setting not in done), key=lateness)
-    return [with_ours(m) for m in (*quick, *rest)]
+    return [with_ours(m) for m in (*first, *rest)]
 
 
 def measure(found: Sequence[Measurement], seconds: float, path: Path, here: Environment) -> tuple[list[Row], list[str]]:
@@ -103,11 +106,12 @@ def largest(rows: Sequence[Row]) -> Iterator[tuple[str, dict[str, Group]]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--seconds", type=float, default=300.0, help="after which no setting is begun")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the folder to fill; benchmarks/results by default")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("torch sees no GPU here")
     device = torch.device("cuda")
-    path, here = RESULTS / f"{results_name(device)}.csv", environment(device)
+    path, here = options.out / f"{results_name(device)}.csv", environment(device)
     memory.warm_up(device)
     rows, errors = measure(plan(device), options.seconds, path, here)
     for error in errors:
@@ -121,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ImportError, ValueError) as error:  # without matplotlib; without a row of the main ops
         print(f"left out: {picture.name}: {error}")
     settings = len({row.setting for row in rows})
-    print(f"{settings} settings in {path.relative_to(RESULTS.parent.parent)}, {len(errors)} errors")
+    print(f"{settings} settings in {path}, {len(errors)} errors")
     return int(bool(errors))
 
 

@@ -1,7 +1,12 @@
-"""`make gpu-check`: build, tests, benchmarks and compute-sanitizer on this machine's GPU, in ten minutes and offline.
+"""`make gpu-check`: what this machine's GPU shows, in two calls of a few minutes, offline.
 
-Knows nothing but the standard library: it runs before the package is built. What does not fit in the time, or needs
-a tool that is not here, is said so in the table at the end; the exit code is 0 when everything that ran passed.
+`python -m benchmarks.gpu_check a`: equal bits, first speeds (gpu_facts.py), then every test marked gpu, side by side.
+`python -m benchmarks.gpu_check b`: compute-sanitizer, ncu, host time, then benchmarks until the time is up.
+
+Knows nothing but the standard library: it may have to build the package first. `make gpu-pack` (gpu_pack.py) builds
+it beforehand, on a machine without a GPU. What does not fit in the time, or needs a tool that is not here, is said so
+in the summary; all that is to be kept is in one folder, and what is there is whole, whenever this is killed. The exit
+code is 0 when everything that ran passed.
 """
 
 from __future__ import annotations
@@ -12,19 +17,25 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from . import gpu_pack
+
 ROOT = Path(__file__).resolve().parent.parent
-LOGS = ROOT / "build" / "gpu-check"
-MINUTES = 9.5
+OUT, LOGS = ROOT / "build" / "gpu-check", ROOT / "build" / "gpu-check-logs"
+SECONDS = {"a": 320.0, "b": 260.0}
 LEAST_S = 10.0  # a step that has less than this is not begun
-BENCHMARKS_LEAST_S, SANITIZER_S = 60.0, 75.0
+BUILD_S, FACTS_S, SANITIZER_S, PROFILER_S, HOST_S = 240.0, 100.0, 90.0, 45.0, 30.0
 INTERRUPTED_S = 10.0  # in which an interrupted pytest says what has failed so far
-GRACE_S = 30.0  # for what the benchmarks are measuring when their time is up
+GRACE_S = 15.0  # for what the benchmarks are measuring when their time is up, and for the last file to be written
+SAVE_S = 15.0  # between two savings of what running steps have printed
+TAIL_LINES = 12  # of a step that failed, printed
+THREADS = "2"  # of a step's tensors on the CPU: many steps run at once
 
 GPU = """
 import sys, torch
@@ -41,19 +52,45 @@ print("\\n".join(f"{name}: {what}" for name, what in facts.items()))
 missing = [name for name in ("cuda", "triton") if facts.get(name, "missing").startswith("missing")]
 sys.exit(f"missing: {', '.join(missing)}" if missing else 0)
 """
+# What ncu looks at: the two main ops, in the two types, on tensors beyond the cache.
+PROFILED = """
+import torch, dae_fast as df
+noise, level = df.Noise(5), df.Schedule.linear(1000)[torch.arange(512, device="cuda")]
+for dtype in (torch.float32, torch.bfloat16):
+    x = torch.randn(512, 16, 128, 128, device="cuda", dtype=dtype)
+    pred = x.clone().requires_grad_()
+    df.add_noise(x, noise, level)
+    torch.autograd.grad(df.noise_mse(pred, noise), pred)
+torch.cuda.synchronize()
+"""
+METRICS = (
+    "gpu__time_duration.sum",
+    "smsp__inst_executed.sum",
+    "smsp__cycles_active.avg",
+    "smsp__issue_active.avg.pct_of_peak_sustained_active",
+    "dram__bytes_read.sum",
+    "dram__bytes_write.sum",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+    "sm__warps_active.avg.pct_of_peak_sustained_active",
+    "launch__registers_per_thread",
+    "smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio",
+    "smsp__average_warps_issue_stalled_math_pipe_throttle_per_issue_active.ratio",
+    "smsp__average_warps_issue_stalled_not_selected_per_issue_active.ratio",
+    "smsp__average_warps_issue_stalled_wait_per_issue_active.ratio",
+    "smsp__average_warps_issue_stalled_dispatch_stall_per_issue_active.ratio",
+)
 TESTS = "tests/test_gpu.py"
 # Triton compiles most of what each of these needs for itself: side by side it takes a quarter of the time. Between
 # them they run every test of the file once.
 SHARDS = {
-    "native": "native and not host_cost",
+    "native": "native",
     "triton, ops": "not native and (test_forward or test_gradient)",
     "triton, lengths": "not native and test_every_length",
     "triton, layouts": "not native and test_layouts",
     "triton, bits": "not native and TheSameBits",
     "triton, others": "not native and not "
-    "(test_forward or test_gradient or test_every_length or test_layouts or TheSameBits or host_cost)",
+    "(test_forward or test_gradient or test_every_length or test_layouts or TheSameBits)",
 }
-HOST_COST = "host_cost"  # alone: the others would be in its way
 
 
 @dataclass(frozen=True)
@@ -73,7 +110,7 @@ class Outcome:
 
 
 def pytest(python: str, *arguments: str) -> list[str]:
-    return [python, "-m", "pytest", "-m", "gpu", "-rs", "-p", "no:cacheprovider", *arguments]
+    return [python, "-m", "pytest", "-m", "gpu", "-rsfE", "--tb=short", "-p", "no:cacheprovider", *arguments]
 
 
 def other_tests() -> list[str]:
@@ -83,19 +120,40 @@ def other_tests() -> list[str]:
 
 
 def steps_of_tests(python: str) -> list[Step]:
-    shards = [Step(f"tests, {name}", pytest(python, TESTS, "-k", which)) for name, which in SHARDS.items()]
-    return [*shards, Step("tests, other files", pytest(python, *other_tests()))]
+    shards = {**{name: [TESTS, "-k", which] for name, which in SHARDS.items()}, "other files": other_tests()}
+    limits = {"OMP_NUM_THREADS": THREADS}
+    return [Step(f"tests, {name}", pytest(python, *options), limits) for name, options in shards.items()]
 
 
-def benchmark_step(python: str, seconds: float) -> Step:
-    return Step("benchmarks", [python, "-m", "benchmarks.gpu", "--seconds", f"{seconds:.0f}"])
+def benchmark_step(python: str, seconds: float, out: Path) -> Step:
+    command = [python, "-m", "benchmarks.gpu", "--seconds", f"{seconds:.0f}", "--out", str(out)]
+    return Step("benchmarks", command)
+
+
+def facts_step(python: str, name: str, out: Path, *options: str) -> Step:
+    return Step(name, [python, "-m", "benchmarks.gpu_facts", *options, "--out", str(out / f"{name}.txt")])
+
+
+def toolkit_tool(name: str) -> tuple[str | None, str]:
+    """Where it is, or why there is none."""
+    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"
+    found = shutil.which(name) or shutil.which(name, path=home)
+    return found, "" if found else f"{name} is neither on the PATH nor in {home}"
+
+
+def profiler_step(python: str, out: Path) -> Step:
+    """What a kernel executes, moves and waits for; of the native backend, whose kernels the counts are about."""
+    profiler, missing = toolkit_tool("ncu")
+    if not profiler:
+        return Step("ncu", [], missing=missing)
+    options = ["--csv", "--kernel-name", "regex:affine|residual", "--metrics", ",".join(METRICS)]
+    return Step("ncu", [profiler, *options, "--log-file", str(out / "ncu.csv"), python, "-c", PROFILED])
 
 
 def sanitizer_step(python: str, tool: str) -> Step:
-    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"
-    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=home)
+    sanitizer, missing = toolkit_tool("compute-sanitizer")
     if not sanitizer:
-        return Step(tool, [], missing=f"compute-sanitizer is neither on the PATH nor in {home}")
+        return Step(tool, [], missing=missing)
     # application-only: not Triton's assembler. Errors of the API are torch's own business: it asks and looks.
     options = ["--tool", tool, "--error-exitcode", "1", "--target-processes", "application-only"]
     options += ["--report-api-errors", "no"] if tool == "memcheck" else []
@@ -107,38 +165,84 @@ def sanitizer_step(python: str, tool: str) -> Step:
     )
 
 
-def run(steps: Sequence[Step], limit_s: float) -> list[Outcome]:
-    """The steps at once, each killed when it has taken `limit_s`; their output, one after the other."""
-    LOGS.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
+class Results:
+    """A folder with a summary and an archive of what each step printed, whole at any moment."""
+
+    def __init__(self, out: Path, logs: Path = LOGS) -> None:
+        self.out, self.logs = out, logs
+        self.outcomes: list[Outcome] = []
+        self.running: list[Step] = []
+        shutil.rmtree(self.logs, ignore_errors=True)
+        for folder in (out, self.logs):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def log(self, step: Step) -> Path:
+        return self.logs / f"{step.name.replace(', ', '-').replace(' ', '-')}.log"
+
+    def add(self, outcome: Outcome) -> None:
+        self.outcomes.append(outcome)
+        print(line(outcome), flush=True)
+        if outcome.result == "failed":
+            printed = self.log(outcome.step).read_text(errors="replace").splitlines()
+            print("\n".join(f"    {text[:200]}" for text in printed[-TAIL_LINES:]), flush=True)
+
+    def save(self) -> None:
+        """Each file under another name first, then in place of the one before."""
+        unfinished = [f"{step.name}: still running" for step in self.running]
+        text = "\n".join([*map(line, self.outcomes), *unfinished]) + "\n"
+        summary, archive = (self.out / f".new-{name}" for name in ("summary.txt", "logs.tgz"))
+        summary.write_text(text)
+        with tarfile.open(archive, "w:gz") as tar:
+            tar.add(self.logs, "logs")
+        for new in (summary, archive):
+            new.replace(self.out / new.name.removeprefix(".new-"))
+
+
+def line(outcome: Outcome) -> str:
+    return f"{outcome.step.name:20} {outcome.result:7} {outcome.seconds:4.0f} s  {outcome.what[:200]}"
+
+
+def run(steps: Sequence[Step], limit_s: float, results: Results) -> bool:
+    """The steps at once, each killed when it has taken `limit_s`. True where all passed."""
+    began = saved = time.monotonic()
     able = [step for step in steps if not step.missing and limit_s >= LEAST_S]
-    for step in able:
-        print(f"== {step.name}, for at most {limit_s:.0f} s", flush=True)
+    for step in steps:
+        if step not in able:
+            results.add(Outcome(step, "skipped", 0.0, step.missing or "no time left"))
     # The interpreter compiles nothing.
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     processes: dict[str, subprocess.Popen[bytes]] = {}
-    outcomes = []
+    first = len(results.outcomes)
+    results.running = list(able)
     try:
         for step in able:
-            with log(step).open("wb") as file:
+            with results.log(step).open("wb") as file:
                 processes[step.name] = subprocess.Popen(
                     step.command,
                     cwd=ROOT,
-                    env={**inherited, **step.environment},
+                    env={**inherited, "PYTHONUNBUFFERED": "1", **step.environment},
                     stdout=file,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
                     preexec_fn=heed_interrupts,
                 )
-        for step in steps:
-            if step in able:
-                outcomes.append(finish(step, processes[step.name], began, limit_s))
-            else:
-                outcomes.append(Outcome(step, "skipped", 0.0, step.missing or "no time left"))
+        while results.running:
+            seconds = time.monotonic() - began
+            late = seconds > limit_s
+            done = [step for step in results.running if late or processes[step.name].poll() is not None]
+            for step in done:
+                results.running.remove(step)
+                results.add(finish(step, processes[step.name], seconds, results.log(step)))
+            if done or time.monotonic() - saved > SAVE_S:
+                results.save()
+                saved = time.monotonic()
+            time.sleep(0.05)
     finally:
         for process in processes.values():
             kill(process)
-    return outcomes
+        results.running = []
+        results.save()
+    return all(outcome.result == "passed" for outcome in results.outcomes[first:]) and len(able) == len(steps)
 
 
 def heed_interrupts() -> None:
@@ -146,17 +250,10 @@ def heed_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def finish(step: Step, process: subprocess.Popen[bytes], began: float, limit_s: float) -> Outcome:
-    killed = False
-    try:
-        process.wait(max(0.0, began + limit_s - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        killed = True
-        kill(process)
-    seconds = time.monotonic() - began
-    output = log(step).read_text(errors="replace")
-    print(f"== {step.name}\n{output}", flush=True)
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
+def finish(step: Step, process: subprocess.Popen[bytes], seconds: float, log: Path) -> Outcome:
+    killed = process.poll() is None
+    kill(process)
+    lines = [text.strip() for text in log.read_text(errors="replace").splitlines() if text.strip()]
     what = lines[-1] if lines else f"exit code {process.returncode}"
     if killed:
         what = f"killed after {seconds:.0f} s: {what}"
@@ -175,57 +272,63 @@ def kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def log(step: Step) -> Path:
-    return LOGS / f"{step.name.replace(', ', '-').replace(' ', '-')}.log"
+class Check:
+    """A call: its steps, each within its own limit and the call's."""
+
+    def __init__(self, python: str, results: Results, seconds: float) -> None:
+        self.python, self.results, self.deadline = python, results, time.monotonic() + seconds
+
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def do(self, limit_s: float, *steps: Step) -> bool:
+        return run(steps, min(limit_s, self.left()), self.results)
+
+    def prepare(self) -> bool:
+        """What was packed, if it is of these sources and loads; else a build, here. Nothing where there is no GPU."""
+        if not self.do(60, Step("GPU", [self.python, "-c", GPU])):
+            return False
+        backends = Step("backends", [self.python, "-c", BACKENDS])
+        why = gpu_pack.unpack()
+        if not why and self.do(60, backends):
+            return True
+        print(f"built here: {why or 'what was packed does not load'}", flush=True)
+        build = Step("build", [self.python, "-m", "benchmarks.gpu_pack", "--here"])
+        return self.do(BUILD_S, build) and self.do(60, backends)
+
+    def a(self) -> None:
+        """Facts alone, as nothing else may be in their way; then all tests."""
+        libraries = [str(gpu_pack.PACK / gpu_pack.variant_library(name)) for name in gpu_pack.VARIANTS]
+        there = [path for path in libraries if os.path.exists(path)]
+        options = ["--libraries", *there] if there else []
+        self.do(FACTS_S, facts_step(self.python, "facts", self.results.out, *options))
+        self.do(self.left() - GRACE_S, *steps_of_tests(self.python))
+
+    def b(self) -> None:
+        self.do(SANITIZER_S, *(sanitizer_step(self.python, tool) for tool in ("memcheck", "racecheck")))
+        self.do(PROFILER_S, profiler_step(self.python, self.results.out))
+        self.do(HOST_S, facts_step(self.python, "host", self.results.out, "--host"))
+        seconds = self.left() - 2 * GRACE_S
+        self.do(seconds + GRACE_S, benchmark_step(self.python, seconds, self.results.out))
 
 
-def check(python: str, minutes: float) -> list[Outcome]:
-    """The most valuable first; nothing else can run where there is no GPU or no build."""
-    deadline = time.monotonic() + 60 * minutes
-    outcomes: list[Outcome] = []
-
-    def do(limit_s: float, *steps: Step) -> bool:
-        made = run(steps, min(limit_s, deadline - time.monotonic()))
-        outcomes.extend(made)
-        return all(outcome.result == "passed" for outcome in made)
-
-    if not do(60, Step("GPU", [python, "-c", GPU])):
-        return outcomes
-    pip = [
-        python,
-        "-m",
-        "pip",
-        "install",
-        "--disable-pip-version-check",
-        "--no-build-isolation",
-        "--no-deps",
-        "-e",
-        ".",
-    ]
-    if not do(240, Step("build", pip)):
-        return outcomes
-    do(60, Step("backends", [python, "-c", BACKENDS]))
-    do(240, *steps_of_tests(python))
-    do(60, Step("host time", pytest(python, TESTS, "-k", HOST_COST)))
-    left = deadline - time.monotonic()
-    budget = max(BENCHMARKS_LEAST_S, left - 2 * SANITIZER_S - GRACE_S)
-    do(budget + GRACE_S, benchmark_step(python, min(budget, left - GRACE_S)))
-    for tool in ("memcheck", "racecheck"):
-        do(2 * SANITIZER_S, sanitizer_step(python, tool))
-    return outcomes
-
-
-def table(outcomes: Sequence[Outcome]) -> str:
-    width = max(len(outcome.step.name) for outcome in outcomes)
-    return "\n".join(f"{o.step.name:{width}}  {o.result:7}  {o.seconds:4.0f} s  {o.what}" for o in outcomes)
-
-
-def main(arguments: Sequence[str] | None = None, check: Callable[[str, float], list[Outcome]] = check) -> int:
+def main(arguments: Sequence[str] | None = None, python: str = sys.executable) -> int:
     parser = argparse.ArgumentParser(prog="make gpu-check", description=__doc__.partition("\n")[0] if __doc__ else None)
-    parser.add_argument("--minutes", type=float, default=MINUTES, help=f"for everything; {MINUTES} by default")
-    outcomes = check(sys.executable, parser.parse_args(arguments).minutes)
-    print(f"\n{table(outcomes)}\nlogs: {LOGS}")
-    return int(any(outcome.result == "failed" for outcome in outcomes))
+    parser.add_argument("calls", nargs="*", choices=[*SECONDS, []], help="a, b; by default one after the other")
+    parser.add_argument("--seconds", type=float, help="for each call; 320 for a and 260 for b by default")
+    parser.add_argument("--out", type=Path, default=OUT, help="the folder to fill; build/gpu-check by default")
+    options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # and so what was started ends too
+    failed = False
+    for call in options.calls or SECONDS:
+        results = Results(options.out.resolve() / call if len(options.calls) != 1 else options.out.resolve())
+        check = Check(python, results, options.seconds or SECONDS[call])
+        if check.prepare():
+            getattr(check, call)()
+        results.save()
+        failed |= any(outcome.result == "failed" for outcome in results.outcomes)
+        print(f"call {call}: {results.out}", flush=True)
+    return int(failed)
 
 
 if __name__ == "__main__":

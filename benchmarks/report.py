@@ -89,14 +89,19 @@ _PARSERS = {"str": str, "int": int, "float": float, "int | None": int, "float | 
 
 
 def write_csv(path: Path, rows: Iterable[Any], environment: Environment) -> None:
-    """Dataclasses of one kind. Every line carries the environment: a line alone says where it was measured."""
+    """Dataclasses of one kind. Every line carries the environment: a line alone says where it was measured.
+
+    Under another name first: a file of that name is whole whenever this process is killed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    new = path.with_name(f".new-{path.name}")
+    with new.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         for number, row in enumerate(rows):
             if number == 0:
                 writer.writerow([*(f.name for f in dataclasses.fields(row)), *environment])
             writer.writerow([*(_text(v) for v in dataclasses.astuple(row)), *environment.values()])
+    new.replace(path)
 
 
 def read_csv(path: Path, kind: type[R] = Row) -> tuple[list[R], Environment]:  # type: ignore[assignment]

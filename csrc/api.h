@@ -27,6 +27,9 @@ inline int64_t scratch_doubles(int64_t B, int64_t D, int64_t columns) {
   return segments > units ? segments : units;
 }
 
+// What is returned where memory is short: this string itself, so that its address says so.
+inline constexpr char kNoMemory[] = "out of memory";
+
 // Each returns nullptr or what went wrong, a string that lives as long as the library.
 struct Api {
   const char* (*affine)(const AffineArgs&, Queue);

@@ -39,6 +39,7 @@ void run(const Queue& queue, const Batch& batch, Function Api::*function, const 
     error = (api.*function)(args...);
   }
   if (!error) return;
+  if (error == kNoMemory) throw std::bad_alloc();  // pybind11's MemoryError
   throw std::runtime_error(std::string("dae_fast: CUDA error: ") + error);
 }
 

@@ -332,6 +332,7 @@ class PlainCall {
       }
     }
     if (!error) return;
+    if (error == kNoMemory) throw std::bad_alloc();
     PyErr_Format(PyExc_RuntimeError, "dae_fast: CUDA error: %s", error);
     throw PythonError();
   }

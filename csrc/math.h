@@ -204,7 +204,9 @@ DAE_FN float exponential(float x) {
   const float e = fma32(f * f, p, f) + 1.0f;
   // 2^n in two factors: one alone would overflow, or lose a subnormal result.
   const int32_t power = bits_as<int32_t>(shifted) - bits_as<int32_t>(kRounder), half = power >> 1;
-  return e * bits_as<float>((half + 127) << 23) * bits_as<float>((power - half + 127) << 23);
+  // Of a NaN's exponent nothing is left in a signed shift.
+  const uint32_t first = static_cast<uint32_t>(half + 127) << 23, rest = static_cast<uint32_t>(power - half + 127) << 23;
+  return e * bits_as<float>(first) * bits_as<float>(rest);
 }
 DAE_FN double exponential(double x) {
 #if defined(__CUDA_ARCH__)

@@ -68,17 +68,54 @@ struct Rho {
   }
 };
 
-// A diagonal Gaussian's sample (Kingma and Welling 2014), its divergence from N(0, 1), and their gradients.
+constexpr double factorial(int k) { return k < 2 ? 1 : k * factorial(k - 1); }
+
+// Of (e^x - 1 - x)/x^2 = 1/2 + x/6 + ... on |x| < 2, by Horner's rule from the last power that R can tell.
+template <class R>
+constexpr int kLastPower = sizeof(R) == sizeof(float) ? 14 : 23;
+template <class R, int kPower = kLastPower<R>>
+DAE_FN R taylor(R x, R sum = 0) {
+  if constexpr (kPower < 2) {
+    return sum;
+  } else {
+    constexpr R kFactor = static_cast<R>(1 / factorial(kPower));
+    return taylor<R, kPower - 1>(x, mul_add(sum, x, kFactor));
+  }
+}
+
+// e^x - 1 - x where e^x = e, without cancellation where x is small.
+template <class R>
+DAE_FN R exponential_rest(R x, R e) {
+  const bool small = x > R(-2) && x < R(2);
+  const R inside = small ? x : R(0);
+  const R near = inside * inside * taylor(inside);
+  return small ? near : (e - R(1)) - x;
+}
+template <class R>
+DAE_FN R exponential_minus_1(R x, R e) {
+  return x > R(-2) && x < R(2) ? x + exponential_rest(x, e) : e - R(1);
+}
+
+// A diagonal Gaussian's sample (Kingma and Welling 2014), its divergence from N(0, 1), and their gradients. An upstream
+// gradient of 0 gives 0, whatever overflows: one of the two is often not used.
 template <class R>
 struct Gaussian {
   R mu, log_var, scale;
-  DAE_FN Gaussian(R mean, R log_variance)
-      : mu(mean), log_var(log_variance), scale(exponential(R(0.5) * log_variance)) {}
+  DAE_FN Gaussian(R mean, R log_variance) : Gaussian(mean, log_variance, scale_of(log_variance)) {}
+  DAE_FN Gaussian(R mean, R log_variance, R scale) : mu(mean), log_var(log_variance), scale(scale) {}
+  DAE_FN static R scale_of(R log_variance) { return exponential(R(0.5) * log_variance); }
+  // In double a square of the scale is as good, and the library's exponential the dear part of all this.
+  DAE_FN R variance() const {
+    if constexpr (sizeof(R) == sizeof(float)) return exponential(log_var);
+    return scale * scale;
+  }
   DAE_FN R sample(R eps) const { return mul_add(scale, eps, mu); }
-  DAE_FN R kl() const { return R(0.5) * (mul_add(mu, mu, mul_add(scale, scale, R(-1))) - log_var); }
-  DAE_FN R mu_grad(R z_grad, R kl_grad) const { return mul_add(kl_grad, mu, z_grad); }
+  DAE_FN R kl() const { return R(0.5) * mul_add(mu, mu, exponential_rest(log_var, variance())); }
+  DAE_FN R mu_grad(R z_grad, R kl_grad) const { return kl_grad == 0 ? z_grad : mul_add(kl_grad, mu, z_grad); }
   DAE_FN R log_var_grad(R z_grad, R kl_grad, R eps) const {
-    return R(0.5) * mul_add(z_grad * scale, eps, kl_grad * mul_add(scale, scale, R(-1)));
+    const R of_z = z_grad == 0 ? R(0) : z_grad * scale;
+    const R of_kl = kl_grad == 0 ? R(0) : kl_grad * exponential_minus_1(log_var, variance());
+    return R(0.5) * mul_add(of_z, eps, of_kl);
   }
 };
 

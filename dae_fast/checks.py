@@ -56,7 +56,7 @@ def number(op: str, name: str, value: Any, which: str = "") -> float:
     except OverflowError:  # an int or a fraction of more than 1e308
         raise ValueError(f"{op}: {name} must be within float64, got a {kind_of(value)} beyond it") from None
     if which and not NUMBERS[which](found):
-        raise ValueError(f"{op}: {name} must be {which}, got {value}")
+        raise ValueError(f"{op}: {name} must be {which}, got {found}")
     return found
 
 

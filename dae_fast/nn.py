@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import checks
 from .checks import can_read, like, samples
 from .coefficients import Formula, Level, gather
 from .continuous import ContinuousSchedule
@@ -231,33 +232,47 @@ class LevelStatistics(torch.nn.Module):
     decay: in (0, 1], by which every update multiplies what was there before
 
     update(t, loss_b) with denoising_loss(..., return_per_sample=True). The sums are float64 buffers, `count`, `total`
-    and `squares` (N,): they move with the module, and add up over processes (all_reduce each).
-    Raises TypeError or ValueError for other arguments.
+    and `squares` (N,): they move with the module, and add up over processes (all_reduce each, and `seen`, how many
+    losses each bin was ever given, without decay). A loss that is not finite is left out, and counted in `left_out`.
+    After to_empty(), as of every module, reset_parameters(). Raises TypeError or ValueError for other arguments.
     """
 
     count: Tensor
     total: Tensor
     squares: Tensor
+    seen: Tensor
+    left_out: Tensor
     edges: Tensor | None
 
     def __init__(self, bins: int | Tensor | Sequence[float], *, decay: float = 1.0) -> None:
         super().__init__()
         op = "LevelStatistics"
-        edges: Tensor | None = None
+        self._edges: tuple[float, ...] | None = None
         if isinstance(bins, int):
             if isinstance(bins, bool) or bins < 1:
                 raise ValueError(f"{op}: bins must be a positive int or edges (N + 1,), got {bins}")
         else:
-            edges = torch.as_tensor(bins, dtype=torch.float64).detach().clone()
+            edges = checks.float64(op, "bins", bins)
             if edges.dim() != 1 or len(edges) < 2 or not (edges[1:] > edges[:-1]).all():
                 raise ValueError(f"{op}: edges must be (N + 1,) and increase, got {bins}")
-        if not 0 < decay <= 1:
+            self._edges = tuple(edges.tolist())
+        self.decay = checks.number(op, "decay", decay)
+        if not 0 < self.decay <= 1:
             raise ValueError(f"{op}: decay must be in (0, 1], got {decay}")
         N = bins if isinstance(bins, int) else len(bins) - 1
-        self.decay = decay
-        self.register_buffer("edges", edges)
-        for name in ("count", "total", "squares"):
-            self.register_buffer(name, torch.zeros(N, dtype=torch.float64))
+        self.register_buffer("edges", None if self._edges is None else torch.empty(N + 1, dtype=torch.float64))
+        for name in ("count", "total", "squares", "seen"):
+            self.register_buffer(name, torch.empty(N, dtype=torch.float64))
+        self.register_buffer("left_out", torch.empty((), dtype=torch.float64))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Forget every loss."""
+        for buffer in (self.count, self.total, self.squares, self.seen, self.left_out):
+            buffer.zero_()
+        if self.edges is not None and self._edges is not None:
+            self.edges.copy_(torch.tensor(self._edges, dtype=torch.float64, device="cpu"))
 
     @torch.no_grad()
     def update(self, t: Tensor, loss: Tensor) -> None:
@@ -270,6 +285,10 @@ class LevelStatistics(torch.nn.Module):
             if not isinstance(value, Tensor) or value.dim() != 1 or value.shape != t.shape:
                 got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(f"{op}: {name} must be a tensor (B,), t and loss of one length, got {got}")
+            if value.is_complex() or value.dtype == torch.bool or value.device != self.count.device:
+                raise TypeError(
+                    f"{op}: {name} must be of real numbers on {self.count.device}, got {value.dtype} on {value.device}"
+                )
         if self.edges is None:
             if t.is_floating_point():
                 raise TypeError(f"{op}: t must be of integers where bins are counted, got {t.dtype}")
@@ -281,10 +300,14 @@ class LevelStatistics(torch.nn.Module):
         if can_read(t) and not inside.all():
             b = int((~inside).nonzero()[0, 0])
             raise ValueError(f"{op}: t must lie in the bins, got {t[b].item()} for sample {b}")
-        place, one = place.clamp(0, N - 1), inside.double()
-        value = torch.where(inside, loss.double(), 0.0)
+        value = loss.double()
+        finite = value.square().isfinite()
+        self.left_out += (inside & ~finite).sum()
+        counts = inside & finite
+        place, one, value = place.clamp(0, N - 1), counts.double(), torch.where(counts, value, 0.0)
         for buffer, added in ((self.count, one), (self.total, value), (self.squares, value.square())):
             buffer.mul_(self.decay).index_add_(0, place, added)
+        self.seen.index_add_(0, place, one)
 
     @property
     def mean(self) -> Tensor:
@@ -299,10 +322,14 @@ class LevelStatistics(torch.nn.Module):
     def probabilities(self, *, least: float = 10.0, uniform: float = 0.001) -> Tensor:
         """(N,) p, (1 - uniform) sqrt(second_moment) normalised, + uniform/N: levels drawn by the size of their loss.
 
-        Uniform until every bin has a count of at least `least`. t = torch.multinomial(p, B, replacement=True), and the
-        loss keeps its mean with weight=1 / (N * p[t]). Nichol and Dhariwal 2021, section 3.3.
+        Uniform until every bin has seen at least `least` losses, however much of them has faded since; and where one
+        has faded to nothing. t = torch.multinomial(p, B, replacement=True), and the loss keeps its mean with
+        weight=1 / (N * p[t]). Nichol and Dhariwal 2021, section 3.3.
         """
+        least = checks.number("LevelStatistics", "least", least)
+        uniform = checks.number("LevelStatistics", "uniform", uniform, "in [0, 1]")
         N = len(self.count)
-        size = torch.where(self.count >= least, self.second_moment, 1.0).sqrt()
+        known = (self.seen >= least) & (self.count > 0)
+        size = torch.where(known, self.second_moment, 1.0).sqrt()
         p = (1 - uniform) * size / size.sum() + uniform / N
-        return torch.where((self.count >= least).all() & (size.sum() > 0), p, 1 / N)
+        return torch.where(known.all() & (size.sum() > 0), p, 1 / N)

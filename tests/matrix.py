@@ -100,11 +100,12 @@ def of_python(number: str, folder: Path) -> str:
 
 
 def interpreters(number: str) -> Iterator[str]:
+    """Those of pyenv first: what it puts on the PATH may be a stand-in that runs another version."""
     name = f"python{number}"
-    if found := shutil.which(name):
-        yield found
     homes = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
     yield from map(str, sorted(homes.glob(f"{number.rstrip('t')}.*/bin/{name}")))
+    if (found := shutil.which(name)) and not homes.exists():
+        yield found
 
 
 def of_aarch64(_: str, folder: Path) -> str:

@@ -213,6 +213,11 @@ CALLS = {
         TypeError,
         "noise_mse: mask must be a bool tensor or a corruption, got torch.float32",
     ),
+    "mask dimensions": (  # would be taken for (C, H, W) where B = C
+        lambda: df.noise_mse(X.reshape(2, 2, 4, 2), NOISE, mask=torch.ones(2, 4, 2, dtype=torch.bool)),
+        ValueError,
+        r"noise_mse: mask must have as many dimensions as \(2, 2, 4, 2\), .* got \(2, 4, 2\)",
+    ),
     "mask shape": (
         lambda: df.noise_mse(X, NOISE, mask=torch.ones(8, 3, dtype=torch.bool)),
         ValueError,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -337,6 +339,16 @@ def has_shape(node: torch.fx.Node) -> bool:
 
 
 class TestPatchMask:
+    def test_counts_are_exact(self) -> None:
+        """Of decimal fractions: in floats 10 * (1 - 0.9) is less than 1, and 29 of these pairs were off by one."""
+        for patches in (1, 3, 10, 20, 30, 49, 50, 64, 100, 196, 256, 300, 576, 784, 1000, 1024):
+            for digits in range(101):
+                exact = math.floor(patches * (1 - Fraction(digits, 100)))
+                made = df.patch_mask(df.Noise(0), 2, patches, digits / 100)
+                assert made.ids_keep.shape == (2, exact) and int(made.mask[0].sum()) == patches - exact
+        assert df.patch_mask(df.Noise(0), 2, 10, 0.1 + 0.2).ids_keep.shape == (2, 7)
+        assert df.patch_mask(df.Noise(0), 0, 10, 0.9).mask.shape == (0, 10)
+
     @pytest.mark.parametrize("ratio", [0.0, 0.25, 0.6, 0.75, 1.0])
     @pytest.mark.parametrize("N", [0, 1, 49, 196])
     def test_exact_number_and_order(self, backend: str, N: int, ratio: float) -> None:

@@ -151,3 +151,35 @@ def test_compile_and_vmap() -> None:
     t = torch.rand(3, 4)
     got = torch.vmap(lambda t: df.timestep_embedding(t, 8))(t)
     assert torch.equal(got, torch.stack([df.timestep_embedding(row, 8) for row in t]))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: df.fourier_embedding(torch.zeros(0), df.Noise(0), 8),
+        lambda: df.fourier_embedding(torch.zeros(0, 3), df.Noise(0), 8),
+        lambda: df.timestep_embedding(torch.zeros(0), 8),
+        lambda: df.timestep_embedding(torch.zeros(0, dtype=torch.int64), 8, out=torch.empty(0, 8)),
+    ],
+)
+def test_of_an_empty_batch(call):
+    assert call().shape == (0, 8)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: df.timestep_embedding(torch.zeros(2), 8, max_period=float("nan")), "max_period must be positive and"),
+        (lambda: df.timestep_embedding(torch.zeros(2), 8, max_period=-1), "max_period must be positive and finite"),
+        (lambda: df.timestep_embedding(torch.zeros(2), 8, freq_shift="0"), "freq_shift must be a number, got str"),
+        (lambda: df.timestep_embedding(torch.zeros(2), 8.0), "dim must be an int, got float"),
+        (lambda: df.timestep_embedding(torch.zeros(2), True), "dim must be an int, got bool"),
+        (lambda: df.timestep_embedding(torch.zeros(2), 8, flip="no"), "flip must be True or False, got 'no'"),
+        (lambda: df.fourier_embedding(torch.zeros(2), df.Noise(0), 8, scale=1j), "scale must be a number, got complex"),
+        (lambda: df.fourier_embedding(torch.zeros(2), df.Noise(0), 8, scale=float("inf")), "scale must be finite"),
+        (lambda: df.fourier_embedding(torch.zeros(2), df.Noise(0), "8"), "dim must be an int, got str"),
+    ],
+)
+def test_nonsense(call, message):
+    with pytest.raises((TypeError, ValueError), match=f"_embedding: {message}"):
+        call()

@@ -5,7 +5,6 @@ The judge is fp64 arithmetic on the CPU; what must be equal bit for bit is compa
 
 from __future__ import annotations
 
-import timeit
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -582,29 +581,6 @@ def test_a_short_run_of_each_op(backend: str) -> None:
     df.Noise(0).to(DEVICE).fold_in(1).normal((3, 70), device="cuda:0")
     df.Noise(0).bits((3, 70), device=DEVICE)
     torch.cuda.synchronize()
-
-
-def test_host_cost(backend: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Printed, not asserted: microseconds of Python to a call whose kernel has next to nothing to do."""
-    x = torch.randn(2, 8, device=DEVICE)
-    pred, level, noise = torch.randn(2, 8, device=DEVICE, requires_grad=True), df.Level(1.0, 0.5), df.Noise(0)
-    calls = {
-        "empty_like": lambda: torch.empty_like(x),
-        "x + x": lambda: x + x,
-        "add_noise, fresh": lambda: df.add_noise(x, noise, level),
-        "to_x0": lambda: df.to_x0(x, x, level),
-        "noise_mse": lambda: df.noise_mse(x, noise),
-        "noise_mse, gradient": lambda: torch.autograd.grad(df.noise_mse(pred, noise), pred),
-    }
-    lines = []
-    for name, call in calls.items():
-        call()
-        torch.cuda.synchronize()
-        # Few calls to a round, so that the queue of launches is never full.
-        seconds = min(timeit.repeat(call, setup=torch.cuda.synchronize, number=100, repeat=20)) / 100
-        lines.append(f"{name} {seconds * 1e6:.1f}")
-    with capsys.disabled():
-        print(f"\nhost microseconds a call, {backend}: {', '.join(lines)}")
 
 
 def test_continuous_times_out_of_range_are_nan() -> None:

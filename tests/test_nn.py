@@ -499,6 +499,48 @@ def test_probabilities():
     assert nothing.probabilities(least=1).tolist() == [0.5, 0.5]
 
 
+@pytest.mark.parametrize("bad", [float("inf"), float("nan"), -float("inf"), 1e200])
+def test_a_loss_that_is_not_finite_is_left_out(bad):
+    """One made the probabilities NaN, or uniform for good. The square of the last is infinite."""
+    stats, wanted = LevelStatistics(2), LevelStatistics(2)
+    t, loss = torch.tensor([0, 1, 0]), torch.tensor([1.0, 2.0, bad], dtype=torch.float64)
+    for _ in range(10):
+        stats.update(t, loss)
+        wanted.update(t[:2], loss[:2])
+    assert stats.left_out == 10 and wanted.left_out == 0
+    for name in ("count", "total", "squares", "seen"):
+        assert torch.equal(getattr(stats, name), getattr(wanted, name))
+    assert torch.equal(stats.probabilities(), wanted.probabilities()) and stats.probabilities()[1] > 0.6
+
+
+def test_statistics_that_fade_come_to_say_something():
+    """16 samples an update over 1000 levels: with decay 0.999 some level's count was always below 10."""
+    g = torch.Generator().manual_seed(0)
+    stats = LevelStatistics(1000, decay=0.999)
+    for _ in range(2500):
+        t = torch.randint(1000, (16,), generator=g)
+        stats.update(t, 1.0 + t / 100)
+    assert stats.count.min() < 10 <= stats.seen.min()
+    p = stats.probabilities()
+    assert p.sum() == pytest.approx(1) and p[999] > 5 * p[0]
+    faded = LevelStatistics(2, decay=0.5)
+    faded.update(torch.tensor([0, 1]), torch.ones(2))
+    for _ in range(1100):
+        faded.update(torch.tensor([0]), torch.ones(1))
+    assert faded.probabilities(least=1).tolist() == [0.5, 0.5]  # nothing is left of level 1
+
+
+@pytest.mark.parametrize("bins", [3, [0.0, 1.0, 5.0]])
+def test_statistics_materialised(bins):
+    with torch.device("meta"):
+        stats = LevelStatistics(bins)
+    stats.to_empty(device="cpu").reset_parameters()
+    wanted = LevelStatistics(bins)
+    for s in (stats, wanted):
+        s.update(torch.tensor([0, 1]), torch.tensor([1.0, 2.0]))
+    assert all(torch.equal(stats.state_dict()[k], v) for k, v in wanted.state_dict().items())
+
+
 def test_statistics_traced():
     """One graph: nothing looks at a value."""
     stats, wanted = LevelStatistics(3), LevelStatistics(3)

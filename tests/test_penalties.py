@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fractions
 import math
 
 import pytest
@@ -202,3 +203,37 @@ class TestContraction:
         compiled = torch.compile(lambda x: df.contraction(f, x, NOISE), fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x), df.contraction(f, x, NOISE))
         torch._dynamo.reset()
+
+
+# Sums.
+
+
+@pytest.mark.parametrize("shape", [(1_000_000, 1), (1, 1_000_000), (1000, 1000), (3, 777_777)])
+def test_sums_of_doubles(shape):
+    """A million equal values were off by 1.7e-11, as many roundings one after another."""
+    x = torch.full(shape, 0.1, dtype=torch.float64)
+    exact = fractions.Fraction(0.1)
+    for reduction, count in (("mean", 1), ("sum", x.numel())):
+        got = float(df.l1_penalty(x, reduction=reduction))
+        assert abs(fractions.Fraction(got) / (count * exact) - 1) < 2e-15
+    got = df.l1_penalty(x, reduction="none")
+    assert max(abs(fractions.Fraction(float(v)) / exact - 1) for v in got[:10]) < 2e-15
+    zero = torch.zeros(shape, dtype=torch.float64)
+    level = df.Level(torch.tensor(0.5, dtype=torch.float64, requires_grad=True), 1.0)
+    df.add_noise(x, zero, level).sum().backward()
+    assert abs(fractions.Fraction(float(level.alpha.grad)) / (x.numel() * exact) - 1) < 2e-15
+
+
+def test_kl_sparsity_is_the_same_for_every_number_of_threads(restore_threads):
+    h = torch.rand(300, 40_000, generator=torch.Generator().manual_seed(0))
+    found = set()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.add(float(df.kl_sparsity(h)))
+    assert len(found) == 1
+    rho = h.double().mean(0)
+    wanted = (0.05 * (0.05 / rho).log() + 0.95 * (0.95 / (1 - rho)).log()).sum()
+    assert found.pop() == pytest.approx(float(wanted), rel=1e-6)
+    for B in range(1, 20):  # every way of halving
+        h = torch.rand(B, 3, dtype=torch.float64, requires_grad=True)
+        torch.autograd.gradcheck(df.kl_sparsity, h)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import mpmath
 import pytest
 import torch
 from torch import Tensor
@@ -78,6 +81,108 @@ def test_divergence_is_the_library_one() -> None:
     z, kl = df.reparameterise(nothing, nothing, NOISE)
     assert (kl == 0).all()
     assert torch.equal(z, NOISE.normal((3, 50)))
+
+
+def exact_kl(mu: Tensor, log_var: Tensor) -> list[float]:
+    """Of each sample, to 40 digits."""
+    with mpmath.workdps(40):
+        return [
+            float(
+                sum(
+                    (mpmath.mpf(m) ** 2 + mpmath.expm1(mpmath.mpf(v)) - mpmath.mpf(v)) / 2
+                    for m, v in zip(*row, strict=True)
+                )
+            )
+            for row in zip(mu.tolist(), log_var.tolist(), strict=True)
+        ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda d: str(d)[6:])
+def test_divergence_near_the_prior_and_far_from_it(backend: str, dtype: torch.dtype) -> None:
+    """e^v - 1 - v cancels: at v = 1e-4 it gave -5.0e-5 where 2.5e-6 is right."""
+    values = [0.0, 1e-12, 1e-8, 1e-4, 3e-4, 1e-2, 0.3, 1.0, 1.9999, 2.0, 2.1, 5.0, 20.0, 80.0]
+    log_var = torch.tensor([s * v for v in values for s in (1, -1)], dtype=dtype)[:, None].expand(-1, 1000)
+    kl = df.reparameterise(torch.zeros_like(log_var), log_var, NOISE)[1]
+    exact = exact_kl(torch.zeros_like(log_var[:, :1]), log_var[:, :1])
+    torch.testing.assert_close(
+        kl.double(), 1000 * torch.tensor(exact, dtype=torch.float64), rtol=4 * torch.finfo(dtype).eps, atol=0
+    )
+    v = torch.full((1, 1000), 1e-4)
+    assert float(df.reparameterise(0 * v, v, NOISE)[1]) == pytest.approx(500 * (math.expm1(1e-4) - 1e-4), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda d: str(d)[6:])
+def test_gradient_of_the_divergence(backend: str, dtype: torch.dtype) -> None:
+    """expm1(v)/2."""
+    values = [0.0, 1e-12, 1e-7, 1e-4, 0.3, 1.0, 1.9999, 2.0, 2.1, 20.0]
+    log_var = torch.tensor([[s * v for v in values for s in (1, -1)]], dtype=dtype, requires_grad=True)
+    df.reparameterise(torch.zeros_like(log_var), log_var, NOISE)[1].sum().backward()
+    exact = [math.expm1(v) / 2 for v in log_var[0].tolist()]
+    torch.testing.assert_close(
+        log_var.grad.double(), torch.tensor([exact], dtype=torch.float64), rtol=4 * torch.finfo(dtype).eps, atol=0
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("v", [88.5, 90.0, 120.0])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_divergence_that_is_not_used(backend: str, v: float, dtype: torch.dtype) -> None:
+    """It overflows from log_var = 88.8, and 0 * inf is NaN: right is 0.5 * e^(v/2) * eps."""
+    log_var = torch.full((2, 5), v, dtype=dtype, requires_grad=True)
+    z, kl = df.reparameterise(torch.zeros_like(log_var), log_var, NOISE)
+    wanted = 0.5 * math.exp(v / 2) * NOISE.normal((2, 5), dtype=torch.float64)
+    (found,) = torch.autograd.grad(z.float().sum(), log_var, retain_graph=True)
+    torch.testing.assert_close(found.double(), wanted, rtol=2 * torch.finfo(dtype).eps, atol=0)
+    if backend == "reference":  # there torch multiplies the two
+        return
+    (found,) = torch.autograd.grad(z.float().sum() + 0 * kl.sum(), log_var)
+    torch.testing.assert_close(found.double(), wanted, rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_sample_that_is_not_used(backend: str) -> None:
+    """e^(v/2) overflows at 180, the divergence there too: its gradient is infinite, not NaN."""
+    log_var = torch.full((1, 3), 180.0, requires_grad=True)
+    df.reparameterise(torch.zeros(1, 3), log_var, NOISE)[1].sum().backward()
+    assert (log_var.grad == float("inf")).all()
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), 1e30])
+def test_a_mean_without_end(backend: str, value: float) -> None:
+    """d z / d mu = 1 whatever mu is."""
+    mu = torch.full((1, 3), value, requires_grad=True)
+    z, _ = df.reparameterise(mu, torch.zeros(1, 3), NOISE)
+    z.sum().backward()
+    assert (mu.grad == 1).all()
+
+
+def test_unused_outputs_when_traced_and_twice_differentiated() -> None:
+    """There torch hands zeros for what is not used."""
+    mu, log_var = torch.full((2, 3), float("inf")), torch.full((2, 3), 90.0)
+    wanted = 0.5 * math.exp(45) * NOISE.normal((2, 3), dtype=torch.float64)
+
+    def z(m: Tensor, v: Tensor) -> Tensor:
+        return df.reparameterise(m, v, NOISE)[0].sum()
+
+    for grad in (torch.func.grad(z, (0, 1)), torch.compile(torch.func.grad(z, (0, 1)), backend="aot_eager")):
+        of_mu, of_log_var = grad(mu, log_var)
+        assert (of_mu == 1).all()
+        torch.testing.assert_close(of_log_var.double(), wanted, rtol=1e-6, atol=0)
+    v = log_var.clone().requires_grad_()
+    (first,) = torch.autograd.grad(z(torch.zeros(2, 3), v), v, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), v)
+    torch.testing.assert_close(second.double(), wanted / 2, rtol=1e-6, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_gradient_of_eps_in_half_precision(backend: str) -> None:
+    """e^(v/2) of 1e5 times an upstream gradient of 1e-3 fits into fp16; the first alone does not."""
+    eps = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)).half().requires_grad_()
+    log_var = torch.full((2, 3), 2 * math.log(1e5)).half()
+    z, _ = df.reparameterise(torch.zeros(2, 3).half(), log_var, eps)
+    upstream = torch.full((2, 3), 1e-3).half()
+    (found,) = torch.autograd.grad(z, eps, upstream)
+    torch.testing.assert_close(found.double(), upstream.double() * (log_var.double() / 2).exp(), rtol=1e-3, atol=0)
 
 
 def test_layouts(backend: str) -> None:

@@ -185,48 +185,78 @@ static inline void apply_clamped(const AffineArgs& a, const Coefficients<R>& c, 
   for (int64_t i = 0; i < n; ++i) out[i] = clamp(out[i]);
 }
 
+// Seven buffers of doubles for a whole unit would be more stack than some threads have.
+template <class R>
+constexpr int64_t kAffinePart = sizeof(R) > sizeof(float) ? kSegment / 2 : kSegment;
+
+// A unit in parts of at most kPart elements: of whole rows where one fits, else of its one row.
+template <int64_t kPart>
+static inline int64_t parts_of(const Unit& unit) {
+  if (unit.length > kPart) return (unit.length + kPart - 1) / kPart;
+  const int64_t rows = kPart / unit.length;
+  return (unit.rows + rows - 1) / rows;
+}
+template <int64_t kPart>
+static inline Unit part_of(const Unit& unit, int64_t k) {
+  if (unit.length > kPart) {
+    const int64_t begin = k * kPart, left = unit.length - begin;
+    return {unit.row, 1, unit.begin + begin, left < kPart ? left : kPart};
+  }
+  const int64_t rows = kPart / unit.length, first = k * rows, left = unit.rows - first;
+  return {unit.row + first, left < rows ? left : rows, unit.begin, unit.length};
+}
+
 template <class T>
-static void affine_units(const AffineArgs& a, int64_t unit_begin, int64_t unit_end) {
+static inline void affine_part(const AffineArgs& a, const Unit& unit) {
   using R = typename ComputeType<T>::type;
   using L = typename LoopType<T>::type;
-  alignas(64) L xs[kSegment], ys[kSegment], ws[kSegment], outs[kSegment], outs2[kSegment];
-  alignas(64) R zs[kSegment], middle[kSegment];
+  constexpr int64_t kPart = kAffinePart<R>;
+  alignas(64) L xs[kPart], ys[kPart], ws[kPart], outs[kPart], outs2[kPart];
+  alignas(64) R zs[kPart], middle[kPart];
+  const L* x = read<T>(a.batch, a.x, unit, xs);
+  const L* y = read<T>(a.batch, a.y, unit, ys);
+  const R* z = read_z<T>(a.batch, a.z, a.noise, unit, zs);
+  const L* w = read<T>(a.batch, a.w, unit, ws);
+  L* out = target<T>(a.batch, a.out, unit, outs);
+  L* out2 = a.out2.data ? target<T>(a.batch, a.out2, unit, outs2) : nullptr;
+  for (int64_t r = 0; r < unit.rows; ++r) {
+    const int64_t at = r * unit.length, n = unit.length;
+    const Coefficients<R> c = coefficients<R>(a.table, unit.row + r);
+    // The second output first: `out` may be one of the inputs, and this stretch is still in cache.
+    if (a.clamped) {
+      apply_clamped(a, c, x + at, y + at, w + at, middle, n);
+      if (out2) apply_columns(c, a.columns + 4, x + at, middle, z + at, w + at, out2 + at, n);
+      apply_columns(c, a.columns, x + at, middle, z + at, w + at, out + at, n);
+    } else {
+      if (out2) apply_columns(c, a.columns + 4, x + at, y + at, z + at, w + at, out2 + at, n);
+      apply_columns(c, a.columns, x + at, y + at, z + at, w + at, out + at, n);
+    }
+  }
+  write<T>(a.batch, a.out, unit, out);
+  if (out2) write<T>(a.batch, a.out2, unit, out2);
+}
+
+template <class T>
+static void affine_units(const AffineArgs& a, int64_t unit_begin, int64_t unit_end) {
+  constexpr int64_t kPart = kAffinePart<typename ComputeType<T>::type>;
   const Cut cut(a.batch.B, a.batch.D);
   for (int64_t u = unit_begin; u < unit_end; ++u) {
     const Unit unit = unit_at(a.batch, cut, u);
-    const L* x = read<T>(a.batch, a.x, unit, xs);
-    const L* y = read<T>(a.batch, a.y, unit, ys);
-    const R* z = read_z<T>(a.batch, a.z, a.noise, unit, zs);
-    const L* w = read<T>(a.batch, a.w, unit, ws);
-    L* out = target<T>(a.batch, a.out, unit, outs);
-    L* out2 = a.out2.data ? target<T>(a.batch, a.out2, unit, outs2) : nullptr;
-    for (int64_t r = 0; r < unit.rows; ++r) {
-      const int64_t at = r * unit.length, n = unit.length;
-      const Coefficients<R> c = coefficients<R>(a.table, unit.row + r);
-      // The second output first: `out` may be one of the inputs, and this stretch is still in cache.
-      if (a.clamped) {
-        apply_clamped(a, c, x + at, y + at, w + at, middle, n);
-        if (out2) apply_columns(c, a.columns + 4, x + at, middle, z + at, w + at, out2 + at, n);
-        apply_columns(c, a.columns, x + at, middle, z + at, w + at, out + at, n);
-      } else {
-        if (out2) apply_columns(c, a.columns + 4, x + at, y + at, z + at, w + at, out2 + at, n);
-        apply_columns(c, a.columns, x + at, y + at, z + at, w + at, out + at, n);
-      }
-    }
-    write<T>(a.batch, a.out, unit, out);
-    if (out2) write<T>(a.batch, a.out2, unit, out2);
+    for (int64_t k = 0; k < parts_of<kPart>(unit); ++k) affine_part<T>(a, part_of<kPart>(unit, k));
   }
 }
 
 // 64 running sums, whatever the vector width: the same sum on every instruction set, and enough of
-// them to hide the latency of an fma. A float lane takes at most kSegment/64 products.
+// them to hide the latency of an fma. A float lane takes at most kSegment/64 products. Halved until one is left.
 constexpr int kSums = 64;
 
 template <class R>
 static inline double sum_lanes(const R (&lanes)[kSums]) {
-  double sum = 0;
-  for (int j = 0; j < kSums; ++j) sum += static_cast<double>(lanes[j]);
-  return sum;
+  double sums[kSums];
+  for (int j = 0; j < kSums; ++j) sums[j] = static_cast<double>(lanes[j]);
+  for (int half = kSums / 2; half; half /= 2)
+    for (int j = 0; j < half; ++j) sums[j] += sums[j + half];
+  return sums[0];
 }
 
 template <class A, class R>
@@ -380,6 +410,7 @@ static void gaussian_units(const GaussianWork& a, int64_t unit_begin, int64_t un
   using L = typename LoopType<T>::type;
   alignas(64) L mus[kSegment], log_vars[kSegment], outs[kSegment];
   alignas(64) R es[kSegment], divergence[kSegment];
+  R* const scales = divergence;  // by themselves: the library's exponential in double would keep all else from vectors
   const Cut cut(a.batch.B, a.batch.D);
   for (int64_t u = unit_begin; u < unit_end; ++u) {
     const Unit unit = unit_at(a.batch, cut, u);
@@ -387,9 +418,10 @@ static void gaussian_units(const GaussianWork& a, int64_t unit_begin, int64_t un
     const L* log_var = read<T>(a.batch, a.log_var, unit, log_vars);
     const R* eps = read_z<T>(a.batch, a.eps, a.noise, unit, es);
     L* z = target<T>(a.batch, a.z, unit, outs);
+    for (int64_t i = 0; i < unit.count(); ++i) scales[i] = Gaussian<R>::scale_of(widen(log_var[i]));
 #pragma GCC ivdep
     for (int64_t i = 0; i < unit.count(); ++i) {
-      const Gaussian<R> g(widen(mu[i]), widen(log_var[i]));
+      const Gaussian<R> g(widen(mu[i]), widen(log_var[i]), scales[i]);
       divergence[i] = g.kl();
       narrow(g.sample(eps[i]), z[i]);
     }
@@ -404,7 +436,7 @@ static void gaussian_grad_units(const GaussianGradArgs& a, int64_t unit_begin, i
   using R = typename ComputeType<T>::type;
   using L = typename LoopType<T>::type;
   alignas(64) L mus[kSegment], log_vars[kSegment], grads[kSegment], outs[kSegment], outs2[kSegment];
-  alignas(64) R es[kSegment];
+  alignas(64) R es[kSegment], scales[kSegment];
   const Cut cut(a.batch.B, a.batch.D);
   for (int64_t u = unit_begin; u < unit_end; ++u) {
     const Unit unit = unit_at(a.batch, cut, u);
@@ -416,9 +448,11 @@ static void gaussian_grad_units(const GaussianGradArgs& a, int64_t unit_begin, i
     L* log_var_grad = target<T>(a.batch, a.log_var_grad, unit, outs2);
     for (int64_t r = 0; r < unit.rows; ++r) {
       const R kl_grad = a.kl_grad ? static_cast<const R*>(a.kl_grad)[unit.row + r] : R(0);
+      for (int64_t i = r * unit.length; i < (r + 1) * unit.length; ++i)
+        scales[i] = Gaussian<R>::scale_of(widen(log_var[i]));
 #pragma GCC ivdep
       for (int64_t i = r * unit.length; i < (r + 1) * unit.length; ++i) {
-        const Gaussian<R> g(widen(mu[i]), widen(log_var[i]));
+        const Gaussian<R> g(widen(mu[i]), widen(log_var[i]), scales[i]);
         narrow(g.mu_grad(widen(z_grad[i]), kl_grad), mu_grad[i]);
         narrow(g.log_var_grad(widen(z_grad[i]), kl_grad, eps[i]), log_var_grad[i]);
       }

@@ -1,6 +1,8 @@
 // The CPU's table of functions: cuts the work, shares it among threads, adds up what they found.
 
-#include <cstring>
+#include <cmath>
+#include <new>
+#include <stdexcept>
 #include <vector>
 
 #include "../api.h"
@@ -22,14 +24,40 @@ void launch(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, dou
 
 double of_noise(const Noise& noise) { return noise.present ? kNsNormal : 0; }
 
+// What it does may need memory: an exception would leave through C, and perhaps without the GIL.
+template <class Work>
+const char* done(const Work& work) noexcept {
+  try {
+    work();
+    return nullptr;
+  } catch (const std::bad_alloc&) {
+    return kNoMemory;
+  } catch (const std::length_error&) {  // a vector of more than there can be
+    return kNoMemory;
+  }
+}
+
+// Neumaier 1974: a sum with what its additions have rounded off beside it. A million sums one after another would be
+// off by a million roundings.
+struct Sum {
+  double value = 0, rest = 0;
+  void operator+=(double term) {
+    const double sum = value + term;
+    rest += std::abs(value) >= std::abs(term) ? (value - sum) + term : (term - sum) + value;
+    value = sum;
+  }
+  // An infinite sum has no rest.
+  operator double() const { return std::isfinite(value) ? value + rest : value; }
+};
+
 // Calls done(row, sum of its segments).
 template <class N, class Done>
 void sum_rows(const std::vector<N>& sums, int64_t B, Done done) {
   const int64_t segments = B ? static_cast<int64_t>(sums.size()) / B : 0;
   for (int64_t b = 0; b < B; ++b) {
-    double sum = 0;
+    Sum sum;
     for (int64_t s = 0; s < segments; ++s) sum += static_cast<double>(sums[b * segments + s]);
-    done(b, sum);
+    done(b, static_cast<double>(sum));
   }
 }
 
@@ -41,7 +69,7 @@ const char* affine(const AffineArgs& a, Queue) {
 template <class R>
 void finish_loss(const std::vector<double>& sums, const ResidualArgs& a, const LossArgs& loss) {
   const int64_t B = a.batch.B;
-  double total = 0, also[2] = {0, 0};
+  Sum total, also[2];
   sum_rows(sums, B, [&](int64_t b, double sum) {
     const double mean = row_mean(sum, loss.kept_of(b, a.batch.D));
     total += loss_term(loss.weight_of<R>(a.table, b), sum, mean, loss.reduction);
@@ -49,7 +77,7 @@ void finish_loss(const std::vector<double>& sums, const ResidualArgs& a, const L
     if (loss.per_sample) static_cast<R*>(loss.per_sample)[b] = static_cast<R>(mean);
   });
   const double count = static_cast<double>(B);
-  if (loss.loss) *static_cast<R*>(loss.loss) = static_cast<R>(loss.reduction == Reduction::mean ? total / count : total);
+  if (loss.loss) *static_cast<R*>(loss.loss) = static_cast<R>(loss.reduction == Reduction::mean ? total / count : static_cast<double>(total));
   for (int k = 0; loss.also && k < 2; ++k) static_cast<R*>(loss.also)[k] = static_cast<R>(also[k] / count);
 }
 
@@ -67,29 +95,32 @@ void residual_as(const ResidualArgs& a, const LossArgs& loss) {
 }
 
 const char* residual(const ResidualArgs& a, const LossArgs& loss, Scratch, Queue) {
-  a.batch.dtype == Dtype::f64 ? residual_as<double>(a, loss) : residual_as<float>(a, loss);
-  return nullptr;
+  return done([&] { a.batch.dtype == Dtype::f64 ? residual_as<double>(a, loss) : residual_as<float>(a, loss); });
 }
 
 const char* row_dots(const RowDotsArgs& a, double* out, Scratch, Queue) {
-  const int64_t B = a.batch.B, segments = Cut(B, a.batch.D).segments_per_row;
-  std::vector<double> sums(3 * B * segments);
-  RowDotsWork work{a, sums.data()};
-  launch(isa().kernels->row_dots, work, kNsResidual + of_noise(a.noise));
-  std::memset(out, 0, 3 * B * sizeof(double));
-  for (int64_t b = 0; b < B; ++b)
-    for (int64_t s = 0; s < segments; ++s)
-      for (int k = 0; k < 3; ++k) out[3 * b + k] += sums[3 * (b * segments + s) + k];
-  return nullptr;
+  return done([&] {
+    const int64_t B = a.batch.B, segments = Cut(B, a.batch.D).segments_per_row;
+    std::vector<double> sums(3 * B * segments);
+    RowDotsWork work{a, sums.data()};
+    launch(isa().kernels->row_dots, work, kNsResidual + of_noise(a.noise));
+    for (int64_t b = 0; b < B; ++b)
+      for (int k = 0; k < 3; ++k) {
+        Sum sum;
+        for (int64_t s = 0; s < segments; ++s) sum += sums[3 * (b * segments + s) + k];
+        out[3 * b + k] = sum;
+      }
+  });
 }
 
 const char* mask_count(const MaskArgs& a, double* kept, Scratch, Queue) {
-  const int64_t B = a.batch.B;
-  std::vector<int64_t> counts(B * Cut(B, a.batch.D).segments_per_row);
-  MaskCountWork work{a, counts.data()};
-  launch(isa().kernels->mask_count, work, kNsMap + of_noise(a.choice.noise));
-  sum_rows(counts, B, [&](int64_t b, double sum) { kept[b] = sum; });
-  return nullptr;
+  return done([&] {
+    const int64_t B = a.batch.B;
+    std::vector<int64_t> counts(B * Cut(B, a.batch.D).segments_per_row);
+    MaskCountWork work{a, counts.data()};
+    launch(isa().kernels->mask_count, work, kNsMap + of_noise(a.choice.noise));
+    sum_rows(counts, B, [&](int64_t b, double sum) { kept[b] = sum; });
+  });
 }
 
 const char* corrupt(const CorruptArgs& a, Queue) {
@@ -98,18 +129,19 @@ const char* corrupt(const CorruptArgs& a, Queue) {
 }
 
 const char* gaussian(const GaussianArgs& a, void* kl, Scratch, Queue) {
-  const int64_t B = a.batch.B;
-  std::vector<double> sums(B * Cut(B, a.batch.D).segments_per_row);
-  GaussianWork work{a, sums.data()};
-  launch(isa().kernels->gaussian, work, kNsExponential + of_noise(a.noise));
-  const bool wide = a.batch.dtype == Dtype::f64;
-  sum_rows(sums, B, [&](int64_t b, double sum) {
-    if (wide)
-      static_cast<double*>(kl)[b] = sum;
-    else
-      static_cast<float*>(kl)[b] = static_cast<float>(sum);
+  return done([&] {
+    const int64_t B = a.batch.B;
+    std::vector<double> sums(B * Cut(B, a.batch.D).segments_per_row);
+    GaussianWork work{a, sums.data()};
+    launch(isa().kernels->gaussian, work, kNsExponential + of_noise(a.noise));
+    const bool wide = a.batch.dtype == Dtype::f64;
+    sum_rows(sums, B, [&](int64_t b, double sum) {
+      if (wide)
+        static_cast<double*>(kl)[b] = sum;
+      else
+        static_cast<float*>(kl)[b] = static_cast<float>(sum);
+    });
   });
-  return nullptr;
 }
 
 const char* gaussian_grad(const GaussianGradArgs& a, Queue) {

@@ -287,8 +287,17 @@ def gaussian(mu: Tensor, log_var: Tensor, eps: Tensor | None, noise: Noise | Non
         eps = noise_like(noise, mu)
     scale = torch.exp(0.5 * log_variance)
     z = wide if eps is None else wide + scale * eps.to(compute)
-    kl = 0.5 * (wide.square() + torch.expm1(log_variance) - log_variance)
+    kl = 0.5 * (wide.square() + exponential_rest(log_variance))
     return z.to(mu.dtype), per_sample_sum(kl)
+
+
+def exponential_rest(x: Tensor) -> Tensor:
+    """e^x - 1 - x, by its series on |x| < 2, where the difference would cancel."""
+    inside = x.clamp(-2, 2)
+    series = torch.zeros_like(x)
+    for k in range(23, 1, -1):
+        series = series * inside + 1 / math.factorial(k)
+    return torch.where(x.abs() < 2, inside * inside * series, torch.expm1(x) - x)
 
 
 def gaussian_grad(
@@ -299,7 +308,7 @@ def gaussian_grad(
     z_grad: Tensor | None,
     kl_grad: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of mu and log_var from those of z and of the divergences; None is 0."""
+    """The gradients of mu and log_var from those of z and of the divergences; None is 0, and so is what 0 gives."""
     compute = compute_dtype(mu.dtype)
     mean, log_variance = mu.to(compute), log_var.to(compute)
     of_mu, of_log_var = torch.zeros_like(mean), torch.zeros_like(mean)
@@ -307,10 +316,12 @@ def gaussian_grad(
         e = noise_like(noise, mu) if noise is not None else eps
         assert e is not None
         of_mu = z_grad.to(compute)
-        of_log_var = 0.5 * of_mu * torch.exp(0.5 * log_variance) * e.to(compute)
+        of_log_var = torch.where(of_mu == 0, 0, 0.5 * of_mu * torch.exp(0.5 * log_variance)) * e.to(compute)
     if kl_grad is not None:
         each = kl_grad.reshape(-1, *[1] * (mu.dim() - 1))
-        of_mu, of_log_var = of_mu + each * mean, of_log_var + 0.5 * each * torch.expm1(log_variance)
+        unused = each == 0
+        of_mu = of_mu + torch.where(unused, 0, each * mean)
+        of_log_var = of_log_var + torch.where(unused, 0, 0.5 * each * torch.expm1(log_variance))
     return of_mu.to(mu.dtype), of_log_var.to(mu.dtype)
 
 

@@ -6,6 +6,7 @@ of integers, so that every device, dtype and layout strikes the same elements.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import checks
 from .._torch import DirectFunction, batchable
 from ..checks import as_number, can_read, check_per_sample, samples
 from ..coefficients import seen, stack_rows
@@ -202,10 +204,11 @@ class PatchMask(NamedTuple):
 
 
 def patch_mask(noise: Noise, B: int, patches: int, ratio: float, *, device: torch.device | str = "cpu") -> PatchMask:
-    """A masked autoencoder's random masking: of every image exactly K = int(patches * (1 - ratio)) patches are kept.
+    """A masked autoencoder's random masking: of every image exactly K = floor(patches * (1 - ratio)) patches are kept.
 
     noise: Noise; the patches are sorted by their words under its PATCH_TAG, ties by index      B: images
-    patches: N to an image      ratio: in [0, 1], the share that is removed
+    patches: N to an image      ratio: in [0, 1], the share that is removed; what is within 1e-6 of a patch more keeps
+            it, so that a decimal fraction is exact: 0.9 of 10 patches leaves 1
     returns: ids_keep (B, K), ids_restore (B, N), mask (B, N) bool, True = removed
 
     With x (B, N, D): visible = x.gather(1, ids_keep[:, :, None].expand(-1, -1, D)); the decoder's input, mask tokens
@@ -219,7 +222,8 @@ def patch_mask(noise: Noise, B: int, patches: int, ratio: float, *, device: torc
         raise TypeError(f"{op}: noise must be a Noise, got {type(noise).__name__}")
     if isinstance(ratio, Tensor):
         raise TypeError(f"{op}: ratio must be a float, got a tensor")
-    ratio = _probability(op, "ratio", ratio)  # type: ignore[assignment]
+    ratio = checks.number(op, "ratio", ratio, "in [0, 1]")
+    B, patches = checks.integer(op, "B", B), checks.integer(op, "patches", patches)
     if B < 0 or patches < 0:
         raise ValueError(f"{op}: B and patches must not be negative, got {B} and {patches}")
     noise._check(op, B, torch.empty(0, device=device).device)
@@ -227,7 +231,7 @@ def patch_mask(noise: Noise, B: int, patches: int, ratio: float, *, device: torc
     order = words.argsort(dim=1, stable=True)
     place = torch.arange(patches, device=device).expand(B, patches)
     ids_restore = torch.empty_like(order).scatter_(1, order, place)
-    K = int(patches * (1 - ratio))
+    K = math.floor(patches * (1 - ratio) + 1e-6)  # 10 * (1 - 0.9) is 0.9999999999999998 in floats
     return PatchMask(order[:, :K], ids_restore, ids_restore >= K)
 
 

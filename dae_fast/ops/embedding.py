@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..checks import DTYPES
 from ..noise import Noise
 from ..routing import wants_grad
@@ -38,7 +39,10 @@ def timestep_embedding(
         raise TypeError(f"{op}: t must be a tensor (B,), got {type(t).__name__}")
     if t.dim() != 1 or t.dtype == torch.bool or t.is_complex():
         raise ValueError(f"{op}: t must be integers or floats of shape (B,), got {t.dtype} of {tuple(t.shape)}")
-    half = dim // 2
+    dim, half = checks.integer(op, "dim", dim), checks.integer(op, "dim", dim) // 2
+    max_period = checks.number(op, "max_period", max_period, "positive and finite")
+    freq_shift = checks.number(op, "freq_shift", freq_shift, "finite")
+    checks.flag(op, "flip", flip)
     if half < 1 or half <= freq_shift:
         raise ValueError(f"{op}: dim // 2 must be at least 1 and above freq_shift ({freq_shift}), got dim = {dim}")
     i = torch.arange(half, dtype=torch.float64, device=t.device)
@@ -63,9 +67,11 @@ def fourier_embedding(
         raise ValueError(f"{op}: x must be floats of shape (B,) or (B, D), got {x.dtype} of {tuple(x.shape)}")
     if not isinstance(noise, Noise):
         raise TypeError(f"{op}: noise must be a Noise, got {type(noise).__name__}")
+    dim, scale = checks.integer(op, "dim", dim), checks.number(op, "scale", scale, "finite")
+    checks.flag(op, "flip", flip)
     if dim < 2 or dim % 2:
         raise ValueError(f"{op}: dim must be even and at least 2, got {dim}")
-    columns = x.double().reshape(x.shape[0], -1)
+    columns = x.double() if x.dim() == 2 else x.double()[:, None]
     noise._check(op, columns.shape[1], x.device)
     W = noise.normal((columns.shape[1], dim // 2), dtype=torch.float64, device=x.device)
     # Not a product of matrices, which torch may run in tf32 or bf16.

@@ -85,8 +85,9 @@ def noise_mse(
     pred: (B, ...) fp16/bf16/fp32/fp64      noise: Noise (eps is regenerated), or a tensor like pred
     weight: (B,) multiplies each sample's mean before the mean over the batch
     level_weight: (T,) a weight per level, looked up at level = schedule[t]; multiplies with `weight`
-    mask: bool, broadcastable to pred: the elements that count; mse_b is over those (0 if there are none). Or a
-            Masking or SaltAndPepper, or its .struck or .kept, whose elements are drawn again and never stored
+    mask: bool, broadcastable to pred and of as many dimensions: the elements that count; mse_b is over those (0 if
+            there are none). Or a Masking or SaltAndPepper, or its .struck or .kept, whose elements are drawn again
+            and never stored
     reduction: "mean"; "sum" (sum_b w_b * sum of squares); "none" (w_b * mse_b, one value per sample)
     return_x0_mse: also return mse_b of the denoised estimate, (sigma/alpha)^2 * mse_b, from the same
             sums: (loss, (B,) without gradient); needs `level`

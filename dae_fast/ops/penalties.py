@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import vjp
 
 from .. import checks
-from ..checks import as_number, can_read
+from ..checks import as_number, can_read, integer
 from ..coefficients import stack_rows
 from ..kernels.reference import per_sample_sum
 from ..kernels.spec import ABSENT, Kind, Residual, compute_dtype, loss_of
@@ -63,7 +63,7 @@ def kl_sparsity(h: Tensor, rate: float = 0.05) -> Tensor:
         raise ValueError(f"{op}: rate must be in (0, 1), got {rate}")
     if not h.shape[0]:
         raise ValueError(f"{op}: the mean over an empty batch {tuple(h.shape)} is not defined")
-    rho = h.mean(0, dtype=compute_dtype(h.dtype))
+    rho = _total(h, compute_dtype(h.dtype)) / h.shape[0]
     outside = (rho < 0) | (rho > 1)
     if can_read(rho) and outside.any():
         raise ValueError(f"{op}: h must lie in (0, 1), got a unit whose mean is {float(rho[outside][0].detach())}")
@@ -71,7 +71,20 @@ def kl_sparsity(h: Tensor, rate: float = 0.05) -> Tensor:
     rho = torch.where(outside, torch.nan, rho).clamp(info.tiny, 1 - info.eps / 2)
     active = rate * (math.log(rate) - rho.log())
     inactive = (1 - rate) * (math.log1p(-rate) - (-rho).log1p())
-    return (active + inactive).sum()
+    return _total((active + inactive).reshape(-1), rho.dtype)
+
+
+def _total(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Over the first dimension; eager on the CPU by halves: the number of threads changes the bits of torch's sum."""
+    if not can_read(x):
+        return x.sum(0, dtype=dtype)
+    x = x.to(dtype)
+    while x.shape[0] > 1:
+        half = x.shape[0] // 2
+        rest, x = x[2 * half :], x[:half] + x[half : 2 * half]
+        if rest.shape[0]:
+            x = torch.cat((x[:1] + rest, x[1:]))
+    return x.sum(0)
 
 
 def sigmoid_contraction(h: Tensor, W: Tensor, *, reduction: Reduction = "mean") -> Tensor:
@@ -116,6 +129,7 @@ def contraction(
     checks.samples(op, "x", x)
     if not isinstance(noise, Noise):
         raise TypeError(f"{op}: noise must be a Noise, got {type(noise).__name__}")
+    samples = integer(op, "samples", samples)
     if samples < 1:
         raise ValueError(f"{op}: samples must be at least 1, got {samples}")
     reduction_of(op, x, reduction)

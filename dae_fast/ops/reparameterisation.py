@@ -66,7 +66,8 @@ def gradients(
         return found
     way = route(op, mu, log_var, eps, z_grad, kl_grad)
     if needs[2] and z_grad is not None:
-        found[2] = z_grad * torch.exp(0.5 * log_var)
+        compute = compute_dtype(mu.dtype)  # in half precision the scale alone may overflow
+        found[2] = (z_grad.to(compute) * torch.exp(0.5 * log_var.to(compute))).to(log_var.dtype)
     if torch.is_grad_enabled() or way is Route.REFERENCE:
         found[:2] = _differentiable(z_grad, kl_grad, mu, log_var, eps, noise)
     elif way is Route.DISPATCHER:

@@ -178,7 +178,7 @@ def weight_for(
         value = _of_error(op, found.weight, level, pred) * _error(found.of, op, level, pred, predict)
     else:
         value = value_at(op, "weight", found, level, pred)
-    return None, value.expand(pred.shape[:1]) if is_one(value) else value
+    return None, value.expand(pred.shape[:1]) if is_one(value) else value  # not rounded: x0 may be wider
 
 
 def check_weighting(op: str, weight: Any) -> Weighting | Likelihood | OnError | Function:

@@ -542,6 +542,12 @@ def mask_of(op: str, pred: Tensor, mask: Any) -> Mask:
         raise TypeError(f"{op}: mask must be a bool tensor or a corruption, got {got}")
     if mask.device != pred.device:
         raise ValueError(f"{op}: mask must be on {pred.device} like pred, got {mask.device}")
+    if mask.dim() not in (0, pred.dim()):
+        # (B, H, W) would be taken for (C, H, W) where B = C.
+        raise ValueError(
+            f"{op}: mask must have as many dimensions as {tuple(pred.shape)}, 1 where it is broadcast (mask[:, None], "
+            f"say), got {tuple(mask.shape)}"
+        )
     try:
         return mask.expand(pred.shape)
     except RuntimeError:

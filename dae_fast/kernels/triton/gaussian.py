@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 
@@ -32,6 +34,37 @@ def exponential(x):
         first = ((half + 127) << 23).to(tl.float32, bitcast=True)
         second = ((power - half + 127) << 23).to(tl.float32, bitcast=True)
         return e * first * second
+
+
+@triton.constexpr_function
+def reciprocal_factorial(k):
+    return 1 / math.factorial(k)
+
+
+@triton.jit
+def exponential_rest(x, e):
+    """e^x - 1 - x where e^x = e, as csrc/ops.h."""
+    LAST: tl.constexpr = 23 if x.dtype == tl.float64 else 14
+    small = (x > -2.0) & (x < 2.0)
+    inside = tl.where(small, x, 0.0)
+    series = tl.zeros_like(x)
+    for k in tl.static_range(LAST - 1):
+        series = mul_add(series, inside, reciprocal_factorial(LAST - k))
+    return tl.where(small, inside * inside * series, (e - 1.0) - x)
+
+
+@triton.jit
+def variance(log_variance, scale):
+    """e^log_variance; in fp64 the square of its root is as good."""
+    if log_variance.dtype == tl.float64:
+        return scale * scale
+    else:
+        return exponential(log_variance)
+
+
+@triton.jit
+def exponential_minus_1(x, e):
+    return tl.where((x > -2.0) & (x < 2.0), x + exponential_rest(x, e), e - 1.0)
 
 
 @triton.jit
@@ -85,7 +118,7 @@ def gaussian_kernel(
         else:
             e = tl.load(at(eps, row, first, D, sizes, eps_strides, LANES, V), mask=live).to(C)
         scale = exponential(0.5 * log_variance)
-        total += 0.5 * (mul_add(mean, mean, mul_add(scale, scale, -1.0)) - log_variance)
+        total += 0.5 * mul_add(mean, mean, exponential_rest(log_variance, variance(log_variance, scale)))
         tl.store(at(z, row, first, D, sizes, z_strides, LANES, V), narrow(mul_add(scale, e, mean), DTYPE), mask=live)
     existing = row0 + tl.arange(0, ROWS)[:, None] < B if ROWS > 1 else None
     tl.store(kl + row * tl.num_programs(0) + tl.program_id(0), row_sums(total, ROWS, LANES, V), mask=existing)
@@ -150,10 +183,13 @@ def gaussian_grad_kernel(
             g = tl.load(at(z_grad, row, first, D, sizes, z_grad_strides, LANES, V), mask=live).to(C)
         else:
             g = tl.zeros([ROWS, LANES * V], C)
-        scale = exponential(0.5 * log_variance)
+        # An upstream gradient of 0 gives 0, whatever overflows.
         of_kl_here = tl.zeros([ROWS, LANES * V], C) + of_kl
-        of_mu = mul_add(of_kl_here, mean, g)
-        of_log_var = 0.5 * mul_add(g * scale, e, of_kl_here * mul_add(scale, scale, -1.0))
+        of_mu = tl.where(of_kl_here == 0, g, mul_add(of_kl_here, mean, g))
+        scale = exponential(0.5 * log_variance)
+        of_z = tl.where(g == 0, 0.0, g * scale)
+        slope = exponential_minus_1(log_variance, variance(log_variance, scale))
+        of_log_var = 0.5 * mul_add(of_z, e, tl.where(of_kl_here == 0, 0.0, of_kl_here * slope))
         tl.store(at(mu_grad, row, first, D, sizes, mu_grad_strides, LANES, V), narrow(of_mu, DTYPE), mask=live)
         tl.store(
             at(log_var_grad, row, first, D, sizes, log_var_grad_strides, LANES, V),

@@ -1,0 +1,146 @@
+"""`make gpu-pack`: the extension built here for the Python of a machine with a GPU, whose minutes are dear.
+
+`python -m benchmarks.gpu_pack`, run by a Python of that version, fills build/gpu-pack: the core, the CUDA library of
+one architecture, variants of it that are to be timed beside it, and a manifest. `--here` puts the first two into
+dae_fast/ instead, for a machine on which what was packed does not load. Needs pybind11, ninja, setuptools and nvcc, not
+torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+PACK = ROOT / "build" / "gpu-pack"
+CORE = f"_core{sysconfig.get_config_var('EXT_SUFFIX')}"
+CUDA, NOTE, MANIFEST = "_cuda.so", "_build.json", "manifest.json"
+MEBIBYTES = 60  # that may be carried
+
+
+class Change(NamedTuple):
+    file: str
+    old: str
+    new: str
+
+
+# Of csrc/cuda, guesses that only a card can judge.
+VARIANTS = {
+    "early fetch": (
+        Change("kernels.cu", "if (!kFresh) fetch(ahead);", "fetch(ahead);"),
+        Change("kernels.cu", "if (kFresh) fetch(ahead);", ""),
+    ),
+    "5 blocks": (Change("batch.cuh", "Access::kRagged ? 3 : 4;", "Access::kRagged ? 3 : 5;"),),
+    "4 groups": (Change("batch.cuh", "constexpr int kMaxIterations = 16;", "constexpr int kMaxIterations = 4;"),),
+}
+
+
+def changed(csrc: Path, changes: Sequence[Change]) -> None:
+    for change in changes:
+        path = csrc / "cuda" / change.file
+        text = path.read_text()
+        if text.count(change.old) != 1:
+            raise ValueError(f"{change.file} has {text.count(change.old)} times what a variant changes: {change.old}")
+        path.write_text(text.replace(change.old, change.new))
+
+
+def sources_hash() -> str:
+    """Of all that is compiled: a pack of other sources must not pass for one of these."""
+    paths = [ROOT / "setup.py", *sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())]
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in paths)).hexdigest()
+
+
+def build_script(source: Path) -> ModuleType:
+    """setup.py of a tree, without its metadata, for which the setuptools of the other machine may be too old."""
+    spec = importlib.util.spec_from_file_location("dae_fast_setup", source / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def compile_into(place: Path) -> None:
+    place.mkdir(parents=True, exist_ok=True)
+    notes = build_script(ROOT).build_all(place / CORE, place / CUDA, place / NOTE)
+    if errors := [f"{part}: {error}" for part, error in notes.items() if error]:
+        sys.exit("\n".join(errors))
+
+
+def variant_library(name: str) -> str:
+    return f"_cuda-{name.replace(' ', '-')}.so"
+
+
+def compile_variant(name: str, changes: Sequence[Change]) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        source = Path(place)
+        shutil.copytree(ROOT / "csrc", source / "csrc")
+        shutil.copy2(ROOT / "setup.py", source)
+        changed(source / "csrc", changes)
+        script = build_script(source)
+        try:
+            script.build("cuda", script.CUDA, script.cuda_commands(), PACK / variant_library(name))
+        except script.NotBuilt as error:
+            sys.exit(f"{name}: {error}")
+
+
+def pack(variants: Sequence[str]) -> None:
+    shutil.rmtree(PACK, ignore_errors=True)
+    compile_into(PACK)
+    for name in variants:
+        compile_variant(name, VARIANTS[name])
+    facts = {"sources": sources_hash(), "python": sys.version.split()[0], "variants": list(variants)}
+    (PACK / MANIFEST).write_text(json.dumps(facts, indent=1) + "\n")
+    size = sum(path.stat().st_size for path in PACK.iterdir()) / 2**20
+    if size > MEBIBYTES:
+        sys.exit(f"{PACK} has {size:.0f} MiB, more than {MEBIBYTES}")
+    place = PACK.relative_to(ROOT)
+    print(
+        f"{place}: {', '.join(sorted(path.name for path in PACK.iterdir()))}; {size:.1f} MiB, Python {facts['python']}"
+    )
+    print(
+        f"Take the tree with {place} to the machine with the GPU, and there, in two calls, each with a folder to fill:"
+    )
+    for call, seconds in (("a", 330), ("b", 270)):
+        print(f"  python3 -m benchmarks.gpu_check {call} --out FOLDER   # at most {seconds} s")
+
+
+def unpack() -> str:
+    """Puts the pack into dae_fast/; returns why it could not be, or ""."""
+    manifest = PACK / MANIFEST
+    if not manifest.exists():
+        return f"there is no {manifest.relative_to(ROOT)}"
+    if json.loads(manifest.read_text())["sources"] != sources_hash():
+        return "the pack is of other sources"
+    if not (PACK / CORE).exists():
+        return f"the pack is for another Python: it has no {CORE}"
+    for name in (CORE, CUDA, NOTE):
+        shutil.copy2(PACK / name, ROOT / "dae_fast")
+    return ""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="make gpu-pack", description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("--here", action="store_true", help="into dae_fast/")
+    parser.add_argument("--architectures", default="90", help="of the CUDA library; 90 by default, an H100's or H200's")
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=VARIANTS, help="all by default")
+    options = parser.parse_args(arguments)
+    os.environ["DAE_CUDA_ARCHS"] = options.architectures
+    if options.here:
+        compile_into(ROOT / "dae_fast")
+    else:
+        pack(options.variants)
+
+
+if __name__ == "__main__":
+    main()
