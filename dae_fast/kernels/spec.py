@@ -120,6 +120,7 @@ def on_device(table: Tensor, device: torch.device) -> Tensor:
 Bounds = tuple[float, float]
 Inputs = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # x, y, z, w
 X, Y, Z, W, NOISE = range(5)  # the slots of a weighted sum
+ALL_SLOTS = (X, Y, Z, W, NOISE)
 
 
 class Map:
@@ -128,15 +129,17 @@ class Map:
     columns: of c0, c1, c2, c3 in the table, then of a second output
     inner: where y is a clamped estimate, the columns of x, y and w in it
     slots: of the inputs in the order in which an op has them
+    given_by_slot: the map of the same columns whose inputs are x, y, z, w and the noise
     core: the same, parsed by the native core
     """
 
-    __slots__ = ("columns", "core", "inner", "op", "slots")
+    __slots__ = ("columns", "core", "given_by_slot", "inner", "op", "slots")
 
     def __init__(
         self, op: str, columns: tuple[int, ...], inner: tuple[int, ...] | None, slots: tuple[int, ...]
     ) -> None:
         self.op, self.columns, self.inner, self.slots = op, columns, inner, slots
+        self.given_by_slot: Map = self if slots == ALL_SLOTS else map_of(op, columns, inner)
         self.core: Any = (
             None if make_core_map is None or is_dynamo_compiling() else make_core_map(op, columns, inner, slots, self)
         )
@@ -154,7 +157,6 @@ class Map:
         return f"Map({self.op!r}, {self.columns}, {self.inner}, {self.slots})"
 
 
-ALL_SLOTS = (X, Y, Z, W, NOISE)
 make_core_map: Any = None  # of the native core, where there is one
 
 

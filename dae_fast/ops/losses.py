@@ -32,6 +32,7 @@ AnyNoise = Noise | Tensor | StructuredNoise
 MINUS_TARGET = (1.0, -1.0, -1.0)  # a table's row for pred - y, pred - z and pred - noise
 AGAINST_NOISE = (ABSENT, 2, ABSENT, ABSENT, ABSENT, ABSENT)  # columns of a loss in it
 SUMMED: dict[str, specs.Reduction] = {"mean": specs.Reduction.mean, "sum": specs.Reduction.sum}
+_NOISE_MSE = {name: loss_of("noise_mse", Kind.mse, how, AGAINST_NOISE) for name, how in SUMMED.items()}
 
 
 def _either(noise: Any) -> tuple[Any, Noise | None]:
@@ -98,15 +99,14 @@ def noise_mse(
     Ho et al. 2020, eq. 14.
     """
     op = "noise_mse"
-    how = SUMMED.get(reduction) if isinstance(reduction, str) else None
+    how = _NOISE_MSE.get(reduction) if isinstance(reduction, str) else None
     alone = weight is None and level is None and level_weight is None and mask is None and not return_x0_mse
     if how is not None and alone:
         tensor, generated = _either(noise)
-        fixed = loss_of(op, Kind.mse, how, AGAINST_NOISE)
-        done = plain_residual_loss(fixed, Residual(pred, None, tensor, generated), MINUS_TARGET, None, None)
+        done = plain_residual_loss(how, (pred, None, tensor, generated), MINUS_TARGET, None)
         if done is not None:
             return done[0]
-    how = reduction_of(op, pred, reduction)
+    by = reduction_of(op, pred, reduction)
     z, generated = noise_for(op, noise, pred, "pred")
     pred, z = promote(pred, z)
     dims = 1
@@ -115,7 +115,7 @@ def noise_mse(
         dims = level._dims()
     rows = stack_rows(op, MINUS_TARGET, pred, compute_dtype(pred.dtype))
     w = loss_weight(op, pred, level, weight, level_weight)
-    fixed = loss_of(op, Kind.mse, how, AGAINST_NOISE)
+    fixed = loss_of(op, Kind.mse, by, AGAINST_NOISE)
     operands_of = Residual(pred, None, z, generated, mask_of(op, pred, mask))
     loss, mse, _ = loss_of_rows(fixed, operands_of, rows, w, max(dims, leading(w)))
     if not return_x0_mse:
@@ -205,11 +205,12 @@ def denoising_loss(
     if level is not None and not isinstance(level, Level):
         level_for(op, level)
     weighting, w = weight_for(op, weight, level, pred, predict)
-    columns = LossColumns(predict, weighting)
-    if mask is None and log_variance is None and delta is None and not return_per_sample:
-        done = plain_against_target(op, pred, x0, noise, level, columns, w, reduction, kind)
+    if mask is None and log_variance is None and delta is None and not return_per_sample and not is_compiling():
+        known = _plain_loss(op, predict, weighting, _name(kind), _name(reduction))
+        done = None if known is None else _run_plain(known, pred, x0, noise, level, w)
         if done is not None:
             return done[0]
+    columns = LossColumns(predict, weighting)
     samples(op, "pred", pred)
     like(op, "x0", x0, "pred", pred)
     if level is not None:
@@ -296,13 +297,31 @@ _kept_formula = lru_cache(maxsize=64)(_made_formula)
 class _Plain:
     """What a plain call needs, worked out once."""
 
-    __slots__ = ("formula", "loss", "row")
+    __slots__ = ("formula", "loss", "needs_noise", "row")
 
     def __init__(self, op: str, columns: LossColumns, kind: Kind, reduction: specs.Reduction) -> None:
         self.loss, self.row, self.formula = columns.loss(op, kind, reduction), columns.row, formula_of(columns)
+        self.needs_noise = self.loss.columns[1] != ABSENT
 
 
-_plain = lru_cache(maxsize=128)(_Plain)
+@lru_cache(maxsize=128)
+def _plain(op: str, columns: LossColumns, kind: str, reduction: str) -> _Plain | None:
+    """None for what is not plain, or wrong."""
+    if kind not in ("mse", "l1") or reduction not in SUMMED:
+        return None
+    return _Plain(op, columns, Kind[kind], SUMMED[reduction])
+
+
+@lru_cache(maxsize=128)
+def _plain_loss(
+    op: str, predict: Parameterisation, weighting: Weighting | None, kind: str, reduction: str
+) -> _Plain | None:
+    return _plain(op, LossColumns(predict, weighting), kind, reduction)
+
+
+def _name(argument: Any) -> str:
+    """Which can be looked up."""
+    return argument if isinstance(argument, str) else ""
 
 
 def plain_against_target(
@@ -317,25 +336,37 @@ def plain_against_target(
     kind: str = "mse",
 ) -> Summed | None:
     """against_target of a plain call; None where that has to look."""
-    how = SUMMED.get(reduction) if isinstance(reduction, str) else None
-    if is_compiling() or how is None or kind not in ("mse", "l1") or not isinstance(x0, Tensor):
+    if is_compiling():
         return None
-    known = _plain(op, columns, Kind[kind], how)
-    fixed, row = known.loss, known.row
-    if isinstance(noise, StructuredNoise) or (noise is None and fixed.columns[1] != ABSENT):
+    known = _plain(op, columns, _name(kind), _name(reduction))
+    return None if known is None else _run_plain(known, pred, x0, noise, level, weight)
+
+
+def _run_plain(
+    known: _Plain, pred: Tensor, x0: Tensor, noise: AnyNoise | None, level: Level | None, weight: Tensor | None
+) -> Summed | None:
+    generated = z = None
+    if type(noise) is Noise:
+        generated = noise
+    elif noise is None:
+        if known.needs_noise:
+            return None
+    elif isinstance(noise, StructuredNoise):
         return None
-    source: Any = row
-    if row is None:
+    else:
+        z = noise
+    if not isinstance(x0, Tensor):
+        return None
+    source: Any = known.row
+    if source is None:
         if type(level) is not Level:
             return None
         source = level
-    else:
-        if level is not None:
-            level._check(op, pred)
-            if level._dims() > 1:
-                return None
-    z, generated = _either(noise)
-    return plain_residual_loss(fixed, Residual(pred, x0, z, generated), source, known.formula, weight)
+    elif level is not None:
+        level._check(known.loss.op, pred)
+        if level._dims() > 1:
+            return None
+    return plain_residual_loss(known.loss, (pred, x0, z, generated), source, known.formula, weight)
 
 
 def against_target(

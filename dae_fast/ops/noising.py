@@ -46,7 +46,8 @@ def add_noise(
     Ho et al. 2020, eq. 4.
     """
     op = "add_noise"
-    if target is None and perturbation is None and not isinstance(noise, StructuredNoise):
+    alone = target is None and perturbation is None
+    if alone and (type(noise) is Noise or not isinstance(noise, StructuredNoise)):  # which takes a while to say
         return _ADD_NOISE.run(level, (x0, noise), None, out)
     samples(op, "x0", x0)
     level_for(op, level)

@@ -22,6 +22,7 @@ from .losses import SUMMED, Reduction
 
 _ALONE = (1.0, 0.0, 0.0)  # a residual's row: against nothing
 _COLUMNS = (ABSENT,) * 6
+_PLAIN = {name: loss_of("l1_penalty", Kind.l1, how, _COLUMNS) for name, how in SUMMED.items()}
 CONTRACTION_TAG = 0x6A61636F  # "jaco"; of the directions, so that they do not depend on a corruption of the same noise
 
 
@@ -34,10 +35,9 @@ def l1_penalty(h: Tensor, *, reduction: Reduction = "mean") -> Tensor:
     Reads h once and writes its gradient in the same pass (fp16, and "none", in backward): sign(h) / (B N), 0 at 0.
     Raises ValueError for the mean of an empty batch. Tibshirani 1996; as a code's: Ranzato et al. 2008.
     """
-    op, how = "l1_penalty", SUMMED.get(reduction) if isinstance(reduction, str) else None
-    if how is not None:
-        fixed = loss_of(op, Kind.l1, how, _COLUMNS)
-        done = plain_residual_loss(fixed, Residual(h, None, None, None), _ALONE, None, None)
+    op, plain = "l1_penalty", _PLAIN.get(reduction) if isinstance(reduction, str) else None
+    if plain is not None:
+        done = plain_residual_loss(plain, (h, None, None, None), _ALONE, None)
         if done is not None:
             return done[0]
     checks.samples(op, "h", h)

@@ -241,7 +241,7 @@ def launched(
         slots[slot] = value
     *inputs, noise = slots
     coefficients, shape = rows(), inputs[0].shape
-    by_slot = map_of(spec.op, spec.columns, spec.inner)
+    by_slot = spec.given_by_slot
     if out is not None:
         if spec.outputs > 1:
             raise ValueError(f"{spec.op}: out= is of one output; this op has two")

@@ -17,7 +17,7 @@ from ..kernels import reference
 from ..kernels.dispatch import kernels
 from ..kernels.reference import row_of
 from ..kernels.spec import ABSENT, Loss, Reduction, Residual, Rows, Wanted, compute_dtype, loss_of, map_of, rows_at
-from ..noise import FlatNoise
+from ..noise import FlatNoise, Noise
 from ..routing import Route, is_one, plain_loss, route, wants_grad
 from .masks import Drawn, FlatMask, kept_elements, tensors_of
 from .sums import Gradients, affine, row_dots
@@ -28,17 +28,22 @@ Summed = tuple[Tensor, Tensor | None]  # the loss, and `also`
 Weighed = tuple[Tensor, Tensor, Tensor | None]  # the loss, the samples' means, `also`
 
 
-def plain_residual_loss(spec: Loss, operands: Residual, source: Any, key: Any, weight: Tensor | None) -> Summed | None:
-    """The loss of a plain call, without mask; None where residual_loss has to look. source, key: as plain_loss."""
-    if is_compiling() or spec.reduction is Reduction.none or operands.mask is not None:
+def plain_residual_loss(
+    spec: Loss, operands: tuple[Any, Any, Any, Noise | None], source: Any, key: Any, weight: Tensor | None = None
+) -> Summed | None:
+    """The loss of a plain call that is summed, without mask; None where residual_loss has to look.
+
+    operands: pred, y, z, noise      source, key: as of plain_loss
+    """
+    if is_compiling():
         return None
-    made = plain_loss(spec.core, operands[:4], source, key, weight)
+    made = plain_loss(spec.core, operands, source, key, weight)
     if made is None:
         return None
     loss, grad, also, table, t = made
     if grad is None:
         return loss, also
-    return _keep_gradient(spec, operands, rows_at(table, t), weight, (loss, grad), None), also
+    return _keep_gradient(spec, Residual(*operands), rows_at(table, t), weight, (loss, grad), None), also
 
 
 def _keep_gradient(

@@ -280,13 +280,8 @@ def with_gradients(
 ) -> Any:
     """The outputs of a call that wants gradients; the core calls it for plain ones, whose t may be a row's number."""
     table, t = rows_at(*rows)
-    made = _Affine.apply(*inputs, table, (t, spec_of_slots(spec), noise, bounds))
+    made = _Affine.apply(*inputs, table, (t, spec.given_by_slot, noise, bounds))
     return (made,) if always_tuple and not isinstance(made, tuple) else made
-
-
-def spec_of_slots(spec: Map) -> Map:
-    """The map of the same columns whose inputs are given by slot."""
-    return map_of(spec.op, spec.columns, spec.inner)
 
 
 if (_core := dispatch.module("native")) is not None:
