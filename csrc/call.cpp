@@ -403,26 +403,23 @@ class PlainMap : PlainCall {
         PyObject* const passed[] = {map.owner, inputs.get(), noise, rows.get(), bounds};
         return PyObject_Vectorcall(g_with_gradients, passed, std::size(passed), nullptr);
       }
-      const Owned outs = make_outputs(map, into, args);
+      const Owned made(make_outputs(map, into, args));
+      const Owned outs(map.outputs == 1 ? PyTuple_Pack(1, made.get()) : Py_NewRef(made.get()));
       launch_elsewhere(names().plain_map, map.owner, inputs.get(), noise, rows.get(), bounds, outs.get());
-      return result(map, outs.get());
+      return Py_NewRef(made.get());
     }
-    const Owned outs = make_outputs(map, into, args);
+    const Owned made(make_outputs(map, into, args));
     launch([&](const Api& api, Queue queue) { return api.affine(args, queue); });
-    return result(map, outs.get());
+    return Py_NewRef(made.get());
   }
 
  private:
-  Owned make_outputs(const MapObject& map, PyObject* into, AffineArgs& args) {
-    if (into != Py_None) return Owned(PyTuple_Pack(1, into));
-    const Owned out(empty_like_first(args.out.data));
-    if (map.outputs == 1) return Owned(PyTuple_Pack(1, out.get()));
-    const Owned out2(empty_like_first(args.out2.data));
-    return Owned(PyTuple_Pack(2, out.get(), out2.get()));
-  }
-
-  static PyObject* result(const MapObject& map, PyObject* outs) {
-    return Py_NewRef(map.outputs == 1 ? PyTuple_GET_ITEM(outs, 0) : outs);
+  // The result: one tensor, or a tuple of two.
+  PyObject* make_outputs(const MapObject& map, PyObject* into, AffineArgs& args) {
+    if (into != Py_None) return Py_NewRef(into);
+    if (map.outputs == 1) return empty_like_first(args.out.data);
+    const Owned out(empty_like_first(args.out.data)), out2(empty_like_first(args.out2.data));
+    return PyTuple_Pack(2, out.get(), out2.get());
   }
 };
 

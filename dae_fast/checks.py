@@ -194,6 +194,8 @@ def promote(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 def as_number(op: str, name: str, value: Any) -> float:
     """int, float or a numpy scalar."""
+    if type(value) is float:
+        return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{op}: {name} must be a float or a tensor, got {type(value).__name__}")
     return float(value)

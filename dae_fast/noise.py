@@ -285,7 +285,7 @@ def fill(
     op: str, noise: Noise, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, below: int = 2**32
 ) -> Tensor:
     """`shape` full of the noise's normals or words."""
-    if not shape or any(n < 0 for n in shape):
+    if not shape or min(shape) < 0:
         raise ValueError(f"{op}: shape must be (B, ...), got {shape}")
     if op == "normal" and dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise TypeError(f"{op}: dtype must be float16, bfloat16, float32 or float64, got {dtype}")

@@ -109,9 +109,8 @@ def _walkable(*tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(None if t is None else t.contiguous() for t in tensors)
 
 
-def plain_map(core: Any, given: tuple[Any, ...], source: Any, key: Any, bounds: Bounds | None, out: Any) -> Any:
-    """A plain call of a weighted sum, from Python's objects to the kernel in one step; None where it is not plain."""
-    return _core.plain_map(core, given, source, key, bounds, out)
+# A plain call of a weighted sum, from Python's objects to the kernel in one step; None where it is not plain.
+plain_map = _core.plain_map
 
 
 def plain_loss(

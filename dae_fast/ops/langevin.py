@@ -30,6 +30,15 @@ def langevin_step(
     partly overlaps an input. Welling and Teh 2011; Song and Ermon 2019, algorithm 1.
     """
     op = "langevin_step"
+    h, scale = step_size, noise_scale
+    if not (type(h) is type(scale) is float and h >= 0):
+        h, scale = _checked(op, x, h, scale)
+    return summed(op, ("x", "score", "noise"), (x, score, noise), (1.0, h, scale * (2 * h) ** 0.5), out)
+
+
+def _checked(
+    op: str, x: Tensor, step_size: float | Tensor, noise_scale: float | Tensor
+) -> tuple[float | Tensor, float | Tensor]:
     if isinstance(step_size, Tensor) or isinstance(noise_scale, Tensor):
         samples(op, "x", x)
     h = _factor(op, "step_size", step_size, x)
@@ -39,7 +48,7 @@ def langevin_step(
     )
     if negative:
         raise ValueError(f"{op}: step_size must not be negative, got {float(torch.as_tensor(h).min())}")
-    return summed(op, ("x", "score", "noise"), (x, score, noise), (1.0, h, scale * (2 * h) ** 0.5), out)
+    return h, scale
 
 
 def _factor(op: str, name: str, value: float | Tensor, x: Tensor) -> float | Tensor:

@@ -100,10 +100,10 @@ def noise_mse(
     """
     op = "noise_mse"
     how = _NOISE_MSE.get(reduction) if isinstance(reduction, str) else None
-    alone = weight is None and level is None and level_weight is None and mask is None and not return_x0_mse
-    if how is not None and alone:
+    alone = level is None and level_weight is None and mask is None and not return_x0_mse
+    if how is not None and alone and (weight is None or type(weight) is Tensor):
         tensor, generated = _either(noise)
-        done = plain_residual_loss(how, (pred, None, tensor, generated), MINUS_TARGET, None)
+        done = plain_residual_loss(how, (pred, None, tensor, generated), MINUS_TARGET, None, weight)
         if done is not None:
             return done[0]
     by = reduction_of(op, pred, reduction)

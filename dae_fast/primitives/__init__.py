@@ -346,9 +346,9 @@ def summed(op: str, names: tuple[str, ...], given: tuple[Any, ...], row: tuple[A
     for k, value in enumerate(given):
         if type(value) is Noise:
             noise = k
-    spec = plan(op, _each_its_column(len(given)), None, noise, False)
-    if not is_compiling() and spec is not None:
-        done = plain_map(spec.core, given, row, None, None, out)
+    if not is_compiling():
+        spec = _kept_plan_of(op, len(given), noise)
+        done = None if spec is None else plain_map(spec.core, given, row, None, None, out)
         if done is not None:
             if out is not None:
                 written(out)
@@ -362,6 +362,11 @@ def _each_its_column(count: int) -> tuple[Use, ...]:
 
 
 _COLUMN_EACH = tuple(Use(k) for k in range(5))
+
+
+@lru_cache(maxsize=128)
+def _kept_plan_of(op: str, count: int, noise: int) -> Map | None:
+    return _kept_plan(op, _each_its_column(count), None, noise, False)
 
 
 class _Parsed(NamedTuple):

@@ -391,7 +391,8 @@ def plain_map(
     outs: tuple[Tensor, ...],
 ) -> None:
     """For csrc/call.cpp, which has checked that the tensors are contiguous. A row's number is of one row for all."""
-    _run_affine(spec, bounds, (aligned, CONTIGUOUS), shape, dtype, (*inputs, *outs), noise, rows_at(*rows))
+    operands = (*inputs, *outs, *[None] * (2 - len(outs)))
+    _run_affine(spec, bounds, (aligned, CONTIGUOUS), shape, dtype, operands, noise, rows_at(*rows))
 
 
 def affine(
@@ -402,11 +403,11 @@ def affine(
     assert x is not None
     if out is None:
         out = torch.empty_like(x)
-    results = (out, torch.empty_like(x)) if spec.outputs == 2 else (out,)
+    results: tuple[Tensor, ...] = (out, torch.empty_like(x)) if spec.outputs == 2 else (out,)
     shape = x.shape
     if 0 in shape:
         return results
-    operands: Operands = (*inputs, *results)
+    operands: Operands = (*inputs, out, results[1] if spec.outputs == 2 else None)
     memory = _memory(operands, noise is not None)
     copied = memory[1] is SCATTERED
     if copied:
@@ -428,8 +429,8 @@ def _run_affine(
     noise: Noise | None,
     rows: Rows,
 ) -> None:
-    """operands: x, y, z, w, out and perhaps a second."""
-    x, y, z, w, out, *more = operands
+    """operands: x, y, z, w, out and a second or None."""
+    x, y, z, w, out, second = operands
     assert x is not None
     device, (table, index) = x.device, rows.dense(spec.op, compute_dtype(dtype))
     table = _on(device, table)
@@ -447,7 +448,7 @@ def _run_affine(
         _mode(noise),
         memory,
     )
-    _launch(call, (x, y, z, w, out, more[0] if more else None, table, index, *address))
+    _launch(call, (x, y, z, w, out, second, table, index, *address))
 
 
 # Of a loss: whether a drawn mask counts what it leaves, and whether the gradient was made before.
