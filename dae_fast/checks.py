@@ -44,12 +44,17 @@ def integer(op: str, name: str, value: Any, least: int | None = None, most: int 
     return found
 
 
+def is_number(value: object) -> bool:
+    """Of real ones; a bool is none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def number(op: str, name: str, value: Any, which: str = "") -> float:
     """The float that it is: an int or a numpy scalar too; no bool, no tensor.
 
     which: the kind that it must be, one of NUMBERS.
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if not is_number(value):
         raise TypeError(f"{op}: {name} must be a number, got {kind_of(value)}")
     try:
         found = float(value)

@@ -102,6 +102,8 @@ class Noise:
             if first_sample != 0:
                 raise ValueError("Noise: give sample or first_sample, not both")
         self._sample = None if sample is None else sample.contiguous()
+        if type(first_sample) is not int:
+            first_sample = _index("Noise: first_sample must be an int", first_sample)
         self._first_sample = to_signed(first_sample)
         if first_element < 0:
             raise ValueError(f"Noise: first_element must not be negative, got {first_element}")
@@ -216,7 +218,7 @@ class Noise:
 
         data: int, or an int64 tensor of one element, which makes the new key a tensor on its device.
         """
-        if not isinstance(data, (int, Tensor)):
+        if type(data) is not int and not isinstance(data, Tensor):
             data = _index("Noise.fold_in: data must be an int or an int64 tensor", data)
         if isinstance(data, int) and self._key_tensor is None and not torch.compiler.is_compiling():
             seed, offset = dispatch.fold_in(self._seed, self._offset, to_signed(data))
@@ -246,6 +248,8 @@ class Noise:
         below: in [1, 2**31]: word w becomes floor(w * below / 2**32), uniform in [0, below) but for below / 2**32
         Use a key of their own (fold_in a tag) for decisions that must not depend on the normals.
         """
+        if below is not None:
+            below = _index("bits: below must be an int in [1, 2**31]", below)
         if below is not None and not 1 <= below <= 2**31:
             raise ValueError(f"bits: below must be in [1, 2**31], got {below}")
         return fill("bits", self, tuple(shape), torch.int64, torch.device(device), below or 2**32)

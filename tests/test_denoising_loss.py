@@ -406,3 +406,24 @@ class TestCompile:
         pred, x0 = randn(*SHAPE), randn(*SHAPE, seed=2)
         want = f(pred, x0, NOISE, LEVELS)
         torch.testing.assert_close(torch.compile(f, fullgraph=True)(pred, x0, NOISE, LEVELS), want)
+
+
+def test_weights_of_doubles():
+    """pred in fp32 and x0 in fp64: the loss is of doubles, and so are the weights of functions and log_variance."""
+    g = torch.Generator().manual_seed(0)
+    pred, x0 = torch.randn(3, 5, generator=g), torch.randn(3, 5, generator=g, dtype=torch.float64)
+    level, u = SCHEDULE[torch.tensor([0, 3, 7])], torch.tensor([0.1, -0.2, 0.3], dtype=torch.float64)
+    w = 1 / (3 + level._schedule.sigma[level.t])
+    each = (pred.double() - x0).square().mean(1)
+    for got, wanted in (
+        (
+            df.denoising_loss(pred, x0, None, level, predict="x0", weight=lambda alpha, sigma: 1 / (3 + sigma)),
+            (w * each).mean(),
+        ),
+        (df.denoising_loss(pred, x0, None, level, predict="x0", log_variance=u), (each * torch.exp(-u) + u).mean()),
+    ):
+        assert got.dtype == torch.float64
+        torch.testing.assert_close(got, wanted, rtol=1e-14, atol=0)
+    for reduction in ("mean", "sum", "none"):
+        loss = df.denoising_loss(pred, x0.float(), None, level, predict="x0", log_variance=u, reduction=reduction)
+        assert loss.dtype == torch.float32

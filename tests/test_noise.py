@@ -5,6 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -359,3 +363,24 @@ class TestStatistics:
         words = df.Noise(6).bits((1000, 1000))
         share = [((words >> k) & 1).double().mean().item() for k in range(32)]
         assert max(abs(s - 0.5) for s in share) < self.Z_MAX * 0.5 / 1000
+
+
+def test_threads_of_python_obey_torch(restore_threads):
+    """One that starts after torch.set_num_threads(1) had OpenMP's own number."""
+    native = df.kernels.native
+    for n in (1, 2):
+        torch.set_num_threads(n)
+        found: list[int] = []
+        thread = threading.Thread(target=lambda found=found: found.append(native.max_threads()))
+        thread.start(), thread.join()
+        assert found == [n] == [native.max_threads()]
+
+
+def test_an_empty_choice_of_instruction_set_is_none():
+    done = subprocess.run(
+        [sys.executable, "-c", "import dae_fast"],
+        env={**os.environ, "DAE_FAST_CPU_ISA": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr

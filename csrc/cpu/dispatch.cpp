@@ -67,6 +67,12 @@ struct OpenMP {
     find(max_threads, "omp_get_max_threads");
     find(num_threads, "omp_get_num_threads");
     find(thread_num, "omp_get_thread_num");
+    // A thread that Python starts later has OpenMP's own number until torch's function hands it torch's.
+    if (void* torch = dlopen("libtorch_cpu.so", RTLD_NOW | RTLD_NOLOAD)) {
+      if (auto torch_threads = reinterpret_cast<int (*)()>(dlsym(torch, "_ZN2at15get_num_threadsEv")))
+        max_threads = torch_threads;
+      dlclose(torch);
+    }
   }
   bool present() const { return parallel && max_threads && num_threads && thread_num; }
   template <class F>

@@ -8,6 +8,11 @@
 #include "noise.h"
 #include "../ops.h"
 
+// Of a unit without elements, which there is not, an output's buffer would be written from as it is.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
 #define DAE_JOIN_(a, b) a##b
 #define DAE_JOIN(a, b) DAE_JOIN_(a, b)
 
@@ -418,9 +423,10 @@ static void gaussian_units(const GaussianWork& a, int64_t unit_begin, int64_t un
     const L* log_var = read<T>(a.batch, a.log_var, unit, log_vars);
     const R* eps = read_z<T>(a.batch, a.eps, a.noise, unit, es);
     L* z = target<T>(a.batch, a.z, unit, outs);
-    for (int64_t i = 0; i < unit.count(); ++i) scales[i] = Gaussian<R>::scale_of(widen(log_var[i]));
+    const int64_t n = unit.count();
+    for (int64_t i = 0; i < n; ++i) scales[i] = Gaussian<R>::scale_of(widen(log_var[i]));
 #pragma GCC ivdep
-    for (int64_t i = 0; i < unit.count(); ++i) {
+    for (int64_t i = 0; i < n; ++i) {
       const Gaussian<R> g(widen(mu[i]), widen(log_var[i]), scales[i]);
       divergence[i] = g.kl();
       narrow(g.sample(eps[i]), z[i]);

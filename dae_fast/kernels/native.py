@@ -45,7 +45,7 @@ use_plain = _core.use_plain
 use_gradients = _core.use_gradients
 nvtx_built = _core.nvtx_built
 
-if (_wanted := os.environ.get("DAE_FAST_CPU_ISA")) is not None:
+if _wanted := os.environ.get("DAE_FAST_CPU_ISA"):  # empty is not set
     try:
         use_isa(_wanted)
     except ValueError as error:

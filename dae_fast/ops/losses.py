@@ -223,9 +223,9 @@ def denoising_loss(
     loss, per_sample, _ = against_target(op, pred, x0, noise, level, columns, w, chosen, how, kind, delta)
     if u is not None:
         if reduction == "mean":
-            loss = loss + u.mean()
+            loss = loss + u.mean().to(loss.dtype)
         else:
-            loss = loss + (u if reduction == "none" else (u * kept_elements(pred, chosen)).sum())
+            loss = loss + (u if reduction == "none" else (u * kept_elements(pred, chosen)).sum()).to(loss.dtype)
     return (loss, per_sample) if return_per_sample else loss
 
 
@@ -451,11 +451,11 @@ def _penalty(
 
 
 def _log_variance(op: str, u: Tensor, pred: Tensor) -> Tensor:
-    """(B,) in pred's compute dtype."""
+    """(B,) float64: x0 may be wider than pred."""
     if not isinstance(u, Tensor):
         raise TypeError(f"{op}: log_variance must be a tensor (B,), got {type(u).__name__}")
     check_per_sample(op, "log_variance", u, pred)
-    return u.to(compute_dtype(pred.dtype)).expand(pred.shape[0])
+    return u.double().expand(pred.shape[0])
 
 
 def loss_weight(

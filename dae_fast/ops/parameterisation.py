@@ -34,6 +34,8 @@ class EDM:
         finite_numbers("EDM", sigma_data=self.sigma_data)
         if not self.sigma_data > 0:
             raise ValueError(f"EDM: sigma_data must be positive, got {self.sigma_data}")
+        if not 1e-150 < self.sigma_data < 1e150:
+            raise ValueError(f"EDM: sigma_data must have a square within float64, got {self.sigma_data}")
 
     def mix(self, alpha: Any, sigma: Any) -> tuple[Any, Any]:
         size = self._size(alpha, sigma)
