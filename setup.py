@@ -48,7 +48,7 @@ CUDA_ELEMENTS = {"f32": "float", "f64": "double", "bf16": "__nv_bfloat16", "f16"
 # (object, source, flags of its own), of each library.
 CORE = [
     *((f"kernels_{isa}", "cpu/kernels.cpp", f"-DDAE_ISA={isa} {flags}") for isa, flags in ISAS.items()),
-    *((Path(s).stem, s, "") for s in ("cpu/dispatch.cpp", "cpu/run.cpp", "tensor.cpp", "plain.cpp", "bind.cpp")),
+    *((Path(s).stem, s, "") for s in ("cpu/dispatch.cpp", "cpu/run.cpp", "tensor.cpp", "call.cpp", "bind.cpp")),
 ]
 CUDA = [
     *((f"kernels_{n}", "cuda/kernels.cu", f"-DDAE_ELEMENT={e} -DDAE_NAME={n}") for n, e in CUDA_ELEMENTS.items()),

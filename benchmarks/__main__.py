@@ -79,7 +79,7 @@ def main(
 def refuse_plain_torch(device: torch.device, peer: Sequence[str] | None) -> None:
     """Measured as dae_fast, the reference would pass for what it is only the judge of."""
     if default_backend(device) == "reference" and "reference" not in (peer or ()):
-        why = df.backends.missing("native") or df.info().get("cuda", "")
+        why = df.kernels.dispatch.missing("native") or df.info().get("cuda", "")
         raise typer.BadParameter(
             f"no kernels run on {device} here, only plain torch ({why}); `--peer reference` measures that all the same",
             param_hint="--device",

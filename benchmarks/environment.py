@@ -39,12 +39,12 @@ def environment(device: torch.device = CPU) -> dict[str, str]:
 
 def backends_on(device: torch.device) -> tuple[str, ...]:
     """The backends that can run on the device."""
-    return tuple(name for name in df.backend_names() if df.backends.supports(name, device))
+    return tuple(name for name in df.backend_names() if df.kernels.dispatch.supports(name, device))
 
 
 def default_backend(device: torch.device) -> str:
     """What a user gets who forces nothing."""
-    return df.backends.default_name(device.type)
+    return df.kernels.dispatch.default_name(device.type)
 
 
 def device_name(device: torch.device = CPU) -> str:

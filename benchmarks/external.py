@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import dae_fast as df
-from dae_fast.backends.reference import compute_dtype
+from dae_fast.kernels.reference import compute_dtype
 from dae_fast.ops.structured import OFFSET_TAG
 from dae_fast.samplers.common import Limits, Update
 from dae_fast.samplers.tables import reverse_table

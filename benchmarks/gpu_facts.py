@@ -43,7 +43,7 @@ class Candidate:
     @contextmanager
     def used(self) -> Iterator[None]:
         if self.library is not None:
-            df.backends.native._core.load_cuda(str(self.library))
+            df.kernels.native._core.load_cuda(str(self.library))
         with df.use_backend(self.backend):
             yield
 
@@ -288,8 +288,8 @@ def found(facts: Facts, backends: Sequence[str], libraries: Sequence[Path]) -> l
     """Those that run here; one that was asked for and does not is a failure."""
     candidates = []
     for backend in backends:
-        why = df.backends.missing(backend)
-        if not why and not df.backends.supports(backend, facts.device):
+        why = df.kernels.dispatch.missing(backend)
+        if not why and not df.kernels.dispatch.supports(backend, facts.device):
             why = df.info()["cuda"]
         if why:
             facts.fail(f"{backend} is missing: {why}")

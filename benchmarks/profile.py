@@ -23,7 +23,7 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 import dae_fast as df
-from dae_fast.ranges import PREFIX, span
+from dae_fast.profiling import PREFIX, span
 
 from . import memory  # quietens the profiler's announcements
 from .end_to_end import SCHEDULE, TASKS, Task

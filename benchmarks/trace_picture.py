@@ -16,7 +16,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import typer
 
-from dae_fast.ranges import PREFIX
+from dae_fast.profiling import PREFIX
 
 OURS, PARTS = "#c2410c", "#64748b"
 INK = {"light": "#1f2328", "dark": "#e6edf3"}

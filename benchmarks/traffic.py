@@ -28,7 +28,7 @@ _KERNELS = ("affine", "residual", "row_dots", "corrupt", "gaussian", "gaussian_g
 def moved_bytes(peer: Peer, values: int) -> int:
     """By one call of eager torch or of one of our backends, on samples of so many values."""
     counter = _Counter(values)
-    backends = [df.backends.module(name) for name in df.backend_names() if name != "reference"]
+    backends = [df.kernels.dispatch.module(name) for name in df.backend_names() if name != "reference"]
     with ExitStack() as patches:
         for module in backends:
             for name in _KERNELS:

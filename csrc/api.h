@@ -44,6 +44,7 @@ struct Api {
   const char* (*fold_in)(const Noise&, uint64_t data, const uint64_t* data_at, Key* out, Queue);
   const char* (*devices)(int* count);  // that the library has code for; initialises the driver
   int (*current_device)();
+  bool on_host = false;  // computes on tensors in host memory: a build for a CPU, which then gets theirs
 };
 
 namespace cpu {

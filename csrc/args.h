@@ -7,7 +7,20 @@
 
 namespace dae {
 
-enum class Dtype : int { f32, f64, bf16, f16 };
+// The enumerations of dae_fast/kernels/spec.py, which are compared when the core is loaded.
+#define DAE_ENUM(X) X,
+#define DAE_NAME_OF(X) #X,
+#define DAE_DTYPES(X) X(f32) X(f64) X(bf16) X(f16)
+// rho(r): r^2, |r|, Huber's, or 2 delta (sqrt(r^2 + delta^2) - delta).
+#define DAE_PENALTIES(X) X(mse) X(l1) X(huber) X(pseudo_huber)
+#define DAE_REDUCTIONS(X) X(none) X(mean) X(sum)
+
+enum class Dtype : int { DAE_DTYPES(DAE_ENUM) };
+enum class Penalty : int { DAE_PENALTIES(DAE_ENUM) };
+enum class Reduction : int { DAE_REDUCTIONS(DAE_ENUM) };
+constexpr const char* kDtypes[] = {DAE_DTYPES(DAE_NAME_OF)};
+constexpr const char* kPenalties[] = {DAE_PENALTIES(DAE_NAME_OF)};
+constexpr const char* kReductions[] = {DAE_REDUCTIONS(DAE_NAME_OF)};
 
 // strides == nullptr: contiguous (B, D). Else strides[0] is the batch stride and strides[1..] go
 // with Batch::sizes, in elements; 0 for an expanded dimension.
@@ -15,6 +28,8 @@ struct Operand {
   void* data = nullptr;
   const int64_t* strides = nullptr;
 };
+
+constexpr int64_t kBlock = 4;  // elements of a Philox block
 
 // B rows of D elements each; the sizes of a row's dimensions serve the strided operands.
 struct Batch {
@@ -24,14 +39,34 @@ struct Batch {
   Dtype dtype;
 };
 
-// Row b has key fold_in(key, sample[b]), or `key` itself when fold is false (a raw stream). A GPU reads
+// Sample b has key fold_in(key, sample[b]), or `key` itself when fold is false (a raw stream). A GPU reads
 // the key through key_at where that is set: a captured graph then sees new keys.
+// A sample is one row of the batch, or rows_per_sample of them (a video's frames); its rows begin at block first_block
+// of its stream and every blocks_per_row further on.
 struct Noise {
   bool present = false, fold = true;
   Key key{};
   const Key* key_at = nullptr;
   const int64_t* sample = nullptr;  // nullptr: first_sample + b
   uint64_t first_sample = 0;
+  int64_t rows_per_sample = 1;
+  uint64_t first_block = 0, blocks_per_row = 0;
+
+  DAE_FN uint64_t sample_of(int64_t row) const {
+    if (rows_per_sample != 1) row /= rows_per_sample;
+    return sample ? static_cast<uint64_t>(sample[row]) : first_sample + static_cast<uint64_t>(row);
+  }
+  DAE_FN uint64_t block_of(int64_t row) const {
+    return rows_per_sample == 1 ? first_block
+                                : first_block + static_cast<uint64_t>(row % rows_per_sample) * blocks_per_row;
+  }
+  // The stream of one row, at whose block 0 it begins.
+  DAE_FN Key key_of(const Key& stream, int64_t row) const {
+    if (!fold) return stream;
+    Key own = fold_in(stream, sample_of(row));
+    own.offset += block_of(row);
+    return own;
+  }
 };
 
 constexpr int kAbsent = -1;  // a column number: this coefficient is 0, and what it is about not read
@@ -61,8 +96,6 @@ DAE_FN R coefficient(const Table& table, int64_t b, int column) {
   return static_cast<const R*>(table.data)[i * table.columns + column];
 }
 
-// rho(r): r^2, |r|, Huber's, or 2 delta (sqrt(r^2 + delta^2) - delta).
-enum class Penalty : int { mse, l1, huber, pseudo_huber };
 
 // A row's dimensions, merged where they can be, are no more than this on a GPU.
 constexpr int kMaxDims = 8;
@@ -119,8 +152,6 @@ struct CorruptArgs {
   Choice choice;
   double low, high;
 };
-
-enum class Reduction : int { none, mean, sum };
 
 struct LossArgs {
   Reduction reduction;

@@ -14,7 +14,7 @@
 #include "api.h"
 #include "cpu/dispatch.h"
 #include "nvtx.h"
-#include "plain.h"
+#include "call.h"
 #include "tensor.h"
 
 namespace py = pybind11;
@@ -43,13 +43,14 @@ void run(const Queue& queue, const Batch& batch, Function Api::*function, const 
   throw std::runtime_error(std::string("dae_fast: CUDA error: ") + error);
 }
 
-using Bounds = std::optional<std::tuple<int, int, int, double, double>>;
+using Bounds = std::optional<std::tuple<double, double>>;
+using Inputs = std::tuple<py::object, py::object, py::object, py::object>;
 
 // thresholds: (1 or B, 2) int64; noise None: nothing is chosen so.
-Choice read_choice(const py::object& noise, const py::object& thresholds, bool keeps, bool for_gpu) {
+Choice read_choice(const py::object& noise, const py::object& thresholds, bool keeps, bool for_gpu, int64_t D) {
   Choice choice;
   if (noise.is_none()) return choice;
-  choice.noise = read_noise(noise.ptr(), false);
+  choice.noise = read_noise(noise.ptr(), false, D);
   const View view(thresholds.ptr());
   choice.thresholds = static_cast<const int64_t*>(view.data());
   choice.rows = view.size(0);
@@ -61,43 +62,49 @@ Choice read_choice(const py::object& noise, const py::object& thresholds, bool k
   return choice;
 }
 
-int64_t affine(const py::object& x, const py::object& y, const py::object& z, const py::object& w,
-               const py::object& noise, bool raw, const py::object& table, const py::object& index,
-               const std::vector<int>& columns, const Bounds& clamp, const py::object& out, const py::object& out2) {
+int64_t affine(const py::object& map, const Inputs& inputs, const py::object& noise, bool raw, const py::object& table,
+               const py::object& index, const Bounds& bounds, const py::object& out, const py::object& out2) {
+  const auto& [x, y, z, w] = inputs;
   const Queue q = queue_of(out.ptr());
   const Operands operands(out.ptr(), {x.ptr(), y.ptr(), z.ptr(), w.ptr(), out.ptr(), out2.ptr()}, !noise.is_none());
   AffineArgs a{operands.batch, operands[0], operands[1], operands[2], operands[3], operands[4], operands[5]};
-  a.noise = read_noise(noise.ptr(), raw);
+  a.noise = read_noise(noise.ptr(), raw, operands.batch.D);
   a.table = read_table(table.ptr(), index.ptr(), q.device >= 0);
-  for (size_t i = 0; i < 8; ++i) a.columns[i] = i < columns.size() ? columns[i] : kAbsent;
-  a.clamped = clamp.has_value();
-  if (clamp) std::tie(a.inner[0], a.inner[1], a.inner[2], a.lo, a.hi) = *clamp;
+  fill_map(map.ptr(), a);
+  if (bounds) std::tie(a.lo, a.hi) = *bounds;
   const int64_t bad = q.device < 0 ? bad_level(a.table, a.batch.B) : kNoBadLevel;
   if (bad == kNoBadLevel) run(q, a.batch, &Api::affine, a, q);
   return bad;
 }
 
-// columns: n1, n2, delta, the weight's, and two of `also`. reduction: 0 one value per sample, 1 mean over samples of
-// each sample's mean, 2 sum. per_sample, loss, also and grad are written where they are given.
-int64_t residual(const py::object& pred, const py::object& y, const py::object& z,
-                 const py::object& noise, const py::object& table, const py::object& index,
-                 const std::array<int, 6>& columns, int kind, const py::object& mask, const py::object& mask_noise,
-                 const py::object& thresholds, bool keeps, const py::object& kept,
-                 const py::object& weight, const py::object& upstream, bool only_if_scaled, int reduction,
-                 const py::object& per_sample, const py::object& loss, const py::object& also,
-                 const py::object& grad, const py::object& sums, const py::object& counter) {
+using Drawn = std::tuple<py::object, py::object, bool>;                // a mask's noise, thresholds, whether it keeps
+using Factors = std::tuple<py::object, py::object, py::object>;        // kept, weight, upstream
+using Results = std::tuple<py::object, py::object, py::object, py::object>;  // means, loss, also, gradient
+using Room = std::tuple<py::object, py::object>;                       // sums and counter of a reduction on a GPU
+
+// Operands: pred, y, z, noise. What is given of the results is written.
+int64_t residual(const py::object& spec, const Inputs& operands_of, const py::object& table, const py::object& index,
+                 const Drawn& drawn, const py::object& mask, const Factors& factors, bool only_if_scaled,
+                 const Results& results, const Room& room) {
+  const auto& [pred, y, z, noise] = operands_of;
+  const auto& [mask_noise, thresholds, keeps] = drawn;
+  const auto& [kept, weight, upstream] = factors;
+  const auto& [per_sample, loss, also, grad] = results;
+  const auto& [sums, counter] = room;
+  const LossObject& fixed = loss_of(spec.ptr());
+  const int* columns = fixed.columns;
   const Queue q = queue_of(pred.ptr());
   const Operands operands(pred.ptr(), {pred.ptr(), y.ptr(), z.ptr(), mask.ptr(), grad.ptr()},
                           !noise.is_none() || !mask_noise.is_none());
   ResidualArgs a{operands.batch, operands[0], operands[1], operands[2], operands[3], operands[4]};
-  a.choice = read_choice(mask_noise, thresholds, keeps, q.device >= 0);
-  a.penalty = static_cast<Penalty>(kind);
-  a.noise = read_noise(noise.ptr(), false);
+  a.choice = read_choice(mask_noise, thresholds, keeps, q.device >= 0, operands.batch.D);
+  a.penalty = static_cast<Penalty>(fixed.kind);
+  a.noise = read_noise(noise.ptr(), false, operands.batch.D);
   a.table = read_table(table.ptr(), index.ptr(), q.device >= 0);
   for (int i = 0; i < 3; ++i) a.columns[i] = columns[i];
   Dtype weight_dtype = Dtype::f32;
   if (!weight.is_none()) View(weight.ptr()).dtype(weight_dtype);
-  const LossArgs args{static_cast<Reduction>(reduction),
+  const LossArgs args{static_cast<Reduction>(fixed.reduction),
                       address_or_null(weight),
                       weight_dtype == Dtype::f64,
                       static_cast<const double*>(address_or_null(kept)),
@@ -119,7 +126,7 @@ void row_dots(const py::object& g, const py::object& x, const py::object& y,
               const py::object& z, const py::object& noise, const py::object& out, const py::object& sums,
               const py::object& counter) {
   const Operands operands(g.ptr(), {g.ptr(), x.ptr(), y.ptr(), z.ptr()}, !noise.is_none());
-  const RowDotsArgs a{operands.batch, operands[0], operands[1], operands[2], operands[3], read_noise(noise.ptr(), false)};
+  const RowDotsArgs a{operands.batch, operands[0], operands[1], operands[2], operands[3], read_noise(noise.ptr(), false, operands.batch.D)};
   const Scratch scratch{static_cast<double*>(address_or_null(sums)), static_cast<uint32_t*>(address_or_null(counter))};
   const Queue q = queue_of(g.ptr());
   run(q, a.batch, &Api::row_dots, a, static_cast<double*>(address(out.ptr())), scratch, q);
@@ -132,7 +139,7 @@ void mask_count(const py::object& mask, const py::object& mask_noise, const py::
   const Operands operands(mask.ptr(), {drawn ? Py_None : mask.ptr()}, drawn);
   const Scratch scratch{static_cast<double*>(address_or_null(sums)), static_cast<uint32_t*>(address_or_null(counter))};
   const Queue q = queue_of(mask.ptr());
-  const MaskArgs a{operands.batch, operands[0], read_choice(mask_noise, thresholds, keeps, q.device >= 0)};
+  const MaskArgs a{operands.batch, operands[0], read_choice(mask_noise, thresholds, keeps, q.device >= 0, operands.batch.D)};
   run(q, a.batch, &Api::mask_count, a, static_cast<double*>(address(kept.ptr())), scratch, q);
 }
 
@@ -141,7 +148,7 @@ void corrupt(const py::object& x, const py::object& noise, const py::object& thr
              const py::object& out) {
   const Operands operands(x.ptr(), {x.ptr(), out.ptr()}, true);
   const Queue q = queue_of(x.ptr());
-  const Choice choice = read_choice(noise, thresholds, false, q.device >= 0);
+  const Choice choice = read_choice(noise, thresholds, false, q.device >= 0, operands.batch.D);
   const CorruptArgs a{operands.batch, operands[0], operands[1], choice, low, high};
   run(q, a.batch, &Api::corrupt, a, q);
 }
@@ -150,7 +157,7 @@ void corrupt(const py::object& x, const py::object& noise, const py::object& thr
 void gaussian(const py::object& mu, const py::object& log_var, const py::object& eps, const py::object& noise,
               const py::object& z, const py::object& kl, const py::object& sums, const py::object& counter) {
   const Operands operands(mu.ptr(), {mu.ptr(), log_var.ptr(), eps.ptr(), z.ptr()}, !noise.is_none());
-  const GaussianArgs a{operands.batch, operands[0], operands[1], operands[2], operands[3], read_noise(noise.ptr(), false)};
+  const GaussianArgs a{operands.batch, operands[0], operands[1], operands[2], operands[3], read_noise(noise.ptr(), false, operands.batch.D)};
   const Scratch scratch{static_cast<double*>(address_or_null(sums)), static_cast<uint32_t*>(address_or_null(counter))};
   const Queue q = queue_of(mu.ptr());
   run(q, a.batch, &Api::gaussian, a, address(kl.ptr()), scratch, q);
@@ -163,7 +170,7 @@ void gaussian_grad(const py::object& mu, const py::object& log_var, const py::ob
                           {mu.ptr(), log_var.ptr(), eps.ptr(), z_grad.ptr(), mu_grad.ptr(), log_var_grad.ptr()},
                           !noise.is_none());
   const GaussianGradArgs a{operands.batch, operands[0], operands[1], operands[2], operands[3], operands[4], operands[5],
-                           read_noise(noise.ptr(), false), address_or_null(kl_grad)};
+                           read_noise(noise.ptr(), false, operands.batch.D), address_or_null(kl_grad)};
   const Queue q = queue_of(mu.ptr());
   run(q, a.batch, &Api::gaussian_grad, a, q);
 }
@@ -171,7 +178,7 @@ void gaussian_grad(const py::object& mu, const py::object& log_var, const py::ob
 // out: (B, D) int64 words, scaled to [0, below).
 void bits(const py::object& noise, bool raw, uint64_t below, const py::object& out) {
   const Operands operands(out.ptr(), {out.ptr()}, true);
-  const BitsArgs a{operands.batch, read_noise(noise.ptr(), raw), static_cast<int64_t*>(address(out.ptr())), below};
+  const BitsArgs a{operands.batch, read_noise(noise.ptr(), raw, operands.batch.D), static_cast<int64_t*>(address(out.ptr())), below};
   const Queue q = queue_of(out.ptr());
   run(q, a.batch, &Api::bits, a, q);
 }
@@ -187,7 +194,7 @@ void fold_in_tensor(const py::object& noise, const py::object& data, const py::o
   const uint64_t value = is_int ? static_cast<uint64_t>(data.cast<int64_t>()) : 0;
   const uint64_t* at = is_int ? nullptr : static_cast<const uint64_t*>(address(data.ptr()));
   const Queue q = queue_of(out.ptr());
-  run(q, Batch{}, &Api::fold_in, read_noise(noise.ptr(), false), value, at, static_cast<Key*>(address(out.ptr())), q);
+  run(q, Batch{}, &Api::fold_in, read_noise(noise.ptr(), false, 0), value, at, static_cast<Key*>(address(out.ptr())), q);
 }
 
 std::array<uint32_t, 4> philox(const std::array<uint32_t, 4>& c, const std::array<uint32_t, 2>& key) {
@@ -207,8 +214,12 @@ void use_isa(const std::string& name) {
     throw py::value_error("this processor or this build has no instruction set '" + name + "'");
 }
 
-void load_cuda(const std::string& path) {
-  void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+void load_cuda(const std::optional<std::string>& path) {
+  if (!path) {
+    cuda_api() = nullptr;
+    return;
+  }
+  void* library = dlopen(path->c_str(), RTLD_NOW | RTLD_LOCAL);
   if (!library) throw std::runtime_error(dlerror());
   const auto api = reinterpret_cast<const Api* (*)()>(dlsym(library, "dae_cuda_api"));
   if (!api) throw std::runtime_error(dlerror());
@@ -223,16 +234,25 @@ int cuda_devices() {
   return count;
 }
 
+template <size_t N>
+py::tuple names_of(const char* const (&names)[N]) {
+  py::tuple made(N);
+  for (size_t i = 0; i < N; ++i) made[i] = names[i];
+  return made;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
-  m.doc() = "Native kernels of dae_fast, for the CPU and for CUDA devices; see dae_fast.backends.native.";
+  m.doc() = "Native kernels of dae_fast, for the CPU and for CUDA devices; see dae_fast.kernels.native.";
   py::register_exception_translator([](std::exception_ptr p) {
     try {
       if (p) std::rethrow_exception(p);
     } catch (const PythonError&) {  // already set
     }
   });
+  m.attr("ENUMERATIONS") = py::dict(py::arg("Dtype") = names_of(kDtypes), py::arg("Penalty") = names_of(kPenalties),
+                                    py::arg("Reduction") = names_of(kReductions));
   m.def("affine", &affine);
   m.def("residual", &residual);
   m.def("row_dots", &row_dots);

@@ -23,7 +23,7 @@ struct Exchange {
 
 const Exchange& exchange() {
   static const Exchange* const known = [] {
-    PyObject* const capsule = PyObject_GetAttrString(torch().tensor, "__dlpack_c_exchange_api__");
+    PyObject* const capsule = member("dae_fast._torch", "dlpack_exchange");
     const auto* table = static_cast<const Exchange*>(
         capsule ? PyCapsule_GetPointer(capsule, "dlpack_exchange_api") : nullptr);
     if (!table || table->version.major != 1 || !table->tensor_of) {
@@ -46,8 +46,9 @@ PyObject* member(const char* module, const char* name) {
 const Names& names() {
   static const Names known = {
       intern("dtype"),  intern("shape"),   intern("device"),      intern("requires_grad"), intern("is_neg"),
-      intern("_seed"),  intern("_offset"), intern("_key_tensor"), intern("_sample"),       intern("_first_sample"),
-      intern("_schedule"), intern("_t"),   intern("_tables"),     intern("plain_affine"),  intern("plain_loss")};
+      intern("_seed"),  intern("_offset"), intern("_key_tensor"), intern("_sample"),       intern("_first_sample"), intern("_span"),
+      intern("_schedule"), intern("_t"), intern("_tables"), intern("_alpha"), intern("_sigma"), intern("_columns"),
+      intern("plain_map"), intern("plain_loss")};
   return known;
 }
 
@@ -103,9 +104,8 @@ void* current_stream(int device) {
   return stream;
 }
 
-Noise read_noise(PyObject* noise, bool raw) {
-  Noise n;
-  if (noise == Py_None) return n;
+bool read_noise(PyObject* noise, bool raw, int64_t row, int64_t rows, Noise& n) {
+  if (noise == Py_None) return true;
   n.present = true;
   n.fold = !raw;
   const Owned key = attribute(noise, names().key_tensor), sample = attribute(noise, names().sample);
@@ -122,7 +122,23 @@ Noise read_noise(PyObject* noise, bool raw) {
   }
   if (sample.get() != Py_None) n.sample = static_cast<const int64_t*>(address(sample.get()));
   n.first_sample = static_cast<uint64_t>(to_int(attribute(noise, names().first_sample)));
-  return n;
+  const Owned span = attribute(noise, names().span);
+  int64_t first = 0;
+  if (span.get() != Py_None) {  // (rows of one sample, the sample's first element)
+    if (rows == 1) rows = PyLong_AsLongLong(PyTuple_GET_ITEM(span.get(), 0));
+    first = PyLong_AsLongLong(PyTuple_GET_ITEM(span.get(), 1));
+  }
+  n.rows_per_sample = rows;
+  n.first_block = static_cast<uint64_t>(first / kBlock);
+  n.blocks_per_row = static_cast<uint64_t>(row / kBlock);
+  return first % kBlock == 0 && (rows == 1 || row % kBlock == 0);
+}
+
+Noise read_noise(PyObject* noise, bool raw, int64_t row) {
+  Noise n;
+  if (read_noise(noise, raw, row, 1, n)) return n;
+  PyErr_SetString(PyExc_RuntimeError, "dae_fast: rows of noise that do not begin with a block");
+  throw PythonError();
 }
 
 Operands::Operands(PyObject* like, std::initializer_list<PyObject*> tensors, bool in_order) {

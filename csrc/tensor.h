@@ -44,9 +44,10 @@ PyObject* member(const char* module, const char* name);
 // Names of attributes, made once: Python compares them by address.
 struct Names {
   PyObject *dtype, *shape, *device, *requires_grad, *is_neg;
-  PyObject *seed, *offset, *key_tensor, *sample, *first_sample;  // of a Noise
-  PyObject *schedule, *t, *tables;                               // of a Level and its Schedule
-  PyObject *plain_affine, *plain_loss;                           // of a backend in Python
+  PyObject *seed, *offset, *key_tensor, *sample, *first_sample, *span;  // of a Noise
+  PyObject *schedule, *t, *tables, *alpha, *sigma;                // of a Level and its Schedule
+  PyObject* columns;                                              // of a LevelOp
+  PyObject *plain_map, *plain_loss;                              // of a backend in Python
 };
 const Names& names();
 
@@ -92,6 +93,13 @@ class View : DlTensor {
   // False: no type that kernels compute in.
   bool dtype(Dtype& found) const;
   bool is_int64() const { return type_code == kInt && bits == 64; }
+  bool is_index() const { return type_code == kInt && (bits == 64 || bits == 32); }
+  int64_t elements() const {
+    int64_t n = 1;
+    for (int d = 0; d < ndim; ++d) n *= shape[d];
+    return n;
+  }
+  int64_t bytes() const { return elements() * bits / 8; }
   bool is_cpu() const { return device_type == kDlCpu; }
   bool is_gpu() const { return device_type == kDlCuda || device_type == kDlRocm; }
   int device() const { return is_cpu() ? -1 : device_id; }
@@ -110,7 +118,11 @@ inline void* address(PyObject* tensor) { return View(tensor).data(); }
 void* current_stream(int device);
 
 // raw: every row is the key's own stream. A key in host memory is read now; on a GPU, in the kernel.
-Noise read_noise(PyObject* noise, bool raw);
+// row: the elements of one row of the batch. rows: of a sample, where the noise does not say. False where its rows do
+// not begin with whole Philox blocks.
+bool read_noise(PyObject* noise, bool raw, int64_t row, int64_t rows, Noise& read);
+// As the kernels' general way has it: its rows do.
+Noise read_noise(PyObject* noise, bool raw, int64_t row);
 
 // The operands of one call: tensors of one shape, `like` being one of them, each of any strides.
 class Operands {

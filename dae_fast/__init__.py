@@ -1,25 +1,25 @@
 """Fused kernels for everything a diffusion or denoising loop does outside the network."""
 
+from . import library as library  # registers the torch.library ops
 from . import nn, samplers, saved
-from .backends import backend_names, use_backend
+from .coefficients import Level
 from .continuous import ContinuousSchedule
 from .info import info, noise_version, package_version
-from .level import Level
+from .kernels.dispatch import backend_names, use_backend
 from .nn import LevelStatistics
 from .noise import Noise
-from .ops import library as library  # registers the torch.library ops
 from .ops import weighting
 from .ops.conversions import convert, to_eps, to_score, to_v, to_x0
 from .ops.corruption import Masking, SaltAndPepper, corrupt, patch_mask
-from .ops.denoising import denoising_loss
 from .ops.embedding import fourier_embedding, timestep_embedding
 from .ops.langevin import langevin_step
-from .ops.loss import noise_mse
+from .ops.losses import denoising_loss, noise_mse
 from .ops.noising import add_noise
 from .ops.parameterisation import EDM
 from .ops.penalties import contraction, kl_sparsity, l1_penalty, sigmoid_contraction
 from .ops.reparameterisation import reparameterise
 from .ops.structured import OffsetNoise, PyramidNoise
+from .primitives import LevelOp, clamped, residual_loss, weighted_sum
 from .schedule import Schedule
 
 __version__ = package_version()
@@ -29,6 +29,7 @@ __all__ = [
     "EDM",
     "ContinuousSchedule",
     "Level",
+    "LevelOp",
     "LevelStatistics",
     "Masking",
     "Noise",
@@ -38,6 +39,7 @@ __all__ = [
     "Schedule",
     "add_noise",
     "backend_names",
+    "clamped",
     "contraction",
     "convert",
     "corrupt",
@@ -52,6 +54,7 @@ __all__ = [
     "noise_version",
     "patch_mask",
     "reparameterise",
+    "residual_loss",
     "samplers",
     "sigmoid_contraction",
     "timestep_embedding",
@@ -60,5 +63,6 @@ __all__ = [
     "to_v",
     "to_x0",
     "use_backend",
+    "weighted_sum",
     "weighting",
 ]

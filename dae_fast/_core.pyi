@@ -1,4 +1,4 @@
-"""The extension module of csrc/bind.cpp. None is absent; tensors are checked by the caller."""
+"""The extension module of csrc/bind.cpp and call.cpp. None is absent; tensors are checked by the caller."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,45 +8,41 @@ from torch import Tensor
 
 from .noise import Noise
 
+Inputs = tuple[Tensor | None, ...]
+
+ENUMERATIONS: dict[str, tuple[str, ...]]
+
+class Map:
+    def __init__(
+        self, op: str, columns: tuple[int, ...], inner: tuple[int, ...] | None, slots: tuple[int, ...], owner: Any, /
+    ) -> None: ...
+
+class Loss:
+    def __init__(self, kind: int, reduction: int, columns: tuple[int, ...], /) -> None: ...
+
 def affine(
-    x: Tensor | None,
-    y: Tensor | None,
-    z: Tensor | None,
-    w: Tensor | None,
+    map: Map,
+    inputs: Inputs,
     noise: Noise | None,
     raw: bool,
     table: Tensor,
     index: Tensor | None,
-    columns: Sequence[int],
-    clamp: tuple[int, int, int, float, float] | None,
+    bounds: tuple[float, float] | None,
     out: Tensor,
     out2: Tensor | None,
     /,
 ) -> int: ...
 def residual(
-    pred: Tensor,
-    y: Tensor | None,
-    z: Tensor | None,
-    noise: Noise | None,
+    loss: Loss,
+    operands: tuple[Any, ...],
     table: Tensor,
     index: Tensor | None,
-    columns: Sequence[int],
-    kind: int,
+    drawn: tuple[Any, ...],
     mask: Tensor | None,
-    mask_noise: Noise | None,
-    thresholds: Tensor | None,
-    keeps: bool,
-    kept: Tensor | None,
-    weight: Tensor | None,
-    upstream: Tensor | None,
+    factors: Inputs,
     only_if_scaled: bool,
-    reduction: int,
-    per_sample: Tensor | None,
-    loss: Tensor | None,
-    also: Tensor | None,
-    grad: Tensor | None,
-    sums: Tensor | None,
-    counter: Tensor | None,
+    results: Inputs,
+    room: Inputs,
     /,
 ) -> int: ...
 def row_dots(
@@ -103,39 +99,28 @@ def use_isa(name: str, /) -> None: ...
 def isa() -> str: ...
 def isas() -> list[str]: ...
 def max_threads() -> int: ...
-def load_cuda(path: str, /) -> None: ...
+def load_cuda(path: str | None, /) -> None: ...
 def cuda_devices() -> int: ...
 def on_gpu(tensor: Tensor, /) -> bool: ...
-def plain_affine(
-    op: str,
-    columns: tuple[int, ...],
-    x: Tensor,
-    y: Tensor | None,
-    z: Tensor | None,
-    noise: Noise | None,
-    name: str | int | Tensor | None,
-    source: Any,
-    w: Tensor | None,
-    clamp: tuple[int, int, int, float, float] | None,
-    /,
+def plain_map(
+    map: Map, given: tuple[Any, ...], source: Any, key: Any, bounds: tuple[float, float] | None, out: Tensor | None, /
 ) -> Any: ...
 def plain_loss(
+    loss: Loss,
     pred: Tensor,
     y: Tensor | None,
     z: Tensor | None,
     noise: Noise | None,
-    columns: tuple[int, ...],
-    kind: int,
-    reduction: int,
-    name: str | None,
     source: Any,
+    key: Any,
+    weight: Tensor | None,
     scratch: Callable[[torch.device, int], tuple[Tensor, Tensor]],
     /,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | int | None] | None: ...
+) -> tuple[Tensor, Tensor | None, Tensor | None, Any, Tensor | int | None] | None: ...
+def all_within(values: Tensor, low: float, high: float, /) -> bool | None: ...
 def is_one(upstream: Tensor, /) -> bool: ...
 def use_plain(on_cpu: Any, on_gpu: Any, /) -> None: ...
 def use_gradients(function: Callable[..., Any], /) -> None: ...
-def pretend_gpu(yes: bool, /) -> None: ...
 
 nvtx_built: bool
 

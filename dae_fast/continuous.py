@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .level import Level, can_read
+from .checks import can_read
+from .coefficients import Level, all_within
 from .noise import Noise
 from .schedule import (
     Schedule,
@@ -248,8 +249,6 @@ class ContinuousSchedule:
         return self._shifted(t).float().clamp(*self._inner)
 
     def __getitem__(self, t: float | Tensor) -> Level:
-        if isinstance(t, Tensor) and t.dim() != 1:
-            raise ValueError(f"{self._name}: t must have shape (B,), got {tuple(t.shape)}")
         return Level(*self._evaluate("", t, self._alpha, self._sigma))
 
     def __repr__(self) -> str:
@@ -315,6 +314,9 @@ class ContinuousSchedule:
     def _evaluate(self, what: str, t: float | Tensor, *functions: Function) -> list[Any]:
         """Floats for a number, float64 tensors for a tensor; NaN where t is out of range and cannot be read."""
         if isinstance(t, Tensor):
+            if all_within(t, self.t_min, self.t_max):
+                wide = t.double()
+                return [f(wide) for f in functions]
             inside = self._inside(what, t)
             wide = t.double().clamp(self.t_min, self.t_max)
             return [torch.where(inside, f(wide), math.nan) for f in functions]

@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from . import backends
+from .kernels import dispatch
 from .noise import Noise
 
 DEVICE = "cuda"  # the type; torch has ROCm under the same name
@@ -62,10 +62,10 @@ def replayed(
     owner, function = (network.__self__, network.__func__) if isinstance(network, MethodType) else (network, None)
     given = tuple((_layout(a) if isinstance(a, Tensor) else a) for a in arguments)
     constant = None if table is None else (table.shape, table.dtype, table.numpy().tobytes())
-    place = _layout(x), noise._first_sample, noise._sample is None
+    place = _layout(x), noise._first_sample, noise._span, noise._sample is None
     autocast = torch.is_autocast_enabled(DEVICE), torch.get_autocast_dtype(DEVICE)
     reads = tuple(_read_through(network, set()))
-    key = op, options, function, place, given, constant, autocast, backends._choice(x, op), reads
+    key = op, options, function, place, given, constant, autocast, dispatch._choice(x, op), reads
     with _lock:
         try:
             kept = _captured.setdefault(owner, OrderedDict())
@@ -113,7 +113,7 @@ class _Captured:
                     self.key = torch.empty(2, dtype=torch.int64, device=x.device)
                     self.sample = None if noise._sample is None else torch.empty_like(noise._sample)
                     self.arguments = tuple(torch.empty_like(a) if isinstance(a, Tensor) else a for a in arguments)
-                    own = Noise._make(0, 0, self.key, self.sample, noise._first_sample)
+                    own = Noise._make(0, 0, self.key, self.sample, noise._first_sample, noise._span)
                     self.result = loop(self.x, own, *self.arguments, *self.tables)
             except Exception as error:
                 raise RuntimeError(

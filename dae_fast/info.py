@@ -43,18 +43,18 @@ def info() -> dict[str, str]:
     """Versions, backends, instruction set and threads, by name."""
     import torch
 
-    from . import backends
+    from .kernels import dispatch
 
     facts = {"dae_fast": package_version(), "torch": torch.__version__}
-    for name in backends.NAMES[1:]:
-        why = backends.missing(name)
-        facts[name] = f"missing: {why}" if why else backends.module(name).describe()
-    native = backends.module("native")
+    for name in dispatch.NAMES[1:]:
+        why = dispatch.missing(name)
+        facts[name] = f"missing: {why}" if why else dispatch.module(name).describe()
+    native = dispatch.module("native")
     if native is not None:
         missing = native.cuda_missing()
         facts["cuda"] = f"missing: {missing}" if missing else "built"
         facts["nvtx"] = "built" if native.nvtx_built else "missing: no NVTX headers when this was built"
     for device, what in (("cpu", "on CPU"), ("cuda", "on a GPU")):
-        facts[f"default {what}"] = backends.default_name(device)
+        facts[f"default {what}"] = dispatch.default_name(device)
     facts["default elsewhere"] = "reference"
     return facts

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from . import checks
-from .backends.reference import compute_dtype
+from .checks import can_read, like, samples
+from .coefficients import Formula, Level, gather
 from .continuous import ContinuousSchedule
-from .level import Level, can_read
-from .noise import Noise
-from .ops.affine import ABSENT, affine
-from .ops.checks import like, noise_for, promote, samples
-from .ops.denoising import AnyNoise, LossColumns, against_target, plain_against_target
-from .ops.levels import look_up, rows_for
-from .ops.loss import Selecting, check, check_level_weight, loss_mask, loss_weight
+from .kernels.spec import compute_dtype
+from .noise import Noise, noise_for
+from .ops.losses import (
+    AnyNoise,
+    LossColumns,
+    Selecting,
+    against_target,
+    check_level_weight,
+    formula_of,
+    loss_weight,
+    plain_against_target,
+)
 from .ops.noising import add_noise
 from .ops.parameterisation import EDM, Parameterisation, check_name
-from .ops.residual import Looked, Plan
 from .ops.structured import StructuredNoise
 from .ops.weighting import Weight, Weighting, check_weighting, weight_for
-from .rows import Rows, table_of
+from .primitives import LevelOp, mask_of, reduction_of
+from .primitives.residuals import Summed
 from .schedule import Schedule
 
 
@@ -72,25 +78,24 @@ class DenoisingLoss(torch.nn.Module):
         self.predict = predict
         self.weighting = weighting
         self.register_buffer("level_weight", level_weight)
-        columns, self._plan = self._planned()
+        self._columns, self._formula = self._planned()
         if isinstance(schedule, Schedule):
-            table_of(schedule, op, columns.name, columns.coefficients, torch.float32, torch.device("cpu"))
+            self._formula.table(schedule, torch.float32, torch.device("cpu"), op)
 
-    def _planned(self) -> tuple[LossColumns, Plan | None]:
-        """The table's columns; and, unless the weight is no column, what a plain call reads."""
+    def _planned(self) -> tuple[LossColumns, Formula]:
+        """The table's columns, and what they are of a level."""
         plain = self.weighting is None or self.weighting == "uniform"
         named = None if plain else check_weighting("DenoisingLoss", self.weighting)
-        weighting = named if isinstance(named, Weighting) else None
-        columns = LossColumns(self.predict, weighting, errors=True)
-        return columns, columns.plan if weighting is named else None
+        columns = LossColumns(self.predict, named if isinstance(named, Weighting) else None, errors=True)
+        return columns, formula_of(columns)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Plain data, which torch.load(weights_only=True) takes: the plan is made again."""
-        return {name: value for name, value in self.__dict__.items() if name != "_plan"}
+        """Plain data, which torch.load(weights_only=True) takes: what is worked out of it is made again."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_columns", "_formula")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        _, self._plan = self._planned()
+        self._columns, self._formula = self._planned()
 
     def draw_levels(self, noise: Noise, x0: Tensor) -> Tensor:
         """(B,) schedule.draw: int64 levels or float32 times, a function of the noise's key and sample ids."""
@@ -132,37 +137,24 @@ class DenoisingLoss(torch.nn.Module):
         assert isinstance(x_t, Tensor)
         pred = net(x_t, self._told(t), **net_arguments)
         like(op, "the network's output", pred, "x0", x0)
-        looked = None
-        if weight is None and self.level_weight is None and mask is None and not is_compiling():
-            looked = plain_against_target(op, pred, x0, noise, level, self._plan, "mean") if self._plan else None
-        if looked is None:
-            looked = self._looked(op, pred, x0, noise, level, weight, mask)
-        loss, errors = looked
+        w = loss_weight(op, pred, level, weight, self.level_weight)
+        _, by_level = weight_for(op, self.weighting, level, pred, self.predict)
+        if by_level is not None:
+            w = by_level if w is None else w * by_level
+        summed: Summed | None = None
+        if mask is None:
+            summed = plain_against_target(op, pred, x0, noise, level, self._columns, w, "mean")
+        if summed is None:
+            chosen, how = mask_of(op, pred, mask), reduction_of(op, pred, "mean")
+            loss, _, errors = against_target(op, pred, x0, noise, level, self._columns, w, chosen, how)
+        else:
+            loss, errors = summed
         assert errors is not None
         noise_mse, x0_mse = errors.unbind()
         return {"loss": loss, "noise_mse": noise_mse, "x0_mse": x0_mse}
 
     def _told(self, t: Tensor) -> Tensor:
         return self.schedule._told(t) if isinstance(self.schedule, Schedule) else t
-
-    def _looked(
-        self,
-        op: str,
-        pred: Tensor,
-        x0: Tensor,
-        noise: AnyNoise,
-        level: Level,
-        weight: Tensor | None,
-        mask: Tensor | Selecting | None,
-    ) -> Looked:
-        w = loss_weight(op, pred, level, weight, self.level_weight)
-        weighting, by_level = weight_for(op, self.weighting, level, pred, self.predict)
-        if by_level is not None:
-            w = by_level if w is None else w * by_level
-        columns = LossColumns(self.predict, weighting, errors=True)
-        chosen, how = loss_mask(op, pred, mask), check(op, pred, "mean")
-        loss, _, errors = against_target(op, pred, x0, noise, level, columns, w, chosen, how)
-        return loss, errors
 
 
 class EDMPreconditioner(torch.nn.Module):
@@ -181,6 +173,15 @@ class EDMPreconditioner(torch.nn.Module):
         super().__init__()
         self.net = net
         self.predict = EDM(sigma_data)
+        self._skip, self._scale, self._noise = _preconditioning(self.predict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Plain data, as of DenoisingLoss."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_skip", "_scale", "_noise")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._skip, self._scale, self._noise = _preconditioning(self.predict)
 
     def forward(self, x_t: Tensor, level: Level | Tensor | float, **arguments: Any) -> Tensor:
         """The estimate of x0, like x_t, or of the wider dtype where the network's output is wider.
@@ -188,28 +189,39 @@ class EDMPreconditioner(torch.nn.Module):
         x_t: (B, ...) fp16/bf16/fp32/fp64      level: Level, or sigma of alpha = 1: a float, or a tensor () or (B,)
         Raises ValueError on a shape mismatch, or where alpha or sigma is 0 (c_noise is infinite).
         """
-        op, level = "EDMPreconditioner", self._level(level)
-        F = self.raw(x_t, level, **arguments)
-        x_t, F = promote(x_t, F)
-        return affine(op, x_t, F, None, None, self._rows(x_t, level), (0, 1, ABSENT, ABSENT))[0]
+        level = self._level(level)
+        return self._skip.run(level, (x_t, self.raw(x_t, level, **arguments)))
 
     def raw(self, x_t: Tensor, level: Level | Tensor | float, **arguments: Any) -> Tensor:
         """F = net(c_in * x_t, c_noise), what a loss with predict=EDM(sigma_data) compares."""
         op, level = "EDMPreconditioner", self._level(level)
         samples(op, "x_t", x_t)
-        rows = self._rows(x_t, level)
-        scaled = affine(op, x_t, None, None, None, rows, (2, ABSENT, ABSENT, ABSENT))[0]
-        F = self.net(scaled, look_up(op, rows, x_t)[:, 3], **arguments)
+        scaled = self._scale.run(level, (x_t,))
+        noise_level = gather(op, self._noise.rows(level, x_t, compute_dtype(x_t.dtype)), x_t)[:, 0]
+        dims = level._dims()
+        F = self.net(scaled, noise_level.reshape(x_t.shape[:dims]) if dims > 1 else noise_level, **arguments)
         like(op, "the network's output", F, "x_t", x_t)
         return F
-
-    def _rows(self, x_t: Tensor, level: Level) -> Rows:
-        key = ("preconditioning", self.predict)
-        return rows_for("EDMPreconditioner", level, key, self.predict.preconditioning, x_t, compute_dtype(x_t.dtype))
 
     @staticmethod
     def _level(level: Level | Tensor | float) -> Level:
         return level if isinstance(level, Level) else Level(1.0, level)
+
+
+@lru_cache(maxsize=16)
+def _preconditioning(predict: EDM) -> tuple[LevelOp, LevelOp, Formula]:
+    """c_skip * x_t + c_out * F, c_in * x_t, and c_noise."""
+    op, of = "EDMPreconditioner", predict.preconditioning
+
+    def skip(alpha: Any, sigma: Any) -> dict[str, Any]:
+        c_skip, c_out, _, _ = of(alpha, sigma)
+        return {"x_t": c_skip, "F": c_out}
+
+    return (
+        LevelOp(op, skip),
+        LevelOp(op, lambda alpha, sigma: {"x_t": of(alpha, sigma)[2]}),
+        Formula(op, ("c_noise",), lambda alpha, sigma: (of(alpha, sigma)[3],)),
+    )
 
 
 class LevelStatistics(torch.nn.Module):

@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import backends
-from .backends import kernels, reference
-from .ops.routing import Route, route
+from .checks import like
+from .kernels import dispatch, reference
+from .kernels.dispatch import kernels
+from .routing import Route, route
+
+Span = tuple[int, int]  # rows of one sample, and the sample's element at which the first of them begins
+BLOCK = 4  # elements of a Philox block
 
 
 def to_signed(value: int) -> int:
@@ -30,6 +34,22 @@ def _index(expected: str, value: object) -> int:
     return operator.index(value)
 
 
+class FlatNoise(NamedTuple):
+    """A noise as schema arguments; all absent where the key is."""
+
+    key: Tensor | None = None
+    sample: Tensor | None = None
+    first_sample: int = 0
+    rows_per_sample: int = 1
+    first_element: int = 0
+
+    def whole(self) -> Noise | None:
+        if self.key is None:
+            return None
+        span = (self.rows_per_sample, self.first_element)
+        return Noise._make(0, 0, self.key, self.sample, self.first_sample, None if span == (1, 0) else span)
+
+
 class Noise:
     """Gaussian noise addressed by a key: never stored, regenerated wherever it is wanted.
 
@@ -38,6 +58,8 @@ class Noise:
           without a change
     sample: int64 tensor (B,), the id of each row (a data-set index, say); None: first_sample + row
     first_sample: id of row 0 when there is no `sample`: a shard's place in the global batch
+    first_element: where the rows begin in their samples: a shard's place in the sample (whole blocks of 4 are made in
+          the kernel; from any other place the noise is filled in a launch of its own)
 
     Element i of row b depends on (seed, every fold_in, id of b, i) alone: never on batch size, shard,
     strides, dtype, threads, instruction set or device. The stream is Philox4x32-10 (Salmon et al.
@@ -45,10 +67,15 @@ class Noise:
     bf16 are its rounding, fp64 its exact widening; |z| reaches 6.76.
     """
 
-    __slots__ = ("_first_sample", "_key_tensor", "_offset", "_sample", "_seed")
+    __slots__ = ("_first_sample", "_key_tensor", "_offset", "_sample", "_seed", "_span")
 
     def __init__(
-        self, seed: int | tuple[int, int] | Tensor, *, sample: Tensor | None = None, first_sample: int = 0
+        self,
+        seed: int | tuple[int, int] | Tensor,
+        *,
+        sample: Tensor | None = None,
+        first_sample: int = 0,
+        first_element: int = 0,
     ) -> None:
         self._seed = self._offset = 0
         self._key_tensor: Tensor | None = None
@@ -78,16 +105,36 @@ class Noise:
         if type(first_sample) is not int:
             first_sample = _index("Noise: first_sample must be an int", first_sample)
         self._first_sample = to_signed(first_sample)
+        if first_element < 0:
+            raise ValueError(f"Noise: first_element must not be negative, got {first_element}")
+        self._span: Span | None = (1, first_element) if first_element else None
 
     @classmethod
     def _make(
-        cls, seed: int, offset: int, key: Tensor | None = None, sample: Tensor | None = None, first_sample: int = 0
+        cls,
+        seed: int,
+        offset: int,
+        key: Tensor | None = None,
+        sample: Tensor | None = None,
+        first_sample: int = 0,
+        span: Span | None = None,
     ) -> Noise:
         """From signed bits, unchecked."""
         noise = cls.__new__(cls)
         noise._seed, noise._offset, noise._key_tensor = seed, offset, key
-        noise._sample, noise._first_sample = sample, first_sample
+        noise._sample, noise._first_sample, noise._span = sample, first_sample, span
         return noise
+
+    def _in_rows(self, rows: int) -> Noise:
+        """The same noise of a batch in which each sample is so many rows."""
+        if rows == 1:
+            return self
+        first = self._span[1] if self._span else 0
+        return Noise._make(self._seed, self._offset, self._key_tensor, self._sample, self._first_sample, (rows, first))
+
+    def _whole_blocks(self, row: int) -> bool:
+        """Whether rows of so many elements begin with a block, as kernels take them."""
+        return self._span is None or not (self._span[1] % BLOCK or (self._span[0] > 1 and row % BLOCK))
 
     @classmethod
     def from_generator(
@@ -119,33 +166,48 @@ class Noise:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data for a checkpoint: Noise.from_state_dict(noise.state_dict()) is the same noise."""
-        return {"key": self.key, "sample": self._sample, "first_sample": self._first_sample}
+        state = {"key": self.key, "sample": self._sample, "first_sample": self._first_sample}
+        return state if self._span is None else {**state, "first_element": self._span[1]}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Noise:
         """Raises ValueError unless it is what state_dict() gives."""
-        if not isinstance(state, dict) or set(state) != {"key", "sample", "first_sample"}:
+        names = {"key", "sample", "first_sample"}
+        if not isinstance(state, dict) or set(state) - {"first_element"} != names:
             raise ValueError(
                 "Noise.from_state_dict: state must have key, sample and first_sample, as state_dict() gives"
             )
-        return cls(state["key"], sample=state["sample"], first_sample=state["first_sample"])
+        rest = {name: value for name, value in state.items() if name != "key"}
+        return cls(state["key"], **rest)
 
     def to(self, device: torch.device | str) -> Noise:
         """The same noise with its key (and sample ids) in memory on `device`."""
+        if not isinstance(device, (torch.device, str, int)) or isinstance(device, bool):
+            raise TypeError(f"Noise.to: device must be a device, got {device!r}")
         sample = None if self._sample is None else self._sample.to(device)
-        return Noise._make(0, 0, self._as_tensor().to(device), sample, self._first_sample)
+        return Noise._make(0, 0, self._as_tensor().to(device), sample, self._first_sample, self._span)
 
     def _as_tensor(self) -> Tensor:
         if self._key_tensor is not None:
             return self._key_tensor
         return torch.tensor([self._seed, self._offset], dtype=torch.int64, device="cpu")
 
+    def _on(self, device: torch.device) -> Noise:
+        """With its key in memory there."""
+        key = self._as_tensor().to(device)
+        return Noise._make(0, 0, key, self._sample, self._first_sample, self._span)
+
+    def _flat(self) -> FlatNoise:
+        """As the arguments that torch.library takes; the key a tensor, so that a traced function has no constant."""
+        return FlatNoise(self._as_tensor(), self._sample, self._first_sample, *(self._span or (1, 0)))
+
     def _check(self, op: str, B: int, device: torch.device) -> None:
         """Raises ValueError unless the noise fits a batch of B rows on `device`."""
         sample, key = self._sample, self._key_tensor
         if sample is not None:
-            if sample.shape[0] != B:
-                raise ValueError(f"{op}: noise.sample must have shape ({B},), got {tuple(sample.shape)}")
+            rows = self._span[0] if self._span else 1
+            if sample.shape[0] * rows != B:
+                raise ValueError(f"{op}: noise.sample must have shape ({B // rows},), got {tuple(sample.shape)}")
             if sample.device != device:
                 raise ValueError(f"{op}: noise.sample must be on {device}, got {sample.device}")
         if key is not None and key.device != device and key.device.type != "cpu":
@@ -159,8 +221,8 @@ class Noise:
         if type(data) is not int and not isinstance(data, Tensor):
             data = _index("Noise.fold_in: data must be an int or an int64 tensor", data)
         if isinstance(data, int) and self._key_tensor is None and not torch.compiler.is_compiling():
-            seed, offset = backends.fold_in(self._seed, self._offset, to_signed(data))
-            return Noise._make(seed, offset, None, self._sample, self._first_sample)
+            seed, offset = dispatch.fold_in(self._seed, self._offset, to_signed(data))
+            return Noise._make(seed, offset, None, self._sample, self._first_sample, self._span)
         if isinstance(data, Tensor):
             if data.dtype != torch.int64 or data.numel() != 1:
                 raise ValueError(
@@ -169,7 +231,7 @@ class Noise:
             data = data.reshape(())
         else:
             data = to_signed(data)
-        return Noise._make(0, 0, _fold(self, data), self._sample, self._first_sample)
+        return Noise._make(0, 0, _fold(self, data), self._sample, self._first_sample, self._span)
 
     def normal(
         self, shape: Sequence[int], *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
@@ -195,7 +257,19 @@ class Noise:
     def __repr__(self) -> str:
         ids = f", sample={tuple(self._sample.shape)}" if self._sample is not None else ""
         first = f", first_sample={self._first_sample}" if self._first_sample else ""
-        return f"Noise(key={self.key}{ids}{first})"
+        element = f", first_element={self._span[1]}" if self._span and self._span[1] else ""
+        return f"Noise(key={self.key}{ids}{first}{element})"
+
+
+def noise_for(op: str, noise: Noise | Tensor, x: Tensor, x_name: str) -> tuple[Tensor | None, Noise | None]:
+    """(tensor, None) or (None, Noise), fit for batch x."""
+    if isinstance(noise, Tensor):
+        like(op, "noise", noise, x_name, x)
+        return noise, None
+    if not isinstance(noise, Noise):
+        raise TypeError(f"{op}: noise must be a Noise or a tensor like {x_name}, got {type(noise).__name__}")
+    noise._check(op, x.shape[0], x.device)
+    return None, noise
 
 
 def _fold(noise: Noise, data: Tensor | int) -> Tensor:
@@ -215,7 +289,7 @@ def fill(
     op: str, noise: Noise, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, below: int = 2**32
 ) -> Tensor:
     """`shape` full of the noise's normals or words."""
-    if not shape or any(n < 0 for n in shape):
+    if not shape or min(shape) < 0:
         raise ValueError(f"{op}: shape must be (B, ...), got {shape}")
     if op == "normal" and dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise TypeError(f"{op}: dtype must be float16, bfloat16, float32 or float64, got {dtype}")
@@ -223,12 +297,26 @@ def fill(
     place = torch.empty(0, device=device)
     device = place.device  # "cuda" with its number
     noise._check(op, B, device)
+    if not noise._whole_blocks(D):
+        return _fill_from_anywhere(op, noise, B, D, dtype, device, below).reshape(shape)
     way = route(op, place, noise._key_tensor, noise._sample)
     if way is not Route.DISPATCHER:
         module = reference if way is Route.REFERENCE else kernels(place, op)
         if op == "bits":
-            return module.words(noise, B, D, device, below=below).reshape(shape)
-        return module.normal(noise, B, D, dtype, device).reshape(shape)
-    key, sample = noise._as_tensor().to(device), noise._sample
-    flat: Tensor = torch.ops.dae_fast.fill(op, key, sample, noise._first_sample, B, D, dtype, below)
+            return module.words(noise, (B, D), device, below=below).reshape(shape)
+        return module.normal(noise, (B, D), dtype, device).reshape(shape)
+    flat: Tensor = torch.ops.dae_fast.fill(op, *noise._on(device)._flat(), B, D, dtype, below)
     return flat.reshape(shape)
+
+
+def _fill_from_anywhere(
+    op: str, noise: Noise, B: int, D: int, dtype: torch.dtype, device: torch.device, below: int
+) -> Tensor:
+    """(B, D) of rows that do not begin with a block: cut out of whole samples that do."""
+    assert noise._span is not None
+    rows, first = noise._span
+    skip = first % BLOCK
+    samples = noise._make(
+        noise._seed, noise._offset, noise._key_tensor, noise._sample, noise._first_sample, (1, first - skip)
+    )
+    return fill(op, samples, (B // rows, skip + rows * D), dtype, device, below)[:, skip:].reshape(B, D)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from . import continuous
-from .level import Level
+from .coefficients import Level
 from .nn import DenoisingLoss, EDMPreconditioner, LevelStatistics
 from .noise import Noise
 from .ops import weighting

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .backends.reference import coefficients as look_up
-from .level import Level, singular
+from .coefficients import PAIR, Formula, Level, Place, formula_of, keep, singular
+from .kernels import reference
 from .noise import Noise
-from .rows import Coefficients, Place, outside_modes, table_of
 
 # Levels and times are drawn from a stream of their own, so that they are independent of the noise they scale.
 LEVEL_TAG = 0x6C6576656C  # "level"
@@ -24,8 +23,9 @@ LEVEL_TAG = 0x6C6576656C  # "level"
 class Schedule:
     """T levels of noise, level 0 the least: float64 master columns alpha and sigma.
 
-    schedule[t], t an int or an int32/int64 tensor (B,), is a Level. Tables of coefficients are made from
-    the masters once per op and device, in float64, and rounded once to float32 (float64 for fp64 samples).
+    schedule[t], t an int or an int32/int64 tensor (), (1,), (B,) or, a level for each frame of samples (B, F, ...),
+    (B, F), is a Level. Tables of coefficients are made from the masters once per op and device, in float64, and
+    rounded once to float32 (float64 for fp64 samples).
     An int level out of range raises ValueError here; one in a tensor raises it in the op, or on a GPU
     becomes NaN there. Schedule(alpha, sigma) takes columns (T,) of one's own, finite and not negative, the
     noisiest level last: sigma/alpha must not fall from one level to the next.
@@ -48,6 +48,7 @@ class Schedule:
         self._name = name
         self._tables: dict[Place, Tensor] = {}
         self._traced = SimpleNamespace()
+        self._of_times = None if self.times is None else _formula_of_times(self.times)
         _check_order(name, self.alpha, self.sigma)
         if self.times is not None and not (self.times[1:] > self.times[:-1]).all():
             raise ValueError(f"{name}: times must increase, the noisiest level last")
@@ -237,8 +238,6 @@ class Schedule:
         if isinstance(t, Tensor):
             if t.dtype not in (torch.int64, torch.int32):
                 raise TypeError(f"{self._name}: t must be int32 or int64, got {t.dtype}")
-            if t.dim() != 1:
-                raise ValueError(f"{self._name}: t must have shape (B,), got {tuple(t.shape)}")
         elif isinstance(t, numbers.Integral) and not isinstance(t, bool):
             t = int(t)
             if not 0 <= t < len(self):
@@ -263,28 +262,13 @@ class Schedule:
     # Run, not traced: torch.compile then finds the table as an attribute, an input of its graph. An entry
     # that a dict gained while tracing it would not see.
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-    def _make_table(self, op: str, place: Place, name: str, coefficients: Coefficients) -> None:
-        """Puts the table into the cache and, where a name is given, among the attributes."""
+    def _make_table(self, key: str, dtype: torch.dtype, device: torch.device, op: str, name: str) -> None:
+        """Puts a formula's table among the attributes."""
+        formula = formula_of(key)
+        place = formula, dtype, device
         if place not in self._tables:
-            self._tables[place] = self._build_table(op, place, coefficients)
-        if name:
-            setattr(self._traced, name, self._tables[place])
-
-    def _build_table(self, op: str, place: Place, coefficients: Coefficients) -> Tensor:
-        with outside_modes():
-            columns = (self.times,) if coefficients is _times else coefficients(self.alpha, self.sigma)
-            wide = [c if isinstance(c, Tensor) else torch.full_like(self.alpha, c) for c in columns]
-            _, dtype, device = place
-            table = torch.stack(wide, -1)
-            self._require_finite(op, table, range(len(self)))
-            narrow = table.to(dtype)
-            for t in (~narrow.isfinite().all(1)).nonzero()[:1, 0].tolist():
-                largest = float(table[t].abs().max())
-                raise ValueError(
-                    f"{op}: a coefficient of {largest:.3g} overflows {dtype} at {self._at(t)}: leave that level out, "
-                    "predict='v', or use samples in float64"
-                )
-            return narrow.to(device)
+            keep(self._tables, place, formula.build(self, dtype, device, op))
+        setattr(self._traced, name, self._tables[place])
 
     def _require_finite(self, op: str, table: Tensor, levels: Sequence[int]) -> None:
         """Row i of the float64 table belongs to levels[i]."""
@@ -295,32 +279,23 @@ class Schedule:
         return f"level {t} of {self}, alpha = {float(self.alpha[t])}, sigma = {float(self.sigma[t])}"
 
     def _told(self, t: Tensor) -> Tensor:
-        """What a network is told at levels t (B,): their times, float32 on t's device, or where there are none t."""
-        return t if self.times is None else self._look_up("times", t)
+        """What a network is told at levels t: their times, float32 on t's device, or where there are none t."""
+        return t if self._of_times is None else self._look_up(self._of_times, 0, t, "Level.times")
 
     def _gather(self, column: str, t: int | Tensor) -> float | Tensor:
         values: Tensor = getattr(self, column)
         if isinstance(t, int):
             return float(values[t])
-        return self._look_up(column, t)
+        return self._look_up(PAIR, PAIR.column(column), t, f"Level.{column}")
 
-    def _look_up(self, column: str, t: Tensor) -> Tensor:
-        """(B,) float32 on t's device."""
-        op = f"Level.{column}"
-        table = table_of(self, op, column, _COLUMNS[column], torch.float32, t.device)
-        return look_up(table, t, op, t)[:, 0]
-
-
-def _times(alpha: Tensor, sigma: Tensor) -> tuple[Tensor]:
-    raise AssertionError("only the schedule has its times")
+    def _look_up(self, formula: Formula, column: int, t: Tensor, op: str) -> Tensor:
+        """float32 like t, on its device."""
+        table = formula.table(self, torch.float32, t.device, op)
+        return reference.coefficients(table, t.reshape(-1), op, t)[:, column].reshape(t.shape)
 
 
-# Functions without a closure, which is what Dynamo runs for a constant.
-_COLUMNS: dict[str, Coefficients] = {
-    "alpha": lambda alpha, sigma: (alpha,),
-    "sigma": lambda alpha, sigma: (sigma,),
-    "times": _times,
-}
+def _formula_of_times(times: Tensor) -> Formula:
+    return Formula("Level.times", ("times",), lambda alpha, sigma: (times,))
 
 
 def check_column(name: str, column: str, values: Any) -> None:

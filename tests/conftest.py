@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
 
 if os.environ.get("PYTEST_XDIST_WORKER"):
     # Two tests at a time: short parallel loops would wait for one another's threads. Read by libgomp when it loads.
@@ -17,14 +16,16 @@ from filelock import FileLock
 
 import dae_fast as df
 
-BACKENDS = tuple(name for name in df.backend_names() if df.backends.supports(name, torch.device("cpu")))
-ISAS = tuple(df.backends.native.isas()) if "native" in BACKENDS else ()
+from .flat import Flat
+
+BACKENDS = tuple(name for name in df.backend_names() if df.kernels.dispatch.supports(name, torch.device("cpu")))
+ISAS = tuple(df.kernels.native.isas()) if "native" in BACKENDS else ()
 CUDA_ON_CPU = "cuda on cpu"  # the native backend's CUDA code, compiled for the CPU
 GPU_CODE = (CUDA_ON_CPU, "triton")
 
 
-def module_of(backend: str) -> ModuleType:
-    return df.backends.module("native" if backend == CUDA_ON_CPU else backend)
+def module_of(backend: str) -> Flat:
+    return Flat(df.kernels.dispatch.module("native" if backend == CUDA_ON_CPU else backend))
 
 
 # Few tests that take minutes: begun last, they would keep one of two workers busy while the other has nothing left.
@@ -81,9 +82,9 @@ def backend(request: pytest.FixtureRequest):
 @pytest.fixture
 def restore_isa():
     """Leaves the instruction set as it was."""
-    before = df.backends.native.isa()
+    before = df.kernels.native.isa()
     yield
-    df.backends.native.use_isa(before)
+    df.kernels.native.use_isa(before)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import dae_fast as df
-from dae_fast.backends import native
+from dae_fast.kernels import native
 
 CSRC = Path(__file__).parents[1] / "csrc"
 NOTHING = """
@@ -36,6 +36,7 @@ static const Api kApi = {
     [](const Noise&, uint64_t, const uint64_t*, Key*, Queue) -> const char* { return nullptr; },
     [](int* count) -> const char* { return *count = 1, nullptr; },
     [] { return CURRENT_DEVICE; },
+    true,
 };
 extern "C" const Api* dae_cuda_api() { return &kApi; }
 """
@@ -85,11 +86,10 @@ def main() -> None:
     }
     print(f"torch.empty_like alone {microseconds(lambda: torch.empty_like(x)):.2f} us")
     load_nothing()
-    native._core.pretend_gpu(True)
     kept = torch.empty(4096, dtype=torch.float64), torch.zeros(1, dtype=torch.int32)
     native.workspace = lambda device, doubles: kept  # as on a GPU, where it is kept from call to call
     cuda = {name: microseconds(call) for name, call in calls.items()}
-    native._core.pretend_gpu(False)
+    native._core.load_cuda(None)
 
     _pretend_triton()
     with df.use_backend("triton"):
@@ -99,13 +99,13 @@ def main() -> None:
 
 def _pretend_triton() -> None:
     """The Triton backend on CPU tensors, launching nothing."""
-    from dae_fast.backends import triton
+    from dae_fast.kernels import triton
 
     triton._launch = lambda call, args: None
     kept = torch.empty(4096, dtype=torch.float64), torch.zeros(1, dtype=torch.int32)
     triton.workspace = lambda device, doubles: kept  # as on a GPU, where it is kept from call to call
     triton.supports = lambda device: True
-    df.backends._loaded["triton"] = triton, ""
+    df.kernels.dispatch._loaded["triton"] = triton, ""
 
 
 if __name__ == "__main__":

@@ -15,12 +15,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import dae_fast as df
 from benchmarks.cases import DTYPES
-from dae_fast.backends import native
+from dae_fast.coefficients import stack_rows
+from dae_fast.kernels import native
 from dae_fast.ops.corruption import MASK_TAG, PATCH_TAG
-from dae_fast.ops.residual import MINUS_TARGET, residual_loss
-from dae_fast.rows import stack_rows
+from dae_fast.ops.losses import MINUS_TARGET
 
 from .conftest import ISAS, not_in_torch_2_11
+from .flat import residual_loss
 
 NOISE = df.Noise(2**63 + 77).fold_in(4)
 PER_SAMPLE = torch.tensor([0.0, 0.25, 0.5, 0.9, 1.0])

@@ -22,11 +22,12 @@ from torch import Tensor
 
 import dae_fast as df
 from benchmarks.cases import DTYPES
-from dae_fast.backends import native, tickets
 from dae_fast.info import build_error
+from dae_fast.kernels import native, scratch
 
 from . import cuda_on_cpu, host_time
 from .cuda_sass import ARCHITECTURES, GROUP, LIBRARY, STREAMS, functions, instructions_a_value, kernels
+from .flat import Flat
 from .test_gpu import noise_at
 from .test_primitives import AFFINE, KINDS, NOISE, masks, randn, table_of
 
@@ -71,7 +72,7 @@ def test_without_a_gpu_the_library_loads_and_says_so() -> None:
 @pytest.mark.skipif(torch.version.cuda is not None, reason="torch is built for CUDA")
 def test_a_torch_without_cuda_has_no_use_for_it() -> None:
     assert df.info()["cuda"] == f"missing: torch {torch.__version__} is not built for CUDA"
-    assert not df.backends.supports("native", torch.device("cuda"))
+    assert not df.kernels.dispatch.supports("native", torch.device("cuda"))
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -145,7 +146,7 @@ Outputs = tuple[Tensor, ...]
 @pytest.fixture
 def same_bits(request: pytest.FixtureRequest) -> Callable[[Callable[[], Outputs]], None]:
     """Whether a call of the native backend gives the same bits from the CPU's code and from CUDA's, on the CPU."""
-    pytest.importorskip("dae_fast.backends.native")
+    pytest.importorskip("dae_fast.kernels.native")
     library = request.getfixturevalue("cuda_on_cpu_library")
 
     def compare(call: Callable[[], Outputs]) -> None:
@@ -175,7 +176,7 @@ def test_affine_has_the_cpus_bits(same_bits, pattern: str, shape: tuple[int, ...
     columns, clamp, fresh = AFFINE[pattern]
     x, y, z, w = (layout(randn(shape, dtype, seed)) for seed in range(4))
     table, noise = table_of(dtype, shape[0]), NOISE if fresh else None
-    affine = df.backends.native.affine
+    affine = Flat(df.kernels.native).affine
     same_bits(lambda: affine("op", x, y, None if fresh else z, noise, table, None, columns, clamp, w=w))
 
 
@@ -187,7 +188,7 @@ def test_rows_of_many_turns(same_bits, dtype: torch.dtype, layout) -> None:
     table = table_of(dtype, 2)
 
     def call() -> Outputs:
-        native = df.backends.native
+        native = Flat(df.kernels.native)
         _, _, grad = native.residual("op", x, None, None, NOISE, table, None, (-1, 0, -1), None, None, 1, True, True)
         dots = native.row_dots(x.double(), x.double(), None, None, NOISE)  # added in another order
         return *native.affine("op", x, None, None, NOISE, table, None, (0, -1, 1, -1)), grad, dots.round(decimals=6)
@@ -208,7 +209,7 @@ def test_residual_gradients_have_the_cpus_bits(
     pred, y = (layout(randn(shape, dtype, seed)) for seed in range(2))
     table = torch.cat((table_of(dtype, B, 3), table_of(dtype, B, 1).abs() + 0.3), 1)
     columns, weight = (1, 2, 3 if number > 1 else -1), torch.linspace(0.5, 2, B)
-    mask, residual = masks(shape)[mask_name], df.backends.native.residual
+    mask, residual = masks(shape)[mask_name], Flat(df.kernels.native).residual
 
     def gradient() -> Outputs:
         call = "op", pred, y, None, NOISE, table, None, columns, mask, weight, 1, True, True
@@ -224,7 +225,7 @@ def test_corruption_has_the_cpus_bits(same_bits, shape: tuple[int, ...], dtype: 
     x = randn(shape, dtype, 0)
     x.view(-1)[:4] = torch.tensor([0.0, -0.0, torch.inf, -torch.inf])
     thresholds = torch.tensor([[2**30, 2**31]])
-    same_bits(lambda: (df.backends.native.corrupt(layout(x), NOISE, thresholds, -2.0, 0.3),))
+    same_bits(lambda: (Flat(df.kernels.native).corrupt(layout(x), NOISE, thresholds, -2.0, 0.3),))
 
 
 @layouts
@@ -234,7 +235,7 @@ def test_corruption_has_the_cpus_bits(same_bits, shape: tuple[int, ...], dtype: 
 def test_gaussians_have_the_cpus_bits(same_bits, fresh: bool, dtype, shape: tuple[int, ...], layout) -> None:
     mu, log_var, eps, z_grad = (layout(randn(shape, dtype, seed)) for seed in range(4))
     kl_grad, noise = randn(shape[:1], torch.float32, 4), NOISE if fresh else None
-    native, read = df.backends.native, None if fresh else eps
+    native, read = Flat(df.kernels.native), None if fresh else eps
     same_bits(
         lambda: (
             native.gaussian(mu, log_var, read, noise)[0],
@@ -252,7 +253,7 @@ SUMMED += [(4097, 1), (4097, 7), (4097, 64), (0, 5), (5, 2048), (3, 70_001), (2,
 @pytest.mark.parametrize("shape", SUMMED, ids=str)
 def test_sums_of_rows(cuda_on_cpu_library: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]) -> None:
     """Each row's and the batch's, as the CPU's code has them; the same bits twice, no more scratch than was asked."""
-    native, B = df.backends.native, shape[0]
+    native, B = Flat(df.kernels.native), shape[0]
     rooms = []
 
     def workspace(device: torch.device, doubles: int) -> tuple[Tensor, Tensor]:
@@ -293,7 +294,7 @@ def test_words_have_the_cpus_bits(same_bits, shape: tuple[int, int], fold: bool,
 
     def call() -> Outputs:
         room = torch.full((first + shape[0] * shape[1] + 1,), -1)
-        df.backends.native._core.bits(NOISE, not fold, 10**9, room[first:-1].view(shape))
+        df.kernels.native._core.bits(NOISE, not fold, 10**9, room[first:-1].view(shape))
         return (room,)
 
     same_bits(call)
@@ -303,7 +304,7 @@ def test_a_failed_query_is_made_again(cuda_on_cpu_library: Path) -> None:
     """By how many thread blocks a launch has. In a process of its own, which has asked nothing before."""
     code = f"""
 import ctypes, torch
-from dae_fast.backends import native
+from dae_fast.kernels import native
 from tests import cuda_on_cpu
 
 library, x, blocks = {str(cuda_on_cpu_library)!r}, torch.ones(2, 1024), []
@@ -322,7 +323,7 @@ def test_an_import_leaves_the_driver_alone() -> None:
     """A process that has asked it cannot fork; a CPU's ops do not ask either."""
     code = (
         "import torch, dae_fast as df; df.add_noise(torch.ones(2, 3), df.Noise(0), df.Level(1.0, 1.0)); "
-        "df.noise_mse(torch.ones(2, 3), df.Noise(0)); assert not df.backends.native.cuda_missing.cache_info().misses"
+        "df.noise_mse(torch.ones(2, 3), df.Noise(0)); assert not df.kernels.native.cuda_missing.cache_info().misses"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -344,14 +345,13 @@ def test_torch_changes_the_device_for_a_launch(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(torch.cuda, "device", Device)
     x = torch.ones(2, 3)
-    native._core.pretend_gpu(True)
     try:
         df.add_noise(x, df.Noise(0), df.Level(1.0, 1.0))
         assert entered == [0, "left"]
         df.add_noise(x.t(), df.Noise(0), df.Level(1.0, 1.0))  # no plain call
         assert entered == [0, "left"] * 2
     finally:
-        native._core.pretend_gpu(False)
+        native._core.load_cuda(None)
 
 
 def test_a_launch_that_fails_elsewhere_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,14 +371,13 @@ def test_a_launch_that_fails_elsewhere_says_so(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(torch.cuda, "device", Device)
     x = torch.ones(2, 3)
-    native._core.pretend_gpu(True)
     try:
         for tensor in (x, x.t()):  # a plain call, and one that is none
             with pytest.raises(RuntimeError, match="CUDA error: no kernel image"):
                 df.add_noise(tensor, df.Noise(0), df.Level(1.0, 1.0))
         assert left == [0, 0]
     finally:
-        native._core.pretend_gpu(False)
+        native._core.load_cuda(None)
 
 
 def test_a_torch_that_cannot_be_read() -> None:
@@ -446,23 +445,23 @@ class TestScratch:
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
-        monkeypatch.setattr(tickets, "_kept", {})
-        monkeypatch.setattr(tickets, "_made", make)
+        monkeypatch.setattr(scratch, "_kept", {})
+        monkeypatch.setattr(scratch, "_made", make)
         return asked
 
     def test_is_made_on_the_stream_that_is_current(self, made: list[Any]) -> None:
         """The default one too, whose handle is 0."""
         device = torch.device("cuda", 0)
-        first = tickets.workspace(device, 10)
-        assert tickets.workspace(device, 4096) is first
+        first = scratch.workspace(device, 10)
+        assert scratch.workspace(device, 4096) is first
         assert made == [("stream of cuda:0", False, 4096)]
-        assert tickets.workspace(device, 5000)[0].numel() == 5000
+        assert scratch.workspace(device, 5000)[0].numel() == 5000
         assert made[1:] == [("stream of cuda:0", False, 5000)]
 
     def test_where_there_is_no_room_it_says_so(self, made: list[Any]) -> None:
         """And nothing smaller is handed out."""
         device = torch.device("cuda", 0)
-        tickets.workspace(device, 10)
+        scratch.workspace(device, 10)
         for _ in range(2):
             with pytest.raises(torch.OutOfMemoryError, match="no room"):
-                tickets.workspace(device, 2**21)
+                scratch.workspace(device, 2**21)

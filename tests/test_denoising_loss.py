@@ -313,13 +313,13 @@ def test_per_sample(backend):
 def test_one_pass_with_the_gradient(predict, monkeypatch):
     """The kernel of the loss runs once, and once more where the gradient that it made does not serve."""
     with df.use_backend("native"):
-        calls, residual = [], df.backends.native.residual
+        calls, residual = [], df.kernels.native.residual
 
         def counted(*args, **kwargs):
             calls.append(args)
             return residual(*args, **kwargs)
 
-        monkeypatch.setattr(df.backends.native, "residual", counted)
+        monkeypatch.setattr(df.kernels.native, "residual", counted)
         pred, x0 = randn(*SHAPE, dtype=torch.float32).requires_grad_(), randn(*SHAPE, seed=2, dtype=torch.float32)
         loss = df.denoising_loss(pred, x0, NOISE, SCHEDULE[LEVELS], predict=predict, weight="min_snr")
         loss.backward(retain_graph=True)

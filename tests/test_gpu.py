@@ -45,9 +45,9 @@ loss_ways = pytest.mark.parametrize("case", [c for c in CASES if c.name in LOSS_
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each backend of a GPU, forced."""
     name = request.param
-    if df.backends.missing(name):
-        pytest.skip(df.backends.missing(name))
-    if not df.backends.supports(name, torch.device(DEVICE)):
+    if df.kernels.dispatch.missing(name):
+        pytest.skip(df.kernels.dispatch.missing(name))
+    if not df.kernels.dispatch.supports(name, torch.device(DEVICE)):
         pytest.skip(df.info()["cuda"])
     with df.use_backend(name):
         yield name
@@ -519,7 +519,8 @@ def noise_at(noise: df.Noise, row: int, first: int) -> Tensor:
     """1024 normals of a row from element `first` (a multiple of 4) on, from the CPU without all that come before."""
     key = noise.fold_in(row)
     there = df.Noise._make(key._seed, to_signed(key._offset + first // 4))
-    return df.backends.module("native").normal(there, 1, 1024, torch.float32, torch.device("cpu"), fold=False)[0]
+    native = df.kernels.native
+    return native.normal(there, (1, 1024), torch.float32, torch.device("cpu"), fold=False)[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])

@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import dae_fast as df
-from dae_fast import graphs, rows
+from dae_fast import graphs
+from dae_fast.kernels import spec
 from dae_fast.samplers import (
     annealed_langevin,
     ddim,
@@ -253,8 +254,8 @@ def test_results_are_the_callers(run, tapes):
 @each_sampler
 def test_nothing_is_read_that_may_go(run, tapes, monkeypatch):
     """Tensors from outside a graph: the network's, those that it holds, and constants, which a launch takes along."""
-    constants, make = [], rows._constant_rows.__wrapped__
-    monkeypatch.setattr(rows, "_constant_rows", lambda *given: constants.append(make(*given)) or constants[-1])
+    constants, make = [], spec._constant_rows.__wrapped__
+    monkeypatch.setattr(spec, "_constant_rows", lambda *given: constants.append(make(*given)) or constants[-1])
     net, x = Net(), start(3, 5)
     run(net, x, df.Noise(0), graph=True)
     (captured,) = graphs._captured[net].values()
@@ -684,7 +685,7 @@ def test_gpu_results_outlive_caches_and_memory_pressure(run):
     net, x = Net().cuda(), start(3, 5, device="cuda")
     wanted = run(net, x, df.Noise(0))
     run(net, x, df.Noise(0), graph=True)
-    rows._constant_rows.cache_clear()
+    spec._constant_rows.cache_clear()
     gc.collect()
     torch.cuda.empty_cache()
     junk = [torch.full((n,), float("nan"), device="cuda") for n in (1, 3, 5, 16, 128, 4096, 1 << 20)]

@@ -283,7 +283,7 @@ def test_cuda_is_built_where_it_is_asked_for(tmp_path):
 @NEEDS_NATIVE
 def test_cpu_isa_is_selected(tmp_path):
     """Each instruction set that this processor has, in a process of its own."""
-    isas = df.backends.native.isas()
+    isas = df.kernels.native.isas()
     assert "baseline" in isas
     for isa in isas:
         done = run(
@@ -303,4 +303,4 @@ def test_wrong_cpu_isa_is_refused(tmp_path):
     assert last.startswith(
         "RuntimeError: DAE_FAST_CPU_ISA=avx1024: this processor or this build has no instruction set"
     )
-    assert last.endswith(f"there are {', '.join(df.backends.native.isas())}")
+    assert last.endswith(f"there are {', '.join(df.kernels.native.isas())}")

@@ -17,7 +17,7 @@ import torch
 from scipy import stats
 
 import dae_fast as df
-from dae_fast.backends import native, reference
+from dae_fast.kernels import native, reference
 
 from .conftest import ISAS, module_of
 
@@ -367,7 +367,7 @@ class TestStatistics:
 
 def test_threads_of_python_obey_torch(restore_threads):
     """One that starts after torch.set_num_threads(1) had OpenMP's own number."""
-    native = df.backends.native
+    native = df.kernels.native
     for n in (1, 2):
         torch.set_num_threads(n)
         found: list[int] = []

@@ -8,9 +8,10 @@ from torch import Tensor
 
 import dae_fast as df
 from benchmarks.cases import CASES, DTYPES, Case, Inputs, widen
-from dae_fast.backends import native
+from dae_fast.kernels import native
 
 from .conftest import ISAS
+from .flat import Flat
 
 SHAPE = (40, 3, 17, 16)
 SMALL = (3, 3, 17, 16)  # for Triton's interpreter, which takes a second for what others do in a millisecond
@@ -391,11 +392,13 @@ def test_nothing_is_written_outside(isa: str) -> None:
             buffer = torch.full((B * D + 64,), 7.0, dtype=dtype)
             x = torch.randn(B, D).to(dtype)
             out = buffer[32 : 32 + B * D].view(B, D)
-            native.affine("test", x, None, None, noise, table, None, (0, -1, 2, -1), out=out)
+            Flat(native).affine("test", x, None, None, noise, table, None, (0, -1, 2, -1), out=out)
             assert (buffer[:32] == 7).all()
             assert (buffer[32 + B * D :] == 7).all()
             strided = torch.full((B, 2 * D + 3), 7.0, dtype=dtype)
-            native.affine("test", x, None, None, noise, table, None, (0, -1, 2, -1), out=strided[:, 1 : 2 * D : 2])
+            Flat(native).affine(
+                "test", x, None, None, noise, table, None, (0, -1, 2, -1), out=strided[:, 1 : 2 * D : 2]
+            )
             assert torch.equal(strided[:, 1 : 2 * D : 2], out)
             assert (strided[:, 0 : 2 * D : 2] == 7).all()
             assert (strided[:, 2 * D :] == 7).all()

@@ -11,12 +11,13 @@ from torch import Tensor
 
 import dae_fast as df
 from benchmarks.cases import DTYPES
-from dae_fast.ops import affine, conversions, langevin, noising, residual
-from dae_fast.ops.routing import plain_affine
-from dae_fast.rows import Rows
-from dae_fast.samplers import common
+from dae_fast import primitives
+from dae_fast.kernels.spec import Rows, map_of
+from dae_fast.primitives import residuals, sums
+from dae_fast.routing import plain_map
 
 from .conftest import BACKENDS
+from .flat import affine as flat_affine
 
 pytestmark = pytest.mark.skipif("native" not in BACKENDS, reason="there is no native core")
 
@@ -53,15 +54,14 @@ FORMS = {"each its level": LEVELS, "int32 levels": LEVELS.int(), "one level": 7}
 
 
 class Spy:
-    """plain_loss and plain_affine, counted; or refusing, also to what the general way makes of a call."""
+    """plain_loss and plain_map, counted; or refusing, also to what the general way makes of a call."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.taken = 0
         self.refuses = False
-        monkeypatch.setattr(residual, "plain_loss", self._around(residual.plain_loss))
-        for module in (noising, conversions, langevin, common):
-            monkeypatch.setattr(module, "plain_affine", self._around(plain_affine))
-        monkeypatch.setattr(affine, "plain_affine", self._around(plain_affine, inside=True))
+        monkeypatch.setattr(residuals, "plain_loss", self._around(residuals.plain_loss))
+        monkeypatch.setattr(primitives, "plain_map", self._around(plain_map))
+        monkeypatch.setattr(sums, "plain_map", self._around(plain_map, inside=True))
 
     def _around(self, original: Call, inside: bool = False) -> Call:
         def call(*arguments: Any) -> Any:
@@ -227,7 +227,9 @@ def test_samples_ids_and_keys_in_memory(with_kernels: str, spy: Spy) -> None:
     ],
     ids=str,
 )
-def test_steps(with_kernels: str, columns: Any, clamp: Any, fresh: bool, dtype: torch.dtype) -> None:
+def test_steps(
+    monkeypatch: pytest.MonkeyPatch, with_kernels: str, columns: Any, clamp: Any, fresh: bool, dtype: torch.dtype
+) -> None:
     """What the samplers call: a row of a table by its number, four tensors, a clamp, two outputs."""
     x, y, z, w = (*tensors(dtype), tensors(dtype)[0].flip(0))
     g = torch.Generator().manual_seed(0)
@@ -237,15 +239,18 @@ def test_steps(with_kernels: str, columns: Any, clamp: Any, fresh: bool, dtype: 
     unwanted = x.clone()
     unwanted[:] = torch.nan  # of an operand without a column nothing is read
     given = [t if wanted_at(columns, clamp, k) else unwanted for k, t in enumerate((x, y, z, w))]
-    made = plain_affine("convert", columns, *given[:3], noise, 2, table, given[3], clamp)
-    general = affine.affine("op", *given[:3], noise, Rows(table[2:3], None), columns, clamp, given[3])
+    inner, bounds = (None, None) if clamp is None else (tuple(clamp[:3]), tuple(clamp[3:]))
+    spec = map_of("convert", columns, inner)
+    made = plain_map(spec.core, (*given[:3], given[3], noise), table, 2, bounds, None)
+    monkeypatch.setattr(sums, "plain_map", lambda *_: None)
+    general = flat_affine("op", *given[:3], noise, Rows(table[2:3], None), columns, clamp, given[3])
     made = made if isinstance(made, tuple) else (made,)
     assert len(made) == len(general) == len(columns) // 4
     for ours, theirs in zip(made, general, strict=True):
         assert torch.isfinite(ours).all()
         assert torch.equal(ours, theirs)
     strided = torch.randn(4, 8, generator=g).to(compute)[:, 1:]
-    assert plain_affine("convert", columns, *given[:3], noise, 2, strided, given[3], clamp) is None
+    assert plain_map(spec.core, (*given[:3], given[3], noise), strided, 2, bounds, None) is None
 
 
 def wanted_at(columns: tuple[int, ...], clamp: Any, k: int) -> bool:
@@ -259,6 +264,21 @@ def test_misaligned_samples(with_kernels: str, spy: Spy) -> None:
     level = SCHEDULE[LEVELS]
     both_ways(spy, lambda: (df.denoising_loss(pred, x0, df.Noise(0), level, predict="v"),))
     both_ways(spy, lambda: (df.add_noise(x0, df.Noise(0), level),))
+
+
+def test_levels_by_hand_and_weights(with_kernels: str, spy: Spy) -> None:
+    """Coefficients that are no table, and weights of each sample, on the CPU worked out by the core."""
+    pred, x0, _ = tensors()
+    level, noise, w = SCHEDULE[LEVELS], df.Noise(0), torch.rand(5)
+    by_hand = [df.Level(0.6, 0.8)]
+    if with_kernels == "native":
+        by_hand += [df.Level(torch.rand(5), torch.rand(5).double() + 0.1), df.Level(torch.tensor(0.5), torch.rand(1))]
+    for own in by_hand:
+        both_ways(spy, lambda own=own: (df.add_noise(x0, noise, own),))
+        both_ways(spy, lambda own=own: (df.to_x0(x0, pred, df.Level(own.alpha + 0.1, own.sigma), clamp=0.5),))
+        both_ways(spy, lambda own=own: (df.denoising_loss(pred, x0, noise, own, predict="v"),))
+    for weight in (w, w.double(), "likelihood", lambda alpha, sigma: alpha * sigma):
+        both_ways(spy, lambda weight=weight: (df.denoising_loss(pred, x0, noise, level, predict="v", weight=weight),))
 
 
 def test_what_is_not_plain(with_kernels: str, spy: Spy) -> None:
@@ -276,12 +296,9 @@ def test_what_is_not_plain(with_kernels: str, spy: Spy) -> None:
         lambda: loss(pred, x0.double(), noise, level, predict="v"),
         lambda: loss(pred, leaf, noise, level, predict="v"),
         lambda: loss(pred.half().requires_grad_(), x0.half(), noise, level),
-        lambda: loss(pred, x0, noise, df.Level(0.6, 0.8), predict="v"),
         lambda: loss(pred, x0, df.OffsetNoise(noise), level),
         lambda: loss(pred, x0, noise, level, kind="huber", delta=1.0),
         lambda: loss(pred, x0, noise, level, mask=x0 > 0),
-        lambda: loss(pred, x0, noise, level, weight=torch.ones(5)),
-        lambda: loss(pred, x0, noise, level, weight="likelihood"),
         lambda: loss(pred, x0, noise, level, reduction="none"),
         lambda: df.noise_mse(pred, noise, reduction="none"),
         lambda: df.l1_penalty(strided),
@@ -319,4 +336,4 @@ def test_backends_launch_their_own(spy: Spy) -> None:
             df.add_noise(x0, df.Noise(0), SCHEDULE[LEVELS])
             df.noise_mse(pred, df.Noise(0))
             assert spy.taken == (0 if name == "reference" else 2)
-    assert affine.kernels(x0, "op") is df.backends.module("native")
+    assert sums.kernels(x0, "op") is df.kernels.native

@@ -14,12 +14,12 @@ from torch import Tensor
 
 import dae_fast as df
 from benchmarks.cases import DTYPES
-from dae_fast.backends import reference
-from dae_fast.ops.affine import affine
-from dae_fast.ops.masks import Drawn
-from dae_fast.rows import Rows
+from dae_fast.kernels import reference
+from dae_fast.kernels.spec import Kind, Rows, compute_dtype
+from dae_fast.primitives.masks import Drawn
 
 from .conftest import GPU_CODE, module_of
+from .flat import Flat, affine, sums_of
 
 SHAPES = ((5, 2, 3, 8), (3, 1301), (9, 5), (2, 3, 7, 5))
 NOISE = df.Noise(5).fold_in(3)
@@ -37,12 +37,12 @@ def randn(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
 
 
 def table_of(dtype: torch.dtype, B: int, columns: int = 7) -> Tensor:
-    return randn((B, columns), reference.compute_dtype(dtype), 9)
+    return randn((B, columns), compute_dtype(dtype), 9)
 
 
 def assert_close(got: Tensor, wanted: Tensor, terms: Tensor) -> None:
     """Within a rounding to got's dtype and some roundings of the terms, in the compute type."""
-    compute = torch.finfo(reference.compute_dtype(got.dtype)).eps
+    compute = torch.finfo(compute_dtype(got.dtype)).eps
     allowed = torch.finfo(got.dtype).eps * wanted.abs() + 8 * compute * terms + torch.finfo(got.dtype).tiny
     assert torch.isfinite(got).all()
     assert ((got.double() - wanted).abs() <= allowed).all()
@@ -73,7 +73,7 @@ def test_affine(backend: str, pattern: str, shape: tuple[int, ...], dtype: torch
     exact = [t.double() for t in (x, y, NOISE.normal(shape, dtype=torch.float64) if fresh else z, w, table)]
 
     def judge(x: Tensor, y: Tensor, z: Tensor, w: Tensor, table: Tensor, clamp: Any) -> tuple[Tensor, ...]:
-        return reference.affine("op", x, y, z, None, table, None, columns, clamp, w)
+        return Flat(reference).affine("op", x, y, z, None, table, None, columns, clamp, w)
 
     wanted = judge(*exact, clamp)
     sizes = judge(*(t.abs() for t in exact), clamp and (*clamp[:3], -1e9, 1e9))
@@ -267,7 +267,7 @@ def test_residual(backend: str, mask_name: str, kind: str, shape: tuple[int, ...
     wide_mask = mask.on(pred) if isinstance(mask, Drawn) else mask
     wide = pred.double().requires_grad_()
     eps = NOISE.normal(shape, dtype=torch.float64)
-    sums, kept = reference.residual("op", wide, y.double(), eps, None, table.double(), None, columns, wide_mask, number)
+    sums, kept = sums_of("op", wide, y.double(), eps, None, table.double(), None, columns, wide_mask, number)
     means = sums / kept.clamp(min=1)
     loss = (weight * means).mean()
     (grad,) = torch.autograd.grad(loss, wide)
@@ -308,7 +308,7 @@ def test_residual_weighing(backend: str, options: str, index: torch.dtype | None
         "op", pred, y, None, None, table, t, columns, mask, weight, reduction, True, True, also=also
     )
     wide = pred.double().requires_grad_()
-    sums, kept = reference.residual("op", wide, y.double(), None, None, table.double(), t, columns[:3], mask)
+    sums, kept = sums_of("op", wide, y.double(), None, None, table.double(), t, columns[:3], mask)
     means = sums / kept.clamp(min=1)
     factor, *others = (
         reference.coefficients(table.double(), t, "op", pred)[:, list(columns[3:])].expand(B, -1).unbind(1)
@@ -344,10 +344,10 @@ def test_penalties_are_torchs(kind: str) -> None:
         "pseudo_huber": 2 * 0.7 * (torch.hypot(r, delta) - 0.7),
     }[kind]
     number = KINDS.index(kind)
-    torch.testing.assert_close(reference.penalty(r, number, delta), wanted, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(reference.penalty(r, Kind(number), delta), wanted, rtol=1e-12, atol=1e-15)
     leaf = r.clone().requires_grad_()
-    (grad,) = torch.autograd.grad(reference.penalty(leaf, number, delta).sum(), leaf)
-    torch.testing.assert_close(reference.slope(r, number, delta), grad, rtol=1e-12, atol=1e-15)
+    (grad,) = torch.autograd.grad(reference.penalty(leaf, Kind(number), delta).sum(), leaf)
+    torch.testing.assert_close(reference.slope(r, Kind(number), delta), grad, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # overflow, numpy's, in Triton's interpreter
@@ -385,7 +385,7 @@ def test_corrupt(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> No
     x = randn(shape, dtype, 0)
     each = (torch.rand(shape[0], 2, generator=torch.Generator().manual_seed(3)).sort(1).values.double() * 2**32).long()
     for thresholds in (torch.tensor([[2**30, 2**31]]), torch.tensor([[0, 0]]), torch.tensor([[2**32, 2**32]]), each):
-        wanted = reference.corrupt(x, NOISE, thresholds, -2.0, 0.3)
+        wanted = Flat(reference).corrupt(x, NOISE, thresholds, -2.0, 0.3)
         got = module_of(backend).corrupt(x, NOISE, thresholds, -2.0, 0.3)
         assert got.dtype == dtype
         assert torch.equal(got, wanted)

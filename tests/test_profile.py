@@ -20,7 +20,8 @@ from benchmarks import profile, trace_picture
 from benchmarks.cases import CASES
 from benchmarks.end_to_end import TASKS
 from benchmarks.trace_picture import Event
-from dae_fast import backends, ranges
+from dae_fast import profiling
+from dae_fast.kernels import dispatch
 
 pytest.importorskip("sklearn")
 
@@ -31,7 +32,9 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 EVERY_CASE = """
 import torch
 import dae_fast as df
-from dae_fast.ranges import span
+from dae_fast import profiling
+from dae_fast.kernels import dispatch
+from dae_fast.profiling import span
 from benchmarks.cases import CASES
 
 for case in CASES:
@@ -111,7 +114,7 @@ def test_compiled_ops_are_ranges_too(received: list[str]) -> None:
 
 def test_torch_profiler_sees_the_same_names() -> None:
     x = torch.randn(4, 3, 8, 5)
-    with torch_profile() as recorded, ranges.span("step"):
+    with torch_profile() as recorded, profiling.span("step"):
         df.add_noise(x, df.Noise(0), df.Level(1.0, 0.5))
     events = {event.name: event for event in recorded.events()}
     op = events["dae_fast::add_noise 4x3x8x5 float32"]
@@ -119,13 +122,13 @@ def test_torch_profiler_sees_the_same_names() -> None:
 
 
 def test_without_a_listener_an_op_goes_straight_to_its_backend() -> None:
-    assert not ranges.listening()
+    assert not profiling.listening()
     x = torch.randn(4)
-    native = backends.kernels(x, "add_noise")
-    assert native is sys.modules["dae_fast.backends.native"]
+    native = dispatch.kernels(x, "add_noise")
+    assert native is sys.modules["dae_fast.kernels.native"]
     with torch_profile():
-        assert ranges.listening()
-        assert isinstance(backends.kernels(x, "add_noise"), ranges.Named)
+        assert profiling.listening()
+        assert isinstance(dispatch.kernels(x, "add_noise"), profiling.Named)
 
 
 def command(main) -> Typer:

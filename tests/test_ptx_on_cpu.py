@@ -13,6 +13,7 @@ from torch import Tensor
 import dae_fast as df
 
 from . import cuda_on_cpu, ptx_on_cpu
+from .flat import Flat
 from .test_primitives import NOISE, randn, table_of
 
 pytestmark = pytest.mark.skipif(bool(ptx_on_cpu.missing()), reason=ptx_on_cpu.missing())
@@ -29,7 +30,7 @@ def ptx(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def calls(D: int) -> tuple[Tensor, ...]:
-    native, x, table = df.backends.native, randn((3, D), torch.float32, 0), table_of(torch.float32, 3)
+    native, x, table = Flat(df.kernels.native), randn((3, D), torch.float32, 0), table_of(torch.float32, 3)
     loss = "op", x, None, None, NOISE, table, None, (-1, 0, -1), None, None, 1, True, True
     noised = native.affine("op", x, None, None, NOISE, table, None, (0, -1, 1, -1))
     return *noised, native.residual(*loss)[2], native.words(NOISE, 3, D, torch.device("cpu"))

@@ -61,8 +61,16 @@ def test_the_training_loop(names: dict) -> None:
     assert not torch.equal(seen.net.weight, before)
 
 
+def test_an_op_of_your_own(names: dict) -> None:
+    exec(BLOCKS[0], names)
+    names["pred"] = pred = torch.randn_like(names["x0"])
+    exec(BLOCKS[4], names)
+    assert torch.equal(names["x0_hat"], df.to_x0(names["x_t"], pred, names["schedule"][names["t"]]))
+    assert names["x_half"].shape == names["x0"].shape
+
+
 def test_every_block_is_run_here() -> None:
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5
 
 
 def test_named_ops_exist() -> None:

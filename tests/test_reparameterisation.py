@@ -11,7 +11,8 @@ from torch import Tensor
 
 import dae_fast as df
 from benchmarks.cases import DTYPES
-from dae_fast.backends import reference
+from dae_fast.kernels import reference
+from dae_fast.kernels.spec import compute_dtype
 
 from .conftest import ISAS, module_of
 
@@ -39,7 +40,7 @@ def test_forward_and_gradient(backend: str, fresh: bool, shape: tuple[int, ...],
     z, kl = df.reparameterise(mu, log_var, noise)
     eps = NOISE.normal(shape, dtype=torch.float64) if fresh else noise.double()
     exact_z, exact_kl = reference.gaussian(*wide, eps, None)
-    compute = reference.compute_dtype(dtype)
+    compute = compute_dtype(dtype)
     assert (z.dtype, kl.dtype, kl.shape) == (dtype, compute, shape[:1])
     # A rounding to dtype, and a few of the terms in the compute type.
     eps_out, eps_in = torch.finfo(dtype).eps, 8 * torch.finfo(compute).eps

@@ -318,8 +318,7 @@ def test_one_launch_for_each_look(name, monkeypatch):
 
         return call
 
-    for way in ("plain_affine", "affine"):  # the second where the first finds that the call is not plain
-        monkeypatch.setattr(common, way, counted(getattr(common, way)))
+    monkeypatch.setattr(common, "affine", counted(common.affine))
     GUIDED[name](net, start(2, 3), guidance=2.0, clamp=1.0)
     first = len(looks) if name == "ddim" else 0
     assert len(launches) == first + len(looks) > 0
@@ -453,7 +452,7 @@ def test_learned_variance_where_nothing_is_added():
 
 def test_learned_variance_stores_no_noise(monkeypatch):
     """Where there are kernels, they make it."""
-    if df.backends.default_name("cpu") == "reference":
+    if df.kernels.dispatch.default_name("cpu") == "reference":
         pytest.skip("plain torch makes the noise as a tensor")
     x, noise = start(5, 7), df.Noise(3)
     wanted = ddpm(with_variance, x, SCHEDULE, noise, variance="learned")

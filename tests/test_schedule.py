@@ -519,8 +519,6 @@ def test_level_out_of_range_as_an_int(t):
         (torch.tensor([0.0]), TypeError, "t must be int32 or int64, got torch.float32"),
         (torch.tensor([True]), TypeError, "t must be int32 or int64, got torch.bool"),
         (torch.tensor([1], dtype=torch.uint8), TypeError, "t must be int32 or int64, got torch.uint8"),
-        (torch.zeros(2, 2, dtype=torch.int64), ValueError, r"t must have shape \(B,\), got \(2, 2\)"),
-        (torch.tensor(3), ValueError, r"t must have shape \(B,\), got \(\)"),
         (0.5, TypeError, r"t must be an int or an integer tensor \(B,\), got float"),
         (True, TypeError, r"t must be an int or an integer tensor \(B,\), got bool"),
         ([0, 1], TypeError, r"t must be an int or an integer tensor \(B,\), got list"),
@@ -567,27 +565,28 @@ def test_coefficients_are_rounded_once(backend, dtype):
     assert (wanted > 0).all()
 
 
-def test_tables_are_made_once(monkeypatch, backend):
+def test_tables_are_made_once(backend):
     calls = []
 
     def counted(alpha, sigma):
         calls.append(alpha)
-        return alpha, sigma
+        return {"x0": alpha, "noise": sigma}
 
-    monkeypatch.setattr("dae_fast.ops.noising._noising", counted)
+    op = df.LevelOp("add_noise", counted)
+    calls.clear()  # of its making
     schedule, other = df.Schedule.linear(10), df.Schedule.linear(10)
     for step in range(5):
         B = 2 + step
         t = torch.arange(B)
         for x in (torch.zeros(B, 3), torch.zeros(B, 3).bfloat16(), torch.zeros(B, 2, 2).half()):
-            df.add_noise(x, df.Noise(step), schedule[t])
-            df.add_noise(x, df.Noise(step), schedule[t.int()])
-            df.add_noise(x, df.Noise(step), schedule[step])
+            op(schedule[t], x0=x, noise=df.Noise(step))
+            op(schedule[t.int()], x0=x, noise=df.Noise(step))
+            op(schedule[step], x0=x, noise=df.Noise(step))
     assert len(calls) == 1
     assert calls[0] is schedule.alpha  # in float64
-    df.add_noise(torch.zeros(2, 3).double(), df.Noise(0), schedule[0])
+    op(schedule[0], x0=torch.zeros(2, 3).double(), noise=df.Noise(0))
     assert len(calls) == 2
-    df.add_noise(torch.zeros(2, 3), df.Noise(0), other[0])
+    op(other[0], x0=torch.zeros(2, 3), noise=df.Noise(0))
     assert len(calls) == 3 and calls[2] is other.alpha
 
 
@@ -597,7 +596,7 @@ def test_level_is_lazy(monkeypatch):
     def fail(*_):
         raise AssertionError
 
-    monkeypatch.setattr("dae_fast.schedule.table_of", fail)
+    monkeypatch.setattr("dae_fast.coefficients.Formula.table", fail)
     level = df.Schedule.linear(10)[torch.tensor([100])]
     assert level.t is not None
     with pytest.raises(AssertionError):
@@ -701,7 +700,6 @@ def test_gradients_reach_alpha_and_sigma(backend):
             ValueError,
             r"Level: alpha must be a float or a floating .* got torch.int64 of \(1,\)",
         ),
-        ((torch.ones(2, 2), 1.0), ValueError, r"Level: alpha must be .* got torch.float32 of \(2, 2\)"),
         ((True, 1.0), TypeError, "Level: alpha must be a float or a tensor, got bool"),
         ((1.0, "0.5"), TypeError, "Level: sigma must be a float or a tensor, got str"),
         ((1.0, None), TypeError, "Level: sigma must be a float or a tensor, got NoneType"),
@@ -715,8 +713,8 @@ def test_bad_levels(arguments, error, message):
 
 def test_level_of_the_wrong_length(backend):
     x0 = torch.zeros(4, 2)
-    for level in (df.Level(torch.ones(3), 1.0), df.Level(torch.ones(3), torch.ones(4)), df.Level(torch.ones(1), 1.0)):
-        message = r"add_noise: level.alpha must be a float or have shape \(4,\), one per sample, got \([13],\)"
+    for level in (df.Level(torch.ones(3), 1.0), df.Level(torch.ones(3), torch.ones(4))):
+        message = r"add_noise: level.alpha must be a float or have shape \(4,\), one per sample, got \(3,\)"
         with pytest.raises(ValueError, match=message):
             df.add_noise(x0, df.Noise(0), level)
 

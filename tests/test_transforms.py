@@ -318,6 +318,8 @@ def affine_arguments(**given: Any) -> list[Any]:
         "key": None,
         "sample": None,
         "first_sample": 0,
+        "rows_per_sample": 1,
+        "first_element": 0,
         "columns": [0, 1, 2, -1],
         "op": "affine",
     }
@@ -340,7 +342,10 @@ def means_arguments(**given: Any) -> list[Any]:
         "key": None,
         "sample": None,
         "first_sample": 0,
+        "rows_per_sample": 1,
+        "first_element": 0,
         "kind": 0,
+        "columns": [1, 2, -1],
         "op": "noise_mse",
     }
     return list({**named, **given}.values())
@@ -399,34 +404,37 @@ OP_CALLS: dict[str, tuple[str, list[Any]]] = {
     ),
     "sample_means huber": (
         "sample_means",
-        means_arguments(pred=leaf(), y=leaf(), key=KEY, table=torch.rand(2, 4), kind=2),
+        means_arguments(pred=leaf(), y=leaf(), key=KEY, table=torch.rand(2, 4), kind=2, columns=[1, 2, 3]),
     ),
     "residual_grad pseudo-huber": (
         "residual_grad",
-        [torch.rand(2), *means_arguments(y=torch.randn(2, 3, 4), table=torch.rand(2, 4), kind=3)],
+        [torch.rand(2), *means_arguments(y=torch.randn(2, 3, 4), table=torch.rand(2, 4), kind=3, columns=[1, 2, 3])],
     ),
     "residual_grad": ("residual_grad", [torch.rand(2), *means_arguments(key=KEY, mask=MASK)]),
     "residual_grad tensors": ("residual_grad", [torch.rand(2), *means_arguments(y=torch.randn(2, 3, 4))]),
-    "gaussian": ("gaussian", [leaf(), leaf(), None, KEY, IDS, 0, "reparameterise"]),
-    "gaussian eps": ("gaussian", [leaf(), leaf(), leaf(), None, None, 0, "reparameterise"]),
+    "gaussian": ("gaussian", [leaf(), leaf(), None, KEY, IDS, 0, 1, 0, "reparameterise"]),
+    "gaussian eps": ("gaussian", [leaf(), leaf(), leaf(), None, None, 0, 1, 0, "reparameterise"]),
     "gaussian_grad": (
         "gaussian_grad",
-        [torch.randn(2, 3, 4), torch.randn(2), *torch.randn(2, 2, 3, 4), None, KEY, None, 5, "reparameterise"],
+        [torch.randn(2, 3, 4), torch.randn(2), *torch.randn(2, 2, 3, 4), None, KEY, None, 5, 1, 0, "reparameterise"],
     ),
     "gaussian_grad of one": (
         "gaussian_grad",
-        [None, torch.randn(2), *torch.randn(2, 2, 3, 4), torch.randn(2, 3, 4), None, None, 0, "reparameterise"],
+        [None, torch.randn(2), *torch.randn(2, 2, 3, 4), torch.randn(2, 3, 4), None, None, 0, 1, 0, "reparameterise"],
     ),
-    "corrupt": ("corrupt", [leaf(), torch.tensor([[2**30, 2**31]]), KEY, None, 5, -1.0, 0.5, "corrupt"]),
-    "corrupt ids": ("corrupt", [leaf(), torch.tensor([[0, 2**31], [2**32, 2**32]]), KEY, IDS, 0, 0.0, 1.0, "corrupt"]),
+    "corrupt": ("corrupt", [leaf(), torch.tensor([[2**30, 2**31]]), KEY, None, 5, 1, 0, -1.0, 0.5, "corrupt"]),
+    "corrupt ids": (
+        "corrupt",
+        [leaf(), torch.tensor([[0, 2**31], [2**32, 2**32]]), KEY, IDS, 0, 1, 0, 0.0, 1.0, "corrupt"],
+    ),
     "fold_in": ("fold_in", [KEY, torch.tensor(3)]),
-    "fill normal": ("fill", ["normal", KEY, None, 5, 2, 7, torch.float16]),
-    "fill bits": ("fill", ["bits", KEY, IDS, 0, 2, 7, torch.int64]),
+    "fill normal": ("fill", ["normal", KEY, None, 5, 1, 8, 2, 7, torch.float16]),
+    "fill bits": ("fill", ["bits", KEY, IDS, 0, 1, 4, 2, 7, torch.int64]),
 }
 
 
 def test_every_op_is_checked() -> None:
-    from dae_fast.ops import library
+    from dae_fast import library
 
     assert {op for op, _ in OP_CALLS.values()} == set(library._SCHEMAS)
 
@@ -458,7 +466,7 @@ def test_ops_take_any_strides() -> None:
     means = torch.ops.dae_fast.sample_means
     assert torch.equal(means(*means_arguments(**strided)), means(*means_arguments(**dense)))
     fill = torch.ops.dae_fast.fill
-    draws = [fill("normal", i["key"], i["sample"], 0, 2, 5, torch.float32) for i in (strided, dense)]
+    draws = [fill("normal", i["key"], i["sample"], 0, 1, 0, 2, 5, torch.float32) for i in (strided, dense)]
     assert torch.equal(*draws)
 
 

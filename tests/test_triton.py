@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 import dae_fast as df
-from dae_fast.backends import reference
-from dae_fast.ops.masks import Drawn
+from dae_fast.kernels import reference
+from dae_fast.kernels.spec import compute_dtype
+from dae_fast.primitives.masks import Drawn
 
 from .conftest import TRITON_BEFORE_3_9
 
@@ -22,8 +23,12 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from dae_fast.backends import triton as backend
-from dae_fast.backends import triton_kernels as kernels
+from dae_fast.kernels import triton as launcher
+from dae_fast.kernels.triton import kernels
+
+from .flat import KINDS, Flat, sums_of
+
+backend = Flat(launcher)
 
 if backend.available():
     pytest.skip(backend.available(), allow_module_level=True)
@@ -57,7 +62,7 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Ten
 
 
 def table_of(dtype: torch.dtype, rows: int = 7, columns: int = 5) -> Tensor:
-    return randn(rows, columns, dtype=reference.compute_dtype(dtype), seed=9)
+    return randn(rows, columns, dtype=compute_dtype(dtype), seed=9)
 
 
 def levels(B: int, rows: int = 7) -> Tensor:
@@ -76,7 +81,7 @@ def magnitude(tensors: tuple[Tensor | None, ...], table: Tensor) -> float:
 
 def assert_close(got: Tensor, wanted: Tensor, scale: float) -> None:
     """Within half a unit of got's dtype, and a few roundings of the compute type at the terms' magnitude."""
-    compute = torch.finfo(reference.compute_dtype(got.dtype)).eps
+    compute = torch.finfo(compute_dtype(got.dtype)).eps
     own = torch.finfo(got.dtype)
     bound = wanted.abs() * own.eps / 2 + own.smallest_normal * own.eps + 2 * compute * scale
     assert got.shape == wanted.shape
@@ -91,7 +96,7 @@ def check_affine(x, y, z, noise, table, index, columns, clamp=None, w=None) -> N
         wide[2] = normals(noise, x)
     inside = None if index is None else (index >= 0) & (index < table.shape[0])
     safe = None if index is None else torch.where(inside, index, 0)
-    wanted = reference.affine("op", *wide[:3], None, table.double(), safe, columns, clamp, wide[3])
+    wanted = Flat(reference).affine("op", *wide[:3], None, table.double(), safe, columns, clamp, wide[3])
     for g, o in zip(got, wanted, strict=True):
         assert g.dtype == x.dtype
         if inside is not None:
@@ -274,7 +279,7 @@ def test_nan_passes_the_clamp() -> None:
 @pytest.mark.parametrize("D", LENGTHS)
 def test_words_are_the_reference_s(D: int) -> None:
     noise = df.Noise(3, first_sample=2**33).fold_in(2)
-    assert torch.equal(backend.words(noise, 3, D, DEVICE), reference.words(noise, 3, D, DEVICE))
+    assert torch.equal(backend.words(noise, 3, D, DEVICE), Flat(reference).words(noise, 3, D, DEVICE))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
@@ -300,7 +305,7 @@ def test_normals_are_those_of_fp32(dtype: torch.dtype) -> None:
 @pytest.mark.skipif(TRITON_BEFORE_3_9 and backend.INTERPRETED, reason="that interpreter rounds an fma twice")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_normals_have_the_bits_of_the_cpu(dtype: torch.dtype) -> None:
-    native = pytest.importorskip("dae_fast.backends.native")
+    native = Flat(pytest.importorskip("dae_fast.kernels.native"))
     noise = df.Noise(11).fold_in(1)
     for B, D in ((3, 4096), (5, 65), (130, 2)):
         here = backend.normal(noise, B, D, dtype, DEVICE).cpu()
@@ -310,7 +315,7 @@ def test_normals_have_the_bits_of_the_cpu(dtype: torch.dtype) -> None:
 def test_keys_and_samples() -> None:
     seed, first = -(2**63), 2**40 + 3
     noise = df.Noise(seed, first_sample=first).fold_in(7)
-    wanted = reference.words(noise, 4, 21, DEVICE)
+    wanted = Flat(reference).words(noise, 4, 21, DEVICE)
     ids = torch.arange(4, device=DEVICE) + first
     for same in (
         noise,
@@ -321,7 +326,7 @@ def test_keys_and_samples() -> None:
     ):
         assert torch.equal(backend.words(same, 4, 21, DEVICE), wanted)
     raw = backend.words(noise, 3, 21, DEVICE, fold=False)
-    assert torch.equal(raw, reference.words(noise, 3, 21, DEVICE, fold=False))
+    assert torch.equal(raw, Flat(reference).words(noise, 3, 21, DEVICE, fold=False))
     assert torch.equal(raw[0], raw[2])
 
 
@@ -343,7 +348,7 @@ def judge_residual(pred, y, z, noise, table, index, columns, mask, weight, reduc
     if noise is not None:
         wide[2] = normals(noise, pred)
     wide[0].requires_grad_()
-    sums, kept = reference.residual("op", *wide, None, table.double(), index, columns, mask)
+    sums, kept = sums_of("op", *wide, None, table.double(), index, columns, mask)
     means = sums / kept.clamp(min=1)
     w = 1 if weight is None else weight.double()
     loss = {0: (w * means).sum(), 1: (w * means).mean(), 2: (w * sums).sum()}[reduction]
@@ -357,7 +362,7 @@ def check_residual(
     call = "op", pred, y, z, noise, table, index, columns, mask, weight, reduction, *want
     per_sample, loss, grad = backend.residual(*call)
     means, wanted, wanted_grad = judge_residual(*call[1:-2])
-    compute = reference.compute_dtype(pred.dtype)
+    compute = compute_dtype(pred.dtype)
     assert (per_sample is None) == (want == (False, True)) and (loss is not None) == want[0]
     assert all(made is None or made.dtype == compute for made in (per_sample, loss))
     # Sums of squares: relative, of the running sums in the compute type.
@@ -443,7 +448,7 @@ def test_residual_drawn_mask(D: int, kept: bool) -> None:
     pred, y = randn(3, D), randn(3, D, seed=1)
     thresholds = torch.tensor([[0, 2**30], [0, 0], [0, 2**32]], device=DEVICE)
     drawn = Drawn(df.Noise(8, sample=torch.tensor([5, -1, 2**40], device=DEVICE)), thresholds, kept)
-    mask = (reference.words(drawn.noise, 3, D, DEVICE) < thresholds[:, 1:]) != kept
+    mask = (Flat(reference).words(drawn.noise, 3, D, DEVICE) < thresholds[:, 1:]) != kept
     assert torch.equal(backend._count(pred.shape, backend._choice(*drawn[:2], DEVICE), kept, DEVICE), mask.sum(1))
     call = "op", pred, y, None, df.Noise(2), table_of(pred.dtype), levels(3), (1, 2, -1)
     got, wanted = (backend.residual(*call, m, None, 1, True, True, kind=1) for m in (drawn, mask))
@@ -456,14 +461,14 @@ def test_drawn_masks_and_corruption_in_any_layout(layout: str) -> None:
     pred, y = (LAYOUTS[layout](randn(2, 4, 6, 6, seed=s)) for s in range(2))
     thresholds = torch.tensor([[2**30, 2**31]], device=DEVICE)
     drawn = Drawn(df.Noise(8).to("cpu"), thresholds, False)
-    mask = (reference.words(drawn.noise, 2, 144, DEVICE) < 2**31).reshape(pred.shape)
+    mask = (Flat(reference).words(drawn.noise, 2, 144, DEVICE) < 2**31).reshape(pred.shape)
     call = "op", pred, y, None, None, table_of(pred.dtype).abs(), levels(2), (1, -1, 3)
     got, wanted = (backend.residual(*call, m, None, 1, True, True, kind=2) for m in (drawn, mask))
     assert torch.equal(got[2], wanted[2])
     torch.testing.assert_close(got[0], wanted[0], rtol=1e-6, atol=0)
     assert torch.equal(
         backend.corrupt(pred, drawn.noise, thresholds, 0.0, 1.0),
-        reference.corrupt(pred, drawn.noise, thresholds, 0.0, 1.0),
+        Flat(reference).corrupt(pred, drawn.noise, thresholds, 0.0, 1.0),
     )
 
 
@@ -475,18 +480,18 @@ def test_drawn_masks_and_corruption_of_copied_rows() -> None:
     got, wanted = (backend.residual(*c, drawn, None, 1, True, True, kind=3) for c in (call, dense))
     assert all(torch.equal(g, w) for g, w in zip(got, wanted, strict=True))
     corruption = drawn.noise, drawn.thresholds, 0.0, 1.0
-    assert torch.equal(backend.corrupt(pred, *corruption), reference.corrupt(pred, *corruption))
+    assert torch.equal(backend.corrupt(pred, *corruption), Flat(reference).corrupt(pred, *corruption))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", range(4), ids=reference.KINDS)
+@pytest.mark.parametrize("kind", range(4), ids=KINDS)
 def test_gradients_have_the_bits_of_the_cpu(kind: int, dtype: torch.dtype) -> None:
     """Division and square root included. An interpreter that rounds an fma twice would show in pseudo_huber."""
-    native = pytest.importorskip("dae_fast.backends.native")
+    native = Flat(pytest.importorskip("dae_fast.kernels.native"))
     if backend.INTERPRETED and kind == 3 and dtype != torch.float64:
         pytest.skip("needs a GPU")
     pred, y = randn(4, 256, dtype=dtype), randn(4, 256, dtype=dtype, seed=1)
-    table = torch.tensor([[1.0, -1.0, 0.0, 0.7]], dtype=reference.compute_dtype(dtype), device=DEVICE)
+    table = torch.tensor([[1.0, -1.0, 0.0, 0.7]], dtype=compute_dtype(dtype), device=DEVICE)
     rest = (1, -1, 3 if kind > 1 else -1), None, None, 1, True, True
     here = backend.residual("op", pred, y, None, None, table, None, *rest, kind=kind)[2]
     there = native.residual("op", pred.cpu(), y.cpu(), None, None, table.cpu(), None, *rest, kind=kind)[2]

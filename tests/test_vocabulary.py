@@ -13,13 +13,27 @@ import torch
 from numpy.typing import NDArray
 
 import dae_fast as df
-from dae_fast.backends import reference
+from dae_fast.kernels import reference
+from dae_fast.kernels.spec import Kind
 from dae_fast.ops.parameterisation import MIXES, errors, mix
 
 TEXT = (Path(__file__).parents[1] / "docs" / "vocabulary.md").read_text()
 # Of the library itself rather than of the literature, and what the page says in its text.
-INFRASTRUCTURE = {"Level", "Noise", "backend_names", "info", "nn", "noise_version", "samplers", "use_backend"}
-INFRASTRUCTURE |= {"weighting"}
+INFRASTRUCTURE = {
+    "Level",
+    "LevelOp",
+    "Noise",
+    "backend_names",
+    "clamped",
+    "info",
+    "nn",
+    "noise_version",
+    "residual_loss",
+    "samplers",
+    "use_backend",
+    "weighted_sum",
+    "weighting",
+}
 Array = NDArray[np.float64]
 
 
@@ -95,7 +109,7 @@ def test_nothing_is_missing() -> None:
     for cls in (df.Schedule, df.ContinuousSchedule):
         made = {name for name, value in vars(cls).items() if isinstance(value, classmethod) and name[0] != "_"}
         assert {f"{cls.__name__}.{name}" for name in made} <= mentioned
-    assert [row[0] for row in rows("kind")] == [f'`"{kind}"`' for kind in reference.KINDS]
+    assert [row[0] for row in rows("kind")] == [f'`"{kind}"`' for kind in Kind.__members__]
     assert [row[0] for row in rows("weight")] == [f'`"{name}"`' for name in ("uniform", *df.weighting.NAMES)]
     assert {row[0] for row in rows("predict")} == {*(f'`"{name}"`' for name in MIXES), "`df.EDM(sigma_data)`"}
 
@@ -172,7 +186,7 @@ def test_continuous_schedules(line: str) -> None:
 @pytest.mark.parametrize("cells", rows("kind"), ids=lambda c: c[0])
 def test_penalties(cells: list[str]) -> None:
     r, delta = torch.linspace(-2, 2, 41, dtype=torch.float64), 0.3
-    number = reference.KINDS.index(cells[0].strip('`"'))
+    number = Kind[cells[0].strip('`"')]
     made = reference.penalty(r, number, torch.tensor(delta, dtype=torch.float64))
     np.testing.assert_allclose(made, formula(cells[1], r=r.numpy(), delta=delta), rtol=1e-10, atol=1e-15)
 

@@ -22,10 +22,11 @@ import torch
 import triton
 from torch import Tensor
 
-from dae_fast.backends import native
-from dae_fast.backends import triton as backend
+from dae_fast.kernels import native as native_module
+from dae_fast.kernels import triton as launcher
 
 from . import cuda_on_cpu, ptx_on_cpu
+from .flat import Flat
 from .test_primitives import NOISE, randn, table_of
 from .triton_sass import NVIDIA
 
@@ -38,6 +39,7 @@ MAPS: dict[str, tuple[int, bool, tuple[int, ...], Any]] = {  # tensors, fresh no
     "two outputs": (1, True, (0, -1, 1, -1, 2, -1, 3, -1), None),
 }
 Outputs = tuple[Tensor, ...]
+native, backend = Flat(native_module), Flat(launcher)
 
 
 class Machine:

@@ -28,14 +28,17 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 import dae_fast as df
-from dae_fast.backends import triton as backend
-from dae_fast.backends.reference import KINDS, compute_dtype
-from dae_fast.ops.masks import Drawn
+from dae_fast.kernels import triton as launcher
+from dae_fast.kernels.spec import compute_dtype
+from dae_fast.primitives.masks import Drawn
+
+from .flat import KINDS, Flat
 
 NVIDIA = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)}
 AMD = GPUTarget("hip", "gfx942", 64)
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
+backend = Flat(launcher)
 LONG, SHORT = (64, 4, 64, 64), (64, 784)
 NOISE = df.Noise(1)
 LEVELS = torch.arange(64)

@@ -292,6 +292,7 @@ static inline int64_t segment_of(const Cut& cut, int64_t u) {
 // The sum of rho over a row's residuals, which become rho'(r) / 2.
 template <Penalty kPenalty, class R>
 static inline double penalise(R delta, R* residual, int64_t n) {
+  if constexpr (kPenalty == Penalty::mse) return dot(residual, residual, n);  // its own half slope
   const Rho<kPenalty, R> rho = {delta};
   alignas(64) R values[kSegment];
   for (int64_t i = 0; i < n; ++i) values[i] = rho.value(residual[i]);
@@ -302,11 +303,12 @@ static inline double penalise(R delta, R* residual, int64_t n) {
 template <class R>
 static inline double penalise(Penalty penalty, R delta, R* residual, int64_t n) {
   switch (penalty) {
-    case Penalty::l1: return penalise<Penalty::l1>(delta, residual, n);
-    case Penalty::huber: return penalise<Penalty::huber>(delta, residual, n);
-    case Penalty::pseudo_huber: return penalise<Penalty::pseudo_huber>(delta, residual, n);
-    default: return dot(residual, residual, n);
+#define DAE_CASE(X) \
+  case Penalty::X: return penalise<Penalty::X>(delta, residual, n);
+    DAE_PENALTIES(DAE_CASE)
+#undef DAE_CASE
   }
+  return 0;
 }
 
 template <class T>

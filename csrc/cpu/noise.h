@@ -9,14 +9,6 @@ namespace dae::cpu::DAE_ISA {
 constexpr int kLanes = 16;  // blocks at a time for a short row, and for the end of a long one
 constexpr int kValues = 4 * kLanes;
 
-static inline uint64_t sample_of(const Noise& noise, int64_t row) {
-  return noise.sample ? static_cast<uint64_t>(noise.sample[row]) : noise.first_sample + static_cast<uint64_t>(row);
-}
-
-static inline Key row_key(const Noise& noise, int64_t row) {
-  return noise.fold ? fold_in(noise.key, sample_of(noise, row)) : noise.key;
-}
-
 // Written over the whole array in one loop each, so that the stores are vectors: a vector load of
 // sixteen scalar stores stalls.
 template <int N>
@@ -67,7 +59,7 @@ static DAE_FN void fill_blocks(const Lanes<N>& key0, const Lanes<N>& key1, uint6
 // Elements [begin, begin + n) of one row; begin is a multiple of 4.
 template <class To>
 static inline void fill_row(const Noise& noise, int64_t row, int64_t begin, int64_t n, typename To::type* out) {
-  const Key key = row_key(noise, row);
+  const Key key = noise.key_of(noise.key, row);
   uint64_t block = key.offset + static_cast<uint64_t>(begin / 4);
   int64_t done = 0;
   alignas(64) Lanes<2 * kLanes> key0, key1;
@@ -96,7 +88,7 @@ static inline void fill_short_rows(const Noise& noise, int64_t row, int64_t rows
     alignas(64) Lanes<kLanes> key0, key1, low, high, r[4];
     uint64_t counter[kLanes];
     for (int64_t j = 0; j < kLanes; ++j)
-      counter[j] = noise.fold && j < live ? noise.key.offset + sample_of(noise, row + first + j) : 0;
+      counter[j] = noise.fold && j < live ? noise.key.offset + noise.sample_of(row + first + j) : 0;
     if (noise.fold) {
       fill_key(key0, key1, noise.key.seed);
       for (int j = 0; j < kLanes; ++j) {
@@ -105,6 +97,12 @@ static inline void fill_short_rows(const Noise& noise, int64_t row, int64_t rows
       }
       philox(key0, key1, r);
       key0 = r[0], key1 = r[1], low = r[2], high = r[3];
+      if (noise.rows_per_sample != 1 || noise.first_block) {
+        for (int64_t j = 0; j < live; ++j) {
+          const uint64_t offset = (low.v[j] | static_cast<uint64_t>(high.v[j]) << 32) + noise.block_of(row + first + j);
+          low.v[j] = static_cast<uint32_t>(offset), high.v[j] = static_cast<uint32_t>(offset >> 32);
+        }
+      }
     } else {
       fill_key(key0, key1, noise.key.seed);
       fill_key(low, high, noise.key.offset);

@@ -159,8 +159,14 @@ int current_device() {
   return cudaGetDevice(&device) == cudaSuccess ? device : -1;
 }
 
+#ifdef __CUDACC__
+constexpr bool kOnHost = false;
+#else
+constexpr bool kOnHost = true;
+#endif
+
 constexpr Api kApi = {affine,        residual, row_dots,    mask_count, corrupt,       gaussian,
-                      gaussian_grad, bits,     fold_in_key, devices,    current_device};
+                      gaussian_grad, bits,     fold_in_key, devices,    current_device, kOnHost};
 
 }  // namespace
 

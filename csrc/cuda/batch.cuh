@@ -201,10 +201,7 @@ struct Strided {
 };
 
 __device__ __forceinline__ Key row_key(const Noise& noise, int64_t row) {
-  const Key key = noise.key_at ? *noise.key_at : noise.key;
-  if (!noise.fold) return key;
-  return fold_in(key, noise.sample ? static_cast<uint64_t>(noise.sample[row])
-                                   : noise.first_sample + static_cast<uint64_t>(row));
+  return noise.key_of(noise.key_at ? *noise.key_at : noise.key, row);
 }
 
 __device__ __forceinline__ Key to_key(const uint4& k) {

@@ -542,10 +542,10 @@ const char* launch_residual(const ResidualArgs& a, const LossArgs& loss, Scratch
   return how.with_access<T>(a.batch, operands, [&](const auto& access) {
     using Access = std::decay_t<decltype(access)>;
     if constexpr (!Access::kRagged) {
-      // With fresh noise z is not read; without, something is.
+      // With fresh noise z is not read; without, y is, or the general kernel runs, which needs neither.
       constexpr int kLeast = kFresh ? 1 : 2;
       const bool more = access.data[kFresh ? kTargetY : kTargetZ], masked = access.data[kMask];
-      if (a.penalty == Penalty::mse && !a.choice.noise.present) {
+      if (a.penalty == Penalty::mse && !a.choice.noise.present && (kFresh || access.data[kTargetY])) {
         if (more && masked) return how.units<residual_kernel<kFresh, kLeast + 1, true, Access>, T>(a.batch, p, access);
         if (more) return how.units<residual_kernel<kFresh, kLeast + 1, false, Access>, T>(a.batch, p, access);
         if (masked) return how.units<residual_kernel<kFresh, kLeast, true, Access>, T>(a.batch, p, access);

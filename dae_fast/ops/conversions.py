@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import Any
 
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
-from ..backends.reference import compute_dtype
-from ..checks import is_number
-from ..level import Level
-from ..rows import Coefficients
-from .affine import ABSENT, Clamp, Columns, affine
-from .checks import level_for, like, promote, samples
-from .levels import rows_for
-from .parameterisation import MIXES, Parameterisation, check_name, conversion
-from .routing import plain_affine
+from ..checks import is_number, like, promote, samples
+from ..coefficients import Level, level_for
+from ..primitives import ESTIMATE, LevelOp
+from .parameterisation import EDM, MIXES, Coefficients, Parameterisation, check_name, conversion
 
 Bounds = float | tuple[float, float]
 
@@ -95,79 +91,62 @@ def _convert(
     predict: Parameterisation,
     clamp: Bounds | None,
 ) -> Tensor:
-    if type(level) is Level and not is_compiling() and (predict, to) in _PLAIN:
-        converted = _plainly(op, x_t, pred, level, _PLAIN[predict, to], clamp)
-        if converted is not None:
-            return converted
-    samples(op, "x_t", x_t)
-    like(op, "pred", pred, "x_t", x_t)
-    level_for(op, level)
+    limits = None if clamp is None else bounds(op, clamp)
+    if predict == to and (limits is None or predict == "x0"):
+        samples(op, "x_t", x_t)
+        like(op, "pred", pred, "x_t", x_t)
+        level_for(op, level)
+        check_name(op, "predict", predict)
+        _, pred = promote(x_t, pred)
+        return pred if limits is None else pred.clamp(*limits)
+    return _conversion(op, predict, to, limits is not None).run(level, (x_t, pred), limits)
+
+
+def _conversion(op: str, predict: Parameterisation, to: Parameterisation, clamped: bool) -> LevelOp:
+    if not isinstance(predict, EDM) and not isinstance(to, EDM):
+        named = _NAMED.get((op, predict, to, clamped)) if isinstance(predict, str) else None
+        if named is not None:
+            return named
+        check_name(op, "predict", predict)
+    return _made(op, predict, to, clamped) if is_dynamo_compiling() else _kept(op, predict, to, clamped)
+
+
+def _made(op: str, predict: Parameterisation, to: Parameterisation, clamped: bool) -> LevelOp:
+    """Of x_t and pred; between eps and score x_t is checked, and neither read nor given a gradient."""
     check_name(op, "predict", predict)
-    if pred.dtype != x_t.dtype:
-        x_t, pred = promote(x_t, pred)
-    compute = compute_dtype(x_t.dtype)
-    if clamp is None:
-        if predict == to:
-            return pred
-        columns = _columns(predict, to)
-        rows = rows_for(op, level, (predict, "to", to), conversion(predict, to), x_t, compute)
-        if columns[0] == ABSENT:  # x_t is neither read nor given a gradient
-            return affine(op, pred, None, None, None, rows, (1, ABSENT, ABSENT, ABSENT))[0]
-        return affine(op, x_t, pred, None, None, rows, columns)[0]
-    low, high = bounds(op, clamp)
-    if predict == "x0" and to == "x0":
-        return pred.clamp(low, high)
-    rows = rows_for(op, level, (predict, "to", to, "by x0"), _by_x0(predict, to), x_t, compute)
-    outer, inner = _clamped_columns(predict, to)
-    return affine(op, x_t, pred, None, None, rows, outer, (*inner, low, high))[0]
+    if clamped:
+        return LevelOp(op, _of_estimate(to), estimate=_named(conversion(predict, "x0"), predict == "x0"))
+    names = isinstance(predict, str) and isinstance(to, str)  # Dynamo of torch 2.11 cannot compare a str with an EDM
+    return LevelOp(op, _named(conversion(predict, to), names and {predict, to} == {"eps", "score"}))
 
 
-def _columns(predict: Parameterisation, to: Parameterisation) -> Columns:
-    """Between eps and score x_t has no part."""
-    named = isinstance(predict, str) and isinstance(to, str)  # Dynamo of torch 2.11 cannot compare a str with an EDM
-    return (ABSENT if named and {predict, to} == {"eps", "score"} else 0, 1, ABSENT, ABSENT)
+def _named(coefficients: Coefficients, without_x_t: bool) -> Any:
+    def by_name(alpha: Any, sigma: Any) -> dict[str, Any]:
+        of_x_t, of_pred = coefficients(alpha, sigma)
+        return {"x_t": None if without_x_t else of_x_t, "pred": of_pred}
+
+    return by_name
 
 
-def _clamped_columns(predict: Parameterisation, to: Parameterisation) -> tuple[Columns, tuple[int, int, int]]:
-    """Of the result, and of the x0 that the clamp is about."""
-    return (0 if to != "x0" else ABSENT, 1, ABSENT, ABSENT), (2 if predict != "x0" else ABSENT, 3, ABSENT)
+def _of_estimate(to: Parameterisation) -> Any:
+    """The result from x_t and the limited x0, which keeps the two consistent."""
+
+    def by_name(alpha: Any, sigma: Any) -> dict[str, Any]:
+        of_x_t, of_x0 = conversion("x0", to)(alpha, sigma)
+        return {"x_t": None if to == "x0" else of_x_t, ESTIMATE: of_x0}
+
+    return by_name
 
 
-class _Plain(NamedTuple):
-    """A conversion between names, as a plain call looks it up."""
-
-    name: str
-    columns: Columns
-    outer: Columns
-    inner: tuple[int, int, int]
-
-
-_PLAIN: dict[tuple[Parameterisation, Parameterisation], _Plain] = {
-    (predict, to): _Plain(f"{predict} to {to}", _columns(predict, to), *_clamped_columns(predict, to))
+_kept = lru_cache(maxsize=64)(_made)
+_OPS: dict[str, Parameterisation] = {"to_x0": "x0", "to_eps": "eps", "to_score": "score", "to_v": "v"}
+_NAMED = {
+    (op, predict, to, clamped): _made(op, predict, to, clamped)
+    for op, to in (*_OPS.items(), *(("convert", to) for to in MIXES))
     for predict in MIXES
-    for to in MIXES
-    if predict != to
+    for clamped in (False, True)
+    if predict != to or (clamped and predict != "x0")
 }
-
-
-def _plainly(op: str, x_t: Tensor, pred: Tensor, level: Level, plain: _Plain, clamp: Bounds | None) -> Tensor | None:
-    """The result of a plain call; None where _convert has to look."""
-    converted: Tensor | None
-    if clamp is None:
-        converted = plain_affine(op, plain.columns, x_t, pred, None, None, plain.name, level, None, None)
-    else:
-        limits: Clamp = (*plain.inner, *bounds(op, clamp))
-        converted = plain_affine(op, plain.outer, x_t, pred, None, None, f"{plain.name} by x0", level, None, limits)
-    return converted
-
-
-def _by_x0(predict: Parameterisation, to: Parameterisation) -> Coefficients:
-    """Outer coefficients on (x_t, x0), then those of x0 on (x_t, pred)."""
-
-    def coefficients(alpha: Any, sigma: Any) -> tuple[Any, ...]:
-        return *conversion("x0", to)(alpha, sigma), *conversion(predict, "x0")(alpha, sigma)
-
-    return coefficients
 
 
 def bounds(op: str, clamp: Bounds) -> tuple[float, float]:

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..backends import kernels, reference
-from ..level import as_number, can_read, check_per_sample
+from .._torch import DirectFunction, batchable
+from ..checks import as_number, can_read, check_per_sample, samples
+from ..coefficients import seen, stack_rows
+from ..kernels import reference
+from ..kernels.dispatch import kernels
+from ..kernels.spec import on_device
 from ..noise import Noise
-from ..rows import stack_rows
-from .checks import samples
-from .flat import flatten, seen
-from .masks import Drawn
-from .routing import DirectFunction, Route, batchable, route, wants_grad
+from ..primitives.masks import Drawn
+from ..routing import Route, route, wants_grad
 
 # Streams of their own, so that what is struck does not depend on the normals of the same noise.
 MASK_TAG = 0x6D61736B  # "mask"
@@ -163,14 +164,18 @@ def corrupt(x: Tensor, corruption: Masking | SaltAndPepper, value: float = 0.0) 
 
 def _replaced(op: str, x: Tensor, noise: Noise, thresholds: Tensor, low: float, high: float) -> Tensor:
     """x with `low` where its word is below the first threshold of its row, `high` where below the second."""
+    if not noise._whole_blocks(x[0].numel() if len(x) else 0):
+        words = noise.bits(x.shape, device=x.device)
+        first, second = (reference.row_of(on_device(thresholds, x.device), k, x) for k in (0, 1))
+        return torch.where(words < first, low, torch.where(words < second, high, x)).to(x.dtype)
     way = route(op, x, thresholds)
     if way is Route.REFERENCE:
-        return reference.corrupt(x, noise, thresholds, low, high)
+        return reference.corrupt(x, noise, thresholds, (low, high))
     if way is Route.DIRECT:
         if wants_grad(x):
             return _Replaced.apply(x, thresholds, (op, noise, low, high))
-        return kernels(x, op).corrupt(x, noise, thresholds, low, high)
-    replaced: Tensor = torch.ops.dae_fast.corrupt(x, thresholds, *flatten(noise), low, high, op)
+        return kernels(x, op).corrupt(x, noise, thresholds, (low, high))
+    replaced: Tensor = torch.ops.dae_fast.corrupt(x, thresholds, *noise._flat(), low, high, op)
     return replaced
 
 
@@ -178,14 +183,14 @@ class _Replaced(DirectFunction):
     @staticmethod
     def forward(ctx: Any, x: Tensor, thresholds: Tensor, rest: tuple[Any, ...]) -> Tensor:
         op, noise, low, high = rest
-        ctx.save_for_backward(thresholds)
+        ctx.save_for_backward(thresholds, noise._key_tensor, noise._sample)
         ctx.rest = op, noise
-        return kernels(x, op).corrupt(x, noise, thresholds, low, high)
+        return kernels(x, op).corrupt(x, noise, thresholds, (low, high))
 
     @staticmethod
     @batchable
     def backward(ctx: Any, g: Tensor) -> Any:
-        (thresholds,) = ctx.saved_tensors
+        thresholds, *_ = ctx.saved_tensors
         op, noise = ctx.rest
         return _replaced(op, g, noise, thresholds, 0.0, 0.0), None, None
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..checks import DTYPES
 from ..noise import Noise
-from .checks import DTYPES
-from .routing import wants_grad
+from ..routing import wants_grad
 
 
 def timestep_embedding(

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
-from ..backends.reference import compute_dtype
-from ..level import can_read, check_per_sample
+from ..checks import as_number, can_read, check_per_sample, samples
 from ..noise import Noise
-from ..rows import constant_rows, stack_rows
-from .affine import ABSENT, affine, affine_into
-from .checks import like, noise_for, promote, samples
-from .memory import check_out
-from .routing import plain_affine, wants_grad
+from ..primitives import summed
 
 
 def langevin_step(
@@ -37,41 +30,31 @@ def langevin_step(
     partly overlaps an input. Welling and Teh 2011; Song and Ermon 2019, algorithm 1.
     """
     op = "langevin_step"
-    numbers = type(step_size) is type(noise_scale) is float
-    if numbers and step_size >= 0 and out is None and isinstance(x, Tensor) and not is_compiling():
-        rows = constant_rows(op, _coefficients(step_size, noise_scale), compute_dtype(x.dtype))
-        tensor, generated = (None, noise) if type(noise) is Noise else (noise, None)
-        stepped = plain_affine(op, _COLUMNS, x, score, tensor, generated, None, rows.table, None, None)
-        if stepped is not None:
-            return stepped
-    samples(op, "x", x)
-    like(op, "score", score, "x", x)
-    tensor, generated = noise_for(op, noise, x, "x")
-    step_size = check_per_sample(op, "step_size", step_size, x)
-    noise_scale = check_per_sample(op, "noise_scale", noise_scale, x)
-    if isinstance(step_size, Tensor):
-        if can_read(step_size) and not bool((step_size >= 0).all()):
-            raise ValueError(f"{op}: step_size must not be negative, got {float(step_size.min())}")
-        step_size = step_size.double()
-    elif not step_size >= 0:
-        raise ValueError(f"{op}: step_size must not be negative, got {step_size}")
-    if isinstance(noise_scale, Tensor):
-        noise_scale = noise_scale.double()
-    if not x.dtype == score.dtype == (x.dtype if tensor is None else tensor.dtype):
-        if out is x:
-            raise ValueError(f"{op}: in place, score and noise must be {x.dtype} like x")
-        x, score, tensor = promote(x, score, tensor)
-    rows = stack_rows(op, _coefficients(step_size, noise_scale), x, compute_dtype(x.dtype))
-    if out is None:
-        return affine(op, x, score, tensor, generated, rows, _COLUMNS)[0]
-    check_out(op, out, x=x, score=score, noise=tensor)
-    if wants_grad(x, score, tensor, rows.table, out):
-        raise ValueError(f"{op}: out= has no gradient; call it under torch.no_grad() or without out")
-    return affine_into(op, out, x, score, tensor, generated, rows, _COLUMNS)
+    h, scale = step_size, noise_scale
+    if not (type(h) is type(scale) is float and h >= 0):
+        h, scale = _checked(op, x, h, scale)
+    return summed(op, ("x", "score", "noise"), (x, score, noise), (1.0, h, scale * (2 * h) ** 0.5), out)
 
 
-_COLUMNS = (0, 1, 2, ABSENT)  # of x, score and noise
+def _checked(
+    op: str, x: Tensor, step_size: float | Tensor, noise_scale: float | Tensor
+) -> tuple[float | Tensor, float | Tensor]:
+    if isinstance(step_size, Tensor) or isinstance(noise_scale, Tensor):
+        samples(op, "x", x)
+    h = _factor(op, "step_size", step_size, x)
+    scale = _factor(op, "noise_scale", noise_scale, x)
+    negative = (
+        bool((h < 0).any()) if isinstance(h, Tensor) and can_read(h) else not isinstance(h, Tensor) and not h >= 0
+    )
+    if negative:
+        raise ValueError(f"{op}: step_size must not be negative, got {float(torch.as_tensor(h).min())}")
+    return h, scale
 
 
-def _coefficients(step_size: Any, noise_scale: Any) -> tuple[Any, Any, Any]:
-    return 1.0, step_size, noise_scale * (2 * step_size) ** 0.5
+def _factor(op: str, name: str, value: float | Tensor, x: Tensor) -> float | Tensor:
+    """A float, or float64."""
+    if not isinstance(value, Tensor):
+        return as_number(op, name, value)
+    value = check_per_sample(op, name, value, x)
+    assert isinstance(value, Tensor)
+    return value.double()

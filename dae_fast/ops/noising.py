@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
-from ..backends.reference import compute_dtype
-from ..level import Level, as_number
-from ..noise import Noise
-from ..rows import Coefficients
-from .affine import ABSENT, Columns, affine, affine_into
-from .checks import level_for, noise_for, promote, samples
-from .levels import rows_for
-from .memory import check_out
+from ..checks import as_number, samples
+from ..coefficients import Level, level_for
+from ..noise import Noise, noise_for
+from ..primitives import LevelOp
+from ..routing import wants_grad
 from .parameterisation import Parameterisation, check_name, mix
-from .routing import plain_affine, wants_grad
 from .structured import StructuredNoise
 
 PERTURBATION_TAG = 0x7869  # "xi"; the input perturbation's stream
@@ -49,56 +46,35 @@ def add_noise(
     Ho et al. 2020, eq. 4.
     """
     op = "add_noise"
-    plain = target is None and perturbation is None and out is None
-    if plain and type(level) is Level and not is_compiling():
-        if type(noise) is Noise:
-            done = plain_affine(op, _FRESH, x0, None, None, noise, op, level, None, None)
-        else:
-            done = plain_affine(op, _READ, x0, noise, None, None, op, level, None, None)
-        if done is not None:
-            return done
+    alone = target is None and perturbation is None
+    if alone and (type(noise) is Noise or not isinstance(noise, StructuredNoise)):  # which takes a while to say
+        return _ADD_NOISE.run(level, (x0, noise), None, out)
     samples(op, "x0", x0)
     level_for(op, level)
     y, generated, factor_y, factor_eps = operands(op, noise, x0)
-    x, y = promote(x0, y)
     if target is not None:
         check_name(op, "target", target)
+        if out is not None:
+            raise ValueError(f"{op}: out= is of x_t alone; give no target with it")
     gamma = 0.0 if perturbation is None else as_number(op, "perturbation", perturbation)
     if not 0 <= gamma < math.inf:
         raise ValueError(f"{op}: perturbation must be finite and not negative, got {gamma}")
     if gamma and generated is None:
         raise ValueError(f"{op}: a perturbation is drawn from the noise's key: noise must not be a tensor")
     made = None if target in (None, "x0") else target  # x0 is there already
-    compute = compute_dtype(x.dtype)
-    if made is None and factor_y == factor_eps == 1:
-        rows, last = level._rows(op, op, _noising, x, compute), 1
-    else:
-        factors = () if factor_y == factor_eps == 1 else (factor_y, factor_eps)
-        key = (op, made or "alone", *factors)
-        rows, last = rows_for(op, level, key, _mixture(made, factor_y, factor_eps), x, compute), 2
-    of_y, of_eps = y is not None, generated is not None
-    columns: Columns = (0, 1 if of_y else ABSENT, last if of_eps else ABSENT, ABSENT)
+    # Of a tensor noise y is what eps is elsewhere.
+    of_y, of_eps = (factor_y if y is not None else 0.0), (factor_eps if generated is not None else 0.0)
+    x_t = _mixture(made, of_y, of_eps).run(level, tuple(t for t in (x0, y, generated) if t is not None), None, out)
     wanted: Tensor | None = x0 if target == "x0" else None
-    if out is not None:
-        if target is not None:
-            raise ValueError(f"{op}: out= is of x_t alone; give no target with it")
-        check_out(op, out, x0=x, noise=y)
-        if wants_grad(x, y, rows.table, out):
-            raise ValueError(f"{op}: out= has no gradient; call it under torch.no_grad() or without out")
-        x_t = affine_into(op, out, x, y, None, generated, rows, columns)
-    elif made is None:
-        (x_t,) = affine(op, x, y, None, generated, rows, columns)
-    else:
-        of_x0 = made not in ("eps", "score")
-        columns += (3 if of_x0 else ABSENT, 4 if of_y else ABSENT, 5 if of_eps else ABSENT, ABSENT)
-        x_t, wanted = affine(op, x, y, None, generated, rows, columns)
-    if gamma and generated is not None:
-        x_t = _perturbed(op, x_t, generated, level, gamma)
+    if made is not None:
+        x_t, wanted = x_t
+    if gamma:
+        assert generated is not None
+        x_t = _perturbed(x_t, generated, level, gamma)
     return x_t if wanted is None else (x_t, wanted)
 
 
-# Noise as the second operand, or made in the third's place.
-_READ, _FRESH = (0, 1, ABSENT, ABSENT), (0, ABSENT, 1, ABSENT)
+_ADD_NOISE = LevelOp("add_noise", lambda alpha, sigma: {"x0": alpha, "noise": sigma})
 
 
 def operands(
@@ -112,25 +88,40 @@ def operands(
     return y, generated, 1.0, 1.0
 
 
-def _noising(alpha: Any, sigma: Any) -> tuple[Any, Any]:
-    return alpha, sigma
+def _mixture(target: Parameterisation | None, of_y: float, of_eps: float) -> LevelOp:
+    """x_t, and perhaps the target, of x0, a tensor y and a Noise eps: the noise is of_y*y + of_eps*eps, 0 for none."""
+    return _made_mixture(target, of_y, of_eps) if is_dynamo_compiling() else _kept_mixture(target, of_y, of_eps)
 
 
-def _mixture(target: Parameterisation | None, factor_y: float, factor_eps: float) -> Coefficients:
-    """Of x0, y and eps in x_t, then in the target."""
+def _made_mixture(target: Parameterisation | None, of_y: float, of_eps: float) -> LevelOp:
+    def parts(p0: Any, p1: Any) -> dict[str, Any]:
+        shares = {name: p1 * factor for name, factor in (("noise", of_y), ("eps", of_eps)) if factor}
+        return {"x0": p0, **shares}
 
-    def coefficients(alpha: Any, sigma: Any) -> tuple[Any, ...]:
-        mixes = [(alpha, sigma)] if target is None else [(alpha, sigma), mix(target, alpha, sigma)]
-        return tuple(c for p0, p1 in mixes for c in (p0, p1 * factor_y, p1 * factor_eps))
+    def coefficients(alpha: Any, sigma: Any) -> dict[str, Any]:
+        return parts(alpha, sigma)
 
-    return coefficients
+    def of_target(alpha: Any, sigma: Any) -> dict[str, Any]:
+        assert target is not None
+        return parts(*mix(target, alpha, sigma))
+
+    return LevelOp("add_noise", coefficients, also=None if target is None else of_target)
 
 
-def _perturbed(op: str, x_t: Tensor, noise: Noise, level: Level, gamma: float) -> Tensor:
+_kept_mixture = lru_cache(maxsize=64)(_made_mixture)
+
+
+def _perturbed(x_t: Tensor, noise: Noise, level: Level, gamma: float) -> Tensor:
     """x_t + sigma * gamma * xi, in place where no gradient has to pass."""
-    key = (op, "perturbation", gamma)
-    rows = rows_for(op, level, key, lambda alpha, sigma: (1.0, sigma * gamma), x_t, compute_dtype(x_t.dtype))
-    xi = noise.fold_in(PERTURBATION_TAG)
-    if wants_grad(x_t, rows.table):
-        return affine(op, x_t, None, None, xi, rows, _FRESH)[0]
-    return affine_into(op, x_t, x_t, None, None, xi, rows, _FRESH)
+    perturb = _made_perturbation(gamma) if is_dynamo_compiling() else _kept_perturbation(gamma)
+    given = x_t, noise.fold_in(PERTURBATION_TAG)
+    by_hand = (c for c in (level._alpha, level._sigma) if isinstance(c, Tensor))
+    in_place = not is_compiling() and not wants_grad(x_t, *by_hand)
+    return perturb.run(level, given, None, x_t if in_place else None)
+
+
+def _made_perturbation(gamma: float) -> LevelOp:
+    return LevelOp("add_noise", lambda alpha, sigma: {"x_t": 1.0, "xi": sigma * gamma})
+
+
+_kept_perturbation = lru_cache(maxsize=64)(_made_perturbation)

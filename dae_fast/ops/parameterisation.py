@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..rows import Coefficients
 from ..schedule import finite_numbers
+
+Coefficients = Callable[[Any, Any], tuple[Any, ...]]  # of (alpha, sigma)
 
 
 @dataclass(frozen=True)

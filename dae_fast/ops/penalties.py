@@ -8,20 +8,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 from torch.func import vjp
 
-from ..backends.reference import compute_dtype, per_sample_sum
-from ..checks import integer
-from ..level import as_number, can_read
+from .. import checks
+from ..checks import as_number, can_read, integer
+from ..coefficients import stack_rows
+from ..kernels.reference import per_sample_sum
+from ..kernels.spec import ABSENT, Kind, Residual, compute_dtype, loss_of
 from ..noise import Noise
-from ..rows import stack_rows
-from . import checks
-from .loss import check
-from .residual import KINDS, Plan, Reduction, plain_residual_loss, residual_loss
+from ..primitives import loss_of_rows, reduction_of
+from ..primitives.residuals import plain_residual_loss
+from .losses import SUMMED, Reduction
 
 _ALONE = (1.0, 0.0, 0.0)  # a residual's row: against nothing
-_PLAIN = Plan(_ALONE)
+_COLUMNS = (ABSENT,) * 6
+_PLAIN = {name: loss_of("l1_penalty", Kind.l1, how, _COLUMNS) for name, how in SUMMED.items()}
 CONTRACTION_TAG = 0x6A61636F  # "jaco"; of the directions, so that they do not depend on a corruption of the same noise
 
 
@@ -34,14 +35,15 @@ def l1_penalty(h: Tensor, *, reduction: Reduction = "mean") -> Tensor:
     Reads h once and writes its gradient in the same pass (fp16, and "none", in backward): sign(h) / (B N), 0 at 0.
     Raises ValueError for the mean of an empty batch. Tibshirani 1996; as a code's: Ranzato et al. 2008.
     """
-    op, kind = "l1_penalty", KINDS.index("l1")
-    if not is_compiling():
-        done = plain_residual_loss(op, h, None, None, reduction, _PLAIN, kind=kind)
+    op, plain = "l1_penalty", _PLAIN.get(reduction) if isinstance(reduction, str) else None
+    if plain is not None:
+        done = plain_residual_loss(plain, (h, None, None, None), _ALONE, None)
         if done is not None:
             return done[0]
     checks.samples(op, "h", h)
+    fixed = loss_of(op, Kind.l1, reduction_of(op, h, reduction), _COLUMNS)
     rows = stack_rows(op, _ALONE, h, compute_dtype(h.dtype))
-    return residual_loss(op, h, None, None, None, rows, None, None, check(op, h, reduction), kind)[0]
+    return loss_of_rows(fixed, Residual(h, None, None, None), rows, None, 1)[0]
 
 
 def kl_sparsity(h: Tensor, rate: float = 0.05) -> Tensor:
@@ -106,7 +108,8 @@ def sigmoid_contraction(h: Tensor, W: Tensor, *, reduction: Reduction = "mean") 
     slope = wide * (1 - wide)
     # Not a product of matrices, which autocast would run in half precision.
     each = (slope.square() * weight.square().sum(1)).sum(1)
-    return _reduced(each, check(op, h, reduction))
+    reduction_of(op, h, reduction)
+    return _reduced(each, reduction)
 
 
 def contraction(
@@ -129,7 +132,7 @@ def contraction(
     samples = integer(op, "samples", samples)
     if samples < 1:
         raise ValueError(f"{op}: samples must be at least 1, got {samples}")
-    reduction = check(op, x, reduction)
+    reduction_of(op, x, reduction)
     noise._check(op, x.shape[0], x.device)
     pair: Any = vjp(f, x)
     y, pull = pair

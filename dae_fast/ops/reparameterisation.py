@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import kernels, reference
-from ..noise import Noise
-from .checks import like, noise_for, promote, samples
-from .flat import flatten
-from .routing import DirectFunction, Route, batchable, route, wants_grad
+from .._torch import DirectFunction, batchable
+from ..checks import like, promote, samples
+from ..kernels import reference
+from ..kernels.dispatch import kernels
+from ..kernels.spec import compute_dtype
+from ..noise import FlatNoise, Noise, noise_for
+from ..routing import Route, route, wants_grad
 
 
 def reparameterise(mu: Tensor, log_var: Tensor, noise: Noise | Tensor) -> tuple[Tensor, Tensor]:
@@ -29,14 +31,23 @@ def reparameterise(mu: Tensor, log_var: Tensor, noise: Noise | Tensor) -> tuple[
     like(op, "log_var", log_var, "mu", mu)
     eps, generated = noise_for(op, noise, mu, "mu")
     mu, log_var, eps = promote(mu, log_var, eps)
+    if generated is not None and not generated._whole_blocks(mu[0].numel() if len(mu) else 0):
+        dtype = compute_dtype(mu.dtype)
+        eps = generated.normal(mu.shape, dtype=dtype, device=mu.device)
+        z, kl = reparameterise(mu.to(dtype), log_var.to(dtype), eps)
+        return z.to(mu.dtype), kl
     way = route(op, mu, log_var, eps)
     if way is Route.REFERENCE:
         return reference.gaussian(mu, log_var, eps, generated)
     if way is Route.DISPATCHER:
-        return torch.ops.dae_fast.gaussian(mu, log_var, eps, *flatten(generated), op)
+        return torch.ops.dae_fast.gaussian(mu, log_var, eps, *_flat(generated), op)
     if wants_grad(mu, log_var, eps):
         return _Gaussian.apply(mu, log_var, eps, generated, op)
     return kernels(mu, op).gaussian(mu, log_var, eps, generated)
+
+
+def _flat(noise: Noise | None) -> FlatNoise:
+    return FlatNoise() if noise is None else noise._flat()
 
 
 def gradients(
@@ -55,12 +66,12 @@ def gradients(
         return found
     way = route(op, mu, log_var, eps, z_grad, kl_grad)
     if needs[2] and z_grad is not None:
-        compute = reference.compute_dtype(mu.dtype)  # in half precision the scale alone may overflow
+        compute = compute_dtype(mu.dtype)  # in half precision the scale alone may overflow
         found[2] = (z_grad.to(compute) * torch.exp(0.5 * log_var.to(compute))).to(log_var.dtype)
     if torch.is_grad_enabled() or way is Route.REFERENCE:
         found[:2] = _differentiable(z_grad, kl_grad, mu, log_var, eps, noise)
     elif way is Route.DISPATCHER:
-        found[:2] = torch.ops.dae_fast.gaussian_grad(z_grad, kl_grad, mu, log_var, eps, *flatten(noise), op)
+        found[:2] = torch.ops.dae_fast.gaussian_grad(z_grad, kl_grad, mu, log_var, eps, *_flat(noise), op)
     else:
         found[:2] = kernels(mu, op).gaussian_grad(mu, log_var, eps, noise, z_grad, kl_grad)
     return found
@@ -74,33 +85,23 @@ def _differentiable(
     eps: Tensor | None,
     noise: Noise | None,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of mu and log_var in plain torch, for double backward. An upstream gradient of 0 gives 0."""
-    compute = reference.compute_dtype(mu.dtype)
-    mean, log_variance = mu.to(compute), log_var.to(compute)
-    of_mu, of_log_var = torch.zeros_like(mean), torch.zeros_like(mean)
-    if z_grad is not None:
-        e = noise.normal(mu.shape, dtype=compute, device=mu.device) if noise is not None else eps
-        assert e is not None
-        of_mu = z_grad.to(compute)
-        of_log_var = torch.where(of_mu == 0, 0, 0.5 * of_mu * torch.exp(0.5 * log_variance)) * e.to(compute)
-    if kl_grad is not None:
-        each = kl_grad.reshape(-1, *[1] * (mu.dim() - 1))
-        unused = each == 0
-        of_mu = of_mu + torch.where(unused, 0, each * mean)
-        of_log_var = of_log_var + torch.where(unused, 0, 0.5 * each * torch.expm1(log_variance))
-    return of_mu.to(mu.dtype), of_log_var.to(mu.dtype)
+    """The gradients of mu and log_var in plain torch, for double backward."""
+    if noise is not None:
+        eps = noise.normal(mu.shape, dtype=compute_dtype(mu.dtype), device=mu.device)
+    return reference.gaussian_grad(mu, log_var, eps, None, z_grad, kl_grad)
 
 
 class _Gaussian(DirectFunction):
     @staticmethod
     def forward(ctx: Any, mu: Tensor, log_var: Tensor, eps: Tensor | None, noise: Noise | None, op: str) -> Any:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(mu, log_var, eps)
+        key = (None, None) if noise is None else (noise._key_tensor, noise._sample)
+        ctx.save_for_backward(mu, log_var, eps, *key)
         ctx.rest = noise, op
         return kernels(mu, op).gaussian(mu, log_var, eps, noise)
 
     @staticmethod
     @batchable
     def backward(ctx: Any, z_grad: Tensor | None, kl_grad: Tensor | None) -> Any:
-        (mu, log_var, eps), (noise, op) = ctx.saved_tensors, ctx.rest
+        (mu, log_var, eps, *_), (noise, op) = ctx.saved_tensors, ctx.rest
         return *gradients(op, ctx.needs_input_grad, z_grad, kl_grad, mu, log_var, eps, noise), None, None

@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ..backends.reference import compute_dtype
-from ..level import as_number
+from ..checks import as_number, samples
+from ..kernels.spec import compute_dtype
 from ..noise import Noise
-from ..rows import stack_rows
-from .affine import ABSENT, affine
-from .checks import samples
+from ..primitives import summed
 
 # Streams of the shared parts.
 OFFSET_TAG = 0x6F6666736574  # "offset"
@@ -55,8 +53,7 @@ class StructuredNoise(ABC):
         y, noise, factor_y, factor_eps = self.as_operands(like)
         if y is None:  # alone, eps is of unit variance
             return noise.normal(shape, dtype=dtype, device=device)
-        rows = stack_rows(op, (factor_y, factor_eps), y, y.dtype)
-        return affine(op, y, None, None, noise, rows, (0, ABSENT, 1, ABSENT))[0].to(dtype)
+        return summed(op, ("y", "noise"), (y, noise), (factor_y, factor_eps), None).to(dtype)
 
     def _check(self, op: str, B: int, device: torch.device) -> None:
         self._noise._check(op, B, device)

@@ -12,16 +12,16 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..level import Level, check_per_sample
-from ..rows import Coefficients
+from ..checks import check_per_sample
+from ..coefficients import Formula, Level, gather, is_one, value_at
 from ..schedule import finite_numbers
-from .levels import look_up, rows_for, value_at
-from .parameterisation import Parameterisation, check_name, error_ratio, errors
+from .parameterisation import Coefficients, Parameterisation, check_name, error_ratio, errors
 
 
 class Weighting(ABC):
@@ -166,7 +166,7 @@ def weight_for(
         return None, None
     if isinstance(weight, Tensor):
         check_per_sample(op, "weight", weight, pred)
-        return None, weight.expand(pred.shape[0])
+        return None, weight.expand(pred.shape[:1]) if is_one(weight) else weight
     found = check_weighting(op, weight)
     if level is None:
         raise ValueError(f"{op}: level must be given, of which this weight is a function")
@@ -178,7 +178,7 @@ def weight_for(
         value = _of_error(op, found.weight, level, pred) * _error(found.of, op, level, pred, predict)
     else:
         value = value_at(op, "weight", found, level, pred)
-    return None, value.expand(pred.shape[0])  # not rounded: x0 may be wider than pred
+    return None, value.expand(pred.shape[:1]) if is_one(value) else value  # not rounded: x0 may be wider
 
 
 def check_weighting(op: str, weight: Any) -> Weighting | Likelihood | OnError | Function:
@@ -209,7 +209,7 @@ def _step(op: str, level: Level, pred: Tensor) -> Tensor:
             f"{op}: the likelihood's weight is that of a step between levels and needs level=schedule[t]; in "
             "continuous time give OnError('score', schedule.diffusion(t) ** 2)"
         )
-    return _column(op, level, pred, ("likelihood",), _steps)
+    return _column(op, level, pred, _LIKELIHOOD)
 
 
 def _steps(alpha: Tensor, sigma: Tensor) -> tuple[Tensor]:
@@ -218,6 +218,9 @@ def _steps(alpha: Tensor, sigma: Tensor) -> tuple[Tensor]:
     before = torch.cat((torch.full_like(snr[:1], math.inf), snr[:-1]))
     ratio = torch.where(before.isinf(), 0.0, snr / before)
     return ((1 - ratio).clamp(min=0),)
+
+
+_LIKELIHOOD = Formula("likelihood", ("weight",), _steps)
 
 
 def by_errors(weighting: Weighting, predict: Parameterisation) -> Coefficients:
@@ -232,9 +235,16 @@ def by_errors(weighting: Weighting, predict: Parameterisation) -> Coefficients:
 
 def _error(of: Parameterisation, op: str, level: Level, pred: Tensor, predict: Parameterisation) -> Tensor:
     """Squared error of `of` for each unit of the prediction's."""
+    made = _made_error(of, predict) if torch.compiler.is_dynamo_compiling() else _kept_error(of, predict)
+    return _column(op, level, pred, made)
+
+
+def _made_error(of: Parameterisation, predict: Parameterisation) -> Formula:
     ratio = error_ratio(predict, of)
-    made = _in_float64(lambda alpha, sigma: ratio(alpha, sigma)[0])
-    return _column(op, level, pred, ("error of", of, "from", predict), made)
+    return Formula("weight", ("error",), _in_float64(lambda alpha, sigma: ratio(alpha, sigma)[0]))
+
+
+_kept_error = lru_cache(maxsize=64)(_made_error)
 
 
 def _in_float64(function: Function) -> Coefficients:
@@ -250,7 +260,7 @@ def _in_float64(function: Function) -> Coefficients:
     return coefficients
 
 
-def _column(op: str, level: Level, pred: Tensor, key: tuple[Any, ...], coefficients: Coefficients) -> Tensor:
-    """(1,) or (B,) float64, a constant."""
-    rows = rows_for(op, level, key, coefficients, pred, torch.float64)
-    return look_up(op, rows, pred)[:, 0].detach()
+def _column(op: str, level: Level, pred: Tensor, formula: Formula) -> Tensor:
+    """(1,), or of the level's shape, float64, a constant."""
+    values = gather(op, formula.rows(level, pred, torch.float64, op), pred)[:, 0].detach()
+    return values if len(values) == 1 or level._dims() == 1 else values.reshape(pred.shape[: level._dims()])

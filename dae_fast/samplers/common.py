@@ -17,16 +17,14 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .. import checks
-from ..backends.reference import compute_dtype
+from .._torch import outside_modes
+from ..checks import can_read, like, samples
 from ..graphs import replayed, start_device
-from ..level import can_read
-from ..noise import Noise
-from ..ops.affine import ABSENT, Clamp, Columns, affine
-from ..ops.checks import like, noise_for, samples
+from ..kernels.spec import ABSENT, Map, Rows, compute_dtype, map_of
+from ..noise import Noise, noise_for
 from ..ops.conversions import Bounds, bounds
 from ..ops.parameterisation import Parameterisation, check_name
-from ..ops.routing import plain_affine
-from ..rows import Rows, outside_modes
+from ..primitives.sums import affine
 from ..schedule import Schedule
 from .tables import estimate, following, reverse_table
 
@@ -207,7 +205,7 @@ def mixed(op: str, row: Tensor, prediction: Sequence[Tensor]) -> Tensor:
     first, *second = prediction
     if not second:
         return first
-    return affine(op, first, second[0], None, None, Rows(row, None), (0, 1, ABSENT, ABSENT))[0]
+    return affine(map_of(op, (0, 1, ABSENT, ABSENT)), (first, second[0], None, None), None, Rows(row, None))[0]
 
 
 class Limits(NamedTuple):
@@ -259,7 +257,8 @@ class Update:
         else:
             self.table = torch.cat([self._direct(o, a_x, a_c, a_u) for o in outer], 1)
         self._outputs = len(outputs)
-        self._columns = {(z, w): self._columns_of(z, w) for z in (False, True) for w in (False, True)}
+        self._maps = {(z, w): self._map(z, w) for z in (False, True) for w in (False, True)}
+        self._bounds = (limits.low, limits.high) if self._estimates else None
 
     def _direct(self, output: Tensor, a_x: Tensor, a_c: Tensor, a_u: Tensor) -> Tensor:
         """(steps, 4): of x, the prediction, z and w."""
@@ -271,14 +270,12 @@ class Update:
         """What a captured loop depends on besides the table."""
         return self.limits, self.parts, self._outputs
 
-    def _columns_of(self, reads_z: bool, reads_w: bool) -> tuple[Columns, Clamp | None]:
-        """Of the outputs, and of the estimate."""
+    def _map(self, reads_z: bool, reads_w: bool) -> Map:
         of_w = reads_w and not (self.parts and self._estimates)  # there u is read by the estimate alone
         of_output = 0, 1, 2 if reads_z else ABSENT, 3 if of_w else ABSENT
         first = 3 if self._estimates else 0
         columns = tuple(c if c == ABSENT else first + 4 * k + c for k in range(self._outputs) for c in of_output)
-        low, high, _ = self.limits
-        return columns, (0, 1, 2 if self.parts else ABSENT, low, high) if self._estimates else None
+        return map_of(self.op, columns, (0, 1, 2 if self.parts else ABSENT) if self._estimates else None)
 
     def __call__(
         self,
@@ -295,17 +292,13 @@ class Update:
         w = u[0] if u else w
         reads_z, quantile = self.reads_z[i], self.limits.quantile
         z, noise = (z, noise) if reads_z else (None, None)
-        columns, clamp = self._columns[reads_z, w is not None]
-        if quantile is None and not is_compiling():
-            stepped = plain_affine(self.op, columns, x, p, z, noise, i, table, w, clamp)
-            if stepped is not None:
-                return stepped if isinstance(stepped, tuple) else (stepped,)
-        row = table[i : i + 1]
-        if quantile is not None:
-            of_u = 2 if u else ABSENT
-            (x0_hat,) = affine(self.op, x, p, None, None, Rows(row, None), (0, 1, ABSENT, of_u), w=w)
-            row = _thresholded(row, x0_hat, quantile)
-        return affine(self.op, x, p, z, noise, Rows(row, None), columns, clamp, w=w)
+        spec, inputs = self._maps[reads_z, w is not None], (x, p, z, w)
+        if quantile is None:
+            return affine(spec, inputs, noise, Rows(table, i), self._bounds)  # type: ignore[arg-type]
+        row, of_u = table[i : i + 1], 2 if u else ABSENT
+        (x0_hat,) = affine(map_of(self.op, (0, 1, ABSENT, of_u)), (x, p, None, w), None, Rows(row, None))
+        row = _thresholded(row, x0_hat, quantile)
+        return affine(spec, inputs, noise, Rows(row, None), self._bounds)
 
 
 def planned(make: Callable[..., Plan]) -> Callable[..., Plan]:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..backends.reference import compute_dtype
+from ..checks import can_read, check_per_sample
+from ..coefficients import stack_rows
 from ..graphs import replayed
-from ..level import can_read, check_per_sample
+from ..kernels.spec import ABSENT, Rows, compute_dtype, map_of
 from ..noise import Noise
-from ..ops.affine import ABSENT, affine
-from ..rows import Rows, stack_rows
+from ..primitives.sums import affine
 from ..schedule import Schedule
 from .common import Look, Network, check_start, checked, conditions, guided, progressed, run, sampler
 
@@ -68,7 +68,7 @@ def langevin(
         for k in progressed(range(steps), progress, op):
             c, *u = checked(op, score(x if dtype == compute else x.to(dtype)), x, parts, SCORE)
             of_u, w = (3, u[0]) if u else (ABSENT, None)
-            (x,) = affine(op, x, c, None, noise.fold_in(k), rows, (0, 1, 2, of_u), w=w)
+            (x,) = affine(map_of(op, (0, 1, 2, of_u)), (x, c, None, w), noise.fold_in(k), rows)
         return x.to(dtype)
 
     if not graph:
@@ -128,8 +128,8 @@ def annealed_langevin(
         for t, row, k in progressed(plan, progress, op):
             c, *u = look(x, told[t], parts)
             fresh = noise.fold_in(t * steps_per_level + k) if row == t else None
-            columns = 0, 1, ABSENT if fresh is None else 2, 3 if u else ABSENT
-            (x,) = affine(op, x, c, None, fresh, Rows(table[row : row + 1], None), columns, w=u[0] if u else None)
+            spec = map_of(op, (0, 1, ABSENT if fresh is None else 2, 3 if u else ABSENT))
+            (x,) = affine(spec, (x, c, None, u[0] if u else None), fresh, Rows(table, row))  # type: ignore[arg-type]
         return x
 
     options = (*told, steps_per_level, denoise, guidance)

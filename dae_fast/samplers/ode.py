@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..kernels.spec import ABSENT, Rows, map_of
 from ..noise import Noise
-from ..ops.affine import ABSENT, affine
 from ..ops.conversions import Bounds
 from ..ops.parameterisation import Parameterisation
-from ..rows import Rows
+from ..primitives.sums import affine
 from ..schedule import Schedule
 from .common import (
     Limits,
@@ -104,13 +104,13 @@ def heun(
     update, table, raised, is_raised, corrects = _heun(op, schedule, tuple(chosen), churn, predict, guidance, limit)
     at_start = raised if conditioning == "sigma" else told
     width = table.shape[1] - 2
+    raising = map_of(op, (width, ABSENT, width + 1, ABSENT))
 
     def loop(look: Look, x: Tensor, noise: Noise, table: Tensor) -> Tensor:
         for i, t in enumerate(progressed(chosen, progress, op)):
             if is_raised[i]:
                 # A launch of its own: the network must see the raised x, and the step before has no place for noise.
-                row = Rows(table[i : i + 1], None)
-                (x,) = affine(op, x, None, None, noise.fold_in(t), row, (width, ABSENT, width + 1, ABSENT))
+                (x,) = affine(raising, (x, None, None, None), noise.fold_in(t), Rows(table, i))  # type: ignore[arg-type]
             (ahead,) = update(table, i, x, look(x, at_start[i], update.parts))
             if corrects[i]:
                 prediction = look(ahead, told[i + 1], update.parts)

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..backends.reference import compute_dtype
+from ..coefficients import stack_rows
+from ..kernels.spec import ABSENT, Residual, Rows, compute_dtype, loss_of, map_of
 from ..noise import Noise
-from ..ops.affine import ABSENT, affine
 from ..ops.conversions import Bounds
-from ..ops.parameterisation import Parameterisation, conversion
-from ..ops.residual import sample_means
-from ..rows import Coefficients, Rows, stack_rows
+from ..ops.parameterisation import Coefficients, Parameterisation, conversion
+from ..primitives.residuals import sample_means
+from ..primitives.sums import affine
 from ..schedule import Schedule
 from .common import Limits, Look, Network, Update, begin, conditions, grid, limits, mix, mixed, progressed, run, sampler
 from .tables import estimate, following, reverse
@@ -115,14 +115,14 @@ def _langevin(op: str, x: Tensor, pred: Tensor, noise: Noise, row: Tensor, reads
     """
     weights = Rows(row[:, :3], None)
     zero = x.new_zeros(()).expand(x.shape)
-    of_noise = sample_means(op, zero, None, None, noise, weights, None).double()
-    of_score = sample_means(op, pred, x if reads_x else None, None, None, weights, None).double()
+    of_noise = sample_means(loss_of(op), Residual(zero, None, None, noise), weights).double()
+    of_score = sample_means(loss_of(op), Residual(pred, x if reads_x else None, None, None), weights).double()
     if norm == "batch":
         of_noise, of_score = (square.sqrt().mean().square() for square in (of_noise, of_score))
     scale, q_x, q_p = row[0, 3:].double().unbind()
     h = torch.where(of_score > 0, scale * of_noise / of_score, 0.0)
     rows = stack_rows(op, (1 + h * q_x, h * q_p, (2 * h).sqrt()), x, compute_dtype(x.dtype))
-    return affine(op, x, pred, None, noise, rows, (0, 1, 2, ABSENT))[0]
+    return affine(map_of(op, (0, 1, 2, ABSENT)), (x, pred, None, None), noise, rows)[0]
 
 
 def _reverse_diffusion(alpha_t: Tensor, sigma_t: Tensor, alpha_s: Tensor, sigma_s: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dae_fast.backends import native
+from dae_fast.kernels import native
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "csrc" / "cuda"
@@ -52,10 +52,9 @@ def build(place: Path) -> None:
 
 @contextmanager
 def running(library: Path) -> Iterator[None]:
-    """CPU tensors go through the CUDA code. Plain calls too, except where a test turns them off."""
+    """CPU tensors go through the CUDA code, of which the library says that it runs on the host."""
     native._core.load_cuda(str(library))
-    native._core.pretend_gpu(True)
     try:
         yield
     finally:
-        native._core.pretend_gpu(False)
+        native._core.load_cuda(None)

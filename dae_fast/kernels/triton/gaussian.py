@@ -10,7 +10,7 @@ import math
 import triton
 import triton.language as tl
 
-from .triton_kernels import NO_NOISE, at, mul_add, narrow, normals, row_key, row_sums, rows_of, tile_mask
+from .kernels import NO_NOISE, at, mul_add, narrow, normals, row_key, row_sums, rows_of, tile_mask
 
 
 @triton.jit

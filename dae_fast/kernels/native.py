@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..rows import constant_rows
-from .reference import columns_of_residual, compute_dtype, raise_bad_level
-from .tickets import workspace
+from . import spec as specs
+from .reference import raise_bad_level
+from .scratch import workspace
+from .spec import ABSENT, Bounds, Found, Inputs, Loss, Map, Residual, Rows, Wanted, compute_dtype, map_of
 
 try:
     # torch first: it loads the OpenMP runtime that the kernels look up.
@@ -26,9 +27,11 @@ except ImportError as error:
     raise ImportError(build_error("native") or f"the extension module did not load: {error}") from error
 
 if TYPE_CHECKING:
-    from ..level import Level
     from ..noise import Noise
-    from ..ops.masks import Drawn
+
+if specs.ENUMERATIONS != _core.ENUMERATIONS:
+    raise ImportError(f"the extension module knows {_core.ENUMERATIONS}, not {specs.ENUMERATIONS}: build it again")
+specs.make_core_map, specs.make_core_loss = _core.Map, _core.Loss
 
 fold_in = _core.fold_in
 isa = _core.isa
@@ -36,7 +39,7 @@ isas = _core.isas
 use_isa = _core.use_isa
 max_threads = _core.max_threads
 philox4x32_10 = _core.philox4x32_10
-plain_affine = _core.plain_affine
+all_within = _core.all_within
 is_one = _core.is_one
 use_plain = _core.use_plain
 use_gradients = _core.use_gradients
@@ -106,22 +109,16 @@ def _walkable(*tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(None if t is None else t.contiguous() for t in tensors)
 
 
-def plain_loss(
-    pred: Tensor,
-    y: Tensor | None,
-    z: Tensor | None,
-    noise: Noise | None,
-    columns: tuple[int, ...],
-    kind: int,
-    reduction: int,
-    name: str | None,
-    source: Tensor | Level,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | int | None] | None:
-    """(loss, gradient of pred or None, also or None, table, t) of a plain call, arguments as in residual; else None.
+# A plain call of a weighted sum, from Python's objects to the kernel in one step; None where it is not plain.
+plain_map = _core.plain_map
 
-    source: a table of one row or one for each sample; with a name, the level whose schedule has a table of that name.
-    """
-    return _core.plain_loss(pred, y, z, noise, columns, kind, reduction, name, source, workspace)
+
+def plain_loss(
+    core: Any, operands: tuple[Any, ...], source: Any, key: Any, weight: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None, Any, Tensor | int | None] | None:
+    """(loss, gradient of pred or None, also or None, table, t) of a plain call on (pred, y, z, noise); else None."""
+    pred, y, z, noise = operands
+    return _core.plain_loss(core, pred, y, z, noise, source, key, weight, workspace)
 
 
 def _scratch(x: Tensor, columns: int = 1) -> tuple[Tensor | None, Tensor | None]:
@@ -132,110 +129,71 @@ def _scratch(x: Tensor, columns: int = 1) -> tuple[Tensor | None, Tensor | None]
 
 
 def affine(
-    op: str,
-    x: Tensor | None,
-    y: Tensor | None,
-    z: Tensor | None,
-    noise: Noise | None,
-    table: Tensor,
-    index: Tensor | None,
-    columns: tuple[int, ...],
-    clamp: tuple[int, int, int, float, float] | None = None,
-    out: Tensor | None = None,
-    raw: bool = False,
-    w: Tensor | None = None,
+    spec: Map, inputs: Inputs, noise: Noise | None, rows: Rows, bounds: Bounds | None = None, out: Tensor | None = None
 ) -> tuple[Tensor, ...]:
     """As reference.affine, in one pass. `out` is written instead of a new tensor; it may be an input."""
-    x, y, z, w = _walkable(x, y, z, w)
+    return _affine(spec, inputs, noise, rows, bounds, out)
+
+
+def _affine(
+    spec: Map,
+    inputs: Inputs,
+    noise: Noise | None,
+    rows: Rows,
+    bounds: Bounds | None,
+    out: Tensor | None,
+    raw: bool = False,
+) -> tuple[Tensor, ...]:
+    x, *others = _walkable(*inputs)
     if out is None:
         assert x is not None
         out = torch.empty_like(x)
     elif _walkable(out)[0] is not out:
-        return (out.copy_(affine(op, x, y, z, noise, table, index, columns, clamp, w=w)[0]),)
-    out2 = torch.empty_like(out) if len(columns) == 8 else None
-    bad = _core.affine(x, y, z, w, noise, raw, table, index, columns, clamp, out, out2)
+        return (out.copy_(affine(spec, inputs, noise, rows, bounds)[0]),)
+    table, index = rows.dense(spec.op, compute_dtype(out.dtype))
+    out2 = torch.empty_like(out) if spec.outputs == 2 else None
+    bad = _core.affine(spec.core, (x, *others), noise, raw, table, index, bounds, out, out2)
     if bad >= 0 and index is not None:
-        raise_bad_level(op, table, index, bad)
+        raise_bad_level(spec.op, table, index, bad)
     return (out,) if out2 is None else (out, out2)
 
 
-def residual(
-    op: str,
-    pred: Tensor,
-    y: Tensor | None,
-    z: Tensor | None,
-    noise: Noise | None,
-    table: Tensor,
-    index: Tensor | None,
-    columns: tuple[int, ...],
-    mask: Tensor | Drawn | None,
-    weight: Tensor | None,
-    reduction: int,
-    want_loss: bool,
-    want_grad: bool,
-    upstream: Tensor | None = None,
-    made: Tensor | None = None,
-    kind: int = 0,
-    also: Tensor | None = None,
-) -> tuple[Any, Any, Tensor | None]:
+def residual(spec: Loss, operands: Residual, rows: Rows, wanted: Wanted) -> Found:
     """One pass over pred: the unweighted mean of each sample, the weighted loss, its gradient.
 
-    columns and kind as in reference.residual, which knows the first three columns; then may come that of one more
-    factor of the weight, and two whose products with the samples' means are averaged over the batch in `also` (2,).
-    weight: (B,). reduction: 0 none, 1 mean, 2 sum. With upstream () only the gradient, times upstream; `made` is
-    the one for 1, returned when that is what upstream turns out to be and written anew otherwise.
+    With an upstream gradient only the gradient, times upstream, is made.
     """
+    pred, y, z, noise, mask = operands
     in_memory = mask if isinstance(mask, Tensor) else None
-    mask_noise, thresholds, keeps = (None, None, False) if mask is None or isinstance(mask, Tensor) else mask
+    drawn: tuple[Any, Any, bool] = (None, None, False) if mask is None or in_memory is not None else tuple(mask)
     pred, y, z, in_memory = _walkable(pred, y, z, in_memory)
     compute, device = compute_dtype(pred.dtype), pred.device
-    again = upstream is not None  # for a gradient alone
-    per_sample = None if again else torch.empty(pred.shape[0], dtype=compute, device=device)
-    loss = None if again else torch.empty((), dtype=compute, device=device)
-    grad = torch.empty_like(pred) if want_grad and made is None else made
-    sums, counter = _scratch(pred, 1)
-    kept = None
+    table, index = rows.dense(spec.op, compute)
+    again = wanted.upstream is not None  # for a gradient alone
+    means = None if again else torch.empty(pred.shape[0], dtype=compute, device=device)
+    loss = torch.empty((), dtype=compute, device=device) if wanted.loss and not again else None
+    grad = torch.empty_like(pred) if wanted.grad and wanted.made is None else wanted.made
+    sums, counter = room = _scratch(pred, 1)
+    kept, weight = None, wanted.weight
     if mask is not None:
         kept = torch.empty(pred.shape[0], dtype=torch.float64, device=device)
-        of_shape = pred if in_memory is None else in_memory
-        _core.mask_count(of_shape, mask_noise, thresholds, keeps, kept, sums, counter)
+        _core.mask_count(pred if in_memory is None else in_memory, *drawn, kept, sums, counter)
     if weight is not None:
         weight = (weight if weight.dtype in (torch.float32, torch.float64) else weight.float()).contiguous()
+    factors, results = (kept, weight, wanted.upstream), (means, loss, wanted.also, grad)
     bad = _core.residual(
-        pred,
-        y,
-        z,
-        noise,
-        table,
-        index,
-        columns_of_residual(columns),
-        kind,
-        in_memory,
-        mask_noise,
-        thresholds,
-        keeps,
-        kept,
-        weight,
-        upstream,
-        made is not None,
-        reduction,
-        per_sample,
-        loss if want_loss else None,
-        also,
-        grad,
-        sums,
-        counter,
+        spec.core, (pred, y, z, noise), table, index, drawn, in_memory, factors, wanted.made is not None, results, room
     )
     if bad >= 0 and index is not None:
-        raise_bad_level(op, table, index, bad)
-    return per_sample, loss, grad
+        raise_bad_level(spec.op, table, index, bad)
+    return Found(means, loss, grad)
 
 
-def corrupt(x: Tensor, noise: Noise, thresholds: Tensor, low: float, high: float) -> Tensor:
+def corrupt(x: Tensor, noise: Noise, thresholds: Tensor, values: Bounds) -> Tensor:
     """As reference.corrupt, in one pass."""
     (x,) = _walkable(x)
     out = torch.empty_like(x)
-    _core.corrupt(x, noise, thresholds, low, high, out)
+    _core.corrupt(x, noise, thresholds, *values, out)
     return out
 
 
@@ -264,9 +222,9 @@ def gaussian_grad(
     return mu_grad, log_var_grad
 
 
-def row_dots(g: Tensor, x: Tensor | None, y: Tensor | None, z: Tensor | None, noise: Noise | None) -> Tensor:
+def row_dots(g: Tensor, inputs: Inputs, noise: Noise | None) -> Tensor:
     """(B, 3) fp64: the sums over each row of g*x, g*y and g*z."""
-    g, x, y, z = _walkable(g, x, y, z)
+    g, x, y, z = _walkable(g, *inputs[:3])
     out = torch.empty(g.shape[0], 3, dtype=torch.float64, device=g.device)
     _core.row_dots(g, x, y, z, noise, out, *_scratch(g, 3))
     return out
@@ -280,15 +238,17 @@ def fold_in_tensor(noise: Noise, data: Tensor | int) -> Tensor:
     return out
 
 
-def normal(noise: Noise, B: int, D: int, dtype: torch.dtype, device: torch.device, fold: bool = True) -> Tensor:
+_NORMAL = map_of("normal", (ABSENT, ABSENT, 0, ABSENT))
+
+
+def normal(noise: Noise, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, fold: bool = True) -> Tensor:
     """(B, D) normals; with fold=False every row is the raw stream of the key."""
-    one, _ = constant_rows("normal", (1.0,), compute_dtype(dtype))
-    out = torch.empty(B, D, dtype=dtype, device=device)
-    return affine("normal", None, None, None, noise, one, None, (-1, -1, 0, -1), None, out, not fold)[0]
+    out = torch.empty(shape, dtype=dtype, device=device)
+    return _affine(_NORMAL, (None,) * 4, noise, Rows((1.0,), None), None, out, raw=not fold)[0]
 
 
-def words(noise: Noise, B: int, D: int, device: torch.device, fold: bool = True, below: int = 2**32) -> Tensor:
+def words(noise: Noise, shape: tuple[int, int], device: torch.device, fold: bool = True, below: int = 2**32) -> Tensor:
     """(B, D) words w as floor(w * below / 2^32), int64."""
-    out = torch.empty(B, D, dtype=torch.int64, device=device)
+    out = torch.empty(shape, dtype=torch.int64, device=device)
     _core.bits(noise, not fold, below, out)
     return out

@@ -26,12 +26,21 @@ class OnDevice {
   std::optional<Owned> changed_;  // a torch.cuda.device
 };
 
+// A loss's static side; spec.Loss's `core`. columns: n1, n2, delta, the weight's factor, the two of `also`.
+struct LossObject {
+  PyObject_HEAD
+  int kind, reduction, columns[6];
+};
+// Raise TypeError for what is no such object.
+const LossObject& loss_of(PyObject* object);
+void fill_map(PyObject* map, AffineArgs& args);
+
 // The one row of a table in host memory is read now; on a GPU a table is read in the kernel.
 Table read_table(PyObject* table, PyObject* index, bool for_gpu);
 // The first row whose level lies outside the table, or -1. Reads the index: on the CPU only.
 int64_t bad_level(const Table& table, int64_t B);
 
-// Adds plain_affine, use_plain and pretend_gpu to the module.
+// Adds plain_map and plain_loss, what they take, and who launches them to the module.
 void add_plain(PyObject* module);
 
 }  // namespace dae

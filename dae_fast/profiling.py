@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
 from torch.autograd.profiler import record_function
+
+from ._torch import profiling
 
 try:
     from dae_fast import _core
@@ -28,7 +29,7 @@ PREFIX = "dae_fast::"  # of the names in torch.profiler, which has no domains
 
 
 def listening() -> bool:
-    return _nvtx or _profiler_enabled()
+    return _nvtx or profiling()
 
 
 @contextmanager
@@ -37,7 +38,7 @@ def span(name: str, payload: int = 0) -> Iterator[None]:
     if _nvtx:
         _core.nvtx_push(name, payload)
     try:
-        if _profiler_enabled():
+        if profiling():
             with record_function(PREFIX + name):
                 yield
         else:

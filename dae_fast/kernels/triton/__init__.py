@@ -1,4 +1,4 @@
-"""The Triton kernels of triton_kernels.py: tensors in, one launch out.
+"""The Triton kernels of kernels.py: tensors in, one launch out.
 
 Functions here take checked tensors of one shape, dtype and device, and allocate the results. Kernels are
 compiled from types alone, never from a value: a new seed, batch or pointer runs what is there. Nothing
@@ -16,9 +16,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..rows import on_device
-from .reference import KINDS, columns_of_residual, per_sample_sum
-from .tickets import workspace
+from ..._torch import current_raw_stream
+from ..reference import per_sample_sum
+from ..scratch import workspace
+from ..spec import (
+    ABSENT,
+    Bounds,
+    Found,
+    Inputs,
+    Kind,
+    Loss,
+    Map,
+    Reduction,
+    Residual,
+    Rows,
+    Wanted,
+    compute_dtype,
+    on_device,
+    rows_at,
+)
 
 try:
     import triton
@@ -27,27 +43,24 @@ except ImportError as error:
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import triton_gaussian as gaussians
-from . import triton_kernels as kernels
+from . import gaussian as gaussians
+from . import kernels
 
 if TYPE_CHECKING:
-    from ..noise import Noise
-    from ..ops.masks import Drawn
+    from ...noise import Noise
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 # Whose square root the kernels use (sqrt_rn).
 _NVIDIA = not INTERPRETED and torch.version.hip is None
 
+BLOCK = 4  # elements of a Philox block
 THREADS = 128  # of a program, one lane each
 # Enough programs to fill the largest GPUs (132 SMs of 16); beyond that a program takes more steps, which
 # share its row's key and coefficients. The running sums of a loss are fp32: no more than 64 terms each.
 _PROGRAMS = 2048
 _STEPS_MAP, _STEPS_SUM = 8, 64
 
-_ABSENT = -1  # the column of a coefficient that is 0
-_NONE, _MEAN, _SUM = 0, 1, 2
-_NO_NOISE, _FOLDED, _RAW = 0, 1, 2
-_PSEUDO_HUBER = KINDS.index("pseudo_huber")
+_NO_NOISE, _FOLDED, _RAW, _SPANNED = 0, 1, 2, 3
 
 _TYPES = {
     torch.float32: "*fp32",
@@ -115,7 +128,7 @@ def _type(value: Any) -> Any:
 
 def _may_take_64_registers(per_sample: Any = None, thresholds: Any = None, **others: Any) -> bool:
     """Losses that need no more, and that ptxas would fit into 40, making Philox's keys again for every block."""
-    if per_sample is None or others["KIND"] == _PSEUDO_HUBER or (thresholds is not None and others["NOISE"]):
+    if per_sample is None or others["KIND"] == Kind.pseudo_huber or (thresholds is not None and others["NOISE"]):
         return False
     return others["ALIGNED"] and others["sizes"] is None and others["LANES"] >= 32
 
@@ -171,7 +184,7 @@ def _launch(call: _Call, args: tuple[Any, ...]) -> None:
     if compiled is None:
         compiled = call.compiled = _compiled.get(call.key) or _compile(call, args)
     run = compiled.run  # loads the kernel, and so comes before compiled.function
-    stream = torch._C._cuda_getCurrentRawStream(index)
+    stream = current_raw_stream(index)
     run(*call.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *args)
 
 
@@ -206,24 +219,39 @@ def _bits(value: float) -> int:
 
 # Of a kernel: seed, offset, key, sample and first_sample; and, where words choose elements, thresholds and
 # threshold_step.
-Address = tuple[int | None, int | None, Tensor | None, Tensor | None, int | None]
+Address = tuple[int | None, int | None, Tensor | None, Tensor | None, Any]
 Choice = tuple[int | None, int | None, Tensor | None, Tensor | None, int | None, Tensor | None, int | None]
 _NO_KEY: Address = (None,) * 5
 _NO_CHOICE: Choice = (None,) * 7
 
 
-def _noise(noise: Noise | None, device: torch.device) -> Address:
+def _noise(noise: Noise | None, device: torch.device, row: int) -> Address:
+    """row: the elements of one row of the batch."""
     if noise is None:
         return _NO_KEY
     key = noise._key_tensor
+    first_sample: Any = noise._first_sample
+    if noise._span is not None:
+        rows, first = noise._span
+        first_sample = (first_sample, rows, first // BLOCK, row // BLOCK)
     if key is not None and key.device != device:
         seed, offset = key.tolist()  # in host memory: nothing waits for a device
-        return seed, offset, None, noise._sample, noise._first_sample
-    return noise._seed, noise._offset, key, noise._sample, noise._first_sample
+        return seed, offset, None, noise._sample, first_sample
+    return noise._seed, noise._offset, key, noise._sample, first_sample
+
+
+def _row(shape: tuple[int, ...]) -> int:
+    return math.prod(shape[1:])
+
+
+def _mode(noise: Noise | None) -> int:
+    if noise is None:
+        return _NO_NOISE
+    return _FOLDED if noise._span is None else _SPANNED
 
 
 def _choice(noise: Noise, thresholds: Tensor, device: torch.device) -> Choice:
-    return (*_noise(noise, device), _on(device, thresholds.contiguous()), 2 if thresholds.shape[0] > 1 else 0)
+    return (*_noise(noise, device, 0), _on(device, thresholds.contiguous()), 2 if thresholds.shape[0] > 1 else 0)
 
 
 def _on(device: torch.device, table: Tensor) -> Tensor:
@@ -234,7 +262,7 @@ def _on(device: torch.device, table: Tensor) -> Tensor:
         return on_device(table, device)  # the graph's own memory
     # By stream: what is dropped with the row may still be read there, and is used again after that.
     copies: dict[tuple[int, int], Tensor] = vars(table).setdefault("_copies", {})
-    stream = device.index, torch._C._cuda_getCurrentRawStream(device.index)
+    stream = device.index, current_raw_stream(device.index)
     if stream not in copies:
         copies[stream] = on_device(table, device)
     return copies[stream]
@@ -317,25 +345,25 @@ def _types_of(layout: Layout) -> Key:
 
 @functools.lru_cache(maxsize=4096)
 def _affine_call(
+    spec: Map,
+    bounds: Bounds | None,
     shape: tuple[int, ...],
     dtype: torch.dtype,
     device: torch.device,
-    present: tuple[bool, ...],
+    absent: tuple[bool, ...],
     index: torch.dtype | None,
     table: tuple[int, int],
     noise: int,
-    columns: tuple[int, ...],
-    clamp: tuple[int, int, int, float, float] | None,
-    aligned: bool,
-    layout: Layout,
+    memory: tuple[bool, Layout],
 ) -> _Call:
     B, D, V = shape[0], math.prod(shape[1:]), _LANE[dtype]
     grid, steps, ROWS, LANES = _plan(B, D, V, _STEPS_MAP)
     levels, K = table
-    spec = (
+    columns, inner, (aligned, layout) = spec.columns, spec.inner, memory
+    constexprs = (
         columns[:4],
         columns[4:],
-        None if clamp is None else (clamp[0], clamp[1], _ABSENT, clamp[2]),
+        None if inner is None else (inner[0], inner[1], ABSENT, inner[2]),
         K,
         levels == 1 and index is None,
         noise,
@@ -345,105 +373,86 @@ def _affine_call(
         V,
         _NVIDIA,
     )
-    low, high = (None, None) if clamp is None else (_bits(clamp[3]), _bits(clamp[4]))
+    low, high = (None, None) if bounds is None else (_bits(bounds[0]), _bits(bounds[1]))
     sizes, strides = layout
     runtime = levels, low, high, B, D, steps, sizes, *strides
-    return _Call(kernels.affine_kernel, device, grid, (dtype, present, index, _types_of(layout)), runtime, spec)
+    return _Call(kernels.affine_kernel, device, grid, (dtype, absent, index, _types_of(layout)), runtime, constexprs)
 
 
-def plain_affine(
+def plain_map(
     aligned: bool,
-    shape: tuple[int, ...],
+    shape: tuple[int, int],
     dtype: torch.dtype,
-    columns: tuple[int, ...],
-    x: Tensor,
-    y: Tensor | None,
-    z: Tensor | None,
+    spec: Map,
+    inputs: Inputs,
     noise: Noise | None,
-    w: Tensor | None,
-    clamp: tuple[int, int, int, float, float] | None,
-    table: Tensor,
-    index: Tensor | int | None,
-    out: Tensor,
-    out2: Tensor | None,
+    rows: tuple[Any, Any],
+    bounds: Bounds | None,
+    outs: tuple[Tensor, ...],
 ) -> None:
-    """For csrc/plain.cpp, which has checked that the tensors are contiguous. index: an int is of one row for all."""
-    if isinstance(index, int):
-        table, index = table[index : index + 1], None
-    _run_affine(aligned, CONTIGUOUS, shape, dtype, (x, y, z, w, out, out2), noise, table, index, columns, clamp)
+    """For csrc/call.cpp, which has checked that the tensors are contiguous. A row's number is of one row for all."""
+    operands = (*inputs, *outs, *[None] * (2 - len(outs)))
+    _run_affine(spec, bounds, (aligned, CONTIGUOUS), shape, dtype, operands, noise, rows_at(*rows))
 
 
 def affine(
-    op: str,
-    x: Tensor,
-    y: Tensor | None,
-    z: Tensor | None,
-    noise: Noise | None,
-    table: Tensor,
-    index: Tensor | None,
-    columns: tuple[int, ...],
-    clamp: tuple[int, int, int, float, float] | None = None,
-    out: Tensor | None = None,
-    w: Tensor | None = None,
+    spec: Map, inputs: Inputs, noise: Noise | None, rows: Rows, bounds: Bounds | None = None, out: Tensor | None = None
 ) -> tuple[Tensor, ...]:
     """As reference.affine, in one launch. `out` is written instead of a new tensor; it may be an input."""
+    x = inputs[0]
+    assert x is not None
     if out is None:
         out = torch.empty_like(x)
-    out2 = torch.empty_like(x) if len(columns) == 8 else None
-    results = (out,) if out2 is None else (out, out2)
+    results: tuple[Tensor, ...] = (out, torch.empty_like(x)) if spec.outputs == 2 else (out,)
     shape = x.shape
     if 0 in shape:
         return results
-    operands: Operands = (x, y, z, w, out, out2)
-    aligned, layout = _memory(operands, noise is not None)
-    copied = layout is SCATTERED
+    operands: Operands = (*inputs, out, results[1] if spec.outputs == 2 else None)
+    memory = _memory(operands, noise is not None)
+    copied = memory[1] is SCATTERED
     if copied:
         operands = _contiguous(*operands)
-        aligned, layout = _memory(operands, noise is not None)
-    _run_affine(aligned, layout, shape, x.dtype, operands, noise, table, index, columns, clamp)
+        memory = _memory(operands, noise is not None)
+    _run_affine(spec, bounds, memory, shape, x.dtype, operands, noise, rows)
     if copied:
         _copy_back(operands[4:], results)
     return results
 
 
 def _run_affine(
-    aligned: bool,
-    layout: Layout,
+    spec: Map,
+    bounds: Bounds | None,
+    memory: tuple[bool, Layout],
     shape: tuple[int, ...],
     dtype: torch.dtype,
     operands: Operands,
     noise: Noise | None,
-    table: Tensor,
-    index: Tensor | None,
-    columns: tuple[int, ...],
-    clamp: tuple[int, int, int, float, float] | None,
+    rows: Rows,
 ) -> None:
-    """operands: x, y, z, w, out, out2."""
-    x, y, z, w, out, out2 = operands
+    """operands: x, y, z, w, out and a second or None."""
+    x, y, z, w, out, second = operands
     assert x is not None
-    device = x.device
+    device, (table, index) = x.device, rows.dense(spec.op, compute_dtype(dtype))
     table = _on(device, table)
-    address = _noise(noise, device)
+    address = _noise(noise, device, _row(shape))
     _, _, key, sample, _ = address
     call = _affine_call(
+        spec,
+        bounds,
         shape,
         dtype,
         device,
         (y is None, z is None, w is None, key is None, sample is None),
         None if index is None else index.dtype,
         table.shape,
-        _NO_NOISE if noise is None else _FOLDED,
-        columns,
-        clamp,
-        aligned,
-        layout,
+        _mode(noise),
+        memory,
     )
-    _launch(call, (x, y, z, w, out, out2, table, index, *address))
+    _launch(call, (x, y, z, w, out, second, table, index, *address))
 
 
-# Of a loss, what is neither a tensor nor a shape: columns, kind, reduction, whether a drawn mask counts what it leaves,
-# and whether the gradient was made before. A NamedTuple would take 0.2 us of a call.
-Terms = tuple[tuple[int, ...], int, int, bool, bool]
+# Of a loss: whether a drawn mask counts what it leaves, and whether the gradient was made before.
+Terms = tuple[bool, bool]
 
 
 def _final_rows(B: int, tiles: int) -> int:
@@ -454,6 +463,7 @@ def _final_rows(B: int, tiles: int) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def _residual_call(
+    fixed: Loss,
     shape: tuple[int, ...],
     dtype: torch.dtype,
     device: torch.device,
@@ -463,22 +473,22 @@ def _residual_call(
     table: tuple[int, int],
     noise: int,
     terms: Terms,
-    aligned: bool,
-    layout: Layout,
+    memory: tuple[bool, Layout],
 ) -> _Call:
     """absent: grad, kept and loss, then all whose absence changes nothing but the code."""
     no_grad, all_count, no_loss = absent[:3]
-    columns, kind, reduction, keeps, made = terms
+    columns, kind, reduction = fixed.columns, int(fixed.kind), int(fixed.reduction)
+    (keeps, made), (aligned, layout) = terms, memory
     B, D, V = shape[0], math.prod(shape[1:]), _LANE[dtype]
     grid, steps, ROWS, LANES = _plan(B, D, V, _STEPS_SUM)
     tiles = grid[0]
     summed = no_grad or not no_loss
     levels, K = table
     # Of the gradient, without what differs from row to row.
-    factor = 2.0 / (B if reduction == _MEAN else 1) / (D if reduction != _SUM and all_count else 1)
+    factor = 2.0 / (B if reduction == Reduction.mean else 1) / (D if reduction != Reduction.sum and all_count else 1)
     spec = (
-        (_ABSENT, *columns[:3]),
-        (*columns[3:], _ABSENT),
+        (ABSENT, *columns[:3]),
+        (*columns[3:], ABSENT),
         kind,
         keeps,
         K,
@@ -499,102 +509,77 @@ def _residual_call(
     if summed and tiles > 1:
         parts = B * tiles
     elif not no_loss:
-        parts = -(-B // ROWS) * (1 if columns[4] == _ABSENT else 3)  # a sum of each program, and two more for `also`
+        parts = -(-B // ROWS) * (1 if columns[4] == ABSENT else 3)  # a sum of each program, and two more for `also`
     runtime = levels, _bits(factor), B, D, steps, sizes, *strides[:5]
     return _Call(kernels.residual_kernel, device, grid, types, runtime, spec, parts)
 
 
-def residual(
-    op: str,
-    pred: Tensor,
-    y: Tensor | None,
-    z: Tensor | None,
-    noise: Noise | None,
-    table: Tensor,
-    index: Tensor | None,
-    columns: tuple[int, ...],
-    mask: Tensor | Drawn | None,
-    weight: Tensor | None,
-    reduction: int,
-    want_loss: bool,
-    want_grad: bool,
-    upstream: Tensor | None = None,
-    made: Tensor | None = None,
-    kind: int = 0,
-    also: Tensor | None = None,
-) -> tuple[Any, Any, Tensor | None]:
+def residual(spec: Loss, operands: Residual, rows: Rows, wanted: Wanted) -> Found:
     """One pass over pred: the unweighted mean of each sample, the weighted loss, its gradient.
 
-    columns, kind and also as in native.residual. weight: (B,) fp32 or fp64. reduction: 0 none, 1 mean, 2 sum.
-    upstream: () on the device, multiplies the gradient; the kernel reads it. made: the gradient for an
-    upstream of 1, left as it is when upstream is 1 and made again in place otherwise.
-    None for the means when only the gradient is wanted, and for the loss unless it is wanted.
+    The kernel reads an upstream gradient. A gradient that was made before is left as it is when upstream is 1 and made
+    again in place otherwise. None for the means when only the gradient is wanted, and for the loss unless it is wanted.
     A mask costs a second launch: how many elements count must be known first.
     """
+    pred, y, z, noise, mask = operands
     shape, device = pred.shape, pred.device
-    table = _on(device, table)
-    per_sample = table.new_empty(shape[0]) if want_loss or not want_grad else None
-    loss = table.new_empty(()) if want_loss else None
-    grad = (torch.empty_like(pred) if made is None else made) if want_grad else None
+    table, index = rows.dense(spec.op, compute_dtype(pred.dtype))
+    table, upstream, made = _on(device, table), wanted.upstream, wanted.made
+    means = table.new_empty(shape[0]) if wanted.loss or not wanted.grad else None
+    loss = table.new_empty(()) if wanted.loss else None
+    grad = (torch.empty_like(pred) if made is None else made) if wanted.grad else None
     if made is not None and upstream is None:
-        return per_sample, loss, made
+        return Found(means, loss, made)
     if 0 in shape:
-        for nothing in (per_sample, loss, also):
+        for nothing in (means, loss, wanted.also):
             if nothing is not None:
                 nothing.zero_()
-        return per_sample, loss, grad
+        return Found(means, loss, grad)
     drawn, stored = (None, mask) if mask is None or isinstance(mask, Tensor) else (mask, None)
     ordered = noise is not None or drawn is not None
-    operands: Operands = (pred, y, z, stored, grad)
-    aligned, layout = _memory(operands, ordered)
-    copied = layout is SCATTERED
+    lying: Operands = (pred, y, z, stored, grad)
+    memory = _memory(lying, ordered)
+    copied = memory[1] is SCATTERED
     if copied:
-        operands = _contiguous(*operands)
-        aligned, layout = _memory(operands, ordered)
+        lying = _contiguous(*lying)
+        memory = _memory(lying, ordered)
     choice, keeps, kept = _NO_CHOICE, False, None
     if drawn is not None:
         choice, keeps = _choice(drawn.noise, drawn.thresholds, device), drawn.kept
         kept = _count(shape, choice, keeps, device)
     elif stored is not None:
         kept = per_sample_sum(stored)
-    terms = columns_of_residual(columns), kind, reduction, keeps, made is not None
-    per_row = table, index, None if weight is None else weight.contiguous(), kept, upstream
-    _run_residual(aligned, layout, shape, pred.dtype, terms, operands, noise, per_row, choice, (per_sample, loss, also))
+    weight = None if wanted.weight is None else wanted.weight.contiguous()
+    per_row, terms = (table, index, weight, kept, upstream), (keeps, made is not None)
+    results = means, loss, wanted.also
+    _run_residual(spec, memory, shape, pred.dtype, terms, lying, noise, per_row, choice, results)
     if copied:
-        _copy_back(operands[4:], (grad,))
-    return per_sample, loss, grad
+        _copy_back(lying[4:], (grad,))
+    return Found(means, loss, grad)
 
 
 def plain_loss(
     aligned: bool,
-    shape: tuple[int, ...],
+    shape: tuple[int, int],
     dtype: torch.dtype,
-    pred: Tensor,
-    y: Tensor | None,
-    z: Tensor | None,
-    noise: Noise | None,
-    columns: tuple[int, ...],
-    kind: int,
-    reduction: int,
-    table: Tensor,
-    index: Tensor | int | None,
-    loss: Tensor,
-    grad: Tensor | None,
-    also: Tensor | None,
+    spec: Loss,
+    operands: tuple[Any, ...],
+    rows: tuple[Any, Any],
+    weight: Tensor | None,
+    results: Operands,
 ) -> None:
-    """For csrc/plain.cpp, as plain_affine."""
-    if isinstance(index, int):
-        table, index = table[index : index + 1], None
+    """For csrc/call.cpp, as plain_map. operands: pred, y, z, noise; results: loss, gradient, also."""
+    (pred, y, z, noise), (loss, grad, also) = operands, results
+    table, index = rows_at(*rows).dense(spec.op, compute_dtype(dtype))
     table = _on(pred.device, table)
-    terms, per_row = (columns, kind, reduction, False, False), (table, index, None, None, None)
-    results = table.new_empty(shape[0]), loss, also
-    operands = pred, y, z, None, grad
-    _run_residual(aligned, CONTIGUOUS, shape, dtype, terms, operands, noise, per_row, _NO_CHOICE, results)
+    per_row, made = (table, index, weight, None, None), (table.new_empty(shape[0]), loss, also)
+    lying, memory = (pred, y, z, None, grad), (aligned, CONTIGUOUS)
+    _run_residual(spec, memory, shape, dtype, (False, False), lying, noise, per_row, _NO_CHOICE, made)
 
 
 def _run_residual(
-    aligned: bool,
-    layout: Layout,
+    spec: Loss,
+    memory: tuple[bool, Layout],
     shape: tuple[int, ...],
     dtype: torch.dtype,
     terms: Terms,
@@ -610,9 +595,10 @@ def _run_residual(
     _, loss, _ = results
     assert pred is not None and table is not None
     device = pred.device
-    address = _noise(noise, device)
+    address = _noise(noise, device, _row(shape))
     _, _, key, sample, _ = address
     call = _residual_call(
+        spec,
         shape,
         dtype,
         device,
@@ -633,10 +619,9 @@ def _run_residual(
         None if index is None else index.dtype,
         None if weight is None else weight.dtype,
         table.shape,
-        _NO_NOISE if noise is None else _FOLDED,
+        _mode(noise),
         terms,
-        aligned,
-        layout,
+        memory,
     )
     room = workspace(device, call.parts) if call.parts else (None, None)
     _launch(call, operands + per_row + address + choice + room + results)
@@ -673,18 +658,18 @@ def _corrupt_call(
     return _Call(kernels.corrupt_kernel, device, grid, (dtype, present, _types_of(layout)), runtime, spec)
 
 
-def corrupt(x: Tensor, noise: Noise, thresholds: Tensor, low: float, high: float) -> Tensor:
+def corrupt(x: Tensor, noise: Noise, thresholds: Tensor, values: Bounds) -> Tensor:
     """As reference.corrupt, in one launch."""
     out, shape, device = torch.empty_like(x), x.shape, x.device
     if 0 in shape:
         return out
     aligned, layout = _memory((x, out), True)
     if layout is SCATTERED:
-        return corrupt(x.contiguous(), noise, thresholds, low, high)
+        return corrupt(x.contiguous(), noise, thresholds, values)
     choice = _choice(noise, thresholds, device)
     present = choice[2] is None, choice[3] is None
     call = _corrupt_call(shape, x.dtype, device, present, aligned, layout)
-    _launch(call, (x, out, *choice, _bits(low), _bits(high)))
+    _launch(call, (x, out, *choice, *map(_bits, values)))
     return out
 
 
@@ -707,18 +692,18 @@ def _row_dots_call(
     return _Call(kernels.row_dots_kernel, device, grid, types, runtime, spec)
 
 
-def row_dots(g: Tensor, x: Tensor | None, y: Tensor | None, z: Tensor | None, noise: Noise | None) -> Tensor:
+def row_dots(g: Tensor, inputs: Inputs, noise: Noise | None) -> Tensor:
     """(B, 3) fp64: the sums over each row of g*x, g*y and g*z."""
-    shape, device = g.shape, g.device
+    shape, device, (x, y, z, w) = g.shape, g.device, inputs
     if 0 in shape:
         return torch.zeros(shape[0], 3, dtype=torch.float64, device=device)
     aligned, layout = _memory((g, x, y, z), noise is not None)
     if layout is SCATTERED:
         x, y, z = _contiguous(x, y, z)
-        return row_dots(g.contiguous(), x, y, z, noise)
-    seed, offset, key, sample, first = _noise(noise, device)
+        return row_dots(g.contiguous(), (x, y, z, w), noise)
+    seed, offset, key, sample, first = _noise(noise, device, _row(shape))
     present = x is None, y is None, z is None, key is None, sample is None
-    call = _row_dots_call(shape, g.dtype, device, present, _NO_NOISE if noise is None else _FOLDED, aligned, layout)
+    call = _row_dots_call(shape, g.dtype, device, present, _mode(noise), aligned, layout)
     tiles = call.grid[0]
     out = torch.empty(shape[0], tiles, 3, dtype=torch.float64, device=device)
     _launch(call, (g, x, y, z, out, seed, offset, key, sample, first))
@@ -756,9 +741,9 @@ def gaussian(mu: Tensor, log_var: Tensor, eps: Tensor | None, noise: Noise | Non
         dense, *rest = _contiguous(mu, log_var, eps)
         assert dense is not None and rest[0] is not None
         return gaussian(dense, rest[0], rest[1], noise)
-    address = _noise(noise, device)
+    address = _noise(noise, device, _row(shape))
     present = eps is None, address[2] is None, address[3] is None
-    folded = _NO_NOISE if noise is None else _FOLDED
+    folded = _mode(noise)
     call = _gaussian_call(gaussians.gaussian_kernel, shape, mu.dtype, device, present, folded, 4, aligned, layout)
     tiles = call.grid[0]
     kl = torch.empty(shape[0], tiles, dtype=compute if tiles == 1 else torch.float64, device=device)
@@ -784,10 +769,10 @@ def gaussian_grad(
         dense, *rest = _contiguous(mu, log_var, eps, z_grad)
         assert dense is not None and rest[0] is not None
         return gaussian_grad(dense, rest[0], rest[1], noise, rest[2], kl_grad)
-    address = _noise(noise, device)
+    address = _noise(noise, device, _row(shape))
     kl_grad = None if kl_grad is None else kl_grad.contiguous()
     present = eps is None, z_grad is None, kl_grad is None, address[2] is None, address[3] is None
-    folded = _NO_NOISE if noise is None else _FOLDED
+    folded = _mode(noise)
     call = _gaussian_call(gaussians.gaussian_grad_kernel, shape, mu.dtype, device, present, folded, 6, aligned, layout)
     _launch(call, (*operands, kl_grad, *address))
     return mu_grad, log_var_grad
@@ -795,33 +780,35 @@ def gaussian_grad(
 
 @functools.lru_cache(maxsize=4096)
 def _fill_call(
-    B: int, D: int, dtype: torch.dtype, device: torch.device, fold: bool, present: tuple[bool, ...], below: int
+    B: int, D: int, dtype: torch.dtype, device: torch.device, mode: int, present: tuple[bool, ...], below: int
 ) -> _Call:
     V = _LANE[dtype]
     grid, steps, ROWS, LANES = _plan(B, D, V, _STEPS_MAP)
-    spec = _FOLDED if fold else _RAW, D % V == 0, ROWS, LANES, V, _NVIDIA
+    spec = mode, D % V == 0, ROWS, LANES, V, _NVIDIA
     return _Call(kernels.fill_kernel, device, grid, (dtype, present), (B, D, steps, below), spec)
 
 
 def _fill(
-    noise: Noise, B: int, D: int, dtype: torch.dtype, device: torch.device | str, fold: bool, below: int = 2**32
+    noise: Noise, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, fold: bool, below: int = 2**32
 ) -> Tensor:
-    out = torch.empty(B, D, dtype=dtype, device=device)
+    B, D = shape
+    out = torch.empty(shape, dtype=dtype, device=device)
     if out.numel():
-        seed, offset, key, sample, first = _noise(noise, out.device)
-        call = _fill_call(B, D, dtype, out.device, fold, (key is None, sample is None), below)
+        seed, offset, key, sample, first = _noise(noise, out.device, D)
+        mode = _mode(noise) if fold else _RAW
+        call = _fill_call(B, D, dtype, out.device, mode, (key is None, sample is None), below)
         _launch(call, (out, seed, offset, key, sample, first))
     return out
 
 
-def normal(noise: Noise, B: int, D: int, dtype: torch.dtype, device: torch.device | str, fold: bool = True) -> Tensor:
+def normal(noise: Noise, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, fold: bool = True) -> Tensor:
     """(B, D) normals; with fold=False every row is the raw stream of the key."""
-    return _fill(noise, B, D, dtype, device, fold)
+    return _fill(noise, shape, dtype, device, fold)
 
 
-def words(noise: Noise, B: int, D: int, device: torch.device | str, fold: bool = True, below: int = 2**32) -> Tensor:
+def words(noise: Noise, shape: tuple[int, int], device: torch.device, fold: bool = True, below: int = 2**32) -> Tensor:
     """(B, D) words w as floor(w * below / 2^32), int64."""
-    return _fill(noise, B, D, torch.int64, device, fold, below)
+    return _fill(noise, shape, torch.int64, device, fold, below)
 
 
 def fold_in_tensor(noise: Noise, data: Tensor | int) -> Tensor:
@@ -829,7 +816,7 @@ def fold_in_tensor(noise: Noise, data: Tensor | int) -> Tensor:
     place = data if isinstance(data, Tensor) else noise._key_tensor
     assert place is not None
     folded = torch.empty(2, dtype=torch.int64, device=place.device)
-    seed, offset, key, _, _ = _noise(noise, folded.device)
+    seed, offset, key, _, _ = _noise(noise, folded.device, 0)
     types = key is None, isinstance(data, int)
     _launch(_Call(kernels.fold_in_kernel, folded.device, (1, 1, 1), types, (), ()), (seed, offset, key, data, folded))
     return folded

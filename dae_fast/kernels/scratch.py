@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from .._torch import current_raw_stream
+
 _kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # by device and stream
 
 
@@ -18,7 +20,7 @@ def workspace(device: torch.device, doubles: int) -> tuple[Tensor, Tensor]:
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         # Graphs may be replayed side by side on several streams: each has its own.
         return _made(device, doubles)
-    stream = device.index, torch._C._cuda_getCurrentRawStream(device.index)
+    stream = device.index, current_raw_stream(device.index)
     kept = _kept.get(stream)
     if kept is None or kept[0].numel() < doubles:
         # What this thread allocates may belong to the pool of a graph that is being warmed up.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .checks import like
-from .routing import Route, route
+from ..checks import like
+from ..routing import Route, route
 
 Dimensions = list[tuple[int, int]]  # (stride, size) of those longer than 1, the widest stride first
 
@@ -43,15 +43,15 @@ def overlaps_itself(t: Tensor) -> bool:
 def partly_overlap(a: Tensor, b: Tensor) -> bool:
     """Whether some element of `a` lies where another element of `b` does. a does not overlap itself.
 
-    Exact for equal strides; views of one storage with different strides count when their ranges meet.
+    Exact for equal strides; different strides count when their ranges meet. By addresses: storages may share memory.
     """
-    if not a.numel() or a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
+    (first, last), (first_b, last_b) = _range(a), _range(b)
+    if not a.numel() or not b.numel() or not (first < last_b and first_b < last):
         return False
     distance, rest = divmod(b.data_ptr() - a.data_ptr(), a.element_size())
     if a.stride() == b.stride() and not rest:
         return distance != 0 and _is_sum_of_steps(distance, _dimensions(a))
-    (first, last), (first_b, last_b) = _range(a), _range(b)
-    return first < last_b and first_b < last
+    return True
 
 
 def _range(t: Tensor) -> tuple[int, int]:

@@ -6,10 +6,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..backends.reference import per_sample_sum, row_of
-from ..noise import Noise
-from ..rows import on_device
-from .flat import flatten, unflatten
+from ..kernels.reference import per_sample_sum, row_of
+from ..kernels.spec import on_device
+from ..noise import FlatNoise, Noise
 
 
 class Drawn(NamedTuple):
@@ -35,20 +34,21 @@ class FlatMask(NamedTuple):
     """A mask as the plain arguments that torch.library takes."""
 
     mask: Tensor | None
-    key: Tensor | None
-    sample: Tensor | None
-    first_sample: int
-    thresholds: Tensor | None
-    keeps: bool
+    key: Tensor | None = None
+    sample: Tensor | None = None
+    first_sample: int = 0
+    thresholds: Tensor | None = None
+    keeps: bool = False
 
     @classmethod
     def of(cls, mask: Mask) -> FlatMask:
-        if isinstance(mask, Drawn):
-            return cls(None, *flatten(mask.noise), mask.thresholds, mask.kept)
-        return cls(mask, None, None, 0, None, False)
+        if not isinstance(mask, Drawn):
+            return cls(mask)
+        key, sample, first_sample, *_ = mask.noise._flat()
+        return cls(None, key, sample, first_sample, mask.thresholds, mask.kept)
 
     def whole(self) -> Mask:
-        noise = unflatten(self.key, self.sample, self.first_sample)
+        noise = FlatNoise(self.key, self.sample, self.first_sample).whole()
         if noise is None or self.thresholds is None:
             return self.mask
         return Drawn(noise, self.thresholds, self.keeps)

@@ -27,6 +27,7 @@ PHILOX_W1 = tl.constexpr(0xBB67AE85)
 NO_NOISE = tl.constexpr(0)
 FOLDED = tl.constexpr(1)
 RAW = tl.constexpr(2)
+SPANNED = tl.constexpr(3)  # first_sample: that, rows of a sample, its first block, blocks from row to row
 
 # What is written of a loss.
 REDUCE_NONE = tl.constexpr(0)
@@ -152,6 +153,12 @@ def row_key(seed, offset, key, sample, first_sample, row, NOISE: tl.constexpr):
     if NOISE == FOLDED:
         id = first_sample + row if sample is None else tl.load(sample + row)
         seed, offset = fold_in(seed, offset, id.to(tl.uint64))
+    elif NOISE == SPANNED:
+        rows = first_sample[1]
+        of_sample = row // rows
+        id = first_sample[0] + of_sample if sample is None else tl.load(sample + of_sample)
+        seed, offset = fold_in(seed, offset, id.to(tl.uint64))
+        offset += (first_sample[2] + (row - of_sample * rows) * first_sample[3]).to(tl.uint64)
     return seed, offset
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ranges import Named, listening
+from ..profiling import Named, listening
 from . import reference
 
 NAMES = ("reference", "native", "triton")
@@ -28,7 +28,7 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
     """The module, or why it cannot run here. Imported when first asked for: triton takes a second."""
     if name not in _loaded:
         try:
-            module = import_module(f"{__name__}.{name}")
+            module = import_module(f"{__package__}.{name}")
             missing: str = module.available()
             _loaded[name] = (None, missing) if missing else (module, "")
         except ImportError as error:

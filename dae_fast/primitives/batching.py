@@ -44,7 +44,8 @@ def rule(op: Any) -> Rule:
                 continue
             ids = given[f"{of}sample"]
             if ids is None:
-                ids = torch.arange(B, device=key.device) + given[f"{of}first_sample"]
+                count = B // given.get(f"{of}rows_per_sample", 1)
+                ids = torch.arange(count, device=key.device) + given[f"{of}first_sample"]
             given[f"{of}sample"], given[f"{of}first_sample"] = merge(ids, dims[f"{of}sample"], V), 0
         outputs = op(**given)
         if isinstance(outputs, Tensor):

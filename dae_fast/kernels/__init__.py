@@ -1,0 +1,1 @@
+"""What runs an op: csrc's kernels (native), Triton's, and plain torch (reference); dispatch chooses."""

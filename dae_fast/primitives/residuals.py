@@ -1,0 +1,265 @@
+"""The weighted residual, reduced: rho(r), r = pred - target, target an affine map of y and noise (or z).
+
+The loss and its gradient come from one pass over pred; neither the noise nor the target is stored.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from .._torch import DirectFunction, batchable
+from ..coefficients import gather, seen
+from ..kernels import reference
+from ..kernels.dispatch import kernels
+from ..kernels.reference import row_of
+from ..kernels.spec import ABSENT, Loss, Reduction, Residual, Rows, Wanted, compute_dtype, loss_of, map_of, rows_at
+from ..noise import FlatNoise, Noise
+from ..routing import Route, is_one, plain_loss, route, wants_grad
+from .masks import Drawn, FlatMask, kept_elements, tensors_of
+from .sums import Gradients, affine, row_dots
+
+COLUMNS = (0, 1, 2, ABSENT)  # a table holds (1, n1, n2): r = 1*pred + n1*y + n2*z; then rho's delta where it has one
+
+Summed = tuple[Tensor, Tensor | None]  # the loss, and `also`
+Weighed = tuple[Tensor, Tensor, Tensor | None]  # the loss, the samples' means, `also`
+
+
+def plain_residual_loss(
+    spec: Loss, operands: tuple[Any, Any, Any, Noise | None], source: Any, key: Any, weight: Tensor | None = None
+) -> Summed | None:
+    """The loss of a plain call that is summed, without mask; None where residual_loss has to look.
+
+    operands: pred, y, z, noise      source, key: as of plain_loss
+    """
+    if is_compiling():
+        return None
+    made = plain_loss(spec.core, operands, source, key, weight)
+    if made is None:
+        return None
+    loss, grad, also, table, t = made
+    if grad is None:
+        return loss, also
+    return _keep_gradient(spec, Residual(*operands), rows_at(table, t), weight, (loss, grad), None), also
+
+
+def _keep_gradient(
+    spec: Loss, operands: Residual, rows: Rows, weight: Tensor | None, made: Any, means: Tensor | None
+) -> Tensor:
+    """The loss, whose gradient of pred was made with it."""
+    pred, y, z, noise, mask = operands
+    y = None if spec.columns[0] == ABSENT else y
+    if spec.columns[1] == ABSENT:
+        z = noise = None
+    loss, grad = made
+    key = (None, None) if noise is None else (noise._key_tensor, noise._sample)
+    others = y, z, rows.t, mask if isinstance(mask, Tensor) else None, means, *key
+    # In a tuple: of an argument that is returned autograd makes a view.
+    return _Loss.apply(pred, weight, (loss, grad), others, (spec, noise, rows.table, None if means is None else mask))
+
+
+def residual_loss(spec: Loss, operands: Residual, rows: Rows, weight: Tensor | None) -> Weighed:
+    """(loss, mean of rho(r) of each sample without weight or gradient, `also` (2,) or None without its columns).
+
+    weight: (B,). mask: True where an element counts; the mean is over those. delta, and what else is read from the
+    table when a loss is summed, is taken as a constant.
+    """
+    pred, y, z, noise, mask = operands
+    op, summed = spec.op, spec.reduction is not Reduction.none
+    if noise is not None and not noise._whole_blocks(pred[0].numel() if len(pred) else 0):
+        return _with_filled_noise(spec, operands, rows, weight)
+    also = pred.new_empty(2, dtype=compute_dtype(pred.dtype)) if spec.has_also else None
+    assert summed or also is None, "further means are those of a loss that is summed"
+    if route(op, pred, y, z, rows.tensor, weight, *tensors_of(mask)) is Route.DIRECT:
+        if not wants_grad(pred, y, z, rows.tensor, weight):
+            wanted = Wanted(loss=summed, weight=weight, also=also)
+            means, loss, _ = kernels(pred, op).residual(spec, operands, rows, wanted)
+            return loss if summed else _weighted(spec, means, weight, rows), means, also
+        # fp16 is left to the lazy way: a loss scale must reach the gradient before it is rounded.
+        if summed and pred.dtype != torch.float16 and not wants_grad(y, z, rows.tensor):
+            wanted = Wanted(loss=True, grad=wants_grad(pred), weight=weight, also=also)
+            means, loss, grad = kernels(pred, op).residual(spec, operands, rows, wanted)
+            return _keep_gradient(spec, operands, rows, weight, (loss, grad), means), means, also
+    means = sample_means(spec, operands, rows)
+    loss = _weighted(spec, means, weight, rows)
+    if spec.reduction is Reduction.mean:
+        loss = loss.mean()
+    elif spec.reduction is Reduction.sum:
+        loss = (loss * kept_elements(pred, mask)).sum()
+    means = means.detach()
+    if also is not None:
+        factors = gather(op, rows, pred).detach()[:, list(spec.columns[4:])]
+        also = (means[:, None] * factors).mean(0)
+    return loss, means, also
+
+
+def _with_filled_noise(spec: Loss, operands: Residual, rows: Rows, weight: Tensor | None) -> Weighed:
+    """As of affine: filled, and all computed as wide as in a kernel."""
+    pred, y, z, noise, mask = operands
+    assert noise is not None and z is None, "noise takes z's place"
+    dtype = compute_dtype(pred.dtype)
+    eps = noise.normal(pred.shape, dtype=dtype, device=pred.device)
+    wide = Residual(pred.to(dtype), None if y is None else y.to(dtype), eps, None, mask)
+    return residual_loss(spec, wide, rows, weight)
+
+
+def sample_means(spec: Loss, operands: Residual, rows: Rows) -> Tensor:
+    """(B,) mean of rho(r) over each sample's kept elements (0 if none); the gradient is made in backward."""
+    pred, y, z, noise, mask = operands
+    spec = loss_of(spec.op, spec.kind, Reduction.none, (*spec.columns[:3], *[ABSENT] * 3))
+    way = route(spec.op, pred, y, z, rows.tensor, *tensors_of(mask))
+    if way is Route.DIRECT:
+        return _SampleMeans.apply(pred, y, z, rows.table, (rows.t, spec, noise, mask))
+    if way is Route.REFERENCE:
+        sums, kept = reference.residual_sums(spec, operands, rows)
+        return sums / kept.clamp(min=1)
+    table, index = seen(rows.dense(spec.op, compute_dtype(pred.dtype)))
+    flat = FlatNoise() if noise is None else noise._flat()
+    return torch.ops.dae_fast.sample_means(
+        pred, y, z, table, index, *FlatMask.of(mask), *flat, int(spec.kind), spec.columns[:3], spec.op
+    )
+
+
+def _weighted(spec: Loss, means: Tensor, weight: Tensor | None, rows: Rows) -> Tensor:
+    """Torch's own arithmetic."""
+    if weight is not None:
+        means = means * weight.to(means.dtype)
+    factor = _factor(spec, rows, means)
+    return means if factor is None else means * factor
+
+
+def _factor(spec: Loss, rows: Rows, x: Tensor) -> Tensor | None:
+    """(B,) or (1,), a constant."""
+    column = spec.columns[3]
+    return None if column == ABSENT else gather(spec.op, rows, x).detach()[:, column]
+
+
+def _pred_gradient(spec: Loss, upstream: Tensor, operands: Residual, rows: Rows) -> Tensor:
+    """upstream[b] / kept[b] * rho'(r), upstream (B,) being the gradient of the sample means."""
+    pred, y, z, noise, mask = operands
+    way = route(spec.op, pred, y, z, upstream)
+    if way is Route.DIRECT and not torch.is_grad_enabled():
+        each = loss_of(spec.op, spec.kind, Reduction.none, (*spec.columns[:3], *[ABSENT] * 3))
+        grad = kernels(pred, spec.op).residual(each, operands, rows, Wanted(grad=True, weight=upstream)).grad
+        assert grad is not None
+        return grad
+    if way is Route.DISPATCHER and not torch.is_grad_enabled():
+        table, index = seen(rows.dense(spec.op, compute_dtype(pred.dtype)))
+        flat = FlatNoise() if noise is None else noise._flat()
+        return torch.ops.dae_fast.residual_grad(
+            upstream, pred, y, z, table, index, *FlatMask.of(mask), *flat, int(spec.kind), spec.columns[:3], spec.op
+        )
+    return pred_gradient_in_torch(spec, upstream, operands, rows)
+
+
+def pred_gradient_in_torch(spec: Loss, upstream: Tensor, operands: Residual, rows: Rows) -> Tensor:
+    """Differentiable in turn, for double backward and transforms: torch's arithmetic around a fused r."""
+    pred, y, z, noise, mask = operands
+    if isinstance(mask, Drawn):
+        mask = mask.on(pred)
+    r = affine(map_of(spec.op, COLUMNS), (pred, y, z, None), noise, rows)[0]
+    kept = kept_elements(pred, mask)
+    scale = upstream / (kept.clamp(min=1) if isinstance(kept, Tensor) else max(kept, 1))
+    if mask is not None:
+        r = torch.where(mask, r, 0)
+    column = spec.columns[2]
+    delta = None if column == ABSENT else row_of(gather(spec.op, rows, r).detach(), column, r)
+    slope = reference.slope(r.to(scale.dtype), spec.kind, delta)
+    return (scale.reshape(-1, *[1] * (pred.dim() - 1)) * slope).to(pred.dtype)
+
+
+def gradients(needs: Any, spec: Loss, upstream: Tensor, operands: Residual, rows: Rows) -> Gradients:
+    """Of pred, y, z and the table, from the gradient (B,) of the sample means."""
+    _, y, z, noise, _ = operands
+    found: Gradients = [None] * 4
+    found[0] = g = _pred_gradient(spec, upstream, operands, rows)
+    for k in (1, 2):
+        if needs[k]:
+            found[k] = affine(map_of(spec.op, (k, ABSENT, ABSENT, ABSENT)), (g, None, None, None), None, rows)[0]
+    if needs[3]:
+        dots = row_dots(spec.op, g, (None, y, z, None), noise).to(rows.table.dtype)
+        dots = torch.nn.functional.pad(dots, (0, rows.table.shape[1] - dots.shape[1]))  # none for a delta
+        if rows.t is not None:
+            found[3] = torch.zeros_like(rows.table).index_add(0, rows.t, dots)
+        else:
+            found[3] = dots.sum(0, keepdim=True) if rows.table.shape[0] == 1 else dots
+    return found
+
+
+class _SampleMeans(DirectFunction):
+    """Eager; the gradient is made in backward, when its scale is known."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, pred: Tensor, y: Tensor | None, z: Tensor | None, table: Any, rest: tuple[Any, ...]
+    ) -> Tensor:
+        index, spec, noise, mask = rest
+        key = (None, None) if noise is None else (noise._key_tensor, noise._sample)
+        stored = mask if isinstance(mask, Tensor) else None
+        ctx.save_for_backward(pred, y, z, table if isinstance(table, Tensor) else None, index, stored, *key)
+        ctx.rest = spec, noise, mask if isinstance(mask, Drawn) else None, table if isinstance(table, tuple) else None
+        operands = Residual(pred, y, z, noise, mask)
+        means = kernels(pred, spec.op).residual(spec, operands, Rows(table, index), Wanted()).means
+        assert means is not None
+        return means
+
+    @staticmethod
+    @batchable
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        pred, y, z, table, index, mask, *_ = ctx.saved_tensors
+        spec, noise, drawn, row = ctx.rest
+        operands, rows = Residual(pred, y, z, noise, drawn or mask), Rows(table if row is None else row, index)
+        return (*gradients(ctx.needs_input_grad, spec, upstream, operands, rows), None)
+
+
+class _Loss(DirectFunction):
+    """Eager; gives the loss the gradient of pred that was made with it, for an upstream gradient of 1.
+
+    That gradient is a saved tensor, which torch's hooks see (checkpointing, offloading), until it is given away.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, pred: Tensor, weight: Tensor | None, made: tuple[Tensor, Tensor | None], others: Any, call: Any
+    ) -> Tensor:
+        loss, grad = made
+        ctx.save_for_backward(pred, weight, grad, *others)
+        ctx.call = call
+        ctx.given_away = False
+        return loss
+
+    @staticmethod
+    @batchable
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        pred, weight, grad, y, z, index, mask, means, *_ = ctx.saved_tensors
+        spec, noise, table, drawn = ctx.call
+        operands = Residual(pred, y, z, noise, drawn if isinstance(drawn, Drawn) else mask)
+        rows = Rows(table, index)
+        nothing = (None,) * 3
+        if grad is not None and ctx.given_away:
+            grad = None  # what it was given to may have changed it
+        ctx.given_away = True
+        if grad is not None and not ctx.needs_input_grad[1] and is_one(upstream) and not torch.is_grad_enabled():
+            return grad.data, None, *nothing  # a tensor of its own, which pred.grad takes without a copy
+        in_torch = torch.is_grad_enabled() or route(spec.op, upstream, pred) is not Route.DIRECT
+        of_weight = None
+        if in_torch or ctx.needs_input_grad[1]:
+            mean = spec.reduction is Reduction.mean
+            each = upstream / pred.shape[0] if mean else upstream * kept_elements(pred, operands.mask)
+        if ctx.needs_input_grad[1]:
+            if in_torch:  # differentiable in turn
+                means = sample_means(spec, operands, rows)
+            of_weight = each * means
+            factor = _factor(spec, rows, pred)
+            of_weight = (of_weight if factor is None else of_weight * factor).to(weight.dtype)
+        if not ctx.needs_input_grad[0]:
+            return None, of_weight, *nothing
+        if in_torch:
+            by_sample = _weighted(spec, each.expand(pred.shape[0]), weight, rows)
+            return _pred_gradient(spec, by_sample, operands, rows), of_weight, *nothing
+        # Where upstream is not 1 it is made again, not multiplied: as many bytes, and one rounding.
+        wanted = Wanted(grad=True, weight=weight, upstream=upstream, made=grad)
+        return kernels(pred, spec.op).residual(spec, operands, rows, wanted).grad, of_weight, *nothing

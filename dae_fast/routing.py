@@ -1,0 +1,52 @@
+"""Which of its ways an op takes. The plain eager call is the fast one: it skips torch's dispatcher."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._torch import dispatch_modes, dual_level, function_modes, in_functorch, is_wrapped, jit_tracing
+from .kernels import dispatch
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _no_core(*_: Any) -> None:
+    """Where there is no native core no call is plain."""
+
+
+# A plain call, straight from Python's objects to the kernel: the result, or None for everything else. Guard it with
+# torch.compiler.is_compiling(), which cannot look inside.
+_native = dispatch.module("native")
+plain_map: Any = _no_core if _native is None else _native.plain_map
+plain_loss: Any = _no_core if _native is None else _native.plain_loss
+is_one: Any = _no_core if _native is None else _native.is_one
+
+
+class Route(Enum):
+    REFERENCE = 0  # plain torch
+    DIRECT = 1  # straight to the kernels
+    DISPATCHER = 2  # torch.library ops: compile, export, torch.func, dual numbers, fake tensors, modes, subclasses
+
+
+def route(op: str, first: Tensor, *others: Tensor | None) -> Route:
+    if not dispatch.has_kernels(first, op):
+        return Route.REFERENCE
+    if torch.compiler.is_compiling() or dual_level() or in_functorch() or jit_tracing() is not None:
+        return Route.DISPATCHER
+    if dispatch_modes() or function_modes() or first.is_meta:
+        return Route.DISPATCHER
+    for t in (first, *others):
+        # A negated view (of a conjugate's imaginary part) does not hold what lies in its memory.
+        if t is not None and (type(t) not in _PLAIN or t.is_neg() or is_wrapped(t)):
+            return Route.DISPATCHER
+    return Route.DIRECT
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return any(t is not None and t.requires_grad for t in tensors)
