@@ -102,7 +102,7 @@ def cuda_ninja(ninja: Writer, target: Path, nvcc: str) -> None:
     ]
     objects = [
         ninja.build(f"{name}.o", "compile", str(CSRC / "cuda" / source), variables={"element": flags})[0]
-        for name, source, flags in [*kernels, ("api", "api.cu", "")]
+        for name, source, flags in [*kernels, ("api", "api.cu", ""), ("chain", "chain.cu", "")]
     ]
     ninja.build(str(target), "link", objects)
 

@@ -160,7 +160,7 @@ int current_device() {
 }
 
 constexpr Api kApi = {affine,        residual, row_dots,    mask_count, corrupt,       gaussian,
-                      gaussian_grad, bits,     fold_in_key, devices,    current_device};
+                      gaussian_grad, bits,     fold_in_key, devices,    current_device, chain};
 
 }  // namespace
 

@@ -161,6 +161,25 @@ inline uint32_t shfl_bfly(uint32_t value, uint32_t lanes, uint32_t within, uint3
   return static_cast<uint32_t>(__shfl_xor_sync(members, value, static_cast<int>(lanes)));
 }
 
+// Tiles of 8 by 8 values of 16 bits: lane 8k + r says where row r of tile k lies, and has two values of each tile.
+template <int N, class Each>
+void each_of_tiles(unsigned char* row, Each each) {
+  const unsigned self = emulator::current, lane = self % 32;
+  emulator::slots[self] = static_cast<double>(row - shared);
+  emulator::wait(emulator::State::at_warp);
+  for (int k = 0; k < N; ++k)
+    each(k, shared + static_cast<size_t>(emulator::slots[self - lane + 8 * k + lane / 4]) + 4 * (lane % 4));
+  emulator::wait(emulator::State::at_warp);
+}
+template <int N>
+void ldmatrix(unsigned char* row, Register (&tiles)[N]) {
+  each_of_tiles<N>(row, [&](int k, unsigned char* at) { tiles[k] = put(load<uint32_t>(at, 0)); });
+}
+template <int N>
+void stmatrix(unsigned char* row, const Register (&tiles)[N]) {
+  each_of_tiles<N>(row, [&](int k, unsigned char* at) { store(at, 0, get<uint32_t>(tiles[k])); });
+}
+
 struct Kernel {
   void (*thread)(const unsigned char* parameters);
   size_t size;                                      // of all parameters
