@@ -111,6 +111,11 @@ template <class T> T bfi_(T a, T b, uint32_t position, uint32_t length) {
 inline uint32_t bfe_(uint32_t a, uint32_t position, uint32_t length) {
   return shr_(a, position) & static_cast<uint32_t>((uint64_t(1) << (length > 32 ? 32 : length)) - 1);
 }
+inline int32_t bfe_(int32_t a, int32_t position, int32_t length) {  // its top bit is its sign; within the word
+  const int32_t above = 32 - position - length;
+  if (length < 1 || above < 0) std::abort();
+  return static_cast<int32_t>(static_cast<uint32_t>(a) << above) >> (32 - length);
+}
 inline uint32_t prmt_(uint32_t a, uint32_t b, uint32_t chosen) {
   const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
   uint32_t result = 0;
