@@ -53,6 +53,7 @@ CORE = [
 CUDA = [
     *((f"kernels_{n}", "cuda/kernels.cu", f"-DDAE_ELEMENT={e} -DDAE_NAME={n}") for n, e in CUDA_ELEMENTS.items()),
     ("api", "cuda/api.cu", ""),
+    ("chain", "cuda/chain.cu", ""),
 ]
 
 

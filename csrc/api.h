@@ -2,7 +2,7 @@
 // torch nor CUDA headers, so that the Python module finds the library where it is and does without where it is not.
 #pragma once
 
-#include "args.h"
+#include "chain.h"
 
 namespace dae {
 
@@ -44,6 +44,7 @@ struct Api {
   const char* (*fold_in)(const Noise&, uint64_t data, const uint64_t* data_at, Key* out, Queue);
   const char* (*devices)(int* count);  // that the library has code for; initialises the driver
   int (*current_device)();
+  const char* (*chain)(const ChainArgs&, Queue);
   bool on_host = false;  // computes on tensors in host memory: a build for a CPU, which then gets theirs
 };
 

@@ -175,6 +175,18 @@ void gaussian_grad(const py::object& mu, const py::object& log_var, const py::ob
   run(q, a.batch, &Api::gaussian_grad, a, q);
 }
 
+// x, out: (B, D) fp32, contiguous; the mixture's tables as ChainArgs has them.
+void chain(const py::object& x, const py::object& means, const py::object& precisions, const py::object& log_weights,
+           float step, float spread, int64_t steps, const py::object& noise, const py::object& out) {
+  const View view(x.ptr());
+  const auto numbers = [](const py::object& tensor) { return static_cast<float*>(address(tensor.ptr())); };
+  const ChainArgs a{view.size(0), view.size(1), numbers(x), numbers(out), static_cast<int>(View(means.ptr()).size(0)),
+                    numbers(means), numbers(precisions), numbers(log_weights), step, spread, steps,
+                    read_noise(noise.ptr(), false, view.size(1))};
+  const Queue q = queue_of(x.ptr());
+  run(q, Batch{a.B, a.D, 0, nullptr, Dtype::f32}, &Api::chain, a, q);
+}
+
 // out: (B, D) int64 words, scaled to [0, below).
 void bits(const py::object& noise, bool raw, uint64_t below, const py::object& out) {
   const Operands operands(out.ptr(), {out.ptr()}, true);
@@ -261,6 +273,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("gaussian", &gaussian);
   m.def("gaussian_grad", &gaussian_grad);
   m.def("bits", &bits);
+  m.def("chain", &chain);
   m.def("fold_in", &fold_in_key);
   m.def("fold_in_tensor", &fold_in_tensor);
   m.def("scratch_doubles", &scratch_doubles);

@@ -1,7 +1,7 @@
 // The functors: what happens to one element. CPU and CUDA drivers feed them.
 #pragma once
 
-#include "args.h"
+#include "chain.h"
 
 namespace dae {
 
@@ -118,5 +118,37 @@ struct Gaussian {
     return R(0.5) * mul_add(of_z, eps, of_kl);
   }
 };
+
+// Of one component at a lane's elements: what it pulls by, (mean - x) * precision; their part of the squared distance.
+struct Pull {
+  float by[kOfLane], square = 0;
+  DAE_FN Pull(const float* mean, const float* precision, const float (&x)[kOfLane]) {
+    for (int i = 0; i < kOfLane; ++i) {
+      const float away = mean[i] - x[i];
+      by[i] = away * precision[i];
+      square = mul_add(away, by[i], square);
+    }
+  }
+};
+
+// How much the components seen so far and the next one weigh, relative to the larger of their densities.
+struct Balance {
+  float old, next;
+};
+
+// The mean of the pulls, weighed by the components' densities; the largest of these is kept out of every exponent.
+struct MixtureWeights {
+  float largest, total;
+  DAE_FN explicit MixtureWeights(float log_density) : largest(log_density), total(1) {}
+  DAE_FN Balance add(float log_density) {
+    const float top = log_density > largest ? log_density : largest;
+    const Balance balance = {exponential(largest - top), exponential(log_density - top)};
+    largest = top;
+    total = mul_add(total, balance.old, balance.next);
+    return balance;
+  }
+};
+
+DAE_FN float log_density(float log_weight, float square) { return mul_add(-0.5f, square, log_weight); }
 
 }  // namespace dae

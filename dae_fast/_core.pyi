@@ -89,6 +89,17 @@ def gaussian_grad(
     log_var_grad: Tensor,
     /,
 ) -> None: ...
+def chain(
+    x: Tensor,
+    means: Tensor,
+    precisions: Tensor,
+    log_weights: Tensor,
+    step: float,
+    spread: float,
+    steps: int,
+    noise: Any,
+    out: Tensor,
+) -> None: ...
 def bits(noise: Noise, raw: bool, below: int, out: Tensor, /) -> None: ...
 def fold_in(seed: int, offset: int, data: int, /) -> tuple[int, int]: ...
 def fold_in_tensor(noise: Noise, data: Tensor | int, out: Tensor, /) -> None: ...

@@ -479,6 +479,59 @@ static void bits(const BitsArgs& a, int64_t unit_begin, int64_t unit_end) {
   }
 }
 
+// The sum of a number of each lane, as a GPU's butterfly adds it.
+static float sum_of_lanes(float (&v)[kMaxChainLanes], int lanes) {
+  for (int apart = lanes / 2; apart > 0; apart /= 2)
+    for (int i = 0; i < apart; ++i) v[i] += v[i + apart];
+  return v[0];
+}
+
+// A unit's rows take a step at a time together: the noise is made for all of them at once.
+static void chain(const ChainArgs& a, int64_t unit_begin, int64_t unit_end) {
+  constexpr int kWidth = kOfLane * kMaxChainLanes;
+  const Batch batch{a.B, a.D, 0, nullptr, Dtype::f32};
+  const Cut cut(a.B, a.D);
+  const int lanes = chain_lanes(a.D), width = kOfLane * lanes;
+  alignas(64) float z[kSegment], states[kSegment];
+  for (int64_t u = unit_begin; u < unit_end; ++u) {
+    const Unit unit = unit_at(batch, cut, u);
+    memcpy(states, a.x + unit.row * a.D, unit.count() * sizeof(float));
+    Noise noise = a.noise;
+    for (int64_t step = 0; step < a.steps; ++step) {
+      noise.key = fold_in(a.noise.key, static_cast<uint64_t>(step));
+      generate<ToNormal>(noise, unit, z);
+      for (int64_t r = 0; r < unit.rows; ++r) {
+        alignas(64) float x[kWidth] = {}, by[kWidth], next_by[kWidth];
+        float* const state = states + r * a.D;
+        memcpy(x, state, a.D * sizeof(float));
+        // One component's pull on all lanes; returns its log density.
+        const auto pull = [&](int k, float (&into)[kWidth]) {
+          const float *mean = a.means + k * width, *precision = a.precisions + k * width;
+          float squares[kMaxChainLanes];
+          for (int lane = 0; lane < lanes; ++lane) {
+            const int first = kOfLane * lane;
+            const Pull found(mean + first, precision + first, *reinterpret_cast<float(*)[kOfLane]>(x + first));
+            memcpy(into + first, found.by, sizeof(found.by));
+            squares[lane] = found.square;
+          }
+          return log_density(a.log_weights[k], sum_of_lanes(squares, lanes));
+        };
+        MixtureWeights weights(pull(0, by));
+        for (int k = 1; k < a.components; ++k) {
+          const Balance balance = weights.add(pull(k, next_by));
+          for (int i = 0; i < width; ++i) by[i] = mul_add(balance.next, next_by[i], balance.old * by[i]);
+        }
+        const float* const eps = z + r * a.D;
+        const float share = 1.0f / weights.total;  // 1 of one component
+        for (int64_t i = 0; i < a.D; ++i) {
+          state[i] = affine(1.0f, x[i], a.step, by[i] * share, a.spread, eps[i]);
+        }
+      }
+    }
+    memcpy(a.out + unit.row * a.D, states, unit.count() * sizeof(float));
+  }
+}
+
 // One switch over the element types for every kernel.
 #define DAE_BY_DTYPE(name, Args)                                                \
   static void name(const Args& a, int64_t unit_begin, int64_t unit_end) {       \
@@ -501,6 +554,6 @@ DAE_BY_DTYPE(gaussian_grad, GaussianGradArgs)
 
 const Kernels DAE_JOIN(kernels_, DAE_ISA) = {DAE_ISA::affine, DAE_ISA::residual, DAE_ISA::row_dots,
                                              DAE_ISA::mask_count, DAE_ISA::corrupt, DAE_ISA::gaussian,
-                                             DAE_ISA::gaussian_grad, DAE_ISA::bits};
+                                             DAE_ISA::gaussian_grad, DAE_ISA::bits, DAE_ISA::chain};
 
 }  // namespace dae::cpu

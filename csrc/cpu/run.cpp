@@ -159,6 +159,13 @@ const char* fold_in_key(const Noise& noise, uint64_t data, const uint64_t* data_
   return nullptr;
 }
 
+const char* chain(const ChainArgs& a, Queue) {
+  const double work = static_cast<double>(a.B * a.D) * a.steps * (kNsNormal + kNsMap * a.components);
+  parallel_for(Cut(a.B, a.D).units, work,
+               [&](int64_t begin, int64_t end) { isa().kernels->chain(a, begin, end); });
+  return nullptr;
+}
+
 const char* devices(int* count) {
   *count = 1;
   return nullptr;
@@ -166,6 +173,7 @@ const char* devices(int* count) {
 
 }  // namespace
 
-const Api kApi = {affine, residual, row_dots, mask_count, corrupt, gaussian, gaussian_grad, bits, fold_in_key, devices};
+const Api kApi = {affine,        residual, row_dots,    mask_count, corrupt, gaussian,
+                  gaussian_grad, bits,     fold_in_key, devices,    nullptr, chain};
 
 }  // namespace dae::cpu

@@ -1,7 +1,7 @@
 // How the CPU cuts work, and the kernels of one instruction set.
 #pragma once
 
-#include "../args.h"
+#include "../chain.h"
 
 namespace dae::cpu {
 
@@ -46,6 +46,7 @@ struct Kernels {
   void (*gaussian)(const GaussianWork&, int64_t unit_begin, int64_t unit_end);
   void (*gaussian_grad)(const GaussianGradArgs&, int64_t unit_begin, int64_t unit_end);
   void (*bits)(const BitsArgs&, int64_t unit_begin, int64_t unit_end);
+  void (*chain)(const ChainArgs&, int64_t unit_begin, int64_t unit_end);
 };
 
 // One table per instruction set; nullptr where this build has none.

@@ -166,7 +166,8 @@ constexpr bool kOnHost = true;
 #endif
 
 constexpr Api kApi = {affine,        residual, row_dots,    mask_count, corrupt,       gaussian,
-                      gaussian_grad, bits,     fold_in_key, devices,    current_device, kOnHost};
+                      gaussian_grad, bits,     fold_in_key, devices,    current_device, chain,
+                      kOnHost};
 
 }  // namespace
 

@@ -109,6 +109,8 @@ struct Kernels {
 // One table per element type.
 extern const Kernels kernels_f32, kernels_f64, kernels_bf16, kernels_f16;
 
+const char* chain(const ChainArgs&, Queue);
+
 // Not <<<>>>: this form is plain C++, so that the tests can compile it for the CPU.
 template <class... Parameters, class... Arguments>
 const char* launch(cudaStream_t stream, int64_t blocks, unsigned threads, void (*kernel)(Parameters...),

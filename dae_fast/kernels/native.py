@@ -222,6 +222,25 @@ def gaussian_grad(
     return mu_grad, log_var_grad
 
 
+def chain(
+    x: Tensor,
+    means: Tensor,
+    precisions: Tensor,
+    log_weights: Tensor,
+    step: float,
+    spread: float,
+    steps: int,
+    noise: Noise,
+    out: Tensor,
+) -> None:
+    """x + step*score + spread*eps, `steps` times, into out; step k has the noise of noise.fold_in(k).
+
+    x, out: (B, D) fp32, contiguous, D at most 128. The score is a mixture's: means and precisions (K, W), W the first
+    of 4, 8, 16, ... that D fits into, filled up with zeros; log_weights (K,).
+    """
+    _core.chain(x, means, precisions, log_weights, step, spread, steps, noise, out)
+
+
 def row_dots(g: Tensor, inputs: Inputs, noise: Noise | None) -> Tensor:
     """(B, 3) fp64: the sums over each row of g*x, g*y and g*z."""
     g, x, y, z = _walkable(g, *inputs[:3])

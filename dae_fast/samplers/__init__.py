@@ -18,11 +18,13 @@ from .ancestral import ddim, ddpm, euler_ancestral
 from .dpm_solver import dpm_solver_pp_2m, dpm_solver_pp_2m_sde
 from .flow import flow_euler, flow_midpoint
 from .langevin import annealed_langevin, langevin
+from .mixture import GaussianMixture
 from .ode import euler, heun
 from .predictor_corrector import predictor_corrector
 from .probability_flow import probability_flow
 
 __all__ = [
+    "GaussianMixture",
     "annealed_langevin",
     "ddim",
     "ddpm",

@@ -31,6 +31,7 @@ PARTS = {
         for name, element in ELEMENTS.items()
     },
     "api": (str(SOURCES / "api.cu"),),
+    "chain": (str(SOURCES / "chain.cu"),),
 }
 LIBRARY = "_cuda_on_cpu.so"
 

@@ -111,6 +111,11 @@ template <class T> T bfi_(T a, T b, uint32_t position, uint32_t length) {
 inline uint32_t bfe_(uint32_t a, uint32_t position, uint32_t length) {
   return shr_(a, position) & static_cast<uint32_t>((uint64_t(1) << (length > 32 ? 32 : length)) - 1);
 }
+inline int32_t bfe_(int32_t a, int32_t position, int32_t length) {  // its top bit is its sign; within the word
+  const int32_t above = 32 - position - length;
+  if (length < 1 || above < 0) std::abort();
+  return static_cast<int32_t>(static_cast<uint32_t>(a) << above) >> (32 - length);
+}
 inline uint32_t prmt_(uint32_t a, uint32_t b, uint32_t chosen) {
   const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
   uint32_t result = 0;
@@ -159,6 +164,25 @@ inline uint32_t cvt_f16x2(float high, float low) { return pair<_Float16>(high, l
 inline uint32_t shfl_bfly(uint32_t value, uint32_t lanes, uint32_t within, uint32_t members) {
   if (within != 31 || members != ~0u) std::abort();  // no whole warp
   return static_cast<uint32_t>(__shfl_xor_sync(members, value, static_cast<int>(lanes)));
+}
+
+// Tiles of 8 by 8 values of 16 bits: lane 8k + r says where row r of tile k lies, and has two values of each tile.
+template <int N, class Each>
+void each_of_tiles(unsigned char* row, Each each) {
+  const unsigned self = emulator::current, lane = self % 32;
+  emulator::slots[self] = static_cast<double>(row - shared);
+  emulator::wait(emulator::State::at_warp);
+  for (int k = 0; k < N; ++k)
+    each(k, shared + static_cast<size_t>(emulator::slots[self - lane + 8 * k + lane / 4]) + 4 * (lane % 4));
+  emulator::wait(emulator::State::at_warp);
+}
+template <int N>
+void ldmatrix(unsigned char* row, Register (&tiles)[N]) {
+  each_of_tiles<N>(row, [&](int k, unsigned char* at) { tiles[k] = put(load<uint32_t>(at, 0)); });
+}
+template <int N>
+void stmatrix(unsigned char* row, const Register (&tiles)[N]) {
+  each_of_tiles<N>(row, [&](int k, unsigned char* at) { store(at, 0, get<uint32_t>(tiles[k])); });
 }
 
 struct Kernel {

@@ -232,6 +232,22 @@ class Kernel:
         values = ", ".join(self.get("b32", operand) for operand in given)
         return f"{self.register(into.partition('|')[0])} = put(ptx::shfl_bfly({values}));"
 
+    def op_ldmatrix(self, rest: list[str], operands: list[str]) -> str:
+        self.check_matrix("ldmatrix", rest)
+        into = split(operands[0].strip("{}"))
+        taken = " ".join(f"{self.register(part)} = tiles[{i}];" for i, part in enumerate(into))
+        return f"Register tiles[{len(into)}]; ptx::ldmatrix({self.address('shared', operands[1])}, tiles); {taken}"
+
+    def op_stmatrix(self, rest: list[str], operands: list[str]) -> str:
+        self.check_matrix("stmatrix", rest)
+        values = split(operands[1].strip("{}"))
+        given = ", ".join(self.value(value) for value in values)
+        return f"const Register tiles[] = {{{given}}}; ptx::stmatrix({self.address('shared', operands[0])}, tiles);"
+
+    def check_matrix(self, name: str, rest: list[str]) -> None:
+        if {"sync", "aligned", "m8n8", "shared", "b16"} != set(rest) - {"x1", "x2", "x4"}:
+            raise ValueError(f"{name}.{'.'.join(rest)}")
+
     def op_atom(self, rest: list[str], operands: list[str]) -> str:
         if [part for part in rest if part not in MODIFIERS] != ["add", "u32"]:
             raise ValueError(f"atom.{'.'.join(rest)}")

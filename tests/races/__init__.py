@@ -21,7 +21,7 @@ FLAGS = (
     *("-ffp-contract=off", "-fno-strict-aliasing", f"-I{HERE}", f"-I{cuda_on_cpu.HERE}"),
 )
 SOURCES = {
-    **{name: cuda_on_cpu.PARTS[name] for name in ("f32", "bf16", "api")},
+    **{name: cuda_on_cpu.PARTS[name] for name in ("f32", "bf16", "api", "chain")},
     "main": (str(HERE / "main.cpp"),),
     "others": (str(HERE / "others.cpp"),),
 }
