@@ -111,7 +111,7 @@ class Formula:
             t = level._t
             if not isinstance(t, Tensor):
                 return rows_at(table, t)
-            return Rows(table, (t.reshape(1).expand(len(x)) if is_one(t) else t.reshape(-1)).contiguous())
+            return Rows(table, (t.reshape(1).expand(x.shape[0]) if is_one(t) else t.reshape(-1)).contiguous())
         return self._rows_by_hand(level, x, dtype, op)
 
     def _rows_by_hand(self, level: Level, x: Tensor, dtype: torch.dtype, op: str) -> Rows:

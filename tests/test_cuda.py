@@ -260,7 +260,7 @@ def test_sums_of_rows(cuda_on_cpu_library: Path, monkeypatch: pytest.MonkeyPatch
         rooms.append((torch.full((doubles + 8,), torch.nan, dtype=torch.float64), torch.zeros(1, dtype=torch.int32)))
         return rooms[-1][0][:doubles], rooms[-1][1]
 
-    monkeypatch.setattr(native, "workspace", workspace)
+    monkeypatch.setattr(native._module, "workspace", workspace)
     pred, y = (randn(shape, torch.float32, seed) for seed in range(2))
     table, weight = table_of(torch.float32, B, 4).abs(), torch.linspace(0.5, 2, B)
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.5

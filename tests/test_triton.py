@@ -151,7 +151,7 @@ def test_affine_lengths_of_other_types(D: int, dtype: torch.dtype) -> None:
 
 
 def test_affine_programs_take_several_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "_PROGRAMS", 4)
+    monkeypatch.setattr(backend._module, "_PROGRAMS", 4)
     backend._affine_call.cache_clear()
     for D in (1000, 5000):
         x = randn(2, D)
@@ -526,7 +526,7 @@ def test_last_program_takes_few_turns(B: int, tiles: int) -> None:
 
 def cut_rows(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     """The last program adds up `rows` at a time."""
-    monkeypatch.setattr(backend, "_final_rows", lambda B, tiles: rows)
+    monkeypatch.setattr(backend._module, "_final_rows", lambda B, tiles: rows)
     backend._residual_call.cache_clear()
 
 
@@ -575,7 +575,7 @@ def test_residual_ticket_starts_again(D: int, rows: int, monkeypatch: pytest.Mon
     pred = randn(3 if rows else 300, D)
     sums = torch.empty(4096, dtype=torch.float64, device=DEVICE)
     ticket = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    monkeypatch.setattr(backend, "workspace", lambda device, doubles: (sums, ticket))
+    monkeypatch.setattr(backend._module, "workspace", lambda device, doubles: (sums, ticket))
     losses = []
     for _ in range(2):
         sums.fill_(torch.nan)
@@ -627,7 +627,7 @@ def test_nothing_to_do(shape: tuple[int, ...]) -> None:
 
 def test_capture_of_what_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """The driver would refuse to load it then, in words of its own."""
-    monkeypatch.setattr(backend, "INTERPRETED", False)
+    monkeypatch.setattr(backend._module, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     call = backend._Call(backend.kernels.fill_kernel, torch.device("cuda", 0), (1, 1, 1), ("none like it",), (), ())

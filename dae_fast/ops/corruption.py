@@ -164,7 +164,7 @@ def corrupt(x: Tensor, corruption: Masking | SaltAndPepper, value: float = 0.0) 
 
 def _replaced(op: str, x: Tensor, noise: Noise, thresholds: Tensor, low: float, high: float) -> Tensor:
     """x with `low` where its word is below the first threshold of its row, `high` where below the second."""
-    if not noise._whole_blocks(x[0].numel() if len(x) else 0):
+    if not noise._whole_blocks(math.prod(x.shape[1:])):
         words = noise.bits(x.shape, device=x.device)
         first, second = (reference.row_of(on_device(thresholds, x.device), k, x) for k in (0, 1))
         return torch.where(words < first, low, torch.where(words < second, high, x)).to(x.dtype)

@@ -428,7 +428,7 @@ def _rows(op: str, pred: Tensor, level: Level | None, columns: LossColumns, delt
         delta.to(compute) if isinstance(delta, Tensor) else torch.full((), delta, dtype=compute, device=pred.device)
     )
     column = column.reshape(-1, 1)
-    B = max(len(table), len(column))
+    B = max(table.shape[0], column.shape[0])
     table = table.expand(B, -1)
     return Rows(torch.cat((table[:, :3], column.expand(B, -1), table[:, 3:]), 1), None)
 
@@ -477,7 +477,7 @@ def loss_weight(
     flat = t if isinstance(t, int) else t.reshape(-1)
     looked_up = gather(op, specs.rows_at(level_weight[:, None], flat), pred)[:, 0]
     shape = pred.shape[: level._dims()]
-    looked_up = looked_up.expand(shape) if len(looked_up) == 1 else looked_up.reshape(shape)
+    looked_up = looked_up.expand(shape) if looked_up.shape[0] == 1 else looked_up.reshape(shape)
     return looked_up if weight is None else weight.reshape(-1, *[1] * (len(shape) - weight.dim())) * looked_up
 
 

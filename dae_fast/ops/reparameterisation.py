@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ def reparameterise(mu: Tensor, log_var: Tensor, noise: Noise | Tensor) -> tuple[
     like(op, "log_var", log_var, "mu", mu)
     eps, generated = noise_for(op, noise, mu, "mu")
     mu, log_var, eps = promote(mu, log_var, eps)
-    if generated is not None and not generated._whole_blocks(mu[0].numel() if len(mu) else 0):
+    if generated is not None and not generated._whole_blocks(math.prod(mu.shape[1:])):
         dtype = compute_dtype(mu.dtype)
         eps = generated.normal(mu.shape, dtype=dtype, device=mu.device)
         z, kl = reparameterise(mu.to(dtype), log_var.to(dtype), eps)

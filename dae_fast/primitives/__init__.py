@@ -220,7 +220,7 @@ def checked(op: str, names: Sequence[str], given: Sequence[Any]) -> tuple[Tensor
     if len(drawn) > 1:
         raise ValueError(f"{op}: takes one Noise, got {len(drawn)}; give the others as tensors, noise.normal(x.shape)")
     for value in drawn:
-        value._check(op, len(first), first.device)
+        value._check(op, first.shape[0], first.device)
     promoted = iter(promote(*(value for value in given if not isinstance(value, Noise))))
     given = tuple(value if isinstance(value, Noise) else next(promoted) for value in given)
     return next(value for value in given if not isinstance(value, Noise)), given

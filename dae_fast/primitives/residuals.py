@@ -5,6 +5,7 @@ The loss and its gradient come from one pass over pred; neither the noise nor th
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ def residual_loss(spec: Loss, operands: Residual, rows: Rows, weight: Tensor | N
     """
     pred, y, z, noise, mask = operands
     op, summed = spec.op, spec.reduction is not Reduction.none
-    if noise is not None and not noise._whole_blocks(pred[0].numel() if len(pred) else 0):
+    if noise is not None and not noise._whole_blocks(math.prod(pred.shape[1:])):
         return _with_filled_noise(spec, operands, rows, weight)
     also = pred.new_empty(2, dtype=compute_dtype(pred.dtype)) if spec.has_also else None
     assert summed or also is None, "further means are those of a loss that is summed"

@@ -41,7 +41,7 @@ def affine(
             return made if isinstance(made, tuple) else (made,)
     x, rows = inputs[0], rows_at(*rows)
     assert x is not None
-    if noise is not None and not noise._whole_blocks(x[0].numel() if len(x) else 0):
+    if noise is not None and not noise._whole_blocks(math.prod(x.shape[1:])):
         return _with_filled_noise(spec, inputs, noise, rows, bounds)
     way = route(spec.op, *inputs, rows.tensor)  # type: ignore[arg-type]
     if way is Route.REFERENCE:
@@ -66,7 +66,7 @@ def affine_into(
     """The same with one output, written to `out`, which may be an input. No gradient."""
     x = inputs[0]
     assert x is not None
-    whole = noise is None or noise._whole_blocks(x[0].numel() if len(x) else 0)
+    whole = noise is None or noise._whole_blocks(math.prod(x.shape[1:]))
     if not whole or route(spec.op, out, *inputs, rows.tensor) is not Route.DIRECT:
         return out.copy_(affine(spec, inputs, noise, rows, bounds)[0])
     kernels(x, spec.op).affine(spec, inputs, noise, rows, bounds, out)
