@@ -34,7 +34,10 @@ def as_number(op: str, name: str, value: Any) -> float:
     """int, float or a numpy scalar."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{op}: {name} must be a float or a tensor, got {type(value).__name__}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{op}: {name} must be within float64, got one beyond it") from None
 
 
 def can_read(value: Tensor) -> bool:
@@ -107,7 +110,7 @@ class Level:
         if not isinstance(alpha, Tensor) and not isinstance(sigma, Tensor):
             try:
                 return stack_rows(op, coefficients(alpha, sigma), x, dtype)
-            except (ZeroDivisionError, ValueError):
+            except (ZeroDivisionError, ValueError, OverflowError):
                 raise ValueError(singular(op, f"alpha = {alpha}, sigma = {sigma}")) from None
         check_per_sample(op, "level.alpha", alpha, x)
         check_per_sample(op, "level.sigma", sigma, x)

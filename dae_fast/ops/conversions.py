@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from ..backends.reference import compute_dtype
-from ..checks import is_number
+from ..checks import is_number, number
 from ..level import Level
 from ..rows import Coefficients
 from .affine import ABSENT, Clamp, Columns, affine
@@ -95,7 +95,7 @@ def _convert(
     predict: Parameterisation,
     clamp: Bounds | None,
 ) -> Tensor:
-    if type(level) is Level and not is_compiling() and (predict, to) in _PLAIN:
+    if type(level) is Level and not is_compiling() and isinstance(predict, str) and (predict, to) in _PLAIN:
         converted = _plainly(op, x_t, pred, level, _PLAIN[predict, to], clamp)
         if converted is not None:
             return converted
@@ -174,7 +174,7 @@ def bounds(op: str, clamp: Bounds) -> tuple[float, float]:
     pair = clamp if isinstance(clamp, tuple) else (-clamp, clamp) if is_number(clamp) else ()
     if len(pair) != 2 or not all(map(is_number, pair)):
         raise TypeError(f"{op}: clamp must be a number c or a tuple (low, high), got {clamp!r}")
-    low, high = pair
+    low, high = (number(op, "clamp", value) for value in pair)
     if not low <= high:
         raise ValueError(f"{op}: clamp must be c >= 0 or (low, high) with low <= high, got {clamp}")
-    return float(low), float(high)
+    return low, high

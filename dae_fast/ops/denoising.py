@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from ..backends.reference import compute_dtype
+from ..checks import flag
 from ..level import Level, as_number, can_read, check_per_sample
 from ..noise import Noise
 from ..rows import Coefficients, Rows, stack_rows
@@ -121,7 +122,7 @@ def denoising_loss(
         mask is None
         and log_variance is None
         and delta is None
-        and not return_per_sample
+        and return_per_sample is False
         and (weight is None or (isinstance(weight, str) and weight in _NAMED))
         and not is_compiling()
     ):
@@ -146,7 +147,7 @@ def denoising_loss(
             loss = loss + u.mean().to(loss.dtype)
         else:
             loss = loss + (u if reduction == "none" else (u * kept_elements(pred, chosen)).sum()).to(loss.dtype)
-    return (loss, per_sample) if return_per_sample else loss
+    return (loss, per_sample) if flag(op, "return_per_sample", return_per_sample) else loss
 
 
 CONSTANT = ("eps", "x0", "flow")  # targets that are the same mixture at every level
@@ -236,7 +237,12 @@ def plain_against_target(
     kind: Kind = "mse",
 ) -> Looked | None:
     """against_target of a plain call; None where that has to look."""
-    if kind not in ("mse", "l1") or not isinstance(pred, Tensor) or not isinstance(x0, Tensor):
+    if (
+        not isinstance(kind, str)
+        or kind not in ("mse", "l1")
+        or not isinstance(pred, Tensor)
+        or not isinstance(x0, Tensor)
+    ):
         return None
     if noise is None and plan.columns[1] != ABSENT:
         return None
@@ -316,7 +322,7 @@ def _penalty(
     op: str, pred: Tensor, level: Level | None, kind: Kind, delta: Delta | None
 ) -> tuple[int, float | Tensor | None]:
     """rho's place in KINDS, and its delta: a float, or of the levels."""
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"{op}: kind must be one of {', '.join(map(repr, KINDS))}, got {kind!r}")
     number = KINDS.index(kind)
     if (penalty_columns(number)[2] == ABSENT) != (delta is None):

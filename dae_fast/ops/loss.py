@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from ..backends.reference import compute_dtype
+from ..checks import flag
 from ..level import Level, check_per_sample
 from ..noise import Noise
 from ..rows import Rows, rows_at, stack_rows
@@ -74,7 +75,7 @@ def noise_mse(
     Ho et al. 2020, eq. 14.
     """
     op = "noise_mse"
-    plain = weight is None and level is None and level_weight is None and mask is None and not return_x0_mse
+    plain = weight is None and level is None and level_weight is None and mask is None and return_x0_mse is False
     if plain and not is_compiling():
         done = plain_residual_loss(op, pred, None, noise, reduction)
         if done is not None:
@@ -90,7 +91,7 @@ def noise_mse(
     loss, mse, _ = residual_loss(
         op, pred, z, None, generated, rows, weight, loss_mask(op, pred, mask), check(op, pred, reduction)
     )
-    if not return_x0_mse:
+    if not flag(op, "return_x0_mse", return_x0_mse):
         return loss
     if level is None:
         raise ValueError(f"{op}: return_x0_mse needs level")
@@ -98,7 +99,7 @@ def noise_mse(
 
 
 def check(op: str, pred: Tensor, reduction: Reduction) -> Reduction:
-    if reduction not in REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(f"{op}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if reduction == "mean" and pred.numel() == 0:
         raise ValueError(f"{op}: the mean over an empty batch {tuple(pred.shape)} is not defined; use reduction='sum'")

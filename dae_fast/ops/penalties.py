@@ -12,7 +12,7 @@ from torch.compiler import is_compiling
 from torch.func import vjp
 
 from ..backends.reference import compute_dtype, per_sample_sum
-from ..checks import integer
+from ..checks import function, integer
 from ..level import as_number, can_read
 from ..noise import Noise
 from ..rows import stack_rows
@@ -124,6 +124,7 @@ def contraction(
     """
     op = "contraction"
     checks.samples(op, "x", x)
+    function(op, "f", f)
     if not isinstance(noise, Noise):
         raise TypeError(f"{op}: noise must be a Noise, got {type(noise).__name__}")
     samples = integer(op, "samples", samples)
@@ -131,7 +132,14 @@ def contraction(
         raise ValueError(f"{op}: samples must be at least 1, got {samples}")
     reduction = check(op, x, reduction)
     noise._check(op, x.shape[0], x.device)
-    pair: Any = vjp(f, x)
+
+    def encoder(x: Tensor) -> Tensor:
+        y = f(x)
+        if not isinstance(y, Tensor):
+            raise ValueError(f"{op}: f must return a tensor ({x.shape[0]}, ...), got {type(y).__name__}")
+        return y
+
+    pair: Any = vjp(encoder, x)
     y, pull = pair
     if not isinstance(y, Tensor) or y.shape[:1] != x.shape[:1]:
         got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__

@@ -73,7 +73,7 @@ def plain_residual_loss(
     kind: int = 0,
 ) -> Looked | None:
     """The loss of a plain call, without weight, mask or delta; None where residual_loss has to look."""
-    number = _REDUCED.get(reduction)
+    number = _REDUCED.get(reduction) if isinstance(reduction, str) else None
     if number is None or not isinstance(pred, Tensor):
         return None
     row, name, columns = plan

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from .. import checks as numbers
 from ..backends.reference import compute_dtype
 from ..level import as_number
 from ..noise import Noise
 from ..rows import stack_rows
 from .affine import ABSENT, affine
-from .checks import samples
+from .checks import DTYPES
 
 # Streams of the shared parts.
 OFFSET_TAG = 0x6F6666736574  # "offset"
@@ -46,10 +47,10 @@ class StructuredNoise(ABC):
         self, shape: Sequence[int], *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> Tensor:
         """The noise as a tensor of `shape` (B, ...)."""
-        op, shape = f"{type(self).__name__}.normal", tuple(shape)
-        if not shape or min(shape) < 0:
-            raise ValueError(f"{op}: shape must be (B, ...), got {shape}")
-        samples(op, "dtype", torch.empty(1, dtype=dtype, device="meta"))
+        op = f"{type(self).__name__}.normal"
+        shape, device = numbers.shape(op, shape), numbers.device(op, device)
+        if not isinstance(dtype, torch.dtype) or dtype not in DTYPES:
+            raise TypeError(f"{op}: dtype must be float16, bfloat16, float32 or float64, got {dtype}")
         like = torch.empty((), dtype=compute_dtype(dtype), device=device).expand(shape)
         self._check(op, shape[0], like.device)
         y, noise, factor_y, factor_eps = self.as_operands(like)
@@ -75,7 +76,7 @@ class OffsetNoise(StructuredNoise):
 
     def __init__(self, noise: Noise, strength: float = 0.1) -> None:
         super().__init__(noise)
-        self._strength = as_number("OffsetNoise", "strength", strength)
+        self._strength = numbers.number("OffsetNoise", "strength", strength, "finite")
 
     def fold_in(self, data: int | Tensor) -> OffsetNoise:
         """As Noise.fold_in."""
@@ -113,9 +114,9 @@ class PyramidNoise(StructuredNoise):
         self._discount = as_number("PyramidNoise", "discount", discount)
         if not 0 <= self._discount < math.inf:
             raise ValueError(f"PyramidNoise: discount must be finite and not negative, got {discount}")
-        if levels is not None and levels < 1:
+        self._levels = None if levels is None else numbers.integer("PyramidNoise", "levels", levels)
+        if self._levels is not None and self._levels < 1:
             raise ValueError(f"PyramidNoise: levels must be at least 1, got {levels}")
-        self._levels = levels
 
     def fold_in(self, data: int | Tensor) -> PyramidNoise:
         """As Noise.fold_in."""
