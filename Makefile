@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: demo test fuzz sanitize bench profile matrix docs gpu-pack gpu-check clean
+.PHONY: demo test fuzz sanitize bench profile matrix docs prove-gpu gpu-pack gpu-check clean
 
 demo: .venv/demo
 	$(BIN)/python examples/train_digits.py
@@ -46,6 +46,13 @@ matrix: .venv/test
 # The site, in build/site; broken links fail it.
 docs: .venv/docs
 	$(BIN)/python -m mkdocs build
+
+# What can be shown of the GPUs' kernels without a GPU, beyond `make test`: nvcc's and Triton's PTX run on the CPU against
+# its bits, and races. Needs nvcc; a quarter of an hour.
+prove-gpu: .venv/test
+	$(BIN)/python -m pytest tests/test_cuda.py --ptx
+	$(BIN)/python -m tests.triton_ptx
+	$(BIN)/python -m tests.races
 
 # On a machine with nvcc and the GPU machine's version of Python; then take build/gpu-pack there with the tree.
 GPU_PYTHON ?= python3.12

@@ -105,6 +105,37 @@ def _draw(results: Results, draw: Draw, size: tuple[float, float], theme: str, p
         figure.savefig(path, transparent=True, metadata=metadata, bbox_inches="tight")
 
 
+# What the first screen shows.
+FIVE = {
+    "add_noise-fresh": "add_noise, noise made inside",
+    "langevin_step-fresh": "langevin_step, noise made inside",
+    "noise_mse-fresh": "noise_mse and its gradient, noise made again",
+    "to_x0-eps": "to_x0",
+    "add_noise-tensor": "add_noise on a tensor of noise",
+}
+
+
+def _bars(figure: Figure, results: Results) -> None:
+    """Five bars against eager; beside each what it is against torch.compile."""
+    ax = figure.subplots()
+    groups = dict(results.of(_NAMES["latent"]))
+    for y, (case, label) in enumerate(FIVE.items()):
+        over_eager, over_compile = (ratio(groups[case], peer, results.ours) for peer in (EAGER, COMPILE))
+        assert over_eager is not None and over_compile is not None
+        ax.barh(y, over_eager, 0.62, color=_colour(over_eager))
+        ax.text(over_eager + 0.1, y, f"{over_eager:.1f}×  ({over_compile:.1f}× torch.compile)", va="center", fontsize=9)
+        ax.text(-0.1, y, label, va="center", ha="right", fontsize=9)
+    ax.axvline(1, color=mpl.rcParams["axes.edgecolor"], linewidth=1)
+    ax.set(xlim=(0, 1.45 * ax.get_xlim()[1]), ylim=(len(FIVE) - 0.5, -0.5), yticks=[])
+    ax.set_xlabel(f"times as fast as eager PyTorch, {_NAMES['latent']} float32")
+    ax.grid(axis="y", visible=False)
+
+
+def _colour(times: float) -> str:
+    """Of a bar; what reads 1.0 is neither won nor lost."""
+    return _EAGER if f"{times:.1f}" == "1.0" else (_OURS if times > 1 else _LOSS)
+
+
 def _speedup(figure: Figure, results: Results) -> None:
     """Bars of ours against eager and torch.compile: what we lose is as plain to see as what we win."""
     panels = (
@@ -121,7 +152,7 @@ def _speedup(figure: Figure, results: Results) -> None:
                 times = ratio(group, over, results.ours)
                 if times is None:
                     continue
-                y, colour = cases.index(case) + offset, _OURS if times >= 1 else _LOSS
+                y, colour = cases.index(case) + offset, _colour(times)
                 ax.barh(y, times - 1, height, left=1, color=colour, alpha=alpha)
                 ax.text(max(times, 1) * 1.06, y, f"{times:.1f}", va="center", fontsize=6.5)
         ax.set_xscale("log")
@@ -135,7 +166,8 @@ def _speedup(figure: Figure, results: Results) -> None:
     axes[0].set_ylim(len(cases) - 0.4, -0.6)
     keys = [Patch(color=_OURS, label="faster than eager"), Patch(color=_OURS, alpha=0.45, label="than torch.compile")]
     keys += [Patch(color=_LOSS, label="slower than eager"), Patch(color=_LOSS, alpha=0.45, label="than torch.compile")]
-    figure.legend(handles=keys, loc="outside upper center", ncols=4)
+    keys += [Patch(color=_EAGER, label="1.0: as fast")]
+    figure.legend(handles=keys, loc="outside upper center", ncols=5)
     figure.supxlabel("times as fast, float32")
 
 
@@ -280,6 +312,7 @@ def _seconds(value: float, _: object) -> str:
 
 # How it is drawn, inches, and what it is for whoever cannot see it.
 PICTURES: dict[str, tuple[Draw, tuple[float, float], str]] = {
+    "bars": (_bars, (8, 2.3), "How many times as fast as eager PyTorch five ops are"),
     "speedup": (_speedup, (10, 8.5), "How many times as fast as eager PyTorch and torch.compile every op is"),
     "roofline": (_roofline, (7.5, 4.2), "Values per second over bytes moved per value, against the measured limits"),
     "size": (_size, (10, 4.6), "Time of the main ops over the number of values, tiny to large"),

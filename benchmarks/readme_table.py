@@ -40,9 +40,13 @@ class MarkerError(ValueError):
 def markdown(rows: Sequence[Row], environment: Environment) -> str:
     ours = environment["backend"]
     lines = [
-        *_picture(environment, "speedup"),
+        *_picture(environment, "bars"),
         "",
-        f"{described(environment)}. Medians, float32; losses with the gradient of the prediction.",
+        f"{described(environment)}. Medians of one run in which all took turns.",
+        "",
+        "<details><summary>The table, every op, and what limits them</summary>",
+        "",
+        "Medians, float32; losses with the gradient of the prediction.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         f"|{' --- |' * 2}{' ---: |' * (len(COLUMNS) - 2)}",
@@ -59,9 +63,8 @@ def markdown(rows: Sequence[Row], environment: Environment) -> str:
                 f"{row.copy_share:.0%}" if row and row.copy_share else "",
             ]
             lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "<details><summary>Limits, time over size, memory, threads and samplers</summary>"]
     for name in pictures.PICTURES:
-        if name != "speedup":
+        if name != "bars":
             lines += ["", f"{pictures.PICTURES[name][2]}:", "", *_picture(environment, name)]
     return "\n".join([*lines, "", "</details>"])
 

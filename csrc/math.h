@@ -39,7 +39,7 @@ DAE_FN To bits_as(From from) {
 // rounding the double sum to odd keeps the second rounding (to float) from seeing a false tie
 // (Boldo and Melquiond 2008). libm's fmaf would be the same value at a call per element.
 DAE_FN float fma32(float a, float b, float c) {
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__CUDA_ARCH__)
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__CUDA_ARCH__) || defined(__HIP_DEVICE_COMPILE__)
   return __builtin_fmaf(a, b, c);
 #else
   const double p = static_cast<double>(a) * b, d = c, s = p + d;

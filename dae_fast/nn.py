@@ -130,8 +130,6 @@ class DenoisingLoss(torch.nn.Module):
             raise TypeError(f"{op}: t must be a tensor (B,), got {type(t).__name__}")
         elif t.device != x0.device:
             raise ValueError(f"{op}: t must be on {x0.device} like x0, got {t.device}")
-        elif t.shape != x0.shape[:1]:
-            raise ValueError(f"{op}: t must have shape ({x0.shape[0]},), one level a sample, got {tuple(t.shape)}")
         level = self.schedule[t]
         x_t = add_noise(x0, noise, level)
         assert isinstance(x_t, Tensor)

@@ -37,7 +37,11 @@ def module_of(backend: str) -> ModuleType:
 
 
 # Few tests that take minutes: begun last, they would keep one of two workers busy while the other has nothing left.
-LONG = ("test_triton_code.py", "test_install.py", "test_examples.py", "test_end_to_end.py")
+LONG = ("test_triton_code.py", "test_install.py", "test_examples.py", "test_end_to_end.py", "test_races.py")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--ptx", action="store_true", help="run the CUDA kernels' PTX where their source is compiled")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -51,16 +55,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def cuda_on_cpu_library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built by the first of the session's processes that asks."""
-    from . import cuda_on_cpu
+    """Built by the first of the session's processes that asks. With --ptx its kernels are nvcc's PTX."""
+    from . import cuda_on_cpu, ptx_on_cpu
 
     base = tmp_path_factory.getbasetemp()
     place = (base.parent if hasattr(request.config, "workerinput") else base) / "cuda_on_cpu"
+    ptx = place / "ptx"
     with FileLock(f"{place}.lock"):
         library = place / cuda_on_cpu.LIBRARY
         if not library.exists():
             place.mkdir(exist_ok=True)
             cuda_on_cpu.build(place)
+        if request.config.getoption("--ptx"):
+            library = ptx / ptx_on_cpu.LIBRARY
+            if not library.exists():
+                ptx_on_cpu.compile_ptx(ptx)
+                ptx_on_cpu.build(ptx, ptx, place)
     return library
 
 

@@ -5,37 +5,6 @@
 
 namespace dae::cuda {
 
-namespace {
-
-Launch make_launch(const Queue& queue) {
-  int count = 0;
-  // A table look-up in the driver: cheaper to ask than to cache for each device.
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, queue.device);
-  return {static_cast<cudaStream_t>(queue.stream), std::max(count, 1)};
-}
-
-const Kernels& kernels_for(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::f64: return kernels_f64;
-    case Dtype::bf16: return kernels_bf16;
-    case Dtype::f16: return kernels_f16;
-    default: return kernels_f32;
-  }
-}
-
-const char* affine(const AffineArgs& a, Queue queue) {
-  if (!a.batch.B || !a.batch.D) return nullptr;
-  return kernels_for(a.batch.dtype).affine(a, make_launch(queue));
-}
-
-const char* residual(const ResidualArgs& a, const LossArgs& loss, Scratch scratch, Queue queue) {
-  return kernels_for(a.batch.dtype).residual(a, loss, scratch, make_launch(queue));
-}
-
-const char* row_dots(const RowDotsArgs& a, double* out, Scratch scratch, Queue queue) {
-  return kernels_for(a.batch.dtype).row_dots(a, out, scratch, make_launch(queue));
-}
-
 struct MaskParams {
   Cut cut;
   Choice choice;
@@ -75,29 +44,6 @@ __global__ void __launch_bounds__(kThreads)
   sums.finish(p.cut, unit, groups, p.scratch, [&](int64_t row, const double (&sum)[1]) { p.kept[row] = sum[0]; });
 }
 
-const char* mask_count(const MaskArgs& a, double* kept, Scratch scratch, Queue queue) {
-  const Launch how = make_launch(queue);
-  const Operand operands[] = {a.mask};
-  const MaskParams p{Cut{}, a.choice, kept, scratch};
-  return how.with_access<__half>(a.batch, operands, [&](const auto& access) {
-    return how.units<mask_count_kernel<std::decay_t<decltype(access)>>, __half>(a.batch, p, access);
-  });
-}
-
-const char* corrupt(const CorruptArgs& a, Queue queue) {
-  if (!a.batch.B || !a.batch.D) return nullptr;
-  return kernels_for(a.batch.dtype).corrupt(a, make_launch(queue));
-}
-
-const char* gaussian(const GaussianArgs& a, void* kl, Scratch scratch, Queue queue) {
-  return kernels_for(a.batch.dtype).gaussian(a, kl, scratch, make_launch(queue));
-}
-
-const char* gaussian_grad(const GaussianGradArgs& a, Queue queue) {
-  if (!a.batch.B || !a.batch.D) return nullptr;
-  return kernels_for(a.batch.dtype).gaussian_grad(a, make_launch(queue));
-}
-
 struct BitsParams {
   Cut cut;
   BitsArgs a;
@@ -131,16 +77,70 @@ __global__ void __launch_bounds__(kThreads) bits_kernel(const __grid_constant__ 
   }
 }
 
+__global__ void fold_in_kernel(const __grid_constant__ Noise noise, uint64_t data, const uint64_t* data_at, Key* out) {
+  *out = fold_in(noise.key_at ? *noise.key_at : noise.key, data_at ? *data_at : data);
+}
+
+namespace {
+
+Launch make_launch(const Queue& queue) {
+  int count = 0;
+  // A table look-up in the driver: cheaper to ask than to cache for each device.
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, queue.device);
+  return {static_cast<cudaStream_t>(queue.stream), std::max(count, 1)};
+}
+
+const Kernels& kernels_for(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::f64: return kernels_f64;
+    case Dtype::bf16: return kernels_bf16;
+    case Dtype::f16: return kernels_f16;
+    default: return kernels_f32;
+  }
+}
+
+const char* affine(const AffineArgs& a, Queue queue) {
+  if (!a.batch.B || !a.batch.D) return nullptr;
+  return kernels_for(a.batch.dtype).affine(a, make_launch(queue));
+}
+
+const char* residual(const ResidualArgs& a, const LossArgs& loss, Scratch scratch, Queue queue) {
+  return kernels_for(a.batch.dtype).residual(a, loss, scratch, make_launch(queue));
+}
+
+const char* row_dots(const RowDotsArgs& a, double* out, Scratch scratch, Queue queue) {
+  return kernels_for(a.batch.dtype).row_dots(a, out, scratch, make_launch(queue));
+}
+
+const char* mask_count(const MaskArgs& a, double* kept, Scratch scratch, Queue queue) {
+  const Launch how = make_launch(queue);
+  const Operand operands[] = {a.mask};
+  const MaskParams p{Cut{}, a.choice, kept, scratch};
+  return how.with_access<__half>(a.batch, operands, [&](const auto& access) {
+    return how.units<mask_count_kernel<std::decay_t<decltype(access)>>, __half>(a.batch, p, access);
+  });
+}
+
+const char* corrupt(const CorruptArgs& a, Queue queue) {
+  if (!a.batch.B || !a.batch.D) return nullptr;
+  return kernels_for(a.batch.dtype).corrupt(a, make_launch(queue));
+}
+
+const char* gaussian(const GaussianArgs& a, void* kl, Scratch scratch, Queue queue) {
+  return kernels_for(a.batch.dtype).gaussian(a, kl, scratch, make_launch(queue));
+}
+
+const char* gaussian_grad(const GaussianGradArgs& a, Queue queue) {
+  if (!a.batch.B || !a.batch.D) return nullptr;
+  return kernels_for(a.batch.dtype).gaussian_grad(a, make_launch(queue));
+}
+
 const char* bits(const BitsArgs& a, Queue queue) {
   if (!a.batch.B || !a.batch.D) return nullptr;
   const Launch how = make_launch(queue);
   const bool aligned = a.batch.D % 2 == 0 && reinterpret_cast<uintptr_t>(a.out) % 16 == 0;
   const BitsParams p{how.cut<bits_kernel>(a.batch, kBits), a, aligned};
   return launch(how.stream, p.cut.units, kThreads, bits_kernel, p);
-}
-
-__global__ void fold_in_kernel(const __grid_constant__ Noise noise, uint64_t data, const uint64_t* data_at, Key* out) {
-  *out = fold_in(noise.key_at ? *noise.key_at : noise.key, data_at ? *data_at : data);
 }
 
 const char* fold_in_key(const Noise& noise, uint64_t data, const uint64_t* data_at, Key* out, Queue queue) {

@@ -222,7 +222,13 @@ __device__ __forceinline__ void prepare_keys(const Noise& noise, const Unit& uni
 }
 
 // Makes a value one that the compiler cannot work out again.
-__device__ __forceinline__ void keep(uint32_t& value) { asm volatile("" : "+r"(value)); }
+__device__ __forceinline__ void keep(uint32_t& value) {
+#if defined(__HIP__)
+  asm volatile("" : "+v"(value));  // a thread's register, where "r" is one of the whole wave
+#else
+  asm volatile("" : "+r"(value));
+#endif
+}
 
 // The Philox blocks of a thread's group.
 struct Blocks {

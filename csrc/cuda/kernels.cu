@@ -48,6 +48,9 @@ struct AffineParams : Rows {
 // kInputs: with one output and no clamp, how many of x, y, z, w are read, in this order; fresh noise takes z's
 // place and is none of them. kAnyInputs: everything else, with fresh noise or without.
 constexpr int kAnyInputs = -1;
+// Of a kernel's loop, in one.
+template <int kInputs>
+constexpr int kTurns = kInputs == kAnyInputs ? 1 : 2;
 template <bool kFresh>
 constexpr int kAllInputs = kFresh ? 3 : 4;
 
@@ -106,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, (kAffineBlocks<kInputs, Access>))
   const auto walk = [&](auto groups) {
     const OfRow<groups.kOneRow, R, kGeneral ? kColumns : kOfOut2> row(coefficients);
     const Pinned pinned = pin(p.zero);
-#pragma unroll(kGeneral ? 1 : 2)
+#pragma unroll kTurns<kInputs>
     while (cursor.g < unit.groups) {
       R x[N], y[N], z[N], w[N], v[N];
       const auto [at, blocks] = groups(cursor);
@@ -258,7 +261,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 && kInputs == kAnyInp
     const OfRow<groups.kOneRow, R, kGeneral ? 3 : 2> row(coefficients);
     const OfRow<groups.kOneRow, R, 1> scale(scales);
     const Pinned pinned = pin(p.zero);
-#pragma unroll(kGeneral ? 1 : 2)
+#pragma unroll kTurns<kInputs>
     while (cursor.g < unit.groups) {
       R pred[N], y[N], z[N], r[N];
       const auto [at, blocks] = groups(cursor);

@@ -24,22 +24,30 @@ ELEMENTS = {"f32": "float", "f64": "double", "bf16": "__nv_bfloat16", "f16": "__
 FLAGS = ("-x", "c++", "-std=c++20", "-O1", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", f"-I{HERE}")
 
 
+# Each object: its source, and its options.
+PARTS = {
+    **{
+        name: (str(SOURCES / "kernels.cu"), f"-DDAE_ELEMENT={element}", f"-DDAE_NAME={name}")
+        for name, element in ELEMENTS.items()
+    },
+    "api": (str(SOURCES / "api.cu"),),
+}
 LIBRARY = "_cuda_on_cpu.so"
+
+
+def compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "c++"))
 
 
 def build(place: Path) -> None:
     """LIBRARY, in `place`."""
-    cxx = shlex.split(os.environ.get("CXX", "c++"))
-    parts = {
-        name: ("kernels.cu", f"-DDAE_ELEMENT={element}", f"-DDAE_NAME={name}") for name, element in ELEMENTS.items()
-    }
-    parts["api"] = ("api.cu",)
     running = [
-        subprocess.Popen([*cxx, *FLAGS, *options, "-c", SOURCES / source, "-o", place / f"{name}.o"])
-        for name, (source, *options) in parts.items()
+        subprocess.Popen([*compiler(), *FLAGS, *options, "-c", source, "-o", place / f"{name}.o"])
+        for name, (source, *options) in PARTS.items()
     ]
     assert [process.wait() for process in running] == [0] * len(running)
-    subprocess.run([*cxx, "-shared", *(place / f"{name}.o" for name in parts), "-o", place / LIBRARY], check=True)
+    objects = [place / f"{name}.o" for name in PARTS]
+    subprocess.run([*compiler(), "-shared", *objects, "-o", place / LIBRARY], check=True)
 
 
 @contextmanager

@@ -52,6 +52,12 @@ inline std::vector<Thread> threads;
 inline ucontext_t scheduler;
 inline unsigned current;
 inline std::function<void()> body;
+struct Argument {
+  const void* at;
+  size_t size;
+};
+// What a thread runs in a kernel's place: its PTX, in tests/ptx_on_cpu.
+inline std::function<void()> (*other_body)(void* kernel, const std::vector<Argument>&) = nullptr;
 inline double slots[1024];  // of a shuffle
 
 inline void enter() {
@@ -175,6 +181,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   blocks_launched = gridDim.x;
   emulator::threads.resize(config->blockDim.x);
   emulator::body = [&] { kernel(arguments...); };
+  if (emulator::other_body)
+    emulator::body = emulator::other_body(reinterpret_cast<void*>(kernel), {{&arguments, sizeof(arguments)}...});
   const unsigned count = config->gridDim.x;
   for (unsigned b = last_blocks_only && last_blocks_only < count ? count - last_blocks_only : 0; b < count; ++b) {
     blockIdx.x = b;
