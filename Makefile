@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: demo test bench profile matrix docs prove-gpu gpu-pack gpu-check clean
+.PHONY: demo test fuzz sanitize bench profile matrix docs prove-gpu gpu-pack gpu-check clean
 
 demo: .venv/demo
 	$(BIN)/python examples/train_digits.py
@@ -14,6 +14,20 @@ test: .venv/test
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 	@echo "make test: all checks passed"
+
+# Until it finds something, or for as long as FUZZ says: FUZZ="8h", say. What it finds is kept, and tried first.
+FUZZ ?= 1h
+fuzz: .venv/test
+	timeout --preserve-status --signal INT $(FUZZ) $(BIN)/python -m pytest tests/test_fuzz.py -n 2 --hypothesis-profile fuzz
+
+# With the sanitizers of addresses and of undefined behaviour; the kernels are built as they were afterwards.
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+sanitize: .venv/test
+	CXXFLAGS="$(SANITIZERS) -g" CUDACXX=none $(BIN)/python setup.py build_ext --inplace
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/python -m pytest -p no:cacheprovider \
+	  tests/test_fuzz.py tests/test_ops.py tests/test_noise.py tests/test_reparameterisation.py tests/test_bad_input.py; \
+	  status=$$?; CUDACXX=none $(BIN)/python setup.py build_ext --inplace; exit $$status
 
 bench: .venv/test
 	$(BIN)/python -m dae_fast bench

@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from inspect import Parameter, signature
 from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from ._torch import dispatch_modes, in_functorch, jit_tracing
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Check = Callable[[str, str, Any], object]
+Check = Callable[[str, str, Any], Any]  # of (what was called, the argument, its value): what to use instead, or None
 
 
 def kind_of(value: object) -> str:
@@ -30,7 +31,7 @@ def kind_of(value: object) -> str:
 def integer(op: str, name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
     """The int that it is: a numpy integer too, no bool."""
     try:
-        if isinstance(value, bool):
+        if isinstance(value, (bool, type)):
             raise TypeError
         found = operator.index(value)
     except (TypeError, RuntimeError):  # torch says of a tensor without a value that it is no int by the latter
@@ -66,6 +67,7 @@ def number(op: str, name: str, value: Any, which: str = "") -> float:
 
 
 NUMBERS: dict[str, Callable[[float], bool]] = {
+    "no NaN": lambda v: not math.isnan(v),
     "finite": math.isfinite,
     "finite and not negative": lambda v: 0 <= v < math.inf,
     "positive and finite": lambda v: 0 < v < math.inf,
@@ -75,29 +77,64 @@ NUMBERS: dict[str, Callable[[float], bool]] = {
 }
 
 
-def a_number(op: str, name: str, value: Any) -> None:
+def plain_number(op: str, name: str, value: Any, which: str = "") -> int | float:
+    """As number, but an int stays one, as it was written, where float64 can tell it."""
+    found = number(op, name, value, which)
+    return int(value) if isinstance(value, int) and abs(value) <= 2**53 else found
+
+
+def a_number(op: str, name: str, value: Any) -> float:
     """Its range is its function's own."""
-    number(op, name, value)
+    return number(op, name, value)
+
+
+def shape(op: str, value: Any) -> tuple[int, ...]:
+    """(B, ...), no size negative."""
+    if isinstance(value, (str, bytes)) or not (isinstance(value, Sequence) or getattr(value, "ndim", 0) == 1):
+        raise TypeError(f"{op}: shape must be (B, ...), got {kind_of(value)}")
+    sizes = tuple(integer(op, "shape (B, ...)", n) for n in value)
+    if not sizes or any(n < 0 for n in sizes):
+        raise ValueError(f"{op}: shape must be (B, ...), got {sizes}")
+    return sizes
+
+
+def device(op: str, value: Any) -> torch.device:
+    """Of a torch.device, a name or a number."""
+    try:
+        if isinstance(value, bool) or not isinstance(value, (torch.device, str, int)):
+            raise TypeError
+        return torch.device(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise TypeError(f"{op}: device must be a torch.device or its name, got {value!r}") from None
+
+
+def a_device(op: str, name: str, value: Any) -> torch.device:
+    return device(op, value)
 
 
 def float64(op: str, name: str, value: Any) -> Tensor:
     """A new float64 tensor on the CPU, of a tensor, an array or nested sequences of real numbers."""
     try:
-        found = (
-            value.detach() if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64, device="cpu")
-        )
-        if found.is_complex() or found.dtype == torch.bool:
+        given = isinstance(value, Tensor)
+        found = value.detach() if given else torch.as_tensor(value, dtype=torch.float64, device="cpu")
+        if found.is_complex() or found.dtype == torch.bool or found.is_quantized or found.layout != torch.strided:
             raise TypeError
+        return found.to("cpu", torch.float64, copy=True)
     except (TypeError, ValueError, RuntimeError, OverflowError):
-        got = value.dtype if isinstance(value, Tensor) else kind_of(value)
+        got = f"{value.dtype} on {value.device}" if isinstance(value, Tensor) else kind_of(value)
         raise TypeError(f"{op}: {name} must be a tensor or a sequence of numbers, got {got}") from None
-    return found.to("cpu", torch.float64, copy=True)
 
 
-def flag(op: str, name: str, value: Any) -> None:
+def flag(op: str, name: str, value: Any) -> bool:
     """True or False; 0 and 1 as well."""
-    if not (isinstance(value, int) or kind_of(value) in ("bool_", "bool")) or value not in (0, 1):
+    if not isinstance(value, (int, np.bool_)) or value not in (0, 1):
         raise TypeError(f"{op}: {name} must be True or False, got {value!r}")
+    return bool(value)
+
+
+def word(op: str, name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{op}: {name} must be a str, got {kind_of(value)}")
 
 
 def function(op: str, name: str, value: Any) -> None:
@@ -138,7 +175,10 @@ def real(which: str) -> Check:
 
 
 def arguments(**checks: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Looks at a function's arguments of these names before it runs; a default needs no look."""
+    """Looks at a function's arguments of these names before it runs, and hands it what their checks return.
+
+    A default needs no look.
+    """
 
     def checking(make: Callable[P, R]) -> Callable[P, R]:
         parameters = list(signature(make).parameters.values())
@@ -150,12 +190,17 @@ def arguments(**checks: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
         @wraps(make)
         def checked(*given: P.args, **named: P.kwargs) -> R:
-            found = {**dict(zip(places, given, strict=False)), **named}
+            if len(given) > len(places):
+                return make(*given, **named)  # which Python refuses
+            found: dict[str, Any] = {**dict(zip(places, given, strict=False)), **named}
             for name, check, default in looks:
                 value = found.get(name, default)
-                if value is not default:
-                    check(op, name, value)
-            return make(*given, **named)
+                if value is default:
+                    continue
+                seen = check(op, name, value)
+                if seen is not None:
+                    found[name] = seen
+            return make(**found)  # type: ignore[call-arg]
 
         return checked
 
@@ -203,7 +248,10 @@ def as_number(op: str, name: str, value: Any) -> float:
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{op}: {name} must be a float or a tensor, got {type(value).__name__}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{op}: {name} must be within float64, got one beyond it") from None
 
 
 def check_per_sample(op: str, name: str, value: float | Tensor, x: Tensor) -> float | Tensor:

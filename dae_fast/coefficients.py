@@ -289,7 +289,11 @@ def value_at(op: str, name: str, function: Callable[..., Any], level: Level, x: 
     if isinstance(value, (int, float)):
         value = torch.full((), value, dtype=torch.float64, device=x.device)  # a copy from the host would wait
     elif not isinstance(value, Tensor):
-        value = torch.as_tensor(value, dtype=torch.float64, device=x.device)
+        try:
+            value = torch.as_tensor(value, dtype=torch.float64, device=x.device)
+        except (TypeError, ValueError, RuntimeError):
+            what = type(value).__name__
+            raise TypeError(f"{op}: {name}(alpha, sigma) must be a number or (B,) like them, got {what}") from None
     if value.shape not in ((), (1,), x.shape[:1], x.shape[:dims]):
         got = tuple(value.shape)
         raise ValueError(f"{op}: {name}(alpha, sigma) must be a number or (B,) like them, got shape {got}")

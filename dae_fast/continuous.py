@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from . import checks
 from .checks import can_read
 from .coefficients import Level, all_within
 from .noise import Noise
@@ -26,6 +27,7 @@ from .schedule import (
     unit_grid,
 )
 
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 Function = Callable[[Tensor], Tensor]
 Density = Callable[[Noise, int, torch.device], Tensor]
 Time = TypeVar("Time", float, Tensor)
@@ -109,7 +111,8 @@ class ContinuousSchedule:
         shift: float = 1.0,
         name: str = "ContinuousSchedule",
     ) -> None:
-        finite_numbers(name, t_min=t_min, t_max=t_max, shift=shift)
+        checks.word("ContinuousSchedule", "name", name)
+        t_min, t_max, shift = finite_numbers(name, t_min=t_min, t_max=t_max, shift=shift)
         if not t_min < t_max:
             raise ValueError(f"{name}: t_min must be less than t_max, got {t_min} and {t_max}")
         if not shift > 0 or (shift != 1 and not 0 <= t_min < t_max <= 1):
@@ -139,7 +142,12 @@ class ContinuousSchedule:
         drift = -beta/2, diffusion = sqrt(beta). Song et al. 2021, eq. 11, 29 and 33, appendix C.
         """
         name = _betas("vp", beta_min, beta_max, t_min)
-        return cls(_VpAlpha(beta_min, beta_max), _VpSigma(beta_min, beta_max), t_min=t_min, name=name)
+        return cls(
+            _VpAlpha(float(beta_min), float(beta_max)),
+            _VpSigma(float(beta_min), float(beta_max)),
+            t_min=t_min,
+            name=name,
+        )
 
     @classmethod
     def sub_vp(cls, beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-5) -> ContinuousSchedule:
@@ -148,7 +156,12 @@ class ContinuousSchedule:
         drift = -beta/2, diffusion = sqrt(beta (1 - exp(-2I))). Song et al. 2021, eq. 12 and 29.
         """
         name = _betas("sub_vp", beta_min, beta_max, t_min)
-        return cls(_VpAlpha(beta_min, beta_max), _SubVpSigma(beta_min, beta_max), t_min=t_min, name=name)
+        return cls(
+            _VpAlpha(float(beta_min), float(beta_max)),
+            _SubVpSigma(float(beta_min), float(beta_max)),
+            t_min=t_min,
+            name=name,
+        )
 
     @classmethod
     def ve(cls, sigma_min: float = 0.01, sigma_max: float = 50.0) -> ContinuousSchedule:
@@ -157,7 +170,7 @@ class ContinuousSchedule:
         0 < sigma_min < sigma_max      diffusion = sigma sqrt(2 ln(sigma_max/sigma_min)). Song et al. 2021, appendix C.
         """
         name = _sigmas("ve", sigma_min, sigma_max)
-        return cls(_one, _VeSigma(sigma_min, sigma_max), name=name)
+        return cls(_one, _VeSigma(float(sigma_min), float(sigma_max)), name=name)
 
     @classmethod
     def edm(cls, sigma_min: float = 0.002, sigma_max: float = 80.0) -> ContinuousSchedule:
@@ -182,7 +195,7 @@ class ContinuousSchedule:
 
         A uniform t has a Laplace logSNR, of mean mu and scale b. Hang et al. 2024.
         """
-        finite_numbers("ContinuousSchedule.laplace", mu=mu, b=b)
+        mu, b = finite_numbers("ContinuousSchedule.laplace", mu=mu, b=b)
         name = f"ContinuousSchedule.laplace({mu}, {b})"
         if not b > 0:
             raise ValueError(f"{name}: needs b > 0")
@@ -245,7 +258,11 @@ class ContinuousSchedule:
         """
         what = f"{self._name}.draw"
         chosen = self.density if density is None else _callable(what, "density", density)
-        t = chosen(level_stream(what, noise), B, torch.device(device))
+        B, place = checks.integer(what, "B", B, 0), checks.device(what, device)
+        t = chosen(level_stream(what, noise), B, place)
+        if not isinstance(t, Tensor) or t.shape != (B,) or not t.is_floating_point():
+            got = f"{t.dtype} of {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
+            raise TypeError(f"{what}: density must give floats of shape ({B},), got {got}")
         return self._shifted(t).float().clamp(*self._inner)
 
     def __getitem__(self, t: float | Tensor) -> Level:
@@ -255,7 +272,7 @@ class ContinuousSchedule:
         return self._name
 
     def _grid(self, what: str, T: int, rho: float) -> Tensor:
-        finite_numbers(what, rho=rho)
+        rho = finite_numbers(what, rho=rho)
         if not rho > 0 or (rho != 1 and self.t_min < 0):
             raise ValueError(f"{what}: rho must be positive, and 1 unless t >= 0, got {rho}")
         is_data = self.sigma(self.t_min) == 0
@@ -302,8 +319,9 @@ class ContinuousSchedule:
 
     def _inside(self, what: str, t: Tensor) -> Tensor:
         """Which t lie in the interval, as far as their dtype can tell; where they can be read, all must."""
-        if not t.is_floating_point():
-            raise TypeError(f"{self._name}{what}: t must be floating, got {t.dtype}")
+        if t.dtype not in FLOATS or t.layout != torch.strided:
+            kind = t.dtype if t.layout == torch.strided else t.layout
+            raise TypeError(f"{self._name}{what}: t must be floating, got {kind}")
         inside = (t >= self.t_min) & (t <= self.t_max)
         if can_read(t) and not inside.all():
             b = int((~inside).reshape(-1).nonzero()[0, 0])
@@ -425,7 +443,7 @@ class _Laplace:
 
 def _betas(constructor: str, beta_min: float, beta_max: float, t_min: float) -> str:
     name = f"ContinuousSchedule.{constructor}"
-    finite_numbers(name, beta_min=beta_min, beta_max=beta_max, t_min=t_min)
+    beta_min, beta_max, t_min = finite_numbers(name, beta_min=beta_min, beta_max=beta_max, t_min=t_min)
     name = f"{name}({beta_min}, {beta_max}, {t_min})"
     if not (0 <= beta_min <= beta_max and beta_max > 0 and 0 < t_min < 1):
         raise ValueError(f"{name}: needs 0 <= beta_min <= beta_max, beta_max > 0 and 0 < t_min < 1")
@@ -434,7 +452,7 @@ def _betas(constructor: str, beta_min: float, beta_max: float, t_min: float) -> 
 
 def _sigmas(constructor: str, sigma_min: float, sigma_max: float) -> str:
     name = f"ContinuousSchedule.{constructor}"
-    finite_numbers(name, sigma_min=sigma_min, sigma_max=sigma_max)
+    sigma_min, sigma_max = finite_numbers(name, sigma_min=sigma_min, sigma_max=sigma_max)
     name = f"{name}({sigma_min}, {sigma_max})"
     if not 0 < sigma_min < sigma_max:
         raise ValueError(f"{name}: needs 0 < sigma_min < sigma_max")

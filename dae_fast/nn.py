@@ -68,7 +68,7 @@ class DenoisingLoss(torch.nn.Module):
         if not isinstance(schedule, (Schedule, ContinuousSchedule)):
             got = type(schedule).__name__
             raise TypeError(f"{op}: schedule must be a Schedule or a ContinuousSchedule, got {got}")
-        if weighting is not None and weighting != "uniform":
+        if weighting is not None and not (isinstance(weighting, str) and weighting == "uniform"):
             check_weighting(op, weighting)
         if level_weight is not None:
             if not isinstance(schedule, Schedule):
@@ -123,6 +123,7 @@ class DenoisingLoss(torch.nn.Module):
         Raises ValueError on a shape mismatch, a level outside the schedule or an empty batch.
         """
         op = "DenoisingLoss"
+        checks.function(op, "net", net)
         samples(op, "x0", x0)
         if not isinstance(noise, StructuredNoise):
             noise_for(op, noise, x0, "x0")
@@ -132,6 +133,8 @@ class DenoisingLoss(torch.nn.Module):
             t = self.draw_levels(noise, x0)
         elif not isinstance(t, Tensor):
             raise TypeError(f"{op}: t must be a tensor (B,), got {type(t).__name__}")
+        elif t.device != x0.device:
+            raise ValueError(f"{op}: t must be on {x0.device} like x0, got {t.device}")
         level = self.schedule[t]
         x_t = add_noise(x0, noise, level)
         assert isinstance(x_t, Tensor)
@@ -171,6 +174,7 @@ class EDMPreconditioner(torch.nn.Module):
 
     def __init__(self, net: Callable[..., Tensor], sigma_data: float = 0.5) -> None:
         super().__init__()
+        checks.function("EDMPreconditioner", "net", net)
         self.net = net
         self.predict = EDM(sigma_data)
         self._skip, self._scale, self._noise = _preconditioning(self.predict)
@@ -205,7 +209,12 @@ class EDMPreconditioner(torch.nn.Module):
 
     @staticmethod
     def _level(level: Level | Tensor | float) -> Level:
-        return level if isinstance(level, Level) else Level(1.0, level)
+        if isinstance(level, Level):
+            return level
+        if not checks.is_number(level) and not (isinstance(level, Tensor) and level.is_floating_point()):
+            got = level.dtype if isinstance(level, Tensor) else type(level).__name__
+            raise TypeError(f"EDMPreconditioner: level must be a Level or sigma, a number or floats (B,), got {got}")
+        return Level(1.0, level)
 
 
 @lru_cache(maxsize=16)
@@ -326,7 +335,7 @@ class LevelStatistics(torch.nn.Module):
         has faded to nothing. t = torch.multinomial(p, B, replacement=True), and the loss keeps its mean with
         weight=1 / (N * p[t]). Nichol and Dhariwal 2021, section 3.3.
         """
-        least = checks.number("LevelStatistics", "least", least)
+        least = checks.number("LevelStatistics", "least", least, "finite and not negative")
         uniform = checks.number("LevelStatistics", "uniform", uniform, "in [0, 1]")
         N = len(self.count)
         known = (self.seen >= least) & (self.count > 0)

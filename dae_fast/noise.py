@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import checks
 from .checks import like
 from .kernels import dispatch, reference
 from .kernels.dispatch import kernels
@@ -29,9 +30,12 @@ def to_signed(value: int) -> int:
 
 def _index(expected: str, value: object) -> int:
     """The int that a numpy integer, say, stands for."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{expected}, got {type(value).__name__}")
-    return operator.index(value)
+    try:
+        if isinstance(value, (bool, type)) or not hasattr(value, "__index__"):
+            raise TypeError
+        return operator.index(value)
+    except (TypeError, RuntimeError):
+        raise TypeError(f"{expected}, got {type(value).__name__}") from None
 
 
 class FlatNoise(NamedTuple):
@@ -182,8 +186,7 @@ class Noise:
 
     def to(self, device: torch.device | str) -> Noise:
         """The same noise with its key (and sample ids) in memory on `device`."""
-        if not isinstance(device, (torch.device, str, int)) or isinstance(device, bool):
-            raise TypeError(f"Noise.to: device must be a device, got {device!r}")
+        device = checks.device("Noise.to", device)
         sample = None if self._sample is None else self._sample.to(device)
         return Noise._make(0, 0, self._as_tensor().to(device), sample, self._first_sample, self._span)
 
@@ -240,7 +243,7 @@ class Noise:
 
         Raises ValueError when `shape` has no batch dimension or `sample` is not (B,).
         """
-        return fill("normal", self, tuple(shape), dtype, torch.device(device))
+        return fill("normal", self, checks.shape("normal", shape), dtype, checks.device("normal", device))
 
     def bits(self, shape: Sequence[int], *, below: int | None = None, device: torch.device | str = "cpu") -> Tensor:
         """The words behind the noise, int64 in [0, 2**32): element i of row b is word i of its stream.
@@ -252,7 +255,8 @@ class Noise:
             below = _index("bits: below must be an int in [1, 2**31]", below)
         if below is not None and not 1 <= below <= 2**31:
             raise ValueError(f"bits: below must be in [1, 2**31], got {below}")
-        return fill("bits", self, tuple(shape), torch.int64, torch.device(device), below or 2**32)
+        place = checks.device("bits", device)
+        return fill("bits", self, checks.shape("bits", shape), torch.int64, place, below or 2**32)
 
     def __repr__(self) -> str:
         ids = f", sample={tuple(self._sample.shape)}" if self._sample is not None else ""
@@ -289,9 +293,8 @@ def fill(
     op: str, noise: Noise, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, below: int = 2**32
 ) -> Tensor:
     """`shape` full of the noise's normals or words."""
-    if not shape or min(shape) < 0:
-        raise ValueError(f"{op}: shape must be (B, ...), got {shape}")
-    if op == "normal" and dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    floats = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    if op == "normal" and (not isinstance(dtype, torch.dtype) or dtype not in floats):
         raise TypeError(f"{op}: dtype must be float16, bfloat16, float32 or float64, got {dtype}")
     B, D = shape[0], math.prod(shape[1:])
     place = torch.empty(0, device=device)

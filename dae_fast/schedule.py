@@ -34,6 +34,7 @@ class Schedule:
     """
 
     def __init__(self, alpha: Tensor, sigma: Tensor, *, name: str = "Schedule", times: Tensor | None = None) -> None:
+        checks.word("Schedule", "name", name)
         for column, values in (("alpha", alpha), ("sigma", sigma), *([("times", times)] if times is not None else [])):
             check_column(name, column, values)
             if values.shape != alpha.shape or not values.numel():
@@ -56,6 +57,7 @@ class Schedule:
     @classmethod
     def from_alpha_bar(cls, alpha_bar: Tensor | Sequence[float], *, name: str = "Schedule.from_alpha_bar") -> Schedule:
         """alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar): variance preserving (Ho et al. 2020)."""
+        checks.word("Schedule.from_alpha_bar", "name", name)
         bar = checks.float64(name, "alpha_bar", alpha_bar)
         if not ((bar >= 0) & (bar <= 1)).all():
             raise ValueError(f"{name}: alpha_bar must lie in [0, 1], got values from {bar.min()} to {bar.max()}")
@@ -64,6 +66,7 @@ class Schedule:
     @classmethod
     def from_betas(cls, betas: Tensor | Sequence[float], *, name: str = "Schedule.from_betas") -> Schedule:
         """alpha_bar_t = prod_{s<=t} (1 - beta_s) (Ho et al. 2020, eq. 4)."""
+        checks.word("Schedule.from_betas", "name", name)
         beta = checks.float64(name, "betas", betas)
         if not ((beta >= 0) & (beta <= 1)).all():
             raise ValueError(f"{name}: betas must lie in [0, 1], got values from {beta.min()} to {beta.max()}")
@@ -72,14 +75,14 @@ class Schedule:
     @classmethod
     def linear(cls, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
         """DDPM: betas evenly spaced (Ho et al. 2020, section 4)."""
-        finite_numbers("Schedule.linear", beta_start=beta_start, beta_end=beta_end)
+        beta_start, beta_end = finite_numbers("Schedule.linear", beta_start=beta_start, beta_end=beta_end)
         name = f"Schedule.linear({levels('Schedule.linear', T)}, {beta_start}, {beta_end})"
         return cls.from_betas(torch.linspace(beta_start, beta_end, T, dtype=torch.float64, device="cpu"), name=name)
 
     @classmethod
     def scaled_linear(cls, T: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> Schedule:
         """Latent diffusion: square roots of the betas evenly spaced (Rombach et al. 2022)."""
-        finite_numbers("Schedule.scaled_linear", beta_start=beta_start, beta_end=beta_end)
+        beta_start, beta_end = finite_numbers("Schedule.scaled_linear", beta_start=beta_start, beta_end=beta_end)
         name = f"Schedule.scaled_linear({levels('Schedule.scaled_linear', T)}, {beta_start}, {beta_end})"
         if beta_start < 0 or beta_end < 0:
             raise ValueError(f"{name}: betas must lie in [0, 1]")
@@ -89,7 +92,7 @@ class Schedule:
     @classmethod
     def cosine(cls, T: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> Schedule:
         """alpha_bar(t) = cos^2((t/T + s)/(1 + s) * pi/2), betas clipped (Nichol and Dhariwal 2021, eq. 17)."""
-        finite_numbers("Schedule.cosine", s=s, max_beta=max_beta)
+        s, max_beta = finite_numbers("Schedule.cosine", s=s, max_beta=max_beta)
         name = f"Schedule.cosine({levels('Schedule.cosine', T)}, {s}, {max_beta})"
         u = torch.arange(T + 1, dtype=torch.float64, device="cpu") / T
         bar = torch.cos((u + s) / (1 + s) * (math.pi / 2)).square()
@@ -105,7 +108,7 @@ class Schedule:
         Raises ValueError for other values, TypeError for what is no number.
         Jabri, Fleet and Chen 2022; Chen 2023.
         """
-        finite_numbers("Schedule.sigmoid", start=start, end=end, tau=tau, max_beta=max_beta)
+        start, end, tau, max_beta = finite_numbers("Schedule.sigmoid", start=start, end=end, tau=tau, max_beta=max_beta)
         name = f"Schedule.sigmoid({levels('Schedule.sigmoid', T)}, {start}, {end}, {tau}, {max_beta})"
         if not (start < end and tau > 0):
             raise ValueError(f"{name}: needs start < end and tau > 0")
@@ -117,7 +120,7 @@ class Schedule:
     @classmethod
     def geometric(cls, sigma_min: float = 0.01, sigma_max: float = 1.0, T: int = 10) -> Schedule:
         """NCSN: alpha = 1, sigmas in geometric progression, level T-1 the largest (Song and Ermon 2019)."""
-        finite_numbers("Schedule.geometric", sigma_min=sigma_min, sigma_max=sigma_max)
+        sigma_min, sigma_max = finite_numbers("Schedule.geometric", sigma_min=sigma_min, sigma_max=sigma_max)
         name = f"Schedule.geometric({sigma_min}, {sigma_max}, {levels('Schedule.geometric', T)})"
         if not 0 < sigma_min <= sigma_max < math.inf:
             raise ValueError(f"{name}: needs 0 < sigma_min <= sigma_max")
@@ -131,7 +134,7 @@ class Schedule:
         0 < sigma_min <= sigma_max; rho > 0: 1 is even spacing, more puts more levels at little noise.
         T = 1 is sigma_max. Raises ValueError for other values, TypeError for what is no number.
         """
-        finite_numbers("Schedule.karras", sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
+        sigma_min, sigma_max, rho = finite_numbers("Schedule.karras", sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
         name = f"Schedule.karras({sigma_min}, {sigma_max}, {levels('Schedule.karras', T)}, {rho})"
         if not (0 < sigma_min <= sigma_max and rho > 0):
             raise ValueError(f"{name}: needs 0 < sigma_min <= sigma_max and rho > 0")
@@ -147,7 +150,7 @@ class Schedule:
         the last one keeps some signal, an SNR of e^mu / T^b: sample from pure noise with zero_terminal_snr().
         Raises ValueError for other values, TypeError for what is no number.
         """
-        finite_numbers("Schedule.laplace", mu=mu, b=b)
+        mu, b = finite_numbers("Schedule.laplace", mu=mu, b=b)
         name = f"Schedule.laplace({levels('Schedule.laplace', T)}, {mu}, {b})"
         if not b > 0:
             raise ValueError(f"{name}: needs b > 0")
@@ -163,7 +166,7 @@ class Schedule:
         The last level is pure noise, from which eps says nothing about x0: predict "flow" (or v, x0).
         Raises ValueError for other values, TypeError for what is no number.
         """
-        finite_numbers("Schedule.flow", shift=shift)
+        shift = finite_numbers("Schedule.flow", shift=shift)
         name = f"Schedule.flow({levels('Schedule.flow', T)}, {shift})"
         if not shift > 0:
             raise ValueError(f"{name}: needs shift > 0")
@@ -177,7 +180,7 @@ class Schedule:
         Raises ValueError for other values or a schedule that is not variance preserving.
         """
         self._require_variance_preserving("shifted")
-        finite_numbers(f"{self._name}.shifted", shift=shift)
+        shift = finite_numbers(f"{self._name}.shifted", shift=shift)
         if not shift > 0:
             raise ValueError(f"{self._name}.shifted: shift must be positive, got {shift}")
         sigma = shift * self.sigma  # sigmoid(logSNR - 2 log(shift)) = alpha^2 / (alpha^2 + shift^2 sigma^2)
@@ -203,7 +206,9 @@ class Schedule:
         Entry b is floor(w T / 2^32), w word 0 of sample b in the stream noise.fold_in(LEVEL_TAG).
         Raises TypeError unless noise is a Noise, ValueError where its sample ids are not (B,).
         """
-        return level_stream(f"{self._name}.draw", noise).bits((B,), below=len(self), device=device)
+        what = f"{self._name}.draw"
+        B, place = checks.integer(what, "B", B, 0), checks.device(what, device)
+        return level_stream(what, noise).bits((B,), below=len(self), device=place)
 
     @property
     def variance_preserving(self) -> bool:
@@ -324,9 +329,10 @@ def levels(what: str, T: int | None) -> int:
     return T
 
 
-def finite_numbers(what: str, **arguments: Any) -> None:
-    for argument, value in arguments.items():
-        checks.number(what, argument, value, "finite")
+def finite_numbers(what: str, **arguments: Any) -> Any:
+    """The one, or a tuple of them, as plain ints and floats."""
+    found = tuple(checks.plain_number(what, argument, value, "finite") for argument, value in arguments.items())
+    return found[0] if len(found) == 1 else found
 
 
 def unit_grid(T: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -17,6 +18,14 @@ from filelock import FileLock
 import dae_fast as df
 
 from .flat import Flat
+
+with suppress(ImportError):  # which is not needed on a GPU machine
+    from hypothesis import HealthCheck, settings
+
+    _ours = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
+    settings.register_profile("test", max_examples=25, derandomize=True, database=None, **_ours)
+    settings.register_profile("fuzz", max_examples=1_000_000, **_ours)  # `make fuzz`
+    settings.load_profile("test")
 
 BACKENDS = tuple(name for name in df.backend_names() if df.kernels.dispatch.supports(name, torch.device("cpu")))
 ISAS = tuple(df.kernels.native.isas()) if "native" in BACKENDS else ()

@@ -514,7 +514,7 @@ def test_progress_bar_on_request(sampler, capfd):
     sampler(network, torch.ones(2, 3), VP, df.Noise(0))
     assert capfd.readouterr() == ("", "")
     sampler(network, torch.ones(2, 3), VP, df.Noise(0), progress=True)
-    assert "100%" in capfd.readouterr().out
+    assert "100%" in capfd.readouterr().err
 
 
 @each

@@ -129,7 +129,7 @@ def use_backend(name: str | None) -> _Choice:
     falls back: an op that it cannot run raises. Raises ValueError for an unknown name and RuntimeError
     for a backend that is not here, saying why.
     """
-    if name is not None and name not in NAMES:
+    if name is not None and not (isinstance(name, str) and name in NAMES):
         raise ValueError(f"use_backend: name must be one of {', '.join(map(repr, NAMES))} or None, got {name!r}")
     if name is not None and missing(name):
         raise RuntimeError(f"use_backend: {name!r} is not available: {missing(name)}")

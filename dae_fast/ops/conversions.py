@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from ..checks import is_number, like, promote, samples
+from ..checks import is_number, like, number, promote, samples
 from ..coefficients import Level, level_for
 from ..primitives import ESTIMATE, LevelOp
 from .parameterisation import EDM, MIXES, Coefficients, Parameterisation, check_name, conversion
@@ -153,7 +153,7 @@ def bounds(op: str, clamp: Bounds) -> tuple[float, float]:
     pair = clamp if isinstance(clamp, tuple) else (-clamp, clamp) if is_number(clamp) else ()
     if len(pair) != 2 or not all(map(is_number, pair)):
         raise TypeError(f"{op}: clamp must be a number c or a tuple (low, high), got {clamp!r}")
-    low, high = pair
+    low, high = (number(op, "clamp", value) for value in pair)
     if not low <= high:
         raise ValueError(f"{op}: clamp must be c >= 0 or (low, high) with low <= high, got {clamp}")
-    return float(low), float(high)
+    return low, high

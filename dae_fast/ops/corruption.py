@@ -57,10 +57,8 @@ class Corruption:
 
     def mask(self, shape: Sequence[int], *, device: torch.device | str = "cpu") -> Tensor:
         """A bool tensor of `shape` (B, ...), True where an element is struck, for code that needs one stored."""
-        op, shape = f"{type(self).__name__}.mask", tuple(shape)
-        if not shape or min(shape) < 0:
-            raise ValueError(f"{op}: shape must be (B, ...), got {shape}")
-        like = torch.empty((), device=device).expand(shape)
+        op = f"{type(self).__name__}.mask"
+        like = torch.empty((), device=checks.device(op, device)).expand(checks.shape(op, shape))
         return self._drawn(op, like).on(like)
 
     def _drawn(self, op: str, x: Tensor) -> Drawn:
@@ -226,7 +224,7 @@ def patch_mask(noise: Noise, B: int, patches: int, ratio: float, *, device: torc
     B, patches = checks.integer(op, "B", B), checks.integer(op, "patches", patches)
     if B < 0 or patches < 0:
         raise ValueError(f"{op}: B and patches must not be negative, got {B} and {patches}")
-    noise._check(op, B, torch.empty(0, device=device).device)
+    noise._check(op, B, torch.empty(0, device=checks.device(op, device)).device)
     words = noise.fold_in(PATCH_TAG).bits((B, patches), device=device)
     order = words.argsort(dim=1, stable=True)
     place = torch.arange(patches, device=device).expand(B, patches)

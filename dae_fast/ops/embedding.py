@@ -63,7 +63,7 @@ def fourier_embedding(
     op = "fourier_embedding"
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: x must be a tensor (B,) or (B, D), got {type(x).__name__}")
-    if x.dtype not in DTYPES or x.dim() not in (1, 2):
+    if x.dtype not in DTYPES or x.layout != torch.strided or x.dim() not in (1, 2):
         raise ValueError(f"{op}: x must be floats of shape (B,) or (B, D), got {x.dtype} of {tuple(x.shape)}")
     if not isinstance(noise, Noise):
         raise TypeError(f"{op}: noise must be a Noise, got {type(noise).__name__}")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling, is_dynamo_compiling
 
-from ..checks import as_number, can_read, check_per_sample, like, promote, samples
+from ..checks import as_number, can_read, check_per_sample, flag, like, promote, samples
 from ..coefficients import Formula, Level, gather, is_one, leading, level_for, stack_rows, value_at
 from ..kernels import spec as specs
 from ..kernels.spec import ABSENT, Kind, Loss, Residual, Rows, compute_dtype, loss_of
@@ -100,7 +100,7 @@ def noise_mse(
     """
     op = "noise_mse"
     how = _NOISE_MSE.get(reduction) if isinstance(reduction, str) else None
-    alone = level is None and level_weight is None and mask is None and not return_x0_mse
+    alone = level is None and level_weight is None and mask is None and return_x0_mse is False
     if how is not None and alone and (weight is None or type(weight) is Tensor):
         tensor, generated = _either(noise)
         done = plain_residual_loss(how, (pred, None, tensor, generated), MINUS_TARGET, None, weight)
@@ -118,7 +118,7 @@ def noise_mse(
     fixed = loss_of(op, Kind.mse, by, AGAINST_NOISE)
     operands_of = Residual(pred, None, z, generated, mask_of(op, pred, mask))
     loss, mse, _ = loss_of_rows(fixed, operands_of, rows, w, max(dims, leading(w)))
-    if not return_x0_mse:
+    if not flag(op, "return_x0_mse", return_x0_mse):
         return loss
     if level is None:
         raise ValueError(f"{op}: return_x0_mse needs level")
@@ -205,7 +205,7 @@ def denoising_loss(
     if level is not None and not isinstance(level, Level):
         level_for(op, level)
     weighting, w = weight_for(op, weight, level, pred, predict)
-    if mask is None and log_variance is None and delta is None and not return_per_sample and not is_compiling():
+    if mask is None and log_variance is None and delta is None and return_per_sample is False and not is_compiling():
         known = _plain_loss(op, predict, weighting, _name(kind), _name(reduction))
         done = None if known is None else _run_plain(known, pred, x0, noise, level, w)
         if done is not None:
@@ -226,7 +226,7 @@ def denoising_loss(
             loss = loss + u.mean().to(loss.dtype)
         else:
             loss = loss + (u if reduction == "none" else (u * kept_elements(pred, chosen)).sum()).to(loss.dtype)
-    return (loss, per_sample) if return_per_sample else loss
+    return (loss, per_sample) if flag(op, "return_per_sample", return_per_sample) else loss
 
 
 CONSTANT = ("eps", "x0", "flow")  # targets that are the same mixture at every level

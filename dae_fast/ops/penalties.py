@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import vjp
 
 from .. import checks
-from ..checks import as_number, can_read, integer
+from ..checks import as_number, can_read, function, integer
 from ..coefficients import stack_rows
 from ..kernels.reference import per_sample_sum
 from ..kernels.spec import ABSENT, Kind, Residual, compute_dtype, loss_of
@@ -127,6 +127,7 @@ def contraction(
     """
     op = "contraction"
     checks.samples(op, "x", x)
+    function(op, "f", f)
     if not isinstance(noise, Noise):
         raise TypeError(f"{op}: noise must be a Noise, got {type(noise).__name__}")
     samples = integer(op, "samples", samples)
@@ -134,7 +135,14 @@ def contraction(
         raise ValueError(f"{op}: samples must be at least 1, got {samples}")
     reduction_of(op, x, reduction)
     noise._check(op, x.shape[0], x.device)
-    pair: Any = vjp(f, x)
+
+    def encoder(x: Tensor) -> Tensor:
+        y = f(x)
+        if not isinstance(y, Tensor):
+            raise ValueError(f"{op}: f must return a tensor ({x.shape[0]}, ...), got {type(y).__name__}")
+        return y
+
+    pair: Any = vjp(encoder, x)
     y, pull = pair
     if not isinstance(y, Tensor) or y.shape[:1] != x.shape[:1]:
         got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__

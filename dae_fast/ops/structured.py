@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ..checks import as_number, samples
+from .. import checks as numbers
+from ..checks import DTYPES, as_number
 from ..kernels.spec import compute_dtype
 from ..noise import Noise
 from ..primitives import summed
@@ -44,10 +45,10 @@ class StructuredNoise(ABC):
         self, shape: Sequence[int], *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> Tensor:
         """The noise as a tensor of `shape` (B, ...)."""
-        op, shape = f"{type(self).__name__}.normal", tuple(shape)
-        if not shape or min(shape) < 0:
-            raise ValueError(f"{op}: shape must be (B, ...), got {shape}")
-        samples(op, "dtype", torch.empty(1, dtype=dtype, device="meta"))
+        op = f"{type(self).__name__}.normal"
+        shape, device = numbers.shape(op, shape), numbers.device(op, device)
+        if not isinstance(dtype, torch.dtype) or dtype not in DTYPES:
+            raise TypeError(f"{op}: dtype must be float16, bfloat16, float32 or float64, got {dtype}")
         like = torch.empty((), dtype=compute_dtype(dtype), device=device).expand(shape)
         self._check(op, shape[0], like.device)
         y, noise, factor_y, factor_eps = self.as_operands(like)
@@ -72,7 +73,7 @@ class OffsetNoise(StructuredNoise):
 
     def __init__(self, noise: Noise, strength: float = 0.1) -> None:
         super().__init__(noise)
-        self._strength = as_number("OffsetNoise", "strength", strength)
+        self._strength = numbers.number("OffsetNoise", "strength", strength, "finite")
 
     def fold_in(self, data: int | Tensor) -> OffsetNoise:
         """As Noise.fold_in."""
@@ -110,9 +111,9 @@ class PyramidNoise(StructuredNoise):
         self._discount = as_number("PyramidNoise", "discount", discount)
         if not 0 <= self._discount < math.inf:
             raise ValueError(f"PyramidNoise: discount must be finite and not negative, got {discount}")
-        if levels is not None and levels < 1:
+        self._levels = None if levels is None else numbers.integer("PyramidNoise", "levels", levels)
+        if self._levels is not None and self._levels < 1:
             raise ValueError(f"PyramidNoise: levels must be at least 1, got {levels}")
-        self._levels = levels
 
     def fold_in(self, data: int | Tensor) -> PyramidNoise:
         """As Noise.fold_in."""

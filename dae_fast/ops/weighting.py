@@ -139,6 +139,10 @@ class OnError:
 
     def __post_init__(self) -> None:
         check_name("OnError", "of", self.of)
+        w = self.weight
+        if not callable(w) and not (isinstance(w, Tensor) and w.is_floating_point() and w.layout == torch.strided):
+            got = self.weight.dtype if isinstance(self.weight, Tensor) else type(self.weight).__name__
+            raise TypeError(f"OnError: weight must be a function of (alpha, sigma) or floats (B,), got {got}")
 
 
 NAMES: dict[str, Weighting | Likelihood] = {

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..noise import Noise
 from ..ops.conversions import Bounds
 from ..ops.parameterisation import Parameterisation
@@ -35,7 +36,7 @@ from .common import (
 from .tables import reverse_table
 
 
-@sampler()
+@sampler(variance=checks.one_of("small", "large", "learned"))
 def ddpm(
     net: Network,
     x: Tensor | Sequence[int],
@@ -74,8 +75,6 @@ def ddpm(
     alpha = 0 (predict v there). Ho et al. 2020, algorithm 2.
     """
     op = "ddpm"
-    if variance not in ("small", "large", "learned"):
-        raise ValueError(f"{op}: variance must be 'small', 'large' or 'learned', got {variance!r}")
     levels = list(reversed(range(len(schedule))))
     told = conditions(op, schedule, levels, conditioning)
     limit = limits(op, clamp, threshold)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 import operator
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -53,8 +52,8 @@ ARGUMENTS: dict[str, checks.Check] = {
     "step_size": checks.a_number,
     "snr": checks.real("finite and not negative"),
     "S_churn": checks.real("finite and not negative"),
-    "S_tmin": checks.a_number,
-    "S_tmax": checks.a_number,
+    "S_tmin": checks.real("no NaN"),
+    "S_tmax": checks.real("no NaN"),
     "S_noise": checks.real("finite and not negative"),
     "use_clipped_model_output": checks.flag,
     "denoise": checks.flag,
@@ -102,9 +101,7 @@ def draw_start(op: str, shape: Sequence[int], noise: Noise, alpha: float, sigma:
         raise TypeError(f"{op}: x must be a tensor or a shape (B, ...), got {type(shape).__name__}")
     if not isinstance(noise, Noise):
         raise TypeError(f"{op}: noise must be a Noise, got {type(noise).__name__}")
-    shape = tuple(checks.integer(op, "x, a shape,", n, 0) for n in shape)
-    if not shape:
-        raise ValueError(f"{op}: x must be a tensor or a shape (B, ...), got ()")
+    shape = checks.shape(f"{op}: x must be a tensor or a shape", shape)
     z = noise.fold_in(START_TAG).normal(shape, device=start_device(op) if graph else torch.device("cpu"))
     return z if abs(alpha**2 + sigma**2 - 1) < 1e-9 else z * sigma
 
@@ -189,7 +186,7 @@ def guided(op: str, guidance: float | None) -> tuple[str, ...]:
     """The parts that a network returns, `guidance` being checked."""
     if guidance is None:
         return ()
-    if isinstance(guidance, bool) or not isinstance(guidance, numbers.Real) or not math.isfinite(guidance):
+    if not checks.is_number(guidance) or abs(guidance) > 1e300 or not math.isfinite(guidance):
         raise ValueError(f"{op}: guidance must be None or a finite number, got {guidance!r}")
     return GUIDED
 
