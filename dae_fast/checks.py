@@ -47,7 +47,7 @@ def integer(op: str, name: str, value: Any, least: int | None = None, most: int 
 
 def is_number(value: object) -> bool:
     """Of real ones; a bool is none."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return type(value) is float or (isinstance(value, numbers.Real) and not isinstance(value, bool))  # float at once
 
 
 def number(op: str, name: str, value: Any, which: str = "") -> float:

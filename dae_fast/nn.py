@@ -79,7 +79,7 @@ class DenoisingLoss(torch.nn.Module):
         self.weighting = weighting
         self.register_buffer("level_weight", level_weight)
         self._columns, self._formula = self._planned()
-        if isinstance(schedule, Schedule):
+        if isinstance(schedule, Schedule) and self._formula.key:  # none where this is traced
             self._formula.table(schedule, torch.float32, torch.device("cpu"), op)
 
     def _planned(self) -> tuple[LossColumns, Formula]:
