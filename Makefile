@@ -48,7 +48,7 @@ docs: .venv/docs
 	$(BIN)/python -m mkdocs build
 
 # What can be shown of the GPUs' kernels without a GPU, beyond `make test`: nvcc's and Triton's PTX run on the CPU against
-# its bits, and races. Needs nvcc; a quarter of an hour.
+# its bits, and races. Needs nvcc. Not timed as a whole yet.
 prove-gpu: .venv/test
 	$(BIN)/python -m pytest tests/test_cuda.py --ptx
 	$(BIN)/python -m tests.triton_ptx

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ __all__ = [
     "DirectFunction",
     "any_requires_grad",
     "batchable",
+    "constant_result",
     "current_raw_stream",
     "dispatch_modes",
     "dlpack_exchange",
@@ -55,6 +56,15 @@ __all__ = [
     "register_autograd",
     "unwrap_dead_wrappers",
 ]
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def constant_result(function: F) -> F:
+    """As torch.compiler.assume_constant_result, which imports all of Dynamo, seconds of it, to set this mark."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def dual_level() -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from ._torch import constant_result
 from .coefficients import PAIR, Formula, Level, Place, formula_of, keep, singular
 from .kernels import reference
 from .noise import Noise
@@ -266,7 +267,7 @@ class Schedule:
 
     # Run, not traced: torch.compile then finds the table as an attribute, an input of its graph. An entry
     # that a dict gained while tracing it would not see.
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    @constant_result
     def _make_table(self, key: str, dtype: torch.dtype, device: torch.device, op: str, name: str) -> None:
         """Puts a formula's table among the attributes."""
         formula = formula_of(key)
