@@ -13,12 +13,12 @@ from functools import wraps
 from typing import Any
 from unittest import mock
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 import dae_fast as df
+from dae_fast import routing
 
 from .measure import Peer
 
@@ -34,7 +34,7 @@ def moved_bytes(peer: Peer, values: int) -> int:
             for name in _KERNELS:
                 patches.enter_context(mock.patch.object(module, name, counter.of_kernel(getattr(module, name))))
         # Or our ops would see the mode and take another way than the one that is measured.
-        patches.enter_context(mock.patch.object(torch._C, "_len_torch_dispatch_stack", lambda: 0))
+        patches.enter_context(mock.patch.object(routing, "dispatch_modes", lambda: 0))
         with counter:
             peer()
     return counter.bytes
@@ -62,7 +62,7 @@ class _Counter(TorchDispatchMode):
             finally:
                 self._in_kernel = False
             # The loss's gradient is handed back as it is where it was right already.
-            if not any(a is r for a in args if isinstance(a, Tensor) for r in result):
+            if not any(a is r for a in tree_iter(args) if isinstance(a, Tensor) for r in tree_iter(result)):
                 self.add([args, [v for k, v in kwargs.items() if k != "out"], result])
             return result
 

@@ -257,8 +257,9 @@ def as_number(op: str, name: str, value: Any) -> float:
 def check_per_sample(op: str, name: str, value: float | Tensor, x: Tensor) -> float | Tensor:
     """A number (returned as a float), a () tensor, or one entry per sample, or for more of x's leading dimensions."""
     if isinstance(value, Tensor):
-        if not value.is_floating_point():
-            raise TypeError(f"{op}: {name} must be floating, got {value.dtype}")
+        if value.dtype not in DTYPES or value.layout != torch.strided:
+            got = value.dtype if value.layout == torch.strided else value.layout
+            raise TypeError(f"{op}: {name} must be floating, got {got}")
         if value.dim() and value.shape not in ((1,), x.shape[: value.dim()]):
             raise ValueError(
                 f"{op}: {name} must be a float or have shape ({x.shape[0]},), one per sample, got {tuple(value.shape)}"

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.compiler import is_compiling, is_dynamo_compiling
 
 from ._torch import fake_mode, outside_modes
-from .checks import as_number, can_read, check_per_sample
+from .checks import DTYPES, as_number, can_read, check_per_sample
 from .kernels import dispatch, reference
 from .kernels.spec import Rows, constant_rows, rows_at
 
@@ -314,10 +314,9 @@ def _checked(name: str, value: float | Tensor) -> float | Tensor:
         value = as_number("Level", name, value)
         if not 0 <= value < math.inf:
             raise ValueError(f"Level: {name} must be finite and not negative, got {value}")
-    elif not value.is_floating_point():
-        raise ValueError(
-            f"Level: {name} must be a float or a floating tensor () or (B,), got {value.dtype} of {tuple(value.shape)}"
-        )
+    elif value.dtype not in DTYPES or value.layout != torch.strided:
+        got = f"{value.dtype} of {tuple(value.shape)}" if value.layout == torch.strided else value.layout
+        raise ValueError(f"Level: {name} must be a float or a floating tensor () or (B,), got {got}")
     elif all_within(value, 0.0, LARGEST):
         pass
     elif can_read(value):

@@ -109,6 +109,7 @@ class Noise:
         if type(first_sample) is not int:
             first_sample = _index("Noise: first_sample must be an int", first_sample)
         self._first_sample = to_signed(first_sample)
+        first_element = checks.integer("Noise", "first_element", first_element)
         if first_element < 0:
             raise ValueError(f"Noise: first_element must not be negative, got {first_element}")
         self._span: Span | None = (1, first_element) if first_element else None

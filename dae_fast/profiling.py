@@ -65,18 +65,15 @@ class Named:
 
 
 def _label(op: str, args: tuple[Any, ...]) -> tuple[str, int]:
-    """Name and payload, from the arguments of a backend's function: its first tensor, or noise, B, D and a dtype."""
-    shape: tuple[int, ...]
+    """Name and payload, from the arguments of a backend's function: its first tensor, or noise, a shape and a dtype."""
     match args:
-        case (str(), Tensor() as x, *_) | (Tensor() as x, *_):
-            shape, dtype = tuple(x.shape), x.dtype
-        case (_, int(B), int(D), torch.dtype() as dtype, *_):
-            shape = B, D
-        case (_, int(B), int(D), torch.device(), *_):
-            shape, dtype = (B, D), torch.int64  # words
-        case _:
-            return op, 0  # of a key
-    return _sample_label(op, shape, dtype)
+        case (_, (int(), int()) as shape, torch.dtype() as dtype, *_):
+            return _sample_label(op, shape, dtype)
+        case (_, (int(), int()) as shape, torch.device(), *_):
+            return _sample_label(op, shape, torch.int64)  # words
+    given = (t for a in args for t in (a if isinstance(a, tuple) else (a,)))
+    x = next((t for t in given if isinstance(t, Tensor) and t.dim()), None)
+    return (op, 0) if x is None else _sample_label(op, tuple(x.shape), x.dtype)  # without one: of a key
 
 
 @lru_cache(maxsize=1024)

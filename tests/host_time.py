@@ -36,6 +36,7 @@ static const Api kApi = {
     [](const Noise&, uint64_t, const uint64_t*, Key*, Queue) -> const char* { return nullptr; },
     [](int* count) -> const char* { return *count = 1, nullptr; },
     [] { return CURRENT_DEVICE; },
+    [](const ChainArgs&, Queue) -> const char* { return nullptr; },
     true,
 };
 extern "C" const Api* dae_cuda_api() { return &kApi; }

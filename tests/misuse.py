@@ -144,6 +144,21 @@ def _ops() -> Iterator[Call]:
         {"x": X, "score": X, "step_size": 0.1, "noise": N0, "noise_scale": 1.0, "out": None},
         "langevin_step",
     )
+    yield Call(
+        df.residual_loss,
+        {"pred": X, "term": (0.5, X), "weight": None, "kind": "mse", "delta": None, **loss},
+        "residual_loss",
+        2,
+    )
+    yield Call(df.weighted_sum, {"term": (0.5, X), "also": None, "out": None}, "weighted_sum", 1)
+    yield Call(df.clamped, {"term": (0.5, X), "low": -1.0, "high": 1.0}, "clamped", 1)
+    yield Call(
+        df.LevelOp,
+        {"name": "scaled", "coefficients": lambda a, s: {"x": a}, "also": None, "estimate": None},
+        "LevelOp",
+    )
+    mixture = {"weights": [1.0, 2.0], "means": [[0.0], [1.0]], "stds": [1.0, 1.0]}
+    yield Call(df.samplers.GaussianMixture, mixture, "GaussianMixture")
     yield Call(df.corrupt, {"x": X, "corruption": df.Masking(0.5, N0), "value": 0.0}, "corrupt")
     yield Call(df.Masking, {"p": 0.5, "noise": N0}, "Masking")
     yield Call(df.SaltAndPepper, {"p": 0.5, "noise": N0, "low": 0.0, "high": 1.0, "salt": 0.5}, "SaltAndPepper")
@@ -173,7 +188,7 @@ def _ops() -> Iterator[Call]:
 
 
 def _values() -> Iterator[Call]:
-    yield Call(df.Noise, {"seed": 0, "sample": None, "first_sample": 0}, "Noise")
+    yield Call(df.Noise, {"seed": 0, "sample": None, "first_sample": 0, "first_element": 0}, "Noise")
     yield Call(N0.fold_in, {"data": 3}, "fold_in")
     yield Call(N0.normal, {"shape": (2, 3), "dtype": torch.float32, "device": "cpu"}, "normal")
     yield Call(N0.bits, {"shape": (2, 3), "below": 7, "device": "cpu"}, "bits")
@@ -307,12 +322,25 @@ WRONG: dict[str, Any] = {
 COUNTS = {"steps", "steps_per_level", "corrector_steps", "samples", "levels", "T", "B", "patches", "dim", "bins"}
 LONG = {"2^70", "10^400"}
 # A class may be called too; what it raises is its own.
-FUNCTIONS = {"f", "net", "score", "density", "alpha", "sigma", "weight", "weighting"}
+FUNCTIONS = {
+    "f",
+    "net",
+    "score",
+    "density",
+    "alpha",
+    "sigma",
+    "weight",
+    "weighting",
+    "coefficients",
+    "also",
+    "estimate",
+}
 
 
 # What an argument is made into, which says so.
 ALSO = {
     ("EDMPreconditioner", "level"): ("Level: sigma",),
+    **{("LevelOp", name): ("scaled: coefficients must",) for name in ("coefficients", "also", "estimate")},
     ("normal", "shape"): ("OffsetNoise: samples must be", "PyramidNoise: samples must be"),
     ("DenoisingLoss", "x0"): ("add_noise: level must",),
 }

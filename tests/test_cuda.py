@@ -312,7 +312,7 @@ failing, launched = (ctypes.c_int.in_dll(ctypes.CDLL(library), name) for name in
 with cuda_on_cpu.running(library):
     for fails in (1, 0, 1):
         failing.value = fails
-        native.row_dots(x, x, None, None, None)
+        native.row_dots(x, (x, None, None, None), None)
         blocks.append((launched.value, failing.value))
 assert blocks == [(1, 0), (2, 0), (2, 1)], blocks  # the last call did not ask
 """
@@ -398,6 +398,7 @@ def test_rows_of_2_to_the_31_elements(
     cuda_on_cpu_library: Path, monkeypatch: pytest.MonkeyPatch, D: int, first: int
 ) -> None:
     """Contiguous, not in whole groups. Only the last thread blocks run: of the rest no memory is touched."""
+    flat = Flat(native)
     room = torch.empty(2**24, dtype=torch.float64), torch.zeros(1, dtype=torch.int32)  # no ticket comes back to 0
     monkeypatch.setattr(native, "workspace", lambda device, doubles: room)
     last = ctypes.c_uint.in_dll(ctypes.CDLL(str(cuda_on_cpu_library)), "last_blocks_only")
@@ -408,15 +409,15 @@ def test_rows_of_2_to_the_31_elements(
     last.value = 4
     try:
         with cuda_on_cpu.running(cuda_on_cpu_library):
-            (mapped,) = native.affine("op", pred, None, None, NOISE, table, None, (0, -1, 1, -1))
+            (mapped,) = flat.affine("op", pred, None, None, NOISE, table, None, (0, -1, 1, -1))
             call = "op", pred, None, None, NOISE, table, None, (-1, 1, -1), None, None, 2, False, True
-            _, _, grad = native.residual(*call)
+            _, _, grad = flat.residual(*call)
     finally:
         last.value = 0
     x, z = pred[:, tail].float(), noise_at(NOISE, 0, tail.start)[None, : D - tail.start]
-    (wanted,) = native.affine("op", x, None, z, None, table, None, (0, -1, 1, -1))
+    (wanted,) = flat.affine("op", x, None, z, None, table, None, (0, -1, 1, -1))
     assert torch.equal(mapped[:, tail], wanted.bfloat16())
-    (residual,) = native.affine("op", x, None, z, None, table, None, (2, -1, 1, -1))
+    (residual,) = flat.affine("op", x, None, z, None, table, None, (2, -1, 1, -1))
     assert torch.equal(grad[:, tail], (2 * residual).bfloat16())
 
 

@@ -308,5 +308,5 @@ def test_noise_with_a_first_element_is_a_value() -> None:
     )
     with pytest.raises(ValueError, match="first_element must not be negative"):
         df.Noise(0, first_element=-1)
-    with pytest.raises(TypeError, match="device must be a device"):
+    with pytest.raises(TypeError, match=r"device must be a torch\.device or its name"):
         df.Noise(5).to(torch.int8)  # type: ignore[arg-type]

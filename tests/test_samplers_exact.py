@@ -215,7 +215,9 @@ def test_langevin_keeps_the_law():
 
 
 def test_every_sampler_is_here():
-    assert {name.split("-")[0] for name in LAWS} | {"langevin"} == set(df.samplers.__all__)
+    assert {name.split("-")[0] for name in LAWS} | {"langevin"} == set(df.samplers.__all__) - {
+        "GaussianMixture"
+    }  # a score
 
 
 def test_the_distance_sees_what_is_wrong():

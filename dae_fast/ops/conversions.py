@@ -92,7 +92,7 @@ def _convert(
     clamp: Bounds | None,
 ) -> Tensor:
     limits = None if clamp is None else bounds(op, clamp)
-    if predict == to and (limits is None or predict == "x0"):
+    if isinstance(predict, (str, EDM)) and predict == to and (limits is None or predict == "x0"):
         samples(op, "x_t", x_t)
         like(op, "pred", pred, "x_t", x_t)
         level_for(op, level)

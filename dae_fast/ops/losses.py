@@ -404,7 +404,13 @@ def against_target(
         columns = replace(columns, of_eps=of_eps)
     known, delta_at = _penalty(op, pred, level, kind, delta)
     rows = _rows(op, pred, level, columns, delta_at)
-    dims = max(1 if level is None else level._dims(), leading(weight))
+    own = 1 if level is None else level._dims()
+    dims = max(own, leading(weight))
+    if rows.t is not None and dims > own:
+        raise ValueError(
+            f"{op}: weight must have shape {tuple(pred.shape[:own])}, one for each level, "
+            f"got {tuple(weight.shape) if weight is not None else ()}"
+        )
     fixed = columns.loss(op, known, reduction)
     return loss_of_rows(fixed, Residual(pred, y, z, generated, mask), rows, weight, dims)
 
@@ -455,6 +461,8 @@ def _log_variance(op: str, u: Tensor, pred: Tensor) -> Tensor:
     if not isinstance(u, Tensor):
         raise TypeError(f"{op}: log_variance must be a tensor (B,), got {type(u).__name__}")
     check_per_sample(op, "log_variance", u, pred)
+    if u.dim() > 1:
+        raise ValueError(f"{op}: log_variance must have shape ({pred.shape[0]},), got {tuple(u.shape)}")
     return u.double().expand(pred.shape[0])
 
 

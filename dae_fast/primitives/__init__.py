@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling, is_dynamo_compiling
 
+from .. import checks
 from ..checks import as_number, check_per_sample, like, promote, samples
 from ..coefficients import Formula, Level, leading, level_for, stack_rows
 from ..kernels.spec import (
@@ -131,6 +132,11 @@ class LevelOp:
         also: Callable[[Any, Any], dict[str, Any]] | None = None,
         estimate: Callable[[Any, Any], dict[str, Any]] | None = None,
     ) -> None:
+        checks.word("LevelOp", "name", name)
+        checks.function("LevelOp", "coefficients", coefficients)
+        for argument, part in (("also", also), ("estimate", estimate)):
+            if part is not None:
+                checks.function("LevelOp", argument, part)
         parts = tuple(part for part in (coefficients, also, estimate) if part is not None)
 
         def row(alpha: Any, sigma: Any) -> tuple[Any, ...]:
@@ -321,7 +327,7 @@ def weighted_sum(*terms: Term, also: Sequence[Coefficient] | None = None, out: T
             if type(term[1]) is Noise:
                 noise = k
         else:
-            fits = given and (also is None or len(also) == len(given))
+            fits = given and (also is None or (isinstance(also, (tuple, list)) and len(also) == len(given)))
             spec = _simple_plan(len(given), noise, also is not None) if fits else None
             if spec is not None:
                 row = tuple(coefficients) if also is None else (*coefficients, *also)
@@ -381,6 +387,8 @@ class _Parsed(NamedTuple):
 def _parse(op: str, terms: Sequence[Any], also: Sequence[Coefficient] | None) -> _Parsed:
     """The inputs, one for each tensor, and what multiplies them."""
     outer = _terms(op, terms)
+    if also is not None and not isinstance(also, (tuple, list)):
+        raise TypeError(f"{op}: also must be a tuple of coefficients, got {type(also).__name__}")
     if also is not None and len(also) != len(outer):
         raise ValueError(f"{op}: also must have {len(outer)} coefficients, one for each term, got {len(also)}")
     columns: list[tuple[str, Any]] = []
@@ -486,7 +494,7 @@ def residual_loss(
     w = None if weight is None else check_per_sample(op, "weight", weight, pred)
     spec = loss_of(op, known, how, (*columns, ABSENT, ABSENT, ABSENT))
     if isinstance(w, float):
-        w = torch.full((), w, dtype=compute_dtype(pred.dtype), device=pred.device)
+        w = torch.full((), checks.number(op, "weight", w, "finite"), dtype=torch.float64, device=pred.device)
     rows = stack_rows(op, row, pred, compute_dtype(pred.dtype))
     return loss_of_rows(spec, Residual(pred, y, z, noise, mask_of(op, pred, mask)), rows, w, leading(*row, w))[0]
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..kernels.dispatch import kernels
 from ..kernels.spec import compute_dtype
 from ..noise import Noise
@@ -33,7 +34,8 @@ class GaussianMixture:
         stds: Sequence[float] | Sequence[Sequence[float]] | Tensor,
     ) -> None:
         op = "GaussianMixture"
-        w, m, s = (torch.as_tensor(t, dtype=torch.float64).detach().cpu() for t in (weights, means, stds))
+        given = {"weights": weights, "means": means, "stds": stds}
+        w, m, s = (checks.float64(op, name, value) for name, value in given.items())
         if w.dim() != 1 or m.dim() != 2 or m.shape[0] != w.shape[0] or not m.numel():
             raise ValueError(f"{op}: weights must be (K,) and means (K, D), got {tuple(w.shape)} and {tuple(m.shape)}")
         if s.shape not in (w.shape, m.shape):

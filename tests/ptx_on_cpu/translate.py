@@ -157,7 +157,7 @@ class Kernel:
         return f"{self.register(into)} = put({self.get(rest[-1], value)});"
 
     def op_cvta(self, rest: list[str], operands: list[str]) -> str:
-        if rest != ["to", "global", "u64"]:
+        if rest not in (["to", "global", "u64"], ["param", "u64"]):  # all addresses are the CPU's
             raise ValueError(f"cvta.{'.'.join(rest)}")
         return f"{self.register(operands[0])} = {self.value(operands[1])};"
 
