@@ -21,9 +21,9 @@ fuzz: .venv/test
 	timeout --preserve-status --signal INT $(FUZZ) $(BIN)/python -m pytest tests/test_fuzz.py -n 2 --hypothesis-profile fuzz
 
 # With the sanitizers of addresses and of undefined behaviour; the kernels are built as they were afterwards.
-SANITIZERS := -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+SANITIZERS := -O1 -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 sanitize: .venv/test
-	CXXFLAGS="$(SANITIZERS) -g" CUDACXX=none $(BIN)/python setup.py build_ext --inplace
+	CXXFLAGS="$(SANITIZERS)" CUDACXX=none $(BIN)/python setup.py build_ext --inplace
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/python -m pytest -p no:cacheprovider \
 	  tests/test_fuzz.py tests/test_ops.py tests/test_noise.py tests/test_reparameterisation.py tests/test_bad_input.py; \
