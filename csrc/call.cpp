@@ -473,7 +473,7 @@ class PlainLoss : PlainCall {
       if (!table_) return Py_NewRef(Py_None);
       const Owned operands(PyTuple_Pack(4, pred, y, z, noise)), rows(PyTuple_Pack(2, table_, index()));
       const Owned results(PyTuple_Pack(3, loss.get(), grad.get(), also.get()));
-      launch_elsewhere(names().plain_loss, a[0], operands.get(), rows.get(), weight, results.get());
+      launch_elsewhere(names().plain_loss, spec.owner, operands.get(), rows.get(), weight, results.get());
     } else {
       of_loss.reduction = static_cast<Reduction>(spec.reduction);
       of_loss.loss = address(loss.get());
@@ -566,17 +566,17 @@ void delete_map(PyObject* self) {
   Py_TYPE(self)->tp_free(self);
 }
 
-// (kind, reduction, columns).
+// (kind, reduction, columns, owner).
 PyObject* new_loss(PyTypeObject* type, PyObject* args, PyObject*) {
   int kind, reduction;
-  PyObject* columns;
-  if (!PyArg_ParseTuple(args, "iiO", &kind, &reduction, &columns)) return nullptr;
+  PyObject *columns, *owner;
+  if (!PyArg_ParseTuple(args, "iiOO", &kind, &reduction, &columns, &owner)) return nullptr;
   if (kind < 0 || kind >= static_cast<int>(std::size(kPenalties)) || reduction < 0 ||
       reduction >= static_cast<int>(std::size(kReductions)))
     return PyErr_Format(PyExc_ValueError, "dae_fast: no kind %d or no reduction %d", kind, reduction);
   auto* const loss = reinterpret_cast<LossObject*>(type->tp_alloc(type, 0));
   if (!loss) return nullptr;
-  loss->kind = kind, loss->reduction = reduction;
+  loss->kind = kind, loss->reduction = reduction, loss->owner = owner;
   if (read_ints(columns, loss->columns, 6, 6)) return reinterpret_cast<PyObject*>(loss);
   Py_DECREF(loss);
   return nullptr;

@@ -30,6 +30,7 @@ class OnDevice {
 struct LossObject {
   PyObject_HEAD
   int kind, reduction, columns[6];
+  PyObject* owner;  // the spec.Loss that holds this, borrowed
 };
 // Raise TypeError for what is no such object.
 const LossObject& loss_of(PyObject* object);

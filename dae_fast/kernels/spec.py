@@ -185,7 +185,7 @@ class Loss:
         self.core: Any = (
             None
             if make_core_loss is None or is_dynamo_compiling()
-            else make_core_loss(int(kind), int(reduction), columns)
+            else make_core_loss(int(kind), int(reduction), columns, self)
         )
 
     @property

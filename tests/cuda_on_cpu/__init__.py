@@ -21,7 +21,9 @@ from dae_fast.kernels import native
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "csrc" / "cuda"
 ELEMENTS = {"f32": "float", "f64": "double", "bf16": "__nv_bfloat16", "f16": "__half"}
-FLAGS = ("-x", "c++", "-std=c++20", "-O1", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", f"-I{HERE}")
+# Two such libraries may be loaded at once: of gcc's unique symbols the second would take those of the first.
+OWN = () if "clang" in os.environ.get("CXX", "") else ("-fno-gnu-unique",)
+FLAGS = ("-x", "c++", "-std=c++20", "-O1", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", *OWN, f"-I{HERE}")
 
 
 # Each object: its source, and its options.
