@@ -15,7 +15,7 @@ struct MaskParams {
 template <class Access>
 __global__ void __launch_bounds__(kThreads)
     mask_count_kernel(const __grid_constant__ MaskParams p, const __grid_constant__ Access access) {
-  using Cursor = typename Access::template Cursor<__half>;
+  using Cursor = typename Access::template Cursor<uint8_t>;
   constexpr int N = Cursor::N;
   __shared__ float groups[1][kMaxTile];
   __shared__ uint4 keys[kMaxRows];
@@ -24,21 +24,19 @@ __global__ void __launch_bounds__(kThreads)
   if (drawn) prepare_keys(p.choice.noise, unit, keys);
   __syncthreads();
   RowSums<float, 1> sums;
+#pragma unroll 4
   for (Cursor cursor(access, p.cut, unit); cursor.g < unit.groups; cursor.step()) {
-    bool kept[N];
+    float count[1] = {0};
     if (drawn) {
+      bool kept[N];
       const Place at = place_of(p.cut, unit, cursor.g);
       draw(p.choice, unit.row + at.row, Blocks{to_key(keys[at.row]), cursor.block(at)}, kept);
-      if constexpr (Access::kRagged) {
 #pragma unroll
-        for (int i = 0; i < N; ++i) kept[i] &= N * at.group + i < p.cut.D;
-      }
+      for (int i = 0; i < N; ++i)
+        count[0] += kept[i] && (!Access::kRagged || N * at.group + i < p.cut.D) ? 1.0f : 0.0f;
     } else {
-      cursor.read_mask(0, kept);
+      count[0] = static_cast<float>(cursor.count(0));
     }
-    float count[1] = {0};
-#pragma unroll
-    for (int i = 0; i < N; ++i) count[0] += kept[i] ? 1.0f : 0.0f;
     sums.add(unit, cursor.g, count, groups);
   }
   sums.finish(p.cut, unit, groups, p.scratch, [&](int64_t row, const double (&sum)[1]) { p.kept[row] = sum[0]; });
@@ -116,8 +114,8 @@ const char* mask_count(const MaskArgs& a, double* kept, Scratch scratch, Queue q
   const Launch how = make_launch(queue);
   const Operand operands[] = {a.mask};
   const MaskParams p{Cut{}, a.choice, kept, scratch};
-  return how.with_access<__half>(a.batch, operands, [&](const auto& access) {
-    return how.units<mask_count_kernel<std::decay_t<decltype(access)>>, __half>(a.batch, p, access);
+  return how.with_access<uint8_t>(a.batch, operands, [&](const auto& access) {
+    return how.units<mask_count_kernel<std::decay_t<decltype(access)>>, uint8_t>(a.batch, p, access);
   });
 }
 

@@ -11,9 +11,8 @@ constexpr int kMaxIterations = 16;      // groups that one thread handles, at mo
 constexpr int kMaxTile = kThreads * 4;  // groups of a unit of several rows, at most
 constexpr int kMaxRows = 256;           // of one unit
 
-// Thread blocks that a multiprocessor must hold: as many as leave the registers that a thread needs, 64 or 80.
-template <class T, class Access>
-constexpr int kBlocks = sizeof(T) == 8 || Access::kRagged ? 3 : 4;
+// Thread blocks that a multiprocessor must hold: so a thread has at most so many registers, a multiple of 8.
+constexpr int blocks_of(int registers) { return 65536 / (kThreads * registers); }
 
 // A row is cut into groups, the values a thread handles at a time: 16 bytes, and whole Philox blocks. A
 // unit, the work of one thread block, is a stretch of one long row, or as many short rows as it holds.
@@ -80,7 +79,7 @@ struct Whole {
     static constexpr int N = group<T>;
 
     __device__ __forceinline__ Cursor(const Whole& whole, const Cut& cut, const Unit& unit)
-        : g(static_cast<int>(threadIdx.x)), whole_(whole) {
+        : g(static_cast<int>(threadIdx.x)), whole_(&whole) {
       const int64_t first = unit.row * cut.D + (unit.begin + g) * N;
 #pragma unroll
       for (int k = 0; k < K; ++k) at_[k] = static_cast<T*>(whole.data[k]) + first;
@@ -96,24 +95,50 @@ struct Whole {
     __device__ __forceinline__ void write(int k, const Pack<T, N>& pack) const { store_pack(at_[k], pack); }
     // A mask's N bytes, each 0 or 1.
     __device__ __forceinline__ void read_mask(int k, bool (&kept)[N]) const {
-      const uint8_t* from = static_cast<const uint8_t*>(whole_.data[k]) + (at_[0] - static_cast<T*>(whole_.data[0]));
       uint32_t words[N / 4];
-      if constexpr (N == 8) {
-        const uint2 two = *reinterpret_cast<const uint2*>(from);
-        words[0] = two.x, words[1] = two.y;
-      } else {
-        words[0] = *reinterpret_cast<const uint32_t*>(from);
-      }
+      read_bytes(k, words);
 #pragma unroll
       for (int i = 0; i < N; ++i) kept[i] = (words[i / 4] >> 8 * (i % 4) & 0xffu) != 0;
+    }
+    // How many of them are 1.
+    __device__ __forceinline__ int count(int k) const {
+      uint32_t words[N / 4], of_bytes = 0;
+      read_bytes(k, words);
+#pragma unroll
+      for (int i = 0; i < N / 4; ++i) of_bytes += words[i];
+      return static_cast<int>(of_bytes * 0x01010101u >> 24);
     }
 
     int g;  // the group's number within the unit
 
    private:
-    const Whole& whole_;
+    __device__ __forceinline__ void read_bytes(int k, uint32_t (&words)[N / 4]) const {
+      const uint8_t* from = static_cast<const uint8_t*>(whole_->data[k]) + (at_[0] - static_cast<T*>(whole_->data[0]));
+      if constexpr (N == 16)
+        memcpy(words, load_pack<uint8_t, N>(from).word, sizeof(words));
+      else if constexpr (N == 8)
+        memcpy(words, reinterpret_cast<const uint2*>(from), sizeof(words));
+      else
+        memcpy(words, reinterpret_cast<const uint32_t*>(from), sizeof(words));
+    }
+
+    const Whole* whole_;
     T* at_[K];
   };
+};
+
+// Quotients of numbers below 2^31 by one known to the host, without a division.
+struct Divisor {
+  uint32_t by, multiplier, shift;
+
+  Divisor() = default;
+  explicit Divisor(uint32_t by) : by(by), multiplier(0), shift(0) {
+    while (uint64_t{1} << shift < by) ++shift;  // 31 + shift bits make the quotient exact: Granlund and Montgomery 1994
+    if (shift) multiplier = static_cast<uint32_t>(((uint64_t{1} << (31 + shift)) + by - 1) / by);
+  }
+  __device__ __forceinline__ uint32_t divide(uint32_t n) const {
+    return multiplier ? static_cast<uint32_t>(static_cast<uint64_t>(n) * multiplier >> 32) >> (shift - 1) : n;
+  }
 };
 
 // Any strides. The host lists the dimensions in the order in which neighbouring threads take them. Grouped:
@@ -124,7 +149,7 @@ struct Strided {
   void* data[K];
   int64_t batch_stride[K], strides[K][kMaxDims], step[K];
   int64_t logical[kMaxDims];
-  uint32_t sizes[kMaxDims];
+  Divisor sizes[kMaxDims];
   int ndim;
   bool grouped;
 
@@ -134,18 +159,18 @@ struct Strided {
 
   __device__ bool has(int k) const { return data[k] != nullptr; }
 
-  // Divides in 32 bits, because a division of 64 costs some hundred instructions, and not at all for the last dimension:
-  // what the others leave of the index lies within it. So a row of one dimension may have any length.
-  __device__ int64_t locate(int64_t index, const int64_t (&stride)[kMaxDims]) const {
+  // Calls found(d, i) with the index along each dimension. What the others leave of the last is not divided: so a row
+  // of one dimension may have any length.
+  template <class Found>
+  __device__ __forceinline__ void locate(int64_t index, Found found) const {
     const int last = ndim - 1;
-    int64_t at = 0;
 #pragma unroll 1
     for (int d = 0; d < last; ++d) {
-      const uint32_t here = static_cast<uint32_t>(index), next = here / sizes[d];
-      at += (here - next * sizes[d]) * stride[d];
+      const uint32_t here = static_cast<uint32_t>(index), next = sizes[d].divide(here);
+      found(d, static_cast<int64_t>(here - next * sizes[d].by));
       index = next;
     }
-    return at + index * stride[last];
+    found(last, index);
   }
 
   template <class T>
@@ -154,11 +179,14 @@ struct Strided {
     static constexpr int N = group<T>;
 
     __device__ __forceinline__ Cursor(const Strided& strided, const Cut& cut, const Unit& unit)
-        : g(static_cast<int>(threadIdx.x)), s_(strided), cut_(cut), unit_(unit) {}
-    __device__ __forceinline__ void step() { g += kThreads; }
-    __device__ uint64_t block(const Place& at) const {
-      return s_.grouped ? static_cast<uint64_t>(s_.locate(at.group, s_.logical)) / N : static_cast<uint64_t>(at.group);
+        : g(static_cast<int>(threadIdx.x)), s_(&strided), cut_(&cut), unit_(&unit) {
+      look();
     }
+    __device__ __forceinline__ void step() {
+      g += kThreads;
+      look();
+    }
+    __device__ __forceinline__ uint64_t block(const Place&) const { return static_cast<uint64_t>(first_) / N; }
     __device__ void read(int k, Pack<T, N>& pack) const {
       T v[N];
 #pragma unroll
@@ -176,27 +204,50 @@ struct Strided {
       for (int i = 0; i < N; ++i) kept[i] = false;
       for_each<uint8_t>(k, [&](int i, const uint8_t* from) { kept[i] = *from != 0; });
     }
+    __device__ int count(int k) const {
+      int found = 0;
+      for_each<uint8_t>(k, [&](int, const uint8_t* from) { found += *from != 0; });
+      return found;
+    }
 
     int g;
 
    private:
+    // Where the group lies, in all operands at once.
+    __device__ __forceinline__ void look() {
+      if (g >= unit_->groups) return;
+      const Place at = place_of(*cut_, *unit_, g);
+#pragma unroll
+      for (int k = 0; k < K; ++k) at_[k] = (unit_->row + at.row) * s_->batch_stride[k];
+      first_ = N * at.group;
+      if (!s_->grouped) return;
+      first_ = 0;
+      s_->locate(at.group, [&](int d, int64_t i) {
+        first_ += i * s_->logical[d];
+#pragma unroll
+        for (int k = 0; k < K; ++k)
+          if (s_->data[k]) at_[k] += i * s_->strides[k][d];
+      });
+    }
     template <class Element, class Each>
     __device__ __forceinline__ void for_each(int k, Each each) const {
-      const Place at = place_of(cut_, unit_, g);
-      Element* row = static_cast<Element*>(s_.data[k]) + (unit_.row + at.row) * s_.batch_stride[k];
-      const int64_t first = s_.grouped ? s_.locate(at.group, s_.strides[k]) : 0;
+      Element* from = static_cast<Element*>(s_->data[k]) + at_[k];
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        if (s_.grouped)
-          each(i, row + first + i * s_.step[k]);
-        else if (N * at.group + i < cut_.D)
-          each(i, row + s_.locate(N * at.group + i, s_.strides[k]));
+        if (s_->grouped) {
+          each(i, from + i * s_->step[k]);
+        } else if (first_ + i < cut_->D) {
+          int64_t further = 0;
+          s_->locate(first_ + i, [&](int d, int64_t index) { further += index * s_->strides[k][d]; });
+          each(i, from + further);
+        }
       }
     }
 
-    const Strided& s_;
-    const Cut& cut_;
-    const Unit& unit_;
+    const Strided* s_;
+    const Cut* cut_;
+    const Unit* unit_;
+    int64_t at_[K], first_;  // the first element's, in each operand and in its row
   };
 };
 

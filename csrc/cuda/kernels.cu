@@ -45,8 +45,8 @@ struct AffineParams : Rows {
   R lo, hi;
 };
 
-// kInputs: with one output and no clamp, how many of x, y, z, w are read, in this order; fresh noise takes z's
-// place and is none of them. kAnyInputs: everything else, with fresh noise or without.
+// kInputs: with one output, how many of x, y, z, w are read, in this order; fresh noise takes z's place and is none of
+// them. A clamp is about x and y. kAnyInputs: everything else, with fresh noise or without.
 constexpr int kAnyInputs = -1;
 // Of a kernel's loop, in one.
 template <int kInputs>
@@ -54,17 +54,19 @@ constexpr int kTurns = kInputs == kAnyInputs ? 1 : 2;
 template <bool kFresh>
 constexpr int kAllInputs = kFresh ? 3 : 4;
 
-// One output of a group, or its estimate. Where operands have other uses too, one whose column is absent counts
+// One output of a group, or its estimate. Where operands are shared with other uses, one whose column is absent counts
 // as 0 here, whatever it holds.
-template <bool kFresh, int kInputs, int N>
+template <bool kFresh, int kInputs, bool kShared, int N>
 __device__ __forceinline__ void map_group(const int* columns, const R* c, const R (&x)[N], const R (&y)[N],
                                           const R (&z)[N], const R (&w)[N], R (&v)[N]) {
   constexpr bool kGeneral = kInputs == kAnyInputs;
-  const auto used = [&](int k, R value) { return kGeneral && columns[k] == kAbsent ? R(0) : value; };
+  const auto used = [&](int k, R value) { return kShared && columns[k] == kAbsent ? R(0) : value; };
   const bool four = kGeneral ? columns[kW] != kAbsent : kInputs == kAllInputs<kFresh>;
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    if (kFresh && kInputs == 1)
+    if (kFresh && kInputs == 0)
+      v[i] = affine(c[kZ], z[i]);
+    else if (kFresh && kInputs == 1)
       v[i] = affine(c[kX], x[i], c[kZ], z[i]);
     else if (four)
       v[i] = affine(c[kX], used(kX, x[i]), c[kY], used(kY, y[i]), c[kZ], used(kZ, z[i]), c[kW], w[i]);
@@ -73,18 +75,22 @@ __device__ __forceinline__ void map_group(const int* columns, const R* c, const 
   }
 }
 
-// Four tensors on their way, or three of doubles, want more registers than kBlocks leaves.
-template <int kInputs, class Access>
-constexpr int kAffineBlocks =
-    kBlocks<T, Access> - (kInputs == kAnyInputs || kInputs > (sizeof(T) == 8 ? 2 : 3) ? 1 : 0);
+// As few as leave no value in local memory, where more threads were seen to pay (docs/notes.md).
+template <bool kFresh, int kInputs>
+constexpr int map_registers() {
+  if (sizeof(T) == 8) return kInputs == kAnyInputs ? 128 : 80;
+  if (kInputs == kAnyInputs || kInputs > 3) return 80;
+  return kFresh && kInputs <= 1 ? 48 : 64;
+}
 
-template <bool kFresh, int kInputs, class Access>
-__global__ void __launch_bounds__(kThreads, (kAffineBlocks<kInputs, Access>))
+template <bool kFresh, int kInputs, bool kClamped, class Access>
+__global__ void __launch_bounds__(kThreads, blocks_of(map_registers<kFresh, kInputs>()))
     affine_kernel(const __grid_constant__ AffineParams p, const __grid_constant__ Access access) {
   using Cursor = typename Access::template Cursor<T>;
   constexpr int N = Cursor::N;
   constexpr bool kGeneral = kInputs == kAnyInputs;
-  __shared__ R coefficients[kMaxRows][kGeneral ? kColumns : kOfOut2];
+  constexpr int kHeld = kGeneral || kClamped ? kColumns : kOfOut2;
+  __shared__ R coefficients[kMaxRows][kHeld];
   __shared__ uint4 keys[kFresh || kGeneral ? kMaxRows : 1];
   const bool fresh = kGeneral ? p.noise.present : kFresh;
   const Unit unit = unit_at(p.cut, blockIdx.x);
@@ -107,7 +113,7 @@ __global__ void __launch_bounds__(kThreads, (kAffineBlocks<kInputs, Access>))
   __syncthreads();
 
   const auto walk = [&](auto groups) {
-    const OfRow<groups.kOneRow, R, kGeneral ? kColumns : kOfOut2> row(coefficients);
+    const OfRow<groups.kOneRow, R, kHeld> row(coefficients);
     const Pinned pinned = pin(p.zero);
 #pragma unroll kTurns<kInputs>
     while (cursor.g < unit.groups) {
@@ -121,13 +127,13 @@ __global__ void __launch_bounds__(kThreads, (kAffineBlocks<kInputs, Access>))
       ahead.step();
       // While normals are made the next group has time to come, and is fetched when this one's registers are free.
       if (!kFresh) fetch(ahead);
-      const auto map = [&](int first) { map_group<kFresh, kInputs>(p.columns + first, c + first, x, y, z, w, v); };
+      const auto map = [&](int first) { map_group<kFresh, kInputs, kGeneral || kClamped>(p.columns + first, c + first, x, y, z, w, v); };
       const auto write = [&](int k) {
         Pack<T, N> out;
         narrow(v, out);
         cursor.write(k, out);
       };
-      if (kGeneral && p.clamped) {
+      if (kClamped || (kGeneral && p.clamped)) {
         const Clamp<R> clamp = {p.lo, p.hi};
         map(kOfEstimate);
 #pragma unroll
@@ -140,7 +146,7 @@ __global__ void __launch_bounds__(kThreads, (kAffineBlocks<kInputs, Access>))
         write(kOut2);
       }
       if (kFresh) fetch(ahead);
-      cursor.step();
+      cursor = ahead;
     }
   };
   walk_unit<!kGeneral>(p.cut, unit, cursor, keys, fresh, walk);
@@ -171,8 +177,9 @@ __device__ __forceinline__ void finish_loss(const ResidualParams& p, const Unit&
       total[k] += mean * static_cast<double>(coefficient<R>(p.table, row, p.loss.also_columns[k - 1]));
   });
   if (!has_rows || !(p.loss.loss || p.loss.also)) return;
-  block_sum(total);
-  if (p.cut.segments_per_row == 1) {  // of the unit's rows
+  const bool whole = p.cut.segments_per_row == 1;
+  if (!whole || unit.rows > 1) block_sum(total);  // of one row thread 0 has them
+  if (whole) {  // of the unit's rows
     if (threadIdx.x == 0)
       for (int k = 0; k < kTotals; ++k) p.scratch.sums[k * units + blockIdx.x] = total[k];
     if (!is_last_block(p.scratch.counter)) return;
@@ -221,8 +228,16 @@ __device__ __forceinline__ R penalise(Penalty penalty, R delta, R (&r)[N]) {
 
 // kInputs: of squares, how many of pred, y, z are read, in that order; kMasked: with a mask in memory. kAnyInputs:
 // everything else, drawn masks too, with fresh noise or without.
+template <bool kFresh, int kInputs, bool kMasked>
+constexpr int loss_registers() {
+  if (sizeof(T) == 8) return kInputs == kAnyInputs ? 128 : 80;
+  if (kInputs == kAnyInputs) return 80;
+  if (kMasked || kInputs > (kFresh ? 1 : 2)) return kFresh ? 80 : 64;
+  return kFresh ? 64 : 48;
+}
+
 template <bool kFresh, int kInputs, bool kMasked, class Access>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 && kInputs == kAnyInputs ? 2 : 3)
+__global__ void __launch_bounds__(kThreads, blocks_of(loss_registers<kFresh, kInputs, kMasked>()))
     residual_kernel(const __grid_constant__ ResidualParams p, const __grid_constant__ Access access) {
   using Cursor = typename Access::template Cursor<T>;
   constexpr int N = Cursor::N;
@@ -234,12 +249,16 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 && kInputs == kAnyInp
   const Unit unit = unit_at(p.cut, blockIdx.x);
   Cursor cursor(access, p.cut, unit);
   const auto reads = [&](int k) { return kGeneral ? access.has(k) : k < kInputs && !(kFresh && k == kTargetZ); };
+  const bool drawn = kGeneral && p.choice.noise.present;
+  const bool masked = kGeneral ? access.has(kMask) : kMasked;
   Pack<T, N> preds = {}, ys = {}, zs = {};
+  bool kept[N];
   const auto fetch = [&](const Cursor& from) {
     if (from.g >= unit.groups) return;
     from.read(kPred, preds);
     if (reads(kTargetY)) from.read(kTargetY, ys);
     if (reads(kTargetZ)) from.read(kTargetZ, zs);
+    if (masked) from.read_mask(kMask, kept);
   };
   fetch(cursor);
   prepare_coefficients(p, unit, p.columns, coefficients);
@@ -251,8 +270,6 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 && kInputs == kAnyInp
   }
   if constexpr (kFresh || kGeneral)
     if (fresh) prepare_keys(p.noise, unit, keys);
-  const bool drawn = kGeneral && p.choice.noise.present;
-  const bool masked = kGeneral ? access.has(kMask) : kMasked;
   if constexpr (kGeneral)
     if (drawn) prepare_keys(p.choice.noise, unit, mask_keys);
   __syncthreads();
@@ -273,19 +290,15 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 && kInputs == kAnyInp
       for (int i = 0; i < N; ++i)
         r[i] = kFresh && kInputs == 1 ? affine(R(1), pred[i], c[1], z[i])
                                       : affine(R(1), pred[i], c[0], y[i], c[1], z[i]);
-      Cursor ahead = cursor;
-      ahead.step();
-      fetch(ahead);
       // Selects, not products: what is masked out may be NaN, and past the row's end there is noise.
+      if (drawn) draw(p.choice, unit.row + at.row, Blocks{to_key(mask_keys[at.row]), cursor.block(at)}, kept);
       if (masked || drawn) {
-        bool kept[N];
-        if (drawn)
-          draw(p.choice, unit.row + at.row, Blocks{to_key(mask_keys[at.row]), cursor.block(at)}, kept);
-        else
-          cursor.read_mask(kMask, kept);
 #pragma unroll
         for (int i = 0; i < N; ++i) r[i] = kept[i] ? r[i] : R(0);
       }
+      Cursor ahead = cursor;
+      ahead.step();
+      fetch(ahead);
       if constexpr (Access::kRagged) {
 #pragma unroll
         for (int i = 0; i < N; ++i) r[i] = N * at.group + i < p.cut.D ? r[i] : R(0);
@@ -301,7 +314,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 && kInputs == kAnyInp
         narrow(gradient, grad);
         cursor.write(kGrad, grad);
       }
-      cursor.step();
+      cursor = ahead;
     }
   };
   walk_unit<!kGeneral>(p.cut, unit, cursor, keys, fresh, walk);
@@ -317,7 +330,7 @@ struct RowDotsParams : Rows {
 };
 
 template <bool kFresh, class Access>
-__global__ void __launch_bounds__(kThreads, (kBlocks<T, Access>))
+__global__ void __launch_bounds__(kThreads, blocks_of(sizeof(T) == 8 ? 80 : 64))
     row_dots_kernel(const __grid_constant__ RowDotsParams p, const __grid_constant__ Access access) {
   using Cursor = typename Access::template Cursor<T>;
   constexpr int N = Cursor::N;
@@ -366,7 +379,7 @@ struct CorruptParams {
 };
 
 template <class Access>
-__global__ void __launch_bounds__(kThreads, (kBlocks<T, Access>))
+__global__ void __launch_bounds__(kThreads, blocks_of(sizeof(T) == 8 ? 80 : 64))
     corrupt_kernel(const __grid_constant__ CorruptParams p, const __grid_constant__ Access access) {
   using Cursor = typename Access::template Cursor<T>;
   constexpr int N = Cursor::N;
@@ -422,7 +435,7 @@ struct GaussianParams : Rows {
 };
 
 template <class Access>
-__global__ void __launch_bounds__(kThreads, (kBlocks<T, Access> - 1))
+__global__ void __launch_bounds__(kThreads, blocks_of(sizeof(T) == 8 ? 128 : 80))
     gaussian_kernel(const __grid_constant__ GaussianParams p, const __grid_constant__ Access access) {
   using Cursor = typename Access::template Cursor<T>;
   constexpr int N = Cursor::N;
@@ -463,7 +476,7 @@ struct GaussianGradParams : Rows {
 };
 
 template <class Access>
-__global__ void __launch_bounds__(kThreads, (kBlocks<T, Access> - 1))
+__global__ void __launch_bounds__(kThreads, blocks_of(sizeof(T) == 8 ? 128 : 80))
     gaussian_grad_kernel(const __grid_constant__ GaussianGradParams p, const __grid_constant__ Access access) {
   using Cursor = typename Access::template Cursor<T>;
   constexpr int N = Cursor::N;
@@ -517,16 +530,21 @@ const char* launch_affine(const AffineArgs& a, const Launch& how) {
     // Strides cost more than a few selects: there the general kernel is the only one.
     if constexpr (!Access::kRagged) {
       const bool x = access.data[kX], y = access.data[kY], z = access.data[kZ], w = access.data[kW];
-      if (!a.clamped && !a.out2.data && x) {
-        if (!y && !z && !w) return how.units<affine_kernel<kFresh, 1, Access>, T>(a.batch, p, access);
-        if (y && !z && !w) return how.units<affine_kernel<kFresh, 2, Access>, T>(a.batch, p, access);
+      if (!a.clamped && !a.out2.data) {
+        if constexpr (kFresh)
+          if (!x && !y && !w) return how.units<affine_kernel<kFresh, 0, false, Access>, T>(a.batch, p, access);
+        if (x && !y && !z && !w) return how.units<affine_kernel<kFresh, 1, false, Access>, T>(a.batch, p, access);
+        if (x && y && !z && !w) return how.units<affine_kernel<kFresh, 2, false, Access>, T>(a.batch, p, access);
         if constexpr (!kFresh)
-          if (y && z && !w) return how.units<affine_kernel<kFresh, 3, Access>, T>(a.batch, p, access);
-        if (y && (z || kFresh) && w)
-          return how.units<affine_kernel<kFresh, kAllInputs<kFresh>, Access>, T>(a.batch, p, access);
+          if (x && y && z && !w) return how.units<affine_kernel<kFresh, 3, false, Access>, T>(a.batch, p, access);
+        if (x && y && (z || kFresh) && w)
+          return how.units<affine_kernel<kFresh, kAllInputs<kFresh>, false, Access>, T>(a.batch, p, access);
       }
+      if constexpr (!kFresh)
+        if (a.clamped && !a.out2.data && x && y && !z && !w)
+          return how.units<affine_kernel<kFresh, 2, true, Access>, T>(a.batch, p, access);
     }
-    return how.units<affine_kernel<false, kAnyInputs, Access>, T>(a.batch, p, access);
+    return how.units<affine_kernel<false, kAnyInputs, false, Access>, T>(a.batch, p, access);
   });
 }
 

@@ -78,7 +78,7 @@ Strided<K> make_strided(const Batch& batch, const Operand (&operands)[K]) {
   }
   for (int i = 0; i < ndim; ++i) {
     const int64_t d = order[i], group = s.grouped && d == ndim - 1 ? 4 : 1;
-    s.sizes[i] = static_cast<uint32_t>(sizes[d] / group);
+    s.sizes[i] = Divisor(static_cast<uint32_t>(sizes[d] / group));
     s.logical[i] = logical[d] * group;
     for (int k = 0; k < K; ++k) s.strides[k][i] = stride(operands[k], d) * group;
   }

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch import constant_result
 from ..profiling import Named, listening
 from . import reference
 
@@ -47,6 +48,7 @@ def module(name: str) -> Any:
     return _load(name)[0]
 
 
+@constant_result  # which GPUs there are is not Dynamo's to trace
 def default_name(device_type: str) -> str:
     """The backend that runs where none is forced."""
     if device_type == "cuda" and "cuda" not in _default:  # not before there is a tensor: native.cuda_missing says why
@@ -71,6 +73,7 @@ def _choice(x: Tensor, op: str) -> str:
     return _forced
 
 
+@constant_result
 def supports(name: str, device: torch.device) -> bool:
     """Whether a backend that can run here runs on `device`."""
     module, _ = _loaded[name]

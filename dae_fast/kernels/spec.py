@@ -43,6 +43,10 @@ class Reduction(IntEnum):
     sum = 2
 
 
+# By name; not __members__, through which Dynamo of torch 2.11 does not see.
+KINDS = {kind.name: kind for kind in Kind}
+REDUCTIONS = {reduction.name: reduction for reduction in Reduction}
+
 # In csrc/args.h's order.
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ENUMERATIONS = {

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..coefficients import square_root
 from ..schedule import finite_numbers
 
 Coefficients = Callable[[Any, Any], tuple[Any, ...]]  # of (alpha, sigma)
@@ -49,7 +50,7 @@ class EDM:
 
     def _size(self, alpha: Any, sigma: Any) -> Any:
         """The standard deviation of x_t."""
-        return (sigma**2 + (alpha * self.sigma_data) ** 2) ** 0.5
+        return square_root(sigma**2 + (alpha * self.sigma_data) ** 2)
 
 
 Parameterisation = str | EDM

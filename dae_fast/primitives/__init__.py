@@ -20,7 +20,9 @@ from ..checks import as_number, check_per_sample, like, promote, samples
 from ..coefficients import Formula, Level, leading, level_for, stack_rows
 from ..kernels.spec import (
     ABSENT,
+    KINDS,
     NOISE,
+    REDUCTIONS,
     Bounds,
     Kind,
     Map,
@@ -523,9 +525,9 @@ def _two_terms(coefficients: list[Any], given: list[Any], pred: Tensor) -> tuple
 
 
 def kind_of(op: str, kind: str, delta: Any) -> Kind:
-    if not isinstance(kind, str) or kind not in Kind.__members__:
-        raise ValueError(f"{op}: kind must be one of {', '.join(map(repr, Kind.__members__))}, got {kind!r}")
-    known = Kind[kind]
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ValueError(f"{op}: kind must be one of {', '.join(map(repr, KINDS))}, got {kind!r}")
+    known = KINDS[kind]
     if known.has_delta != (delta is not None):
         wanted = "must be given" if delta is None else "must be None"
         raise ValueError(f"{op}: delta {wanted} for kind={kind!r}")
@@ -536,11 +538,11 @@ def kind_of(op: str, kind: str, delta: Any) -> Kind:
 
 def reduction_of(op: str, pred: Tensor, reduction: str) -> Reduction:
     samples(op, "pred", pred)
-    if not isinstance(reduction, str) or reduction not in Reduction.__members__:
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(f"{op}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if reduction == "mean" and pred.numel() == 0:
         raise ValueError(f"{op}: the mean over an empty batch {tuple(pred.shape)} is not defined; use reduction='sum'")
-    return Reduction[reduction]
+    return REDUCTIONS[reduction]
 
 
 def mask_of(op: str, pred: Tensor, mask: Any) -> Mask:

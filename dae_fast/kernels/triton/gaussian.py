@@ -10,7 +10,7 @@ import math
 import triton
 import triton.language as tl
 
-from .kernels import NO_NOISE, at, mul_add, narrow, normals, row_key, row_sums, rows_of, tile_mask
+from .kernels import NO_NOISE, at, mul_add, narrow, normals, row_key, row_sums, rows_of, rows_there, tile_mask
 
 
 @triton.jit
@@ -120,7 +120,7 @@ def gaussian_kernel(
         scale = exponential(0.5 * log_variance)
         total += 0.5 * mul_add(mean, mean, exponential_rest(log_variance, variance(log_variance, scale)))
         tl.store(at(z, row, first, D, sizes, z_strides, LANES, V), narrow(mul_add(scale, e, mean), DTYPE), mask=live)
-    existing = row0 + tl.arange(0, ROWS)[:, None] < B if ROWS > 1 else None
+    existing = rows_there(row0, B, ROWS)
     tl.store(kl + row * tl.num_programs(0) + tl.program_id(0), row_sums(total, ROWS, LANES, V), mask=existing)
 
 

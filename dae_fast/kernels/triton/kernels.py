@@ -281,12 +281,21 @@ def rows_of(B, ROWS: tl.constexpr):
 
 
 @triton.jit
+def rows_there(row0, B, ROWS: tl.constexpr):
+    """Which of a program's rows the batch has: a scalar, or (ROWS, 1)."""
+    if ROWS == 1:
+        return row0 < B
+    else:
+        return row0 + tl.arange(0, ROWS)[:, None] < B
+
+
+@triton.jit
 def tile_mask(row0, first, B, D, ROWS: tl.constexpr, LANES: tl.constexpr, V: tl.constexpr):
     """(ROWS or 1, LANES * V): which elements of lanes `first`... exist."""
     left = tl.minimum(D - first * V, LANES * V).to(tl.int32)
     live = tl.arange(0, LANES * V)[None, :] < left
     if ROWS > 1:
-        live = live & (row0 + tl.arange(0, ROWS)[:, None] < B)
+        live = live & rows_there(row0, B, ROWS)
     return live
 
 
@@ -670,7 +679,7 @@ def residual_kernel(
             total = add_penalty(total, r, c[3], KIND)
     if per_sample is not None:
         mine = row_sums(total, ROWS, LANES, V)
-        existing = row0 + tl.arange(0, ROWS)[:, None] < B if ROWS > 1 else None
+        existing = rows_there(row0, B, ROWS)
         if FINAL_ROWS == 0:
             part, mean = finish_rows(mine, row, existing, further, weight, kept, per_sample, D, FURTHER, REDUCTION)
             if loss is not None:
@@ -858,7 +867,7 @@ def count_kernel(
     if ROWS == 1:
         tl.atomic_add(kept + row, tl.sum(total).to(tl.int64), sem="relaxed")
     else:
-        existing = row0 + tl.arange(0, ROWS)[:, None] < B
+        existing = rows_there(row0, B, ROWS)
         tl.atomic_add(kept + row, tl.sum(total, 1, keep_dims=True).to(tl.int64), mask=existing, sem="relaxed")
 
 
@@ -967,7 +976,7 @@ def row_dots_kernel(
         elif z is not None:
             zv = tl.load(at(z, row, first, D, sizes, z_strides, LANES, V), mask=live, other=0.0).to(C)
             gz = mul_add(gv, zv, gz)
-    existing = row0 + tl.arange(0, ROWS)[:, None] < B if ROWS > 1 else None
+    existing = rows_there(row0, B, ROWS)
     address = out + (row * tl.num_programs(0) + tl.program_id(0)) * 3
     tl.store(address, row_sums(gx, ROWS, LANES, V) if x is not None else 0.0, mask=existing)
     tl.store(address + 1, row_sums(gy, ROWS, LANES, V) if y is not None else 0.0, mask=existing)
