@@ -131,6 +131,13 @@ struct MaskArgs {
   Batch batch;
   Operand mask;
   Choice choice;
+  const void* upstream = nullptr;  // of the gradient that the counts are for, which is not made again where it is 1
+  bool upstream_is_double = false;
+
+  DAE_FN bool wanted() const {
+    if (!upstream) return true;
+    return upstream_is_double ? *static_cast<const double*>(upstream) != 1 : *static_cast<const float*>(upstream) != 1;
+  }
 };
 
 // r = pred + n1*y + n2*z where the mask has it, else 0; rho(r) summed; when grad.data is set,

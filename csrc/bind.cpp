@@ -134,12 +134,15 @@ void row_dots(const py::object& g, const py::object& x, const py::object& y,
 
 // kept: (B,) doubles, how many elements of each row the mask keeps; a drawn one has the shape of `mask`.
 void mask_count(const py::object& mask, const py::object& mask_noise, const py::object& thresholds, bool keeps,
-                const py::object& kept, const py::object& sums, const py::object& counter) {
+                const py::object& upstream, const py::object& kept, const py::object& sums, const py::object& counter) {
   const bool drawn = !mask_noise.is_none();
   const Operands operands(mask.ptr(), {drawn ? Py_None : mask.ptr()}, drawn);
   const Scratch scratch{static_cast<double*>(address_or_null(sums)), static_cast<uint32_t*>(address_or_null(counter))};
   const Queue q = queue_of(mask.ptr());
-  const MaskArgs a{operands.batch, operands[0], read_choice(mask_noise, thresholds, keeps, q.device >= 0, operands.batch.D)};
+  MaskArgs a{operands.batch, operands[0], read_choice(mask_noise, thresholds, keeps, q.device >= 0, operands.batch.D)};
+  a.upstream = address_or_null(upstream);
+  Dtype type;
+  a.upstream_is_double = a.upstream && View(upstream.ptr()).dtype(type) && type == Dtype::f64;
   run(q, a.batch, &Api::mask_count, a, static_cast<double*>(address(kept.ptr())), scratch, q);
 }
 

@@ -246,11 +246,6 @@ class Level:
         return f"{self._schedule!r}[{self._t}]"
 
 
-def square_root(value: Any) -> Any:
-    """Of a number or a tensor; rounded alike on every device, as the power 1/2 is not."""
-    return value.sqrt() if isinstance(value, Tensor) else math.sqrt(value)
-
-
 def leading(*values: Any) -> int:
     """How many dimensions a row stands for: as many as the largest of the tensors has, and at least 1."""
     found = 1

@@ -115,6 +115,7 @@ const char* row_dots(const RowDotsArgs& a, double* out, Scratch, Queue) {
 
 const char* mask_count(const MaskArgs& a, double* kept, Scratch, Queue) {
   return done([&] {
+    if (!a.wanted()) return;
     const int64_t B = a.batch.B;
     std::vector<int64_t> counts(B * Cut(B, a.batch.D).segments_per_row);
     MaskCountWork work{a, counts.data()};

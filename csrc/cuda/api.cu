@@ -7,7 +7,7 @@ namespace dae::cuda {
 
 struct MaskParams {
   Cut cut;
-  Choice choice;
+  MaskArgs a;
   double* kept;
   Scratch scratch;
 };
@@ -19,9 +19,10 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int N = Cursor::N;
   __shared__ float groups[1][kMaxTile];
   __shared__ uint4 keys[kMaxRows];
+  if (!p.a.wanted()) return;
   const Unit unit = unit_at(p.cut, blockIdx.x);
-  const bool drawn = p.choice.noise.present;
-  if (drawn) prepare_keys(p.choice.noise, unit, keys);
+  const bool drawn = p.a.choice.noise.present;
+  if (drawn) prepare_keys(p.a.choice.noise, unit, keys);
   __syncthreads();
   RowSums<float, 1> sums;
 #pragma unroll 4
@@ -30,12 +31,14 @@ __global__ void __launch_bounds__(kThreads)
     if (drawn) {
       bool kept[N];
       const Place at = place_of(p.cut, unit, cursor.g);
-      draw(p.choice, unit.row + at.row, Blocks{to_key(keys[at.row]), cursor.block(at)}, kept);
+      draw(p.a.choice, unit.row + at.row, Blocks{to_key(keys[at.row]), cursor.block(at)}, kept);
 #pragma unroll
       for (int i = 0; i < N; ++i)
         count[0] += kept[i] && (!Access::kRagged || N * at.group + i < p.cut.D) ? 1.0f : 0.0f;
     } else {
-      count[0] = static_cast<float>(cursor.count(0));
+      Bytes<N> kept;
+      cursor.read_mask(0, kept);
+      count[0] = static_cast<float>(kept.count());
     }
     sums.add(unit, cursor.g, count, groups);
   }
@@ -113,7 +116,7 @@ const char* row_dots(const RowDotsArgs& a, double* out, Scratch scratch, Queue q
 const char* mask_count(const MaskArgs& a, double* kept, Scratch scratch, Queue queue) {
   const Launch how = make_launch(queue);
   const Operand operands[] = {a.mask};
-  const MaskParams p{Cut{}, a.choice, kept, scratch};
+  const MaskParams p{Cut{}, a, kept, scratch};
   return how.with_access<uint8_t>(a.batch, operands, [&](const auto& access) {
     return how.units<mask_count_kernel<std::decay_t<decltype(access)>>, uint8_t>(a.batch, p, access);
   });

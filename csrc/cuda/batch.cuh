@@ -61,6 +61,21 @@ __device__ __forceinline__ Place place_of(const Cut& cut, const Unit& unit, int 
   return {row, g - row * static_cast<int>(cut.groups_per_row)};
 }
 
+// A mask's bytes of a group, each 0 or 1, as they lie in memory.
+template <int N>
+struct Bytes {
+  uint32_t word[N / 4];
+
+  __device__ __forceinline__ bool operator[](int i) const { return (word[i / 4] & 0xffu << 8 * (i % 4)) != 0; }
+  __device__ __forceinline__ void set(int i, uint8_t byte) { word[i / 4] |= static_cast<uint32_t>(byte) << 8 * (i % 4); }
+  __device__ __forceinline__ int count() const {
+    uint32_t sum = 0;
+#pragma unroll
+    for (int i = 0; i < N / 4; ++i) sum += word[i];
+    return static_cast<int>(sum * 0x01010101u >> 24);
+  }
+};
+
 // Contiguous operands whose rows are whole groups, 16-byte aligned: the unit is one stretch of memory.
 template <int K>
 struct Whole {
@@ -93,35 +108,19 @@ struct Whole {
     __device__ __forceinline__ uint64_t block(const Place& at) const { return static_cast<uint64_t>(at.group) * (N / 4); }
     __device__ __forceinline__ void read(int k, Pack<T, N>& pack) const { pack = load_pack<T, N>(at_[k]); }
     __device__ __forceinline__ void write(int k, const Pack<T, N>& pack) const { store_pack(at_[k], pack); }
-    // A mask's N bytes, each 0 or 1.
-    __device__ __forceinline__ void read_mask(int k, bool (&kept)[N]) const {
-      uint32_t words[N / 4];
-      read_bytes(k, words);
-#pragma unroll
-      for (int i = 0; i < N; ++i) kept[i] = (words[i / 4] >> 8 * (i % 4) & 0xffu) != 0;
-    }
-    // How many of them are 1.
-    __device__ __forceinline__ int count(int k) const {
-      uint32_t words[N / 4], of_bytes = 0;
-      read_bytes(k, words);
-#pragma unroll
-      for (int i = 0; i < N / 4; ++i) of_bytes += words[i];
-      return static_cast<int>(of_bytes * 0x01010101u >> 24);
+    __device__ __forceinline__ void read_mask(int k, Bytes<N>& kept) const {
+      const uint8_t* from = static_cast<const uint8_t*>(whole_->data[k]) + (at_[0] - static_cast<T*>(whole_->data[0]));
+      if constexpr (N == 16)
+        memcpy(kept.word, load_pack<uint8_t, N>(from).word, sizeof(kept));
+      else if constexpr (N == 8)
+        memcpy(kept.word, reinterpret_cast<const uint2*>(from), sizeof(kept));
+      else
+        memcpy(kept.word, reinterpret_cast<const uint32_t*>(from), sizeof(kept));
     }
 
     int g;  // the group's number within the unit
 
    private:
-    __device__ __forceinline__ void read_bytes(int k, uint32_t (&words)[N / 4]) const {
-      const uint8_t* from = static_cast<const uint8_t*>(whole_->data[k]) + (at_[0] - static_cast<T*>(whole_->data[0]));
-      if constexpr (N == 16)
-        memcpy(words, load_pack<uint8_t, N>(from).word, sizeof(words));
-      else if constexpr (N == 8)
-        memcpy(words, reinterpret_cast<const uint2*>(from), sizeof(words));
-      else
-        memcpy(words, reinterpret_cast<const uint32_t*>(from), sizeof(words));
-    }
-
     const Whole* whole_;
     T* at_[K];
   };
@@ -141,13 +140,20 @@ struct Divisor {
   }
 };
 
+// Where the elements of an operand lie: distances from sample to sample, from element to element of a group, and along
+// each dimension.
+struct Way {
+  int64_t batch, step, strides[kMaxDims];
+};
+
 // Any strides. The host lists the dimensions in the order in which neighbouring threads take them. Grouped:
 // a group is four neighbours along the last dimension, `step` apart in memory (channels_last: threads go
 // along the channels). Not grouped: dimensions in logical order, and each element is looked up by itself.
 template <int K>
 struct Strided {
   void* data[K];
-  int64_t batch_stride[K], strides[K][kMaxDims], step[K];
+  Way common, ways[K];
+  bool alike[K];  // whether an operand lies as `common` says: most do, and are looked up together
   int64_t logical[kMaxDims];
   Divisor sizes[kMaxDims];
   int ndim;
@@ -199,46 +205,41 @@ struct Strided {
       pack.values(v);
       for_each<T>(k, [&](int i, T* to) { *to = v[i]; });
     }
-    __device__ void read_mask(int k, bool (&kept)[N]) const {
-#pragma unroll
-      for (int i = 0; i < N; ++i) kept[i] = false;
-      for_each<uint8_t>(k, [&](int i, const uint8_t* from) { kept[i] = *from != 0; });
-    }
-    __device__ int count(int k) const {
-      int found = 0;
-      for_each<uint8_t>(k, [&](int, const uint8_t* from) { found += *from != 0; });
-      return found;
+    __device__ void read_mask(int k, Bytes<N>& kept) const {
+      kept = {};
+      for_each<uint8_t>(k, [&](int i, const uint8_t* from) { kept.set(i, *from); });
     }
 
     int g;
 
    private:
-    // Where the group lies, in all operands at once.
     __device__ __forceinline__ void look() {
       if (g >= unit_->groups) return;
       const Place at = place_of(*cut_, *unit_, g);
-#pragma unroll
-      for (int k = 0; k < K; ++k) at_[k] = (unit_->row + at.row) * s_->batch_stride[k];
-      first_ = N * at.group;
-      if (!s_->grouped) return;
-      first_ = 0;
-      s_->locate(at.group, [&](int d, int64_t i) {
-        first_ += i * s_->logical[d];
-#pragma unroll
-        for (int k = 0; k < K; ++k)
-          if (s_->data[k]) at_[k] += i * s_->strides[k][d];
-      });
+      at_ = (unit_->row + at.row) * s_->common.batch;
+      first_ = s_->grouped ? 0 : N * at.group;
+      if (s_->grouped)
+        s_->locate(at.group, [&](int d, int64_t i) {
+          first_ += i * s_->logical[d];
+          at_ += i * s_->common.strides[d];
+        });
+    }
+    __device__ __forceinline__ int64_t look_up(const Way& way) const {
+      const Place at = place_of(*cut_, *unit_, g);
+      int64_t found = (unit_->row + at.row) * way.batch;
+      if (s_->grouped) s_->locate(at.group, [&](int d, int64_t i) { found += i * way.strides[d]; });
+      return found;
     }
     template <class Element, class Each>
     __device__ __forceinline__ void for_each(int k, Each each) const {
-      Element* from = static_cast<Element*>(s_->data[k]) + at_[k];
+      Element* from = static_cast<Element*>(s_->data[k]) + (s_->alike[k] ? at_ : look_up(s_->ways[k]));
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         if (s_->grouped) {
-          each(i, from + i * s_->step[k]);
+          each(i, from + i * s_->ways[k].step);
         } else if (first_ + i < cut_->D) {
           int64_t further = 0;
-          s_->locate(first_ + i, [&](int d, int64_t index) { further += index * s_->strides[k][d]; });
+          s_->locate(first_ + i, [&](int d, int64_t index) { further += index * s_->ways[k].strides[d]; });
           each(i, from + further);
         }
       }
@@ -247,7 +248,7 @@ struct Strided {
     const Strided* s_;
     const Cut* cut_;
     const Unit* unit_;
-    int64_t at_[K], first_;  // the first element's, in each operand and in its row
+    int64_t at_, first_;  // the first element's, as `common` says and in its row
   };
 };
 

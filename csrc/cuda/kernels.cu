@@ -232,8 +232,9 @@ template <bool kFresh, int kInputs, bool kMasked>
 constexpr int loss_registers() {
   if (sizeof(T) == 8) return kInputs == kAnyInputs ? 128 : 80;
   if (kInputs == kAnyInputs) return 80;
-  if (kMasked || kInputs > (kFresh ? 1 : 2)) return kFresh ? 80 : 64;
-  return kFresh ? 64 : 48;
+  const bool more = kInputs > (kFresh ? 1 : 2);
+  if (kFresh) return kMasked && (more || sizeof(T) == 2) ? 80 : 64;
+  return kMasked || more ? 64 : 48;
 }
 
 template <bool kFresh, int kInputs, bool kMasked, class Access>
@@ -252,7 +253,7 @@ __global__ void __launch_bounds__(kThreads, blocks_of(loss_registers<kFresh, kIn
   const bool drawn = kGeneral && p.choice.noise.present;
   const bool masked = kGeneral ? access.has(kMask) : kMasked;
   Pack<T, N> preds = {}, ys = {}, zs = {};
-  bool kept[N];
+  Bytes<N> kept = {};
   const auto fetch = [&](const Cursor& from) {
     if (from.g >= unit.groups) return;
     from.read(kPred, preds);
@@ -291,10 +292,15 @@ __global__ void __launch_bounds__(kThreads, blocks_of(loss_registers<kFresh, kIn
         r[i] = kFresh && kInputs == 1 ? affine(R(1), pred[i], c[1], z[i])
                                       : affine(R(1), pred[i], c[0], y[i], c[1], z[i]);
       // Selects, not products: what is masked out may be NaN, and past the row's end there is noise.
-      if (drawn) draw(p.choice, unit.row + at.row, Blocks{to_key(mask_keys[at.row]), cursor.block(at)}, kept);
-      if (masked || drawn) {
+      if (masked) {
 #pragma unroll
         for (int i = 0; i < N; ++i) r[i] = kept[i] ? r[i] : R(0);
+      }
+      if (drawn) {
+        bool counts[N];
+        draw(p.choice, unit.row + at.row, Blocks{to_key(mask_keys[at.row]), cursor.block(at)}, counts);
+#pragma unroll
+        for (int i = 0; i < N; ++i) r[i] = counts[i] ? r[i] : R(0);
       }
       Cursor ahead = cursor;
       ahead.step();

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 
 #include "../api.h"
 #include "batch.cuh"
@@ -60,27 +61,32 @@ Strided<K> make_strided(const Batch& batch, const Operand (&operands)[K]) {
   const auto stride = [&](const Operand& o, int64_t d) {
     return o.strides && batch.ndim ? o.strides[d + 1] : logical[d];
   };
-  const Operand* guide = nullptr;  // memory order is that of the first strided operand
+  const Operand* guide = operands;  // memory order is that of the first strided operand
   for (const Operand& o : operands)
-    if (o.strides && !guide) guide = &o;
+    if (o.strides && !guide->strides) guide = &o;
 
   s.ndim = ndim;
   s.grouped = batch.D && sizes[ndim - 1] % 4 == 0;
   for (int d = 0; d < ndim; ++d) order[d] = ndim - 1 - d;
   // An expanded dimension has stride 0 and is no help to neighbouring threads: last.
   const auto distance = [&](int64_t d) { return stride(*guide, d) ? stride(*guide, d) : INT64_MAX; };
-  if (s.grouped && guide)
+  if (s.grouped && guide->strides)
     std::stable_sort(order, order + ndim, [&](int64_t a, int64_t b) { return distance(a) < distance(b); });
+  const auto group = [&](int64_t d) { return s.grouped && d == ndim - 1 ? 4 : 1; };
+  const auto way = [&](const Operand& o) {
+    Way found{o.strides ? o.strides[0] : batch.D, stride(o, ndim - 1), {}};
+    for (int i = 0; i < ndim; ++i) found.strides[i] = stride(o, order[i]) * group(order[i]);
+    return found;
+  };
+  s.common = way(*guide);
+  for (int i = 0; i < ndim; ++i) {
+    s.sizes[i] = Divisor(static_cast<uint32_t>(sizes[order[i]] / group(order[i])));
+    s.logical[i] = logical[order[i]] * group(order[i]);
+  }
   for (int k = 0; k < K; ++k) {
     s.data[k] = operands[k].data;
-    s.batch_stride[k] = operands[k].strides ? operands[k].strides[0] : batch.D;
-    s.step[k] = stride(operands[k], ndim - 1);
-  }
-  for (int i = 0; i < ndim; ++i) {
-    const int64_t d = order[i], group = s.grouped && d == ndim - 1 ? 4 : 1;
-    s.sizes[i] = Divisor(static_cast<uint32_t>(sizes[d] / group));
-    s.logical[i] = logical[d] * group;
-    for (int k = 0; k < K; ++k) s.strides[k][i] = stride(operands[k], d) * group;
+    s.ways[k] = way(operands[k]);
+    s.alike[k] = std::memcmp(&s.ways[k], &s.common, sizeof(Way)) == 0;
   }
   return s;
 }

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ..checks import as_number, can_read, check_per_sample, samples
-from ..coefficients import square_root
 from ..noise import Noise
 from ..primitives import summed
 
@@ -34,7 +33,7 @@ def langevin_step(
     h, scale = step_size, noise_scale
     if not (type(h) is type(scale) is float and h >= 0):
         h, scale = _checked(op, x, h, scale)
-    return summed(op, ("x", "score", "noise"), (x, score, noise), (1.0, h, scale * square_root(2 * h)), out)
+    return summed(op, ("x", "score", "noise"), (x, score, noise), (1.0, h, scale * (2 * h) ** 0.5), out)
 
 
 def _checked(

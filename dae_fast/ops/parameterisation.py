@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ..coefficients import square_root
 from ..schedule import finite_numbers
 
 Coefficients = Callable[[Any, Any], tuple[Any, ...]]  # of (alpha, sigma)
@@ -50,7 +49,7 @@ class EDM:
 
     def _size(self, alpha: Any, sigma: Any) -> Any:
         """The standard deviation of x_t."""
-        return square_root(sigma**2 + (alpha * self.sigma_data) ** 2)
+        return (sigma**2 + (alpha * self.sigma_data) ** 2) ** 0.5
 
 
 Parameterisation = str | EDM

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import checks
 from ..checks import can_read, check_per_sample
-from ..coefficients import square_root, stack_rows
+from ..coefficients import stack_rows
 from ..graphs import replayed
 from ..kernels.spec import ABSENT, Rows, compute_dtype, map_of
 from ..noise import Noise
@@ -61,7 +61,7 @@ def langevin(
     parts = guided(op, guidance)
     tensors = isinstance(step_size, Tensor) or isinstance(noise_scale, Tensor)
     if isinstance(score, GaussianMixture) and guidance is None and not progress and not tensors:
-        moved = score.chain(x, float(step_size), float(noise_scale * math.sqrt(2 * step_size)), steps, noise)
+        moved = score.chain(x, float(step_size), float(noise_scale * (2 * step_size) ** 0.5), steps, noise)
         if moved is not None:
             return moved
     g = 1.0 if guidance is None else float(guidance)
@@ -69,7 +69,7 @@ def langevin(
 
     def chain(x: Tensor, noise: Noise, step_size: float | Tensor, noise_scale: float | Tensor) -> Tensor:
         h, scale = (c.double() if isinstance(c, Tensor) else c for c in (step_size, noise_scale))
-        rows = stack_rows(op, (1.0, g * h, scale * square_root(2 * h), (1 - g) * h), x, compute)
+        rows = stack_rows(op, (1.0, g * h, scale * (2 * h) ** 0.5, (1 - g) * h), x, compute)
         x = x.to(compute, copy=True)
         for k in progressed(range(steps), progress, op):
             c, *u = checked(op, score(x if dtype == compute else x.to(dtype)), x, parts, SCORE)
