@@ -68,7 +68,7 @@ def number(op: str, name: str, value: Any, which: str = "") -> float:
 
 NUMBERS: dict[str, Callable[[float], bool]] = {
     "no NaN": lambda v: not math.isnan(v),
-    "finite": math.isfinite,
+    "finite": lambda v: -math.inf < v < math.inf,  # not isfinite, which Dynamo does not take of a changing float
     "finite and not negative": lambda v: 0 <= v < math.inf,
     "positive and finite": lambda v: 0 < v < math.inf,
     "in [0, 1]": lambda v: 0 <= v <= 1,

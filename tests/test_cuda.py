@@ -246,8 +246,8 @@ def test_gaussians_have_the_cpus_bits(same_bits, fresh: bool, dtype, shape: tupl
 
 # Around the rows of a warp, a unit and a launch, of less than a group to several; then rows that a block adds up, a
 # thread adds up from units, a warp, and again a block.
-SUMMED = [(B, D) for B in (1, 2, 31, 32, 33, 255, 256, 257) for D in (1, 2, 4, 7, 64, 784)]
-SUMMED += [(4097, 1), (4097, 7), (4097, 64), (0, 5), (5, 2048), (3, 70_001), (2, 600_000), (1, 4_300_000)]
+SUMMED = [(B, D) for B in (1, 2, 32, 33, 256, 257) for D in (1, 4, 7, 64)]
+SUMMED += [(1, 784), (33, 784), (4097, 1), (4097, 7), (0, 5), (5, 2048), (3, 70_001), (2, 600_000), (1, 4_300_000)]
 
 
 @pytest.mark.parametrize("shape", SUMMED, ids=str)

@@ -47,5 +47,5 @@ def test_clang_compiles_it_for_amd(part: str, tmp_path: Path) -> None:
     code = tmp_path / "code.s"
     clang([*HIP, "-o", code], part)
     spills = re.findall(r"\.vgpr_spill_count:\s*(\d+)", code.read_text())
-    assert len(spills) == {"f32": 29, "api": 4, "chain": 2}[part]
+    assert len(spills) == {"f32": 31, "api": 4, "chain": 2}[part]
     assert set(spills) == {"0"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -69,8 +68,9 @@ def kl_sparsity(h: Tensor, rate: float = 0.05) -> Tensor:
         raise ValueError(f"{op}: h must lie in (0, 1), got a unit whose mean is {float(rho[outside][0].detach())}")
     info = torch.finfo(rho.dtype)
     rho = torch.where(outside, torch.nan, rho).clamp(info.tiny, 1 - info.eps / 2)
-    active = rate * (math.log(rate) - rho.log())
-    inactive = (1 - rate) * (math.log1p(-rate) - (-rho).log1p())
+    p = torch.full((), rate, dtype=torch.float64, device="cpu")  # a graph takes any rate: math's logarithm keeps one
+    active = rate * (p.log() - rho.log())
+    inactive = (1 - rate) * ((-p).log1p() - (-rho).log1p())
     return _total((active + inactive).reshape(-1), rho.dtype)
 
 
