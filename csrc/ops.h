@@ -68,7 +68,7 @@ struct Rho {
   }
 };
 
-constexpr double factorial(int k) { return k < 2 ? 1 : k * factorial(k - 1); }
+DAE_FN constexpr double factorial(int k) { return k < 2 ? 1 : k * factorial(k - 1); }
 
 // Of (e^x - 1 - x)/x^2 = 1/2 + x/6 + ... on |x| < 2, by Horner's rule from the last power that R can tell.
 template <class R>
