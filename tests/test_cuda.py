@@ -41,7 +41,7 @@ MOST = {
     "affine_kernel<fresh, 3>": 46.5,
     "affine_kernel<read, 1>": 5,
     "affine_kernel<read, 2>": 7.5,
-    "affine_kernel<read, 2, clamped>": 34,
+    "affine_kernel<read, 2, clamped>": 38,
     "affine_kernel<read, 3>": 10,
     "affine_kernel<read, 4>": 13,
     "residual_kernel<fresh, 1>": 42.5,
