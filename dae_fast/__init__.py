@@ -20,7 +20,7 @@ from .ops.penalties import contraction, kl_sparsity, l1_penalty, sigmoid_contrac
 from .ops.reparameterisation import reparameterise
 from .ops.structured import OffsetNoise, PyramidNoise
 from .primitives import LevelOp, clamped, residual_loss, weighted_sum
-from .schedule import Schedule
+from .schedule import Schedule, TimedSchedule
 
 __version__ = package_version()
 saved.allow()
@@ -37,6 +37,7 @@ __all__ = [
     "PyramidNoise",
     "SaltAndPepper",
     "Schedule",
+    "TimedSchedule",
     "add_noise",
     "backend_names",
     "clamped",

@@ -16,7 +16,7 @@ from .checks import can_read
 from .coefficients import Level, all_within
 from .noise import Noise
 from .schedule import (
-    Schedule,
+    TimedSchedule,
     alpha_from_log_snr,
     finite_numbers,
     karras_spacing,
@@ -26,6 +26,8 @@ from .schedule import (
     shifted_time,
     unit_grid,
 )
+
+__all__ = ["ContinuousSchedule", "LogNormal", "LogitNormal", "Uniform"]
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 Function = Callable[[Tensor], Tensor]
@@ -223,8 +225,8 @@ class ContinuousSchedule:
 
     def discretise(
         self, T: int | None = None, *, rho: float = 1.0, times: Tensor | Sequence[float] | None = None
-    ) -> Schedule:
-        """A Schedule of T levels, level 0 the least noisy, that keeps its `times` (T,).
+    ) -> TimedSchedule:
+        """A TimedSchedule of T levels, level 0 the least noisy, that keeps its `times` (T,).
 
         T: evenly spaced from t_min to t_max; where sigma(t_min) = 0, the data, from one T-th above it
         rho: > 0, t^(1/rho) evenly spaced instead, for t >= 0 (Karras et al. 2022, eq. 5; t is edm's sigma)
@@ -244,7 +246,7 @@ class ContinuousSchedule:
             self._inside(".discretise", given)
             chosen, name = given.double().clamp(self.t_min, self.t_max), f"{what}(<{len(given)} times>)"
         alpha, sigma = self._evaluate(".discretise", chosen, self._alpha, self._sigma)
-        return Schedule(alpha, sigma, name=name, times=chosen)
+        return TimedSchedule(alpha, sigma, name=name, times=chosen)
 
     def draw(
         self, noise: Noise, B: int, *, density: Density | None = None, device: torch.device | str = "cpu"

@@ -33,6 +33,8 @@ from .primitives import LevelOp, mask_of, reduction_of
 from .primitives.residuals import Summed
 from .schedule import Schedule
 
+__all__ = ["DenoisingLoss", "EDMPreconditioner", "LevelStatistics"]
+
 
 class DenoisingLoss(torch.nn.Module):
     """The denoising objective: draw a level, noise the data, compare the network with its target.
@@ -51,6 +53,7 @@ class DenoisingLoss(torch.nn.Module):
     """
 
     level_weight: Tensor | None
+    __call__: Callable[..., dict[str, Tensor]]
 
     def __init__(
         self,
@@ -137,7 +140,6 @@ class DenoisingLoss(torch.nn.Module):
             raise ValueError(f"{op}: t must be on {x0.device} like x0, got {t.device}")
         level = self.schedule[t]
         x_t = add_noise(x0, noise, level)
-        assert isinstance(x_t, Tensor)
         pred = net(x_t, self._told(t), **net_arguments)
         like(op, "the network's output", pred, "x0", x0)
         w = loss_weight(op, pred, level, weight, self.level_weight)
@@ -171,6 +173,8 @@ class EDMPreconditioner(torch.nn.Module):
     Train D with predict="x0", weight=weighting.EDM(sigma_data), or, a pass less, F with predict=EDM(sigma_data) and
     no weight: the same loss.
     """
+
+    __call__: Callable[..., Tensor]
 
     def __init__(self, net: Callable[..., Tensor], sigma_data: float = 0.5) -> None:
         super().__init__()
@@ -218,7 +222,7 @@ class EDMPreconditioner(torch.nn.Module):
 
 
 @lru_cache(maxsize=16)
-def _preconditioning(predict: EDM) -> tuple[LevelOp, LevelOp, Formula]:
+def _preconditioning(predict: EDM) -> tuple[LevelOp[Tensor], LevelOp[Tensor], Formula]:
     """c_skip * x_t + c_out * F, c_in * x_t, and c_noise."""
     op, of = "EDMPreconditioner", predict.preconditioning
 

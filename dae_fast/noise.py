@@ -16,6 +16,8 @@ from .kernels import dispatch, reference
 from .kernels.dispatch import kernels
 from .routing import Route, route
 
+__all__ = ["Noise"]
+
 Span = tuple[int, int]  # rows of one sample, and the sample's element at which the first of them begins
 BLOCK = 4  # elements of a Philox block
 

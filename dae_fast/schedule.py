@@ -17,6 +17,8 @@ from .coefficients import PAIR, Formula, Level, Place, formula_of, keep, singula
 from .kernels import reference
 from .noise import Noise
 
+__all__ = ["Schedule", "TimedSchedule"]
+
 # Levels and times are drawn from a stream of their own, so that they are independent of the noise they scale.
 LEVEL_TAG = 0x6C6576656C  # "level"
 
@@ -46,13 +48,13 @@ class Schedule:
                 raise ValueError(f"{name}: {column} must be {wanted}")
         self.alpha = alpha.detach().to("cpu", torch.float64, copy=True)
         self.sigma = sigma.detach().to("cpu", torch.float64, copy=True)
-        self.times = None if times is None else times.detach().to("cpu", torch.float64, copy=True)
+        self._times = None if times is None else times.detach().to("cpu", torch.float64, copy=True)
         self._name = name
         self._tables: dict[Place, Tensor] = {}
         self._traced = SimpleNamespace()
-        self._of_times = None if self.times is None else _formula_of_times(self.times)
+        self._of_times = None if self._times is None else _formula_of_times(self._times)
         _check_order(name, self.alpha, self.sigma)
-        if self.times is not None and not (self.times[1:] > self.times[:-1]).all():
+        if self._times is not None and not (self._times[1:] > self._times[:-1]).all():
             raise ValueError(f"{name}: times must increase, the noisiest level last")
 
     @classmethod
@@ -212,6 +214,11 @@ class Schedule:
         return level_stream(what, noise).bits((B,), below=len(self), device=place)
 
     @property
+    def times(self) -> Tensor | None:
+        """(T,) float64, or None: the levels' times in a continuous schedule."""
+        return self._times
+
+    @property
     def variance_preserving(self) -> bool:
         """alpha^2 + sigma^2 = 1 at every level."""
         return bool(((self.alpha.square() + self.sigma.square() - 1).abs() < 1e-9).all())
@@ -298,6 +305,19 @@ class Schedule:
         """float32 like t, on its device."""
         table = formula.table(self, torch.float32, t.device, op)
         return reference.coefficients(table, t.reshape(-1), op, t)[:, column].reshape(t.shape)
+
+
+class TimedSchedule(Schedule):
+    """A Schedule whose levels have `times`: what ContinuousSchedule.discretise makes."""
+
+    def __init__(self, alpha: Tensor, sigma: Tensor, *, times: Tensor, name: str = "TimedSchedule") -> None:
+        super().__init__(alpha, sigma, name=name, times=times)
+
+    @property
+    def times(self) -> Tensor:
+        """(T,) float64, the times of the levels, which samplers and DenoisingLoss tell a network."""
+        assert self._times is not None
+        return self._times
 
 
 def _formula_of_times(times: Tensor) -> Formula:

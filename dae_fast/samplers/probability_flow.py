@@ -99,7 +99,6 @@ def _flow(
         levels = schedule.discretise(steps + 1)
     else:
         levels = schedule.discretise(times=torch.tensor(times, dtype=torch.float64, device="cpu").flip(0))
-    assert levels.times is not None
     t, alpha, sigma = (c.flip(0) for c in (levels.times, levels.alpha, levels.sigma))
     N = len(t) - 1
     f, half_square = schedule.drift(t), schedule.diffusion(t).square() / 2
