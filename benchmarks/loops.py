@@ -25,7 +25,7 @@ Run = Callable[[Network, Tensor, Normal], Tensor]
 
 TEN = df.Schedule.linear(10, 0.005, 0.4)
 FLOW = df.Schedule.flow(10)
-EXPLODING = df.Schedule.geometric(0.01, 1.0, 10)
+EXPLODING = df.Schedule.geometric(10, 0.01, 1.0)
 VP = df.ContinuousSchedule.vp()
 STEPS = 10
 STEP_SIZE = 0.01

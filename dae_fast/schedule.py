@@ -121,24 +121,24 @@ class Schedule:
         return cls.from_betas((1 - bar[1:] / bar[:-1]).clamp(max=max_beta), name=name)
 
     @classmethod
-    def geometric(cls, sigma_min: float = 0.01, sigma_max: float = 1.0, T: int = 10) -> Schedule:
+    def geometric(cls, T: int = 10, sigma_min: float = 0.01, sigma_max: float = 1.0) -> Schedule:
         """NCSN: alpha = 1, sigmas in geometric progression, level T-1 the largest (Song and Ermon 2019)."""
         sigma_min, sigma_max = finite_numbers("Schedule.geometric", sigma_min=sigma_min, sigma_max=sigma_max)
-        name = f"Schedule.geometric({sigma_min}, {sigma_max}, {levels('Schedule.geometric', T)})"
+        name = f"Schedule.geometric({levels('Schedule.geometric', T)}, {sigma_min}, {sigma_max})"
         if not 0 < sigma_min <= sigma_max < math.inf:
             raise ValueError(f"{name}: needs 0 < sigma_min <= sigma_max")
         sigma = torch.logspace(math.log10(sigma_min), math.log10(sigma_max), T, dtype=torch.float64, device="cpu")
         return cls(torch.ones(T, dtype=torch.float64, device="cpu"), sigma, name=name)
 
     @classmethod
-    def karras(cls, sigma_min: float = 0.002, sigma_max: float = 80.0, T: int = 18, rho: float = 7.0) -> Schedule:
+    def karras(cls, T: int = 18, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Schedule:
         """EDM: alpha = 1, sigma^(1/rho) evenly spaced, level T-1 the largest (Karras et al. 2022, eq. 5).
 
         0 < sigma_min <= sigma_max; rho > 0: 1 is even spacing, more puts more levels at little noise.
         T = 1 is sigma_max. Raises ValueError for other values, TypeError for what is no number.
         """
         sigma_min, sigma_max, rho = finite_numbers("Schedule.karras", sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
-        name = f"Schedule.karras({sigma_min}, {sigma_max}, {levels('Schedule.karras', T)}, {rho})"
+        name = f"Schedule.karras({levels('Schedule.karras', T)}, {sigma_min}, {sigma_max}, {rho})"
         if not (0 < sigma_min <= sigma_max and rho > 0):
             raise ValueError(f"{name}: needs 0 < sigma_min <= sigma_max and rho > 0")
         sigma = karras_spacing(unit_grid(T), sigma_min, sigma_max, rho)
@@ -270,7 +270,7 @@ class Schedule:
         self.__init__(**state)  # type: ignore[misc]
 
     def __repr__(self) -> str:
-        return self._name
+        return self._name if "(" in self._name else f"{self._name}(<{len(self)} levels>)"
 
     # Run, not traced: torch.compile then finds the table as an attribute, an input of its graph. An entry
     # that a dict gained while tracing it would not see.
@@ -289,7 +289,7 @@ class Schedule:
             raise ValueError(singular(op, self._at(levels[i])))
 
     def _at(self, t: int) -> str:
-        return f"level {t} of {self}, alpha = {float(self.alpha[t])}, sigma = {float(self.sigma[t])}"
+        return f"level {t} of {self._name}, alpha = {float(self.alpha[t])}, sigma = {float(self.sigma[t])}"
 
     def _told(self, t: Tensor) -> Tensor:
         """What a network is told at levels t: their times, float32 on t's device, or where there are none t."""
@@ -311,6 +311,8 @@ class TimedSchedule(Schedule):
     """A Schedule whose levels have `times`: what ContinuousSchedule.discretise makes."""
 
     def __init__(self, alpha: Tensor, sigma: Tensor, *, times: Tensor, name: str = "TimedSchedule") -> None:
+        checks.word("TimedSchedule", "name", name)
+        check_column(name, "times", times)
         super().__init__(alpha, sigma, name=name, times=times)
 
     @property

@@ -195,6 +195,9 @@ class LevelOp(Generic[Made]):
             raise TypeError(f"{self.name}: inputs must be {', '.join(self.inputs)}, got {', '.join(inputs) or 'none'}")
         return self.run(level, tuple(inputs[n] for n in self.inputs), (low, high) if self._clamped else None, out)
 
+    def __repr__(self) -> str:
+        return f"LevelOp({self.name!r}: {', '.join(self.inputs)})"
+
     def run(
         self, level: Level, given: tuple[Any, ...], bounds: Bounds | None = None, out: Tensor | None = None
     ) -> Made:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ def probability_flow(
     clamp: Bounds | None = None,
     threshold: float | None = None,
     guidance: float | None = None,
+    net_arguments: Mapping[str, Any] | None = None,
     progress: bool = False,
     graph: bool = False,
 ) -> Tensor:
