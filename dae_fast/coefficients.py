@@ -22,6 +22,8 @@ from .kernels.spec import Rows, constant_rows, rows_at
 if TYPE_CHECKING:
     from .schedule import Schedule
 
+__all__ = ["Level"]
+
 Function = Callable[[Any, Any], Any]
 Place = tuple["Formula", torch.dtype, torch.device]  # of a table in a schedule's cache
 TABLES = 64  # kept by one schedule; the oldest goes first

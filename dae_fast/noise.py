@@ -16,6 +16,8 @@ from .kernels import dispatch, reference
 from .kernels.dispatch import kernels
 from .routing import Route, route
 
+__all__ = ["Noise"]
+
 Span = tuple[int, int]  # rows of one sample, and the sample's element at which the first of them begins
 BLOCK = 4  # elements of a Philox block
 
@@ -69,6 +71,8 @@ class Noise:
     strides, dtype, threads, instruction set or device. The stream is Philox4x32-10 (Salmon et al.
     2011) with Box-Muller normals, the one of torch.func._random. fp32 is the master value: fp16 and
     bf16 are its rounding, fp64 its exact widening; |z| reaches 6.76.
+
+    Equal are those of one key, ids and first element; a key in memory, which may change, is equal to itself alone.
     """
 
     __slots__ = ("_first_sample", "_key_tensor", "_offset", "_sample", "_seed", "_span")
@@ -258,6 +262,24 @@ class Noise:
             raise ValueError(f"bits: below must be in [1, 2**31], got {below}")
         place = checks.device("bits", device)
         return fill("bits", self, checks.shape("bits", shape), torch.int64, place, below or 2**32)
+
+    def _place(self) -> tuple[Any, ...]:
+        """All but the ids."""
+        key = (self._seed, self._offset) if self._key_tensor is None else id(self._key_tensor)
+        return key, self._first_sample, self._span or (1, 0), self._sample is None
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Noise):
+            return NotImplemented
+        if self is other:
+            return True
+        mine, theirs = self._sample, other._sample
+        if self._place() != other._place():
+            return False
+        return mine is theirs or (mine is not None and theirs is not None and torch.equal(mine, theirs))
+
+    def __hash__(self) -> int:
+        return hash(self._place())
 
     def __repr__(self) -> str:
         ids = f", sample={tuple(self._sample.shape)}" if self._sample is not None else ""

@@ -17,6 +17,8 @@ from .coefficients import PAIR, Formula, Level, Place, formula_of, keep, singula
 from .kernels import reference
 from .noise import Noise
 
+__all__ = ["Schedule", "TimedSchedule"]
+
 # Levels and times are drawn from a stream of their own, so that they are independent of the noise they scale.
 LEVEL_TAG = 0x6C6576656C  # "level"
 
@@ -46,13 +48,13 @@ class Schedule:
                 raise ValueError(f"{name}: {column} must be {wanted}")
         self.alpha = alpha.detach().to("cpu", torch.float64, copy=True)
         self.sigma = sigma.detach().to("cpu", torch.float64, copy=True)
-        self.times = None if times is None else times.detach().to("cpu", torch.float64, copy=True)
+        self._times = None if times is None else times.detach().to("cpu", torch.float64, copy=True)
         self._name = name
         self._tables: dict[Place, Tensor] = {}
         self._traced = SimpleNamespace()
-        self._of_times = None if self.times is None else _formula_of_times(self.times)
+        self._of_times = None if self._times is None else _formula_of_times(self._times)
         _check_order(name, self.alpha, self.sigma)
-        if self.times is not None and not (self.times[1:] > self.times[:-1]).all():
+        if self._times is not None and not (self._times[1:] > self._times[:-1]).all():
             raise ValueError(f"{name}: times must increase, the noisiest level last")
 
     @classmethod
@@ -119,24 +121,24 @@ class Schedule:
         return cls.from_betas((1 - bar[1:] / bar[:-1]).clamp(max=max_beta), name=name)
 
     @classmethod
-    def geometric(cls, sigma_min: float = 0.01, sigma_max: float = 1.0, T: int = 10) -> Schedule:
+    def geometric(cls, T: int = 10, sigma_min: float = 0.01, sigma_max: float = 1.0) -> Schedule:
         """NCSN: alpha = 1, sigmas in geometric progression, level T-1 the largest (Song and Ermon 2019)."""
         sigma_min, sigma_max = finite_numbers("Schedule.geometric", sigma_min=sigma_min, sigma_max=sigma_max)
-        name = f"Schedule.geometric({sigma_min}, {sigma_max}, {levels('Schedule.geometric', T)})"
+        name = f"Schedule.geometric({levels('Schedule.geometric', T)}, {sigma_min}, {sigma_max})"
         if not 0 < sigma_min <= sigma_max < math.inf:
             raise ValueError(f"{name}: needs 0 < sigma_min <= sigma_max")
         sigma = torch.logspace(math.log10(sigma_min), math.log10(sigma_max), T, dtype=torch.float64, device="cpu")
         return cls(torch.ones(T, dtype=torch.float64, device="cpu"), sigma, name=name)
 
     @classmethod
-    def karras(cls, sigma_min: float = 0.002, sigma_max: float = 80.0, T: int = 18, rho: float = 7.0) -> Schedule:
+    def karras(cls, T: int = 18, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Schedule:
         """EDM: alpha = 1, sigma^(1/rho) evenly spaced, level T-1 the largest (Karras et al. 2022, eq. 5).
 
         0 < sigma_min <= sigma_max; rho > 0: 1 is even spacing, more puts more levels at little noise.
         T = 1 is sigma_max. Raises ValueError for other values, TypeError for what is no number.
         """
         sigma_min, sigma_max, rho = finite_numbers("Schedule.karras", sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
-        name = f"Schedule.karras({sigma_min}, {sigma_max}, {levels('Schedule.karras', T)}, {rho})"
+        name = f"Schedule.karras({levels('Schedule.karras', T)}, {sigma_min}, {sigma_max}, {rho})"
         if not (0 < sigma_min <= sigma_max and rho > 0):
             raise ValueError(f"{name}: needs 0 < sigma_min <= sigma_max and rho > 0")
         sigma = karras_spacing(unit_grid(T), sigma_min, sigma_max, rho)
@@ -212,6 +214,11 @@ class Schedule:
         return level_stream(what, noise).bits((B,), below=len(self), device=place)
 
     @property
+    def times(self) -> Tensor | None:
+        """(T,) float64, or None: the levels' times in a continuous schedule."""
+        return self._times
+
+    @property
     def variance_preserving(self) -> bool:
         """alpha^2 + sigma^2 = 1 at every level."""
         return bool(((self.alpha.square() + self.sigma.square() - 1).abs() < 1e-9).all())
@@ -263,7 +270,7 @@ class Schedule:
         self.__init__(**state)  # type: ignore[misc]
 
     def __repr__(self) -> str:
-        return self._name
+        return self._name if "(" in self._name else f"{self._name}(<{len(self)} levels>)"
 
     # Run, not traced: torch.compile then finds the table as an attribute, an input of its graph. An entry
     # that a dict gained while tracing it would not see.
@@ -282,7 +289,7 @@ class Schedule:
             raise ValueError(singular(op, self._at(levels[i])))
 
     def _at(self, t: int) -> str:
-        return f"level {t} of {self}, alpha = {float(self.alpha[t])}, sigma = {float(self.sigma[t])}"
+        return f"level {t} of {self._name}, alpha = {float(self.alpha[t])}, sigma = {float(self.sigma[t])}"
 
     def _told(self, t: Tensor) -> Tensor:
         """What a network is told at levels t: their times, float32 on t's device, or where there are none t."""
@@ -298,6 +305,21 @@ class Schedule:
         """float32 like t, on its device."""
         table = formula.table(self, torch.float32, t.device, op)
         return reference.coefficients(table, t.reshape(-1), op, t)[:, column].reshape(t.shape)
+
+
+class TimedSchedule(Schedule):
+    """A Schedule whose levels have `times`: what ContinuousSchedule.discretise makes."""
+
+    def __init__(self, alpha: Tensor, sigma: Tensor, *, times: Tensor, name: str = "TimedSchedule") -> None:
+        checks.word("TimedSchedule", "name", name)
+        check_column(name, "times", times)
+        super().__init__(alpha, sigma, name=name, times=times)
+
+    @property
+    def times(self) -> Tensor:
+        """(T,) float64, the times of the levels, which samplers and DenoisingLoss tell a network."""
+        assert self._times is not None
+        return self._times
 
 
 def _formula_of_times(times: Tensor) -> Formula:

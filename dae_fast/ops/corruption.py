@@ -25,6 +25,8 @@ from ..noise import Noise
 from ..primitives.masks import Drawn
 from ..routing import Route, route, wants_grad
 
+__all__ = ["Masking", "PatchMask", "SaltAndPepper", "corrupt", "patch_mask"]
+
 # Streams of their own, so that what is struck does not depend on the normals of the same noise.
 MASK_TAG = 0x6D61736B  # "mask"
 PATCH_TAG = 0x7061746368  # "patch"

@@ -12,6 +12,8 @@ from ..checks import DTYPES
 from ..noise import Noise
 from ..routing import wants_grad
 
+__all__ = ["fourier_embedding", "timestep_embedding"]
+
 
 def timestep_embedding(
     t: Tensor,

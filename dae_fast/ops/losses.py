@@ -25,6 +25,8 @@ from .parameterisation import Parameterisation, check_name, error_ratio, errors,
 from .structured import StructuredNoise
 from .weighting import Weight, Weighting, by_errors, weight_for
 
+__all__ = ["denoising_loss", "noise_mse"]
+
 Reduction = Literal["mean", "sum", "none"]
 KindName = Literal["mse", "l1", "huber", "pseudo_huber"]
 Delta = float | Callable[[Tensor, Tensor], Any]

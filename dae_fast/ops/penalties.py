@@ -19,6 +19,8 @@ from ..primitives import loss_of_rows, reduction_of
 from ..primitives.residuals import plain_residual_loss
 from .losses import SUMMED, Reduction
 
+__all__ = ["contraction", "kl_sparsity", "l1_penalty", "sigmoid_contraction"]
+
 _ALONE = (1.0, 0.0, 0.0)  # a residual's row: against nothing
 _COLUMNS = (ABSENT,) * 6
 _PLAIN = {name: loss_of("l1_penalty", Kind.l1, how, _COLUMNS) for name, how in SUMMED.items()}

@@ -17,6 +17,8 @@ from ..kernels.spec import compute_dtype
 from ..noise import FlatNoise, Noise, noise_for
 from ..routing import Route, route, wants_grad
 
+__all__ = ["reparameterise"]
+
 
 def reparameterise(mu: Tensor, log_var: Tensor, noise: Noise | Tensor) -> tuple[Tensor, Tensor]:
     """(z, kl): z = mu + exp(log_var / 2) * eps, and kl_b = KL(N(mu_b, exp(log_var_b)) || N(0, 1)).

@@ -23,6 +23,8 @@ from ..coefficients import Formula, Level, gather, is_one, value_at
 from ..schedule import finite_numbers
 from .parameterisation import Coefficients, Parameterisation, check_name, error_ratio, errors
 
+__all__ = ["EDM", "P2", "SNR", "Likelihood", "MinSNR", "OnError", "SoftMinSNR", "TruncatedSNR"]
+
 
 class Weighting(ABC):
     """What `weight=` takes besides names, functions of (alpha, sigma) and tensors.
