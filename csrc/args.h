@@ -109,6 +109,10 @@ struct AffineArgs {
   bool clamped;
   int inner[3];  // columns of a0, a1, a3
   double lo, hi;
+  // Of five streams: one more, out += c4*v, whose place fresh noise then takes.
+  bool five = false;
+  Operand v;
+  int fifth[2] = {kAbsent, kAbsent};  // c4 of out, of out2
 };
 
 // Elements chosen by the words of a noise stream: word < thresholds[row][0], and word < thresholds[row][1].

@@ -66,9 +66,12 @@ int64_t affine(const py::object& map, const Inputs& inputs, const py::object& no
                const py::object& index, const Bounds& bounds, const py::object& out, const py::object& out2) {
   const auto& [x, y, z, w] = inputs;
   const Queue q = queue_of(out.ptr());
-  const Operands operands(out.ptr(), {x.ptr(), y.ptr(), z.ptr(), w.ptr(), out.ptr(), out2.ptr()}, !noise.is_none());
+  const bool stored = is_stored(map.ptr(), noise.ptr());
+  PyObject *const v = stored ? noise.ptr() : Py_None, *const drawn = stored ? Py_None : noise.ptr();
+  const Operands operands(out.ptr(), {x.ptr(), y.ptr(), z.ptr(), w.ptr(), out.ptr(), out2.ptr(), v}, drawn != Py_None);
   AffineArgs a{operands.batch, operands[0], operands[1], operands[2], operands[3], operands[4], operands[5]};
-  a.noise = read_noise(noise.ptr(), raw, operands.batch.D);
+  a.v = operands[6];
+  a.noise = read_noise(drawn, raw, operands.batch.D);
   a.table = read_table(table.ptr(), index.ptr(), q.device >= 0);
   fill_map(map.ptr(), a);
   if (bounds) std::tie(a.lo, a.hi) = *bounds;

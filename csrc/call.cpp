@@ -60,23 +60,31 @@ Queue queue_of_device(int device) {
   return device < 0 ? Queue{} : Queue{device, current_stream(device)};
 }
 
+bool is_tensor(PyObject* object) {
+  return PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(dae::torch().tensor));
+}
+
+constexpr int kFifth = 4;  // the slot of a noise, or of the fifth tensor
+
 // A weighted sum's static side, parsed once; spec.Map's `core`.
 struct MapObject {
   PyObject_HEAD
   PyObject *op, *owner;  // owner: the spec.Map that holds this, borrowed
-  int columns[8], inner[3], slots[5];
+  int columns[8], fifth[2], inner[3], slots[5];
   int outputs, inputs;
-  bool clamped;
+  bool clamped, five;
 
-  // Whether input k of x, y, z, w is read, by an output or by the estimate, which is of x, y and w.
+  // Whether input k of x, y, z, w, v is read, by an output or by the estimate, which is of x, y and w.
   bool reads(int k) const {
+    if (k == kFifth) return fifth[0] != kAbsent || fifth[1] != kAbsent;
     const bool inside = clamped && k != 2 && inner[k == 3 ? 2 : k] != kAbsent;
     return inside || columns[k] != kAbsent || columns[4 + k] != kAbsent;
   }
   void fill(AffineArgs& args) const {
     std::copy_n(columns, 8, args.columns);
     std::copy_n(inner, 3, args.inner);
-    args.clamped = clamped;
+    std::copy_n(fifth, 2, args.fifth);
+    args.clamped = clamped, args.five = five;
   }
 };
 
@@ -183,7 +191,7 @@ class PlainCall {
   // all samples, a tensor for one of each, None for a table of one row or of one for each sample.
   bool read_source(PyObject* source, PyObject* key, Table& read) {
     if (PyTuple_CheckExact(source)) return read_columns(source, read);
-    if (PyObject_TypeCheck(source, reinterpret_cast<PyTypeObject*>(dae::torch().tensor))) {
+    if (is_tensor(source)) {
       const auto view = View::of_plain(source);
       if (!view || view->dims() != 2 || !view->is_contiguous() || wants_grad(source)) return false;
       if (!view->is_on_device_of(*first_) && !(view->is_cpu() && view->size(0) == 1)) return false;
@@ -364,16 +372,22 @@ class PlainMap : PlainCall {
     PyObject* slots[] = {Py_None, Py_None, Py_None, Py_None, Py_None};
     if (PyTuple_GET_SIZE(given) != map.inputs || map.clamped != (bounds != Py_None)) return Py_NewRef(Py_None);
     for (int i = 0; i < map.inputs; ++i) slots[map.slots[i]] = PyTuple_GET_ITEM(given, i);
-    PyObject*& noise = slots[4];
+    PyObject* noise = slots[kFifth];
+    const bool stored = map.five && is_tensor(noise);
+    if (stored)
+      noise = Py_None;
+    else
+      slots[kFifth] = Py_None;
     AffineArgs args{};
     if (!read_first(slots[0])) return Py_NewRef(Py_None);
-    Operand* const operands[] = {&args.x, &args.y, &args.z, &args.w};
+    Operand* const operands[] = {&args.x, &args.y, &args.z, &args.w, &args.v};
     args.x.data = first_->data();
-    for (int k = 1; k < 4; ++k)
+    const int tensors = stored ? 5 : 4, place_of_noise = map.five ? kFifth : 2;
+    for (int k = 1; k < tensors; ++k)
       if (!read_another(slots[k], *operands[k])) return Py_NewRef(Py_None);
-    for (int k = 0; k < 4; ++k)
-      if (map.reads(k) && slots[k] == Py_None && !(k == 2 && noise != Py_None)) return Py_NewRef(Py_None);
-    if (noise != Py_None && slots[2] != Py_None) return Py_NewRef(Py_None);
+    for (int k = 0; k < 5; ++k)
+      if (map.reads(k) && slots[k] == Py_None && !(k == place_of_noise && noise != Py_None)) return Py_NewRef(Py_None);
+    if (noise != Py_None && slots[place_of_noise] != Py_None) return Py_NewRef(Py_None);
     if (!read_source(a[2], a[3], args.table) || !read_its_noise(noise, args.noise)) return Py_NewRef(Py_None);
     args.batch = batch_;
     map.fill(args);
@@ -383,7 +397,7 @@ class PlainMap : PlainCall {
     }
 
     bool differentiable = false;
-    for (int k = 0; k < 4; ++k) {
+    for (int k = 0; k < tensors; ++k) {
       if (slots[k] == Py_None) continue;
       if (map.reads(k)) {
         differentiable |= wants_grad(slots[k]);
@@ -393,11 +407,12 @@ class PlainMap : PlainCall {
         if (k) slots[k] = Py_None;
       }
     }
-    if (into != Py_None && (differentiable || map.outputs != 1 || !read_out(into, slots, 4, args.out)))
+    if (into != Py_None && (differentiable || map.outputs != 1 || !read_out(into, slots, 5, args.out)))
       return Py_NewRef(Py_None);
     if (differentiable || !is_ours()) {
       if (!table_ || (differentiable && leading_ > 1)) return Py_NewRef(Py_None);  // made again in the general way
       const Owned inputs(PyTuple_Pack(4, slots[0], slots[1], slots[2], slots[3]));
+      if (stored) noise = slots[kFifth];
       const Owned rows(PyTuple_Pack(2, table_, index()));
       if (differentiable) {
         PyObject* const passed[] = {map.owner, inputs.get(), noise, rows.get(), bounds};
@@ -538,7 +553,7 @@ bool read_ints(PyObject* tuple, int* to, Py_ssize_t least, Py_ssize_t most) {
   return !PyErr_Occurred();
 }
 
-// (op, columns, inner or None, slots, owner).
+// (op, columns with those of a fifth stream last, inner or None, slots, owner).
 PyObject* new_map(PyTypeObject* type, PyObject* args, PyObject*) {
   PyObject *op, *columns, *inner, *slots, *owner;
   if (!PyArg_ParseTuple(args, "UOOOO", &op, &columns, &inner, &slots, &owner)) return nullptr;
@@ -547,12 +562,18 @@ PyObject* new_map(PyTypeObject* type, PyObject* args, PyObject*) {
   map->op = Py_NewRef(op), map->owner = owner;
   map->clamped = inner != Py_None;
   std::fill_n(map->inner, 3, kAbsent);
-  if (!read_ints(columns, map->columns, 4, 8) || (map->clamped && !read_ints(inner, map->inner, 3, 3)) ||
+  int all[10];
+  if (!read_ints(columns, all, 4, 10) || (map->clamped && !read_ints(inner, map->inner, 3, 3)) ||
       !read_ints(slots, map->slots, 1, 5)) {
     Py_DECREF(map);
     return nullptr;
   }
-  map->outputs = static_cast<int>(PyTuple_GET_SIZE(columns) / 4), map->inputs = static_cast<int>(PyTuple_GET_SIZE(slots));
+  const int given = static_cast<int>(PyTuple_GET_SIZE(columns));
+  map->outputs = given / 4, map->inputs = static_cast<int>(PyTuple_GET_SIZE(slots));
+  map->five = given % 4 != 0;
+  std::fill_n(map->columns, 8, kAbsent), std::fill_n(map->fifth, 2, kAbsent);
+  std::copy_n(all, 4 * map->outputs, map->columns);
+  if (map->five) std::copy_n(all + 4 * map->outputs, map->outputs, map->fifth);
   for (int i = 0; i < map->inputs; ++i) {
     if (map->slots[i] >= 0 && map->slots[i] < 5) continue;
     Py_DECREF(map);
@@ -670,6 +691,8 @@ const LossObject& loss_of(PyObject* object) {
 }
 
 void fill_map(PyObject* map, AffineArgs& args) { as_map(map).fill(args); }
+
+bool is_stored(PyObject* map, PyObject* noise) { return as_map(map).five && is_tensor(noise); }
 
 const Api*& cuda_api() {
   static const Api* api = nullptr;

@@ -35,6 +35,8 @@ struct LossObject {
 // Raise TypeError for what is no such object.
 const LossObject& loss_of(PyObject* object);
 void fill_map(PyObject* map, AffineArgs& args);
+// Whether what a map of five streams is given as its noise is a tensor.
+bool is_stored(PyObject* map, PyObject* noise);
 
 // The one row of a table in host memory is read now; on a GPU a table is read in the kernel.
 Table read_table(PyObject* table, PyObject* index, bool for_gpu);

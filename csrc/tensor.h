@@ -127,7 +127,7 @@ Noise read_noise(PyObject* noise, bool raw, int64_t row);
 // The operands of one call: tensors of one shape, `like` being one of them, each of any strides.
 class Operands {
  public:
-  static constexpr int kMax = 6;
+  static constexpr int kMax = 7;
 
   // in_order: an element's place in its row matters to the op, as it does with noise.
   Operands(PyObject* like, std::initializer_list<PyObject*> tensors, bool in_order);

@@ -27,7 +27,7 @@ from .primitives.sums import gradients as affine_gradients
 
 _NOISE = "Tensor? key, Tensor? sample, SymInt first_sample, SymInt rows_per_sample, SymInt first_element"
 _ROWS = "Tensor table, Tensor? index"
-_AFFINE = f"(Tensor x, Tensor? y, Tensor? z, Tensor? w, {_ROWS}, {_NOISE}, int[] columns, str op)"
+_AFFINE = f"(Tensor x, Tensor? y, Tensor? z, Tensor? w, Tensor? v, {_ROWS}, {_NOISE}, int[] columns, str op)"
 _MASK = "Tensor? mask, Tensor? mask_key, Tensor? mask_sample, SymInt mask_first_sample, Tensor? thresholds, bool keeps"
 _RESIDUAL = f"Tensor pred, Tensor? y, Tensor? z, {_ROWS}, {_MASK}, {_NOISE}, int kind, int[] columns, str op"
 _SCHEMAS = {
@@ -58,10 +58,10 @@ def _noise(key: Tensor | None, sample: Tensor | None, *rest: int) -> Noise | Non
     return FlatNoise(*_dense(key, sample), *rest).whole()
 
 
-def _affine_arguments(x: Any, y: Any, z: Any, w: Any, table: Any, index: Any, *rest: Any) -> tuple[Any, ...]:
+def _affine_arguments(x: Any, y: Any, z: Any, w: Any, v: Any, table: Any, index: Any, *rest: Any) -> tuple[Any, ...]:
     """As a backend's affine takes them."""
     *noise, columns, op = rest
-    return map_of(op, tuple(columns)), (x, y, z, w), _noise(*noise), Rows(*_dense(table, index))
+    return map_of(op, tuple(columns)), (x, y, z, w), _noise(*noise) if v is None else v, Rows(*_dense(table, index))
 
 
 def _affine2(*args: Any) -> Any:
@@ -164,9 +164,11 @@ def _filled(noise: Noise | None, like: Tensor) -> Tensor | None:
     return None if noise is None else noise.normal(like.shape, dtype=compute_dtype(like.dtype), device=like.device)
 
 
-def _affine_in_torch(x: Any, y: Any, z: Any, w: Any, table: Any, index: Any, *rest: Any) -> tuple[Tensor, ...]:
-    spec, _, noise, _ = _affine_arguments(x, y, z, w, table, index, *rest)
-    return reference.affine(spec, (x, y, z if noise is None else _filled(noise, x), w), None, Rows(table, index))
+def _affine_in_torch(x: Any, y: Any, z: Any, w: Any, v: Any, table: Any, index: Any, *rest: Any) -> tuple[Tensor, ...]:
+    spec, _, noise, _ = _affine_arguments(x, y, z, w, v, table, index, *rest)
+    eps = _filled(noise, x) if isinstance(noise, Noise) else noise
+    inputs = (x, y, z, w) if spec.fifth or eps is None else (x, y, eps, w)
+    return reference.affine(spec, inputs, eps if spec.fifth else None, Rows(table, index))
 
 
 def _means_in_torch(*args: Any) -> Tensor:
@@ -202,17 +204,18 @@ def _gaussian_grad_in_torch(z_grad: Any, kl_grad: Any, mu: Tensor, log_var: Tens
 
 
 def _setup_affine(ctx: Any, inputs: Any) -> None:
-    x, y, z, w, table, index, key, sample, *rest = inputs
+    x, y, z, w, v, table, index, key, sample, *rest = inputs
     ctx.set_materialize_grads(False)
-    read = (x, y, z, w) if ctx.needs_input_grad[5] else (None,) * 4  # for the table's gradient alone
+    read = (x, y, z, w, v) if ctx.needs_input_grad[6] else (None,) * 5  # for the table's gradient alone
     ctx.save_for_backward(*read, table, index, key, sample)
     ctx.rest = rest
 
 
 def _backward_affine(ctx: Any, *grads: Tensor | None) -> Any:
-    x, y, z, w, table, index, key, sample = unwrap_dead_wrappers(ctx.saved_tensors)
+    x, y, z, w, v, table, index, key, sample = unwrap_dead_wrappers(ctx.saved_tensors)
     *place, columns, op = ctx.rest
-    noise, spec = FlatNoise(key, sample, *place).whole(), map_of(op, tuple(columns))
+    noise: Any = FlatNoise(key, sample, *place).whole() if v is None else v
+    spec = map_of(op, tuple(columns))
     found = affine_gradients(ctx.needs_input_grad[1:], grads, spec, (x, y, z, w), noise, Rows(table, index))
     return (None, *found, *[None] * 8)
 

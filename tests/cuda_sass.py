@@ -25,6 +25,7 @@ STREAMS = {
     "affine_kernel<fresh, 3>": (3, 1),
     "affine_kernel<read, 4>": (4, 1),
     "affine_kernel<any>": (4, 2),
+    "affine_kernel<five>": (5, 2),
     "residual_kernel<fresh, 1>": (1, 1),
     "residual_kernel<fresh, 2>": (2, 1),
     "residual_kernel<read, 2>": (2, 1),
@@ -116,7 +117,8 @@ def _describe(mangled: str) -> tuple[str, str, str] | None:
     name, fresh, inputs, flag, access = kernel.groups()
     arguments = [] if fresh is None else ["fresh" if fresh == "1" else "read"]
     if inputs:  # -1 is for all that has no kernel of its own, with fresh noise or without
-        arguments = ["any"] if "Lin" in kernel[0] else [*arguments, inputs, *[FLAG[name]] * (flag == "1")]
+        general = "five" if fresh == "1" and name == "affine_kernel" else "any"
+        arguments = [general] if "Lin" in kernel[0] else [*arguments, inputs, *[FLAG[name]] * (flag == "1")]
     return name + f"<{', '.join(arguments)}>" * bool(arguments), match[1] or match[2], access
 
 

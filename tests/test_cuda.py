@@ -29,7 +29,7 @@ from . import cuda_on_cpu, host_time
 from .cuda_sass import ARCHITECTURES, GROUP, LIBRARY, STREAMS, functions, instructions_a_value, kernels
 from .flat import Flat
 from .test_gpu import noise_at
-from .test_primitives import AFFINE, KINDS, NOISE, masks, randn, table_of
+from .test_primitives import AFFINE, KINDS, NOISE, masks, randn, streams, table_of
 
 needs_library = pytest.mark.skipif(build_error("cuda") is not None, reason=f"no CUDA library: {build_error('cuda')}")
 
@@ -176,10 +176,10 @@ layouts = pytest.mark.parametrize("layout", [torch.Tensor.contiguous, strided], 
 @pytest.mark.parametrize("pattern", AFFINE)
 def test_affine_has_the_cpus_bits(same_bits, pattern: str, shape: tuple[int, ...], dtype: torch.dtype, layout) -> None:
     columns, clamp, fresh = AFFINE[pattern]
-    x, y, z, w = (layout(randn(shape, dtype, seed)) for seed in range(4))
-    table, noise = table_of(dtype, shape[0]), NOISE if fresh else None
+    x, y, z, w, v = (layout(randn(shape, dtype, seed)) for seed in range(5))
+    table, (third, noise) = table_of(dtype, shape[0]), streams(columns, fresh, z, v)
     affine = Flat(df.kernels.native).affine
-    same_bits(lambda: affine("op", x, y, None if fresh else z, noise, table, None, columns, clamp, w=w))
+    same_bits(lambda: affine("op", x, y, third, noise, table, None, columns, clamp, w=w))
 
 
 @layouts

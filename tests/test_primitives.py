@@ -59,21 +59,34 @@ AFFINE = {
     "clamped, w in both": ((0, 1, 2, 3), (4, 5, 6, -0.5, 0.7), True),
     "clamped, w outside": ((0, 1, -1, 3), (4, 5, -1, -1.0, 1.0), False),
     "clamped, two outputs": ((0, 1, 2, 3, -1, 1, -1, -1), (4, 5, -1, -0.5, 0.7), True),
+    "five tensors": ((0, 1, 2, 3, 4), None, False),
+    "four tensors and noise": ((0, 1, 2, 3, 4), None, True),
+    "five, two outputs": ((0, 1, 2, -1, -1, 3, 0, 1, -1, 5), None, False),
+    "five, clamped, two outputs": ((0, 1, 2, 3, -1, 1, 2, -1, 0, -1), (4, 5, 6, -0.5, 0.7), True),
 }
+
+
+def streams(columns: tuple[int, ...], fresh: bool, z: Tensor, v: Tensor) -> tuple[Tensor | None, Any]:
+    """z and the noise, which may be a tensor of five streams."""
+    if len(columns) % 4:
+        return z, NOISE if fresh else v
+    return (None, NOISE) if fresh else (z, None)
 
 
 @settings
 @pytest.mark.parametrize("pattern", AFFINE)
 def test_affine(backend: str, pattern: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     columns, clamp, fresh = AFFINE[pattern]
-    x, y, z, w = (randn(shape, dtype, seed) for seed in range(4))
-    noise = NOISE if fresh else None
+    x, y, z, w, v = (randn(shape, dtype, seed) for seed in range(5))
+    third, noise = streams(columns, fresh, z, v)
     table = table_of(dtype, shape[0])
-    got = module_of(backend).affine("op", x, y, None if fresh else z, noise, table, None, columns, clamp, w=w)
-    exact = [t.double() for t in (x, y, NOISE.normal(shape, dtype=torch.float64) if fresh else z, w, table)]
+    got = module_of(backend).affine("op", x, y, third, noise, table, None, columns, clamp, w=w)
+    eps = NOISE.normal(shape, dtype=torch.float64) if fresh else v
+    exact = [t.double() for t in (x, y, eps if third is None else z, w, eps, table)]
 
-    def judge(x: Tensor, y: Tensor, z: Tensor, w: Tensor, table: Tensor, clamp: Any) -> tuple[Tensor, ...]:
-        return Flat(reference).affine("op", x, y, z, None, table, None, columns, clamp, w)
+    def judge(x: Tensor, y: Tensor, z: Tensor, w: Tensor, v: Tensor, table: Tensor, clamp: Any) -> tuple[Tensor, ...]:
+        fifth = v if len(columns) % 4 else None
+        return Flat(reference).affine("op", x, y, z, fifth, table, None, columns, clamp, w)
 
     wanted = judge(*exact, clamp)
     sizes = judge(*(t.abs() for t in exact), clamp and (*clamp[:3], -1e9, 1e9))

@@ -26,19 +26,19 @@ def column(c: Any, like: Tensor) -> Any:
 
 
 COEFFICIENTS: dict[str, Any] = {
-    "floats": (0.5, -2.0, 1.5, 3),
-    "a tensor ()": (torch.tensor(0.5), -2.0, torch.tensor(1.5).double(), 0.0),
-    "(B,)": (randn(11, (B,)), randn(12, (B,)).float(), -1.0, randn(13, (B,))),
-    "(1,)": (randn(11, (1,)), randn(12, (B,)), 2.0, randn(13, (1,))),
-    "(B, F)": (randn(11, (B, 3)), randn(12, (B,)), -1.0, randn(13, (B, 3))),
+    "floats": (0.5, -2.0, 1.5, 3, -0.25),
+    "a tensor ()": (torch.tensor(0.5), -2.0, torch.tensor(1.5).double(), 0.0, torch.tensor(2.0)),
+    "(B,)": (randn(11, (B,)), randn(12, (B,)).float(), -1.0, randn(13, (B,)), randn(14, (B,))),
+    "(1,)": (randn(11, (1,)), randn(12, (B,)), 2.0, randn(13, (1,)), 0.5),
+    "(B, F)": (randn(11, (B, 3)), randn(12, (B,)), -1.0, randn(13, (B, 3)), randn(14, (B, 3))),
 }
 
 
 @pytest.mark.parametrize("fresh", [False, True], ids=["tensor", "Noise"])
-@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("name", COEFFICIENTS)
 def test_sums(backend: str, name: str, count: int, fresh: bool) -> None:
-    """Of one to four terms, the last perhaps a Noise, and their gradients."""
+    """Of one to five terms, the last perhaps a Noise, and their gradients."""
     row = [c.clone().requires_grad_() if isinstance(c, Tensor) else c for c in COEFFICIENTS[name][:count]]
     tensors = [randn(k).requires_grad_() for k in range(count)]
     eps = NOISE.normal(SHAPE, dtype=torch.float64)
@@ -68,6 +68,41 @@ def test_a_second_output_and_out(backend: str) -> None:
         assert df.weighted_sum((0.5, x.clone()), (2.0, y), out=out) is out
         assert torch.equal(out, wanted)
         assert out._version > version
+
+
+@pytest.mark.parametrize("fresh", [False, True], ids=["tensor", "Noise"])
+@pytest.mark.parametrize("clamps", [False, True], ids=["plain", "clamped"])
+def test_five_streams_are_one_launch_on_every_route(
+    monkeypatch: pytest.MonkeyPatch, backend: str, clamps: bool, fresh: bool
+) -> None:
+    tensors = [randn(k, dtype=torch.float32) for k in range(5)]
+    last = NOISE if fresh else tensors[4]
+
+    def call(x: Tensor, y: Tensor, z: Tensor, w: Tensor, v: Any = last) -> Tensor:
+        second: Any = df.clamped((0.4, x), (2.0, y), (-0.7, w), low=-0.5, high=0.6) if clamps else y
+        more = () if clamps else ((1.25, w),)
+        return df.weighted_sum((0.5, x), (-1.5, second), (0.75, z), *more, (0.3, v))
+
+    plain = call(*tensors[:4])
+    eps = NOISE.normal(SHAPE) if fresh else tensors[4]
+    x, y, z, w = tensors[:4]
+    second = (0.4 * x + 2 * y - 0.7 * w).clamp(-0.5, 0.6) if clamps else y
+    wanted = 0.5 * x - 1.5 * second + 0.75 * z + 0.3 * eps + (0 if clamps else 1.25 * w)
+    torch.testing.assert_close(plain, wanted, rtol=1e-5, atol=1e-5)
+    with monkeypatch.context() as patched:  # the general way
+        patched.setattr("dae_fast.primitives.plain_map", lambda *_: None)
+        assert torch.equal(call(*tensors[:4]), plain)
+    out = tensors[1].clone()
+    if not clamps:
+        df.weighted_sum((0.5, x), (-1.5, out), (0.75, z), (1.25, w), (0.3, last), out=out)
+        assert torch.equal(out, plain)
+    batched = torch.func.vmap(call)(*(t.unsqueeze(0) for t in tensors[:4]), *(() if fresh else (last.unsqueeze(0),)))
+    torch.testing.assert_close(batched[0], plain, rtol=1e-6, atol=1e-6)
+    _, tangent = torch.func.jvp(call, tuple(tensors[:4]), tuple(torch.ones_like(t) for t in tensors[:4]))
+    inside = (0.4 * x + 2 * y - 0.7 * w).abs() if clamps else None
+    assert tangent.isfinite().all() and (inside is not None or torch.allclose(tangent, torch.full_like(x, 1.0)))
+    wide = [t.double().requires_grad_() for t in tensors]
+    assert torch.autograd.gradcheck(call, wide[:4] if fresh else wide)
 
 
 def test_dtypes_are_promoted(backend: str) -> None:
@@ -181,7 +216,7 @@ def test_errors_name_the_term() -> None:
         ),
         (lambda: df.weighted_sum((1.0, NOISE)), TypeError, "needs a tensor besides the noise"),
         (lambda: df.weighted_sum((1.0, x), (1.0, NOISE), (1.0, NOISE)), ValueError, "takes one Noise, got 2"),
-        (lambda: df.weighted_sum(*[(1.0, randn(k)) for k in range(5)]), ValueError, "at most four tensors"),
+        (lambda: df.weighted_sum(*[(1.0, randn(k)) for k in range(6)]), ValueError, "at most five terms"),
         (lambda: df.weighted_sum((1.0, x), also=(1.0, 2.0)), ValueError, "also must have 1 coefficients"),
         (lambda: df.clamped((1.0, x), low=2, high=1), ValueError, "clamped: low must not be above high, got 2.0"),
         (lambda: df.residual_loss(x, (1.0, x[:2])), ValueError, r"residual_loss: term 0 must have shape"),

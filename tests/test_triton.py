@@ -92,16 +92,23 @@ def assert_close(got: Tensor, wanted: Tensor, scale: float) -> None:
 def check_affine(x, y, z, noise, table, index, columns, clamp=None, w=None) -> None:
     got = backend.affine("op", x, y, z, noise, table, index, columns, clamp, w=w)
     wide = [None if t is None else t.double() for t in (x, y, z, w)]
-    if noise is not None:
+    fifth = None
+    if isinstance(noise, Tensor):
+        fifth = noise.double()
+    elif len(columns) % 4:
+        fifth = normals(noise, x)
+    elif noise is not None:
         wide[2] = normals(noise, x)
     inside = None if index is None else (index >= 0) & (index < table.shape[0])
     safe = None if index is None else torch.where(inside, index, 0)
-    wanted = Flat(reference).affine("op", *wide[:3], None, table.double(), safe, columns, clamp, wide[3])
+    wanted = Flat(reference).affine("op", *wide[:3], fifth, table.double(), safe, columns, clamp, wide[3])
     for g, o in zip(got, wanted, strict=True):
         assert g.dtype == x.dtype
         if inside is not None:
             o = torch.where(inside.reshape(-1, *[1] * (x.dim() - 1)), o, torch.nan)
-        assert_close(g, o, magnitude((*wide, torch.ones(1)), table) * max(1.0, float(table.nan_to_num().abs().max())))
+        assert_close(
+            g, o, magnitude((*wide, fifth, torch.ones(1)), table) * max(1.0, float(table.nan_to_num().abs().max()))
+        )
 
 
 PATTERNS = {
@@ -135,6 +142,18 @@ def test_affine_columns(pattern: str, dtype: torch.dtype) -> None:
     noise = df.Noise(5) if "noise" in pattern or "clamp-step" in pattern else None
     w = w if "four" in pattern else None
     check_affine(x, y, None if noise else z, noise, table_of(dtype), levels(3), columns, clamp, w)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("drawn", [False, True], ids=["tensor", "noise"])
+@pytest.mark.parametrize("shape", [(3, 2, 12), (3, 5, 7)], ids=str)
+def test_affine_of_five_streams(shape: tuple[int, ...], drawn: bool, dtype: torch.dtype) -> None:
+    x, y, z, w, v = (randn(*shape, dtype=dtype, seed=s) for s in range(5))
+    noise = df.Noise(5) if drawn else v
+    for columns, clamp in (((0, 1, 2, 3, 4), None), ((0, 1, 2, 3, 4, -1, 1, 0, -1, 2), (3, 4, 0, -1.0, 1.0))):
+        check_affine(x, y, z, noise, table_of(dtype), levels(3), columns, clamp, w)
+        mixed = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (y, w))
+        check_affine(x, next(mixed), z, noise, table_of(dtype), levels(3), columns, clamp, next(mixed))
 
 
 @pytest.mark.parametrize("D", LENGTHS)

@@ -160,17 +160,33 @@ static inline const T* zeros() {
   return reinterpret_cast<const T*>(kZeros);
 }
 
+// A fifth stream of one row; column kAbsent: there is none.
+template <class R>
+struct Fifth {
+  int column = kAbsent;
+  const R* v = nullptr;
+};
+
 // One row through the map that `columns` names. An input whose coefficient is absent is not read: it
 // may hold an infinity, and 0 times that is not 0.
 template <class R, class X, class Y, class W, class Out>
 static inline void apply_columns(const Coefficients<R>& c, const int* columns, const X* x, const Y* y, const R* z,
-                                 const W* w, Out* out, int64_t n) {
+                                 const W* w, const Fifth<R>& fifth, Out* out, int64_t n) {
   if (columns[0] == kAbsent) x = zeros<X>();
   if (columns[1] == kAbsent) y = zeros<Y>();
   if (columns[2] == kAbsent) z = zeros<R>();
   const R c0 = c[columns[0]], c1 = c[columns[1]], c2 = c[columns[2]], c3 = c[columns[3]];
   // out may be one of the inputs.
-  if (columns[3] == kAbsent) {
+  if (fifth.column != kAbsent) {
+    const R c4 = c[fifth.column];
+    const R* v = fifth.v;
+    if (columns[3] == kAbsent) w = zeros<W>();
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) {
+      const R four = affine(c0, R(widen(x[i])), c1, R(widen(y[i])), c2, z[i], c3, R(widen(w[i])));
+      narrow(mul_add(c4, v[i], four), out[i]);
+    }
+  } else if (columns[3] == kAbsent) {
 #pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) narrow(affine(c0, R(widen(x[i])), c1, R(widen(y[i])), c2, z[i]), out[i]);
   } else {
@@ -186,11 +202,11 @@ static inline void apply_clamped(const AffineArgs& a, const Coefficients<R>& c, 
                                  R* out, int64_t n) {
   const int columns[] = {a.inner[0], a.inner[1], kAbsent, a.inner[2]};
   const Clamp<R> clamp = {static_cast<R>(a.lo), static_cast<R>(a.hi)};
-  apply_columns(c, columns, x, y, zeros<R>(), w, out, n);
+  apply_columns(c, columns, x, y, zeros<R>(), w, {}, out, n);
   for (int64_t i = 0; i < n; ++i) out[i] = clamp(out[i]);
 }
 
-// Seven buffers of doubles for a whole unit would be more stack than some threads have.
+// Eight buffers of doubles for a whole unit would be more stack than some threads have.
 template <class R>
 constexpr int64_t kAffinePart = sizeof(R) > sizeof(float) ? kSegment / 2 : kSegment;
 
@@ -217,24 +233,26 @@ static inline void affine_part(const AffineArgs& a, const Unit& unit) {
   using L = typename LoopType<T>::type;
   constexpr int64_t kPart = kAffinePart<R>;
   alignas(64) L xs[kPart], ys[kPart], ws[kPart], outs[kPart], outs2[kPart];
-  alignas(64) R zs[kPart], middle[kPart];
+  alignas(64) R zs[kPart], vs[kPart], middle[kPart];
   const L* x = read<T>(a.batch, a.x, unit, xs);
   const L* y = read<T>(a.batch, a.y, unit, ys);
-  const R* z = read_z<T>(a.batch, a.z, a.noise, unit, zs);
+  const R* z = a.five ? read<T>(a.batch, a.z, unit, zs) : read_z<T>(a.batch, a.z, a.noise, unit, zs);
+  const R* v = a.five ? read_z<T>(a.batch, a.v, a.noise, unit, vs) : zeros<R>();
   const L* w = read<T>(a.batch, a.w, unit, ws);
   L* out = target<T>(a.batch, a.out, unit, outs);
   L* out2 = a.out2.data ? target<T>(a.batch, a.out2, unit, outs2) : nullptr;
   for (int64_t r = 0; r < unit.rows; ++r) {
     const int64_t at = r * unit.length, n = unit.length;
     const Coefficients<R> c = coefficients<R>(a.table, unit.row + r);
+    const Fifth<R> first = {a.fifth[0], v + at}, second = {a.fifth[1], v + at};
     // The second output first: `out` may be one of the inputs, and this stretch is still in cache.
     if (a.clamped) {
       apply_clamped(a, c, x + at, y + at, w + at, middle, n);
-      if (out2) apply_columns(c, a.columns + 4, x + at, middle, z + at, w + at, out2 + at, n);
-      apply_columns(c, a.columns, x + at, middle, z + at, w + at, out + at, n);
+      if (out2) apply_columns(c, a.columns + 4, x + at, middle, z + at, w + at, second, out2 + at, n);
+      apply_columns(c, a.columns, x + at, middle, z + at, w + at, first, out + at, n);
     } else {
-      if (out2) apply_columns(c, a.columns + 4, x + at, y + at, z + at, w + at, out2 + at, n);
-      apply_columns(c, a.columns, x + at, y + at, z + at, w + at, out + at, n);
+      if (out2) apply_columns(c, a.columns + 4, x + at, y + at, z + at, w + at, second, out2 + at, n);
+      apply_columns(c, a.columns, x + at, y + at, z + at, w + at, first, out + at, n);
     }
   }
   write<T>(a.batch, a.out, unit, out);

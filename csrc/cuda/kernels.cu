@@ -34,19 +34,20 @@ __device__ __forceinline__ void prepare_coefficients(const Rows& p, const Unit& 
     c[i / C][i % C] = coefficient<R>(p.table, unit.row + i / C, columns[i % C]);
 }
 
-enum { kX, kY, kZ, kW, kOut, kOut2 };
+enum { kX, kY, kZ, kW, kOut, kOut2, kV };
 
-// Columns of the coefficients of x, y, z, w: for out, for out2, for the estimate that the clamp is about.
-constexpr int kOfOut = 0, kOfOut2 = 4, kOfEstimate = 8, kColumns = 12;
+// Columns of the coefficients of x, y, z, w: for out, for out2, for the estimate that the clamp is about; then those of v.
+constexpr int kOfOut = 0, kOfOut2 = 4, kOfEstimate = 8, kColumns = 12, kOfFifth = 12, kAllColumns = 14;
 
 struct AffineParams : Rows {
-  int columns[kColumns];
+  int columns[kAllColumns];
   bool clamped;
   R lo, hi;
 };
 
 // kInputs: with one output, how many of x, y, z, w are read, in this order; fresh noise takes z's place and is none of
-// them. A clamp is about x and y. kAnyInputs: everything else, with fresh noise or without.
+// them. A clamp is about x and y. kAnyInputs: everything else, with fresh noise or without; compiled as fresh it is that
+// of five streams, whose noise, drawn or read, has v's place.
 constexpr int kAnyInputs = -1;
 // Of a kernel's loop, in one.
 template <int kInputs>
@@ -78,6 +79,7 @@ __device__ __forceinline__ void map_group(const int* columns, const R* c, const 
 // As few as leave no value in local memory, where more threads were seen to pay (docs/notes.md).
 template <bool kFresh, int kInputs>
 constexpr int map_registers() {
+  if (kFresh && kInputs == kAnyInputs) return 128;
   if (sizeof(T) == 8) return kInputs == kAnyInputs || kInputs > 2 ? 128 : 80;
   if (kInputs == kAnyInputs || kInputs > 3) return 80;
   return kFresh && kInputs <= 1 ? 48 : 64;
@@ -88,8 +90,8 @@ __global__ void __launch_bounds__(kThreads, blocks_of(map_registers<kFresh, kInp
     affine_kernel(const __grid_constant__ AffineParams p, const __grid_constant__ Access access) {
   using Cursor = typename Access::template Cursor<T>;
   constexpr int N = Cursor::N;
-  constexpr bool kGeneral = kInputs == kAnyInputs;
-  constexpr int kHeld = kGeneral || kClamped ? kColumns : kOfOut2;
+  constexpr bool kGeneral = kInputs == kAnyInputs, kFive = kGeneral && kFresh;
+  constexpr int kHeld = kFive ? kAllColumns : (kGeneral || kClamped ? kColumns : kOfOut2);
   __shared__ R coefficients[kMaxRows][kHeld];
   __shared__ uint4 keys[kFresh || kGeneral ? kMaxRows : 1];
   const bool fresh = kGeneral ? p.noise.present : kFresh;
@@ -98,13 +100,15 @@ __global__ void __launch_bounds__(kThreads, blocks_of(map_registers<kFresh, kInp
   const auto reads = [&](int k) {
     return kGeneral ? access.has(k) : (k == kW ? kInputs == kAllInputs<kFresh> : k < kInputs && !(kFresh && k == kZ));
   };
-  Pack<T, N> xs = {}, ys = {}, zs = {}, ws = {};
+  Pack<T, N> xs = {}, ys = {}, zs = {}, ws = {}, vs = {};
   const auto fetch = [&](const Cursor& from) {
     if (from.g >= unit.groups) return;
     if (reads(kX)) from.read(kX, xs);
     if (reads(kY)) from.read(kY, ys);
     if (reads(kZ)) from.read(kZ, zs);
     if (reads(kW)) from.read(kW, ws);
+    if constexpr (kFive)
+      if (reads(kV)) from.read(kV, vs);
   };
   fetch(cursor);  // under way while the rows are prepared
   prepare_coefficients(p, unit, p.columns, coefficients);
@@ -117,12 +121,13 @@ __global__ void __launch_bounds__(kThreads, blocks_of(map_registers<kFresh, kInp
     const Pinned pinned = pin(p.zero);
 #pragma unroll kTurns<kInputs>
     while (cursor.g < unit.groups) {
-      R x[N], y[N], z[N], w[N], v[N];
+      R x[N], y[N], z[N], w[N], v[N], fifth[N];
       const auto [at, blocks] = groups(cursor);
       const R* c = row[at.row];
-      if (fresh) normals(blocks, z, pinned);
+      if (fresh) normals(blocks, kFive ? fifth : z, pinned);
       widen(xs, x), widen(ys, y), widen(ws, w);
-      if (!fresh) widen(zs, z);
+      if (kFive || !fresh) widen(zs, z);
+      if (kFive && !fresh) widen(vs, fifth);
       Cursor ahead = cursor;
       ahead.step();
       // While normals are made the next group has time to come, and is fetched when this one's registers are free.
@@ -139,10 +144,17 @@ __global__ void __launch_bounds__(kThreads, blocks_of(map_registers<kFresh, kInp
 #pragma unroll
         for (int i = 0; i < N; ++i) y[i] = clamp(v[i]);
       }
+      const auto add_fifth = [&](int k) {
+        if (!kFive || p.columns[kOfFifth + k] == kAbsent) return;
+#pragma unroll
+        for (int i = 0; i < N; ++i) v[i] = mul_add(c[kOfFifth + k], fifth[i], v[i]);
+      };
       map(kOfOut);
+      add_fifth(0);
       write(kOut);
       if (kGeneral && access.has(kOut2)) {
         map(kOfOut2);
+        add_fifth(1);
         write(kOut2);
       }
       if (kFresh) fetch(ahead);
@@ -519,11 +531,13 @@ __global__ void __launch_bounds__(kThreads, blocks_of(sizeof(T) == 8 ? 128 : 80)
   walk_unit<!Access::kRagged>(p.cut, unit, cursor, keys, p.noise.present, walk);
 }
 
-template <bool kFresh>
+template <bool kFresh, bool kFive = false>
 const char* launch_affine(const AffineArgs& a, const Launch& how) {
-  Operand operands[] = {a.x, a.y, a.z, a.w, a.out, a.out2};
+  Operand operands[kFive ? kV + 1 : kV] = {a.x, a.y, a.z, a.w, a.out, a.out2};
+  if constexpr (kFive) operands[kV] = a.v;
   AffineParams p{{Cut{}, a.noise, a.table}, {}, a.clamped, static_cast<R>(a.lo), static_cast<R>(a.hi)};
   std::copy_n(a.columns, kOfEstimate, p.columns);
+  std::copy_n(a.fifth, 2, p.columns + kOfFifth);
   const int estimate[] = {a.inner[0], a.inner[1], kAbsent, a.inner[2]};
   for (int k = 0; k < 4; ++k) {
     p.columns[kOfEstimate + k] = a.clamped ? estimate[k] : kAbsent;
@@ -534,7 +548,7 @@ const char* launch_affine(const AffineArgs& a, const Launch& how) {
   return how.with_access<T>(a.batch, operands, [&](const auto& access) {
     using Access = std::decay_t<decltype(access)>;
     // Strides cost more than a few selects: there the general kernel is the only one.
-    if constexpr (!Access::kRagged) {
+    if constexpr (!Access::kRagged && !kFive) {
       const bool x = access.data[kX], y = access.data[kY], z = access.data[kZ], w = access.data[kW];
       if (!a.clamped && !a.out2.data) {
         if constexpr (kFresh)
@@ -550,7 +564,7 @@ const char* launch_affine(const AffineArgs& a, const Launch& how) {
         if (a.clamped && !a.out2.data && x && y && !z && !w)
           return how.units<affine_kernel<kFresh, 2, true, Access>, T>(a.batch, p, access);
     }
-    return how.units<affine_kernel<false, kAnyInputs, false, Access>, T>(a.batch, p, access);
+    return how.units<affine_kernel<kFive, kAnyInputs, false, Access>, T>(a.batch, p, access);
   });
 }
 
@@ -618,6 +632,7 @@ const char* launch_gaussian_grad(const GaussianGradArgs& a, const Launch& how) {
 const Kernels DAE_JOIN(kernels_, DAE_NAME) = {
     [](const AffineArgs& a, const Launch& how) {
       using namespace DAE_NAME;
+      if (a.five) return launch_affine<false, true>(a, how);
       return a.noise.present ? launch_affine<true>(a, how) : launch_affine<false>(a, how);
     },
     [](const ResidualArgs& a, const LossArgs& loss, Scratch scratch, const Launch& how) {

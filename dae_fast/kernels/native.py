@@ -129,7 +129,12 @@ def _scratch(x: Tensor, columns: int = 1) -> tuple[Tensor | None, Tensor | None]
 
 
 def affine(
-    spec: Map, inputs: Inputs, noise: Noise | None, rows: Rows, bounds: Bounds | None = None, out: Tensor | None = None
+    spec: Map,
+    inputs: Inputs,
+    noise: Noise | Tensor | None,
+    rows: Rows,
+    bounds: Bounds | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """As reference.affine, in one pass. `out` is written instead of a new tensor; it may be an input."""
     return _affine(spec, inputs, noise, rows, bounds, out)
@@ -138,13 +143,14 @@ def affine(
 def _affine(
     spec: Map,
     inputs: Inputs,
-    noise: Noise | None,
+    noise: Noise | Tensor | None,
     rows: Rows,
     bounds: Bounds | None,
     out: Tensor | None,
     raw: bool = False,
 ) -> tuple[Tensor, ...]:
-    x, *others = _walkable(*inputs)
+    x, *others, v = _walkable(*inputs, noise if isinstance(noise, Tensor) else None)
+    last = noise if v is None else v
     if out is None:
         assert x is not None
         out = torch.empty_like(x)
@@ -152,7 +158,7 @@ def _affine(
         return (out.copy_(affine(spec, inputs, noise, rows, bounds)[0]),)
     table, index = rows.dense(spec.op, compute_dtype(out.dtype))
     out2 = torch.empty_like(out) if spec.outputs == 2 else None
-    bad = _core.affine(spec.core, (x, *others), noise, raw, table, index, bounds, out, out2)
+    bad = _core.affine(spec.core, (x, *others), last, raw, table, index, bounds, out, out2)
     if bad >= 0 and index is not None:
         raise_bad_level(spec.op, table, index, bad)
     return (out,) if out2 is None else (out, out2)

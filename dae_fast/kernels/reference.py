@@ -16,6 +16,7 @@ from torch import Tensor
 from .._torch import dispatch_modes, in_functorch, jit_tracing
 from .spec import (
     ABSENT,
+    NOISE,
     Bounds,
     Found,
     Inputs,
@@ -26,6 +27,7 @@ from .spec import (
     Residual,
     Rows,
     Wanted,
+    Z,
     compute_dtype,
     on_device,
 )
@@ -147,10 +149,16 @@ def raise_bad_level(op: str, table: Tensor, index: Tensor, row: int) -> None:
 
 
 def affine(
-    spec: Map, inputs: Inputs, noise: Noise | None, rows: Rows, bounds: Bounds | None = None, out: Tensor | None = None
+    spec: Map,
+    inputs: Inputs,
+    noise: Noise | Tensor | None,
+    rows: Rows,
+    bounds: Bounds | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """c0*x + c1*y + c2*z + c3*w for each four of the columns (ABSENT: that coefficient is 0); z may be `noise`.
+    """c0*x + c1*y + c2*z + c3*w for each output (ABSENT: that coefficient is 0); z may be `noise`.
 
+    Of a map of five streams + c4 times `noise`, which then may be a tensor.
     bounds: y becomes clamp(a0*x + a1*y + a3*w, low, high), the coefficients in the columns `inner`.
     """
     x = inputs[0]
@@ -158,17 +166,18 @@ def affine(
     dtype = compute_dtype(x.dtype)
     table = coefficients(*rows.dense(spec.op, dtype), spec.op, x).to(dtype)
     column = [row_of(table, k, x) for k in range(table.shape[1])]
-    wide = [None if t is None else t.to(dtype) for t in inputs]
+    wide = [None if t is None else t.to(dtype) for t in (*inputs, None)]
     if noise is not None:
-        wide[2] = noise_like(noise, x)
+        eps = noise.to(dtype) if isinstance(noise, Tensor) else noise_like(noise, x)
+        wide[NOISE if spec.fifth else Z] = eps
     if spec.inner is not None:
         assert bounds is not None
         of_estimate = zip(spec.inner, (wide[0], wide[1], wide[3]), strict=True)
         terms = [column[a] * t for a, t in of_estimate if a >= 0 and t is not None]
         wide[1] = torch.clamp(sum(terms[1:], terms[0]), *bounds)
     outputs = []
-    for first in range(0, len(spec.columns), 4):
-        used = zip(spec.columns[first : first + 4], wide, strict=True)
+    for k in range(spec.outputs):
+        used = zip(spec.columns_of(k), wide, strict=True)
         terms = [column[c] * t for c, t in used if c >= 0 and t is not None]
         outputs.append(sum(terms[1:], terms[0]).expand(x.shape).to(x.dtype))
     return tuple(outputs) if out is None else (out.copy_(outputs[0]),)

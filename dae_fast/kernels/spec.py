@@ -123,7 +123,7 @@ def on_device(table: Tensor, device: torch.device) -> Tensor:
 
 Bounds = tuple[float, float]
 Inputs = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # x, y, z, w
-X, Y, Z, W, NOISE = range(5)  # the slots of a weighted sum
+X, Y, Z, W, NOISE = range(5)  # the slots of a weighted sum; of five streams the last may be a tensor
 ALL_SLOTS = (X, Y, Z, W, NOISE)
 
 
@@ -131,34 +131,41 @@ class Map:
     """The static side of a weighted sum: an output c0*x + c1*y + c2*z + c3*w, or two, z perhaps noise.
 
     columns: of c0, c1, c2, c3 in the table, then of a second output
+    fifth: of five streams, the column of c4 in each output, whose stream is the noise, drawn or a tensor; z is then a
+        tensor. Else ()
+    all_columns: both, as map_of takes them
     inner: where y is a clamped estimate, the columns of x, y and w in it
     slots: of the inputs in the order in which an op has them
     given_by_slot: the map of the same columns whose inputs are x, y, z, w and the noise
     core: the same, parsed by the native core
     """
 
-    __slots__ = ("columns", "core", "given_by_slot", "inner", "op", "slots")
+    __slots__ = ("all_columns", "columns", "core", "fifth", "given_by_slot", "inner", "op", "outputs", "slots")
 
     def __init__(
         self, op: str, columns: tuple[int, ...], inner: tuple[int, ...] | None, slots: tuple[int, ...]
     ) -> None:
-        self.op, self.columns, self.inner, self.slots = op, columns, inner, slots
+        self.op, self.all_columns, self.inner, self.slots = op, columns, inner, slots
+        self.outputs = len(columns) // 4
+        self.columns, self.fifth = columns[: 4 * self.outputs], columns[4 * self.outputs :]
         self.given_by_slot: Map = self if slots == ALL_SLOTS else map_of(op, columns, inner)
         self.core: Any = (
             None if make_core_map is None or is_dynamo_compiling() else make_core_map(op, columns, inner, slots, self)
         )
 
     def reads(self, slot: int) -> bool:
-        """Whether an output or the estimate reads x, y, z or w."""
+        """Whether an output or the estimate reads x, y, z, w or a fifth stream."""
+        if slot == NOISE:
+            return any(c != ABSENT for c in self.fifth)
         inside = self.inner is not None and slot != Z and self.inner[2 if slot == W else slot] != ABSENT
         return inside or any(c != ABSENT for c in self.columns[slot::4])
 
-    @property
-    def outputs(self) -> int:
-        return len(self.columns) // 4
+    def columns_of(self, output: int) -> tuple[int, ...]:
+        """Of c0, c1, c2, c3, c4."""
+        return (*self.columns[4 * output : 4 * output + 4], self.fifth[output] if self.fifth else ABSENT)
 
     def __repr__(self) -> str:
-        return f"Map({self.op!r}, {self.columns}, {self.inner}, {self.slots})"
+        return f"Map({self.op!r}, {self.all_columns}, {self.inner}, {self.slots})"
 
 
 make_core_map: Any = None  # of the native core, where there is one
@@ -253,7 +260,7 @@ class Backend(Protocol):
         self,
         spec: Map,
         inputs: Inputs,
-        noise: Noise | None,
+        noise: Noise | Tensor | None,
         rows: Rows,
         bounds: Bounds | None = None,
         out: Tensor | None = None,

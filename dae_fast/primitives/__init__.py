@@ -71,40 +71,48 @@ def _made_plan(op: str, uses: tuple[Use, ...], estimate: Use | None, noise: int,
 
     estimate: the columns of the clamped one, which takes the place of an input that nothing else reads.
     """
-    columns, inner = [ABSENT] * (8 if also else 4), [ABSENT] * 3
-    slots, free = [NOISE] * len(uses), [X, Y, W] if noise >= 0 else [X, Y, Z, W]
+    if len(uses) > 5:
+        return None
+    five = len(uses) == 5
+    columns, inner = [[ABSENT] * 5 for _ in range(2 if also else 1)], [ABSENT] * 3
+    slots, free = [NOISE] * len(uses), [X, Y, Z, W, NOISE]
+    if noise >= 0:
+        free.remove(NOISE if five else Z)
+    if not five:
+        free = [s for s in free if s != NOISE]
     if estimate is not None:
         alone = [k for k, use in enumerate(uses) if use.inner != ABSENT and use.out == use.also == ABSENT]
         if not alone or noise in alone:
             return None
         slots[alone[-1]] = Y
         free.remove(Y)
-        columns[Y], inner[1] = estimate.out, uses[alone[-1]].inner
-        if also:
-            columns[4 + Y] = estimate.also
+        inner[1] = uses[alone[-1]].inner
+        for output, column in zip(columns, (estimate.out, estimate.also), strict=False):
+            output[Y] = column
     for k in sorted(range(len(uses)), key=lambda k: uses[k] == Use()):  # last what is not read
         use = uses[k]
         if k == noise:
             if use.inner != ABSENT:
                 return None
-            slot = Z
+            slot = NOISE if five else Z
         elif slots[k] == Y:
             continue
         else:
-            fitting = [s for s in free if s != Z or use.inner == ABSENT]
+            outside = [s for s in free if s in (Z, NOISE)]  # for what the estimate does not read
+            fitting = free if use.inner == ABSENT else [s for s in free if s not in outside]
             if not fitting:
                 return None
-            # Z is for what the estimate does not read.
-            slot = slots[k] = Z if Z in fitting and estimate is not None and X not in free else fitting[0]
+            prefers_outside = outside and use.inner == ABSENT and estimate is not None and X not in free
+            slot = slots[k] = outside[0] if prefers_outside else fitting[0]
             free.remove(slot)
             if use.inner != ABSENT:
                 inner[0 if slot == X else 2] = use.inner
-        columns[slot] = use.out
-        if also:
-            columns[4 + slot] = use.also
+        for output, column in zip(columns, (use.out, use.also), strict=False):
+            output[slot] = column
     if X in free:
         return None
-    return map_of(op, tuple(columns), None if estimate is None else tuple(inner), tuple(slots))
+    flat = [c for output in columns for c in output[:NOISE]] + [output[NOISE] for output in columns if five]
+    return map_of(op, tuple(flat), None if estimate is None else tuple(inner), tuple(slots))
 
 
 _kept_plan = lru_cache(maxsize=512)(_made_plan)
@@ -122,7 +130,7 @@ class LevelOp(Generic[Made]):
         to_x0 = df.LevelOp("to_x0", lambda alpha, sigma: {"x_t": 1 / alpha, "pred": -sigma / alpha})
         x0_hat = to_x0(level, x_t=x_t, pred=pred)
 
-    Inputs: tensors (B, ...) of one shape, four at the most, or three and a Noise; mixed dtypes are promoted. Gradients
+    Inputs: tensors (B, ...) of one shape, one perhaps a Noise, five at the most; mixed dtypes are promoted. Gradients
     reach all that want them, and an alpha and sigma given as tensors. The ops of this package are such objects.
     Raises ValueError on a shape mismatch, a level outside the schedule, or one where a coefficient is not finite.
     """
@@ -216,7 +224,7 @@ class LevelOp(Generic[Made]):
         level_for(self.name, level)
         x, given = checked(self.name, self.inputs, given)
         if spec is None:
-            raise ValueError(f"{self.name}: at most four tensors, or three and a Noise, fit one launch")
+            raise ValueError(f"{self.name}: at most five inputs fit one launch, got {len(given)}")
 
         def rows() -> Rows:
             return self.formula.rows(level, x, compute_dtype(x.dtype))
@@ -281,11 +289,11 @@ def launched(
             raise ValueError(f"{spec.op}: out= is of one output; this op has two")
         read = {n: value for n, value in zip(names, given, strict=True) if not isinstance(value, Noise)}
         check_out(spec.op, out, **read)
-        if wants_grad(*inputs, coefficients.tensor, out):
+        if wants_grad(*inputs, noise if isinstance(noise, Tensor) else None, coefficients.tensor, out):
             raise ValueError(f"{spec.op}: out= has no gradient; call it under torch.no_grad() or without out")
     flat: Any = tuple(in_rows(t, dims) if spec.reads(k) else None for k, t in enumerate(inputs))
     if dims > 1 and noise is not None:
-        noise = noise._in_rows(math.prod(shape[1:dims]))
+        noise = in_rows(noise, dims) if isinstance(noise, Tensor) else noise._in_rows(math.prod(shape[1:dims]))
     if out is not None:
         target = in_rows(out, dims)
         affine_into(by_slot, target, flat, noise, coefficients, bounds)
@@ -340,7 +348,7 @@ def weighted_sum(*terms: Term, also: Sequence[Coefficient] | None = None, out: T
 
     terms: (coefficient, what): a coefficient is a float or a tensor (), (B,) or of more leading dimensions (B, F), of
         any sign, with or without gradient; what it multiplies is a tensor (B, ...), a Noise, or clamped(...). Up to
-        four tensors, or three and a Noise, one of the terms clamped
+        five tensors, one of them perhaps a Noise; one of the terms clamped
     also: as many coefficients, of a second output of the same terms
     out: written instead of a new tensor; may be one of the terms. Not with `also`
     returns: like the tensors, mixed dtypes promoted; with `also` a pair
@@ -470,8 +478,7 @@ def _sum(op: str, parsed: _Parsed, also: bool, out: Tensor | None) -> Any:
     if spec is not None:
         return launched(spec, parsed.names, given, rows, dims, parsed.bounds, out)
     if parsed.estimate is None:
-        tensors = sum(not isinstance(value, Noise) for value in given)
-        raise ValueError(f"{op}: at most four tensors, or three and a Noise, fit one launch; got {tensors} tensors")
+        raise ValueError(f"{op}: at most five terms fit one launch, got {len(given)}")
     return _in_two_launches(op, parsed._replace(given=given), x, also, out)
 
 

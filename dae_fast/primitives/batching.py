@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 # Arguments with a row for each sample.
-SAMPLES = ("x", "y", "z", "w", "pred", "upstream", "mask", "mu", "log_var", "eps", "z_grad", "kl_grad")
+SAMPLES = ("x", "y", "z", "w", "v", "pred", "upstream", "mask", "mu", "log_var", "eps", "z_grad", "kl_grad")
 Rule = Callable[..., tuple[Any, Any]]
 
 

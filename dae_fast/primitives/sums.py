@@ -1,4 +1,4 @@
-"""The affine map, sample by sample: c0[b]*x + c1[b]*y + c2[b]*z + c3[b]*w, with z noise or a tensor.
+"""The affine map, sample by sample: c0[b]*x + c1[b]*y + c2[b]*z + c3[b]*w, with z noise or a tensor, or with both.
 
 Noising, the Tweedie conversions, Langevin, DDPM and DDIM steps are rows of coefficients for it, and so
 is its own gradient.
@@ -23,51 +23,55 @@ from ..kernels.spec import ABSENT, Bounds, Inputs, Map, Rows, compute_dtype, map
 from ..noise import FlatNoise, Noise
 from ..routing import Route, plain_map, route, wants_grad
 
+At = tuple[Any, int]  # a table, and the number of the one row for all samples
 Columns = tuple[int, ...]  # of the table: c0, c1, c2, c3 of the output, then those of a second one
 NONE = (None,) * 4
 
 
 def affine(
-    spec: Map, inputs: Inputs, noise: Noise | None, rows: Rows, bounds: Bounds | None = None
+    spec: Map, inputs: Inputs, noise: Noise | Tensor | None, rows: Rows | At, bounds: Bounds | None = None
 ) -> tuple[Tensor, ...]:
     """The outputs of a map with ALL_SLOTS. inputs: one shape, dtype and device; z or noise or neither.
 
-    rows: t may be the number of the one row for all samples
+    noise: of a map of five streams besides z, and perhaps a tensor
     bounds: where the map has an inner one, y is replaced by clamp(a0*x + a1*y + a3*w, low, high).
     """
     if not is_compiling():
-        made = plain_map(spec.core, (*inputs, noise), rows.table, rows.t, bounds, None)
+        table, t = rows
+        made = plain_map(spec.core, (*inputs, noise), table, t, bounds, None)
         if made is not None:
-            return made if isinstance(made, tuple) else (made,)
+            return made if spec.outputs > 1 else (made,)
     x, rows = inputs[0], rows_at(*rows)
     assert x is not None
-    if noise is not None and not noise._whole_blocks(math.prod(x.shape[1:])):
+    if isinstance(noise, Noise) and not noise._whole_blocks(math.prod(x.shape[1:])):
         return _with_filled_noise(spec, inputs, noise, rows, bounds)
-    way = route(spec.op, *inputs, rows.tensor)  # type: ignore[arg-type]
+    v = noise if isinstance(noise, Tensor) else None
+    way = route(spec.op, *inputs, v, rows.tensor)  # type: ignore[arg-type]
     if way is Route.REFERENCE:
         return reference.affine(spec, inputs, noise, rows, bounds)
     if way is Route.DIRECT:
-        if wants_grad(*inputs, rows.tensor):
+        if wants_grad(*inputs, v, rows.tensor):
             return with_gradients(spec, inputs, noise, rows, bounds, always_tuple=True)
         return kernels(x, spec.op).affine(spec, inputs, noise, rows, bounds)
     if spec.inner is not None:
         assert bounds is not None
         return _clamped_by_torch(spec, inputs, noise, rows, bounds)
     table, index = seen(rows.dense(spec.op, compute_dtype(x.dtype)))
-    flat = FlatNoise() if noise is None else noise._flat()
+    flat = noise._flat() if isinstance(noise, Noise) else FlatNoise()
     if spec.outputs == 1:
-        return (torch.ops.dae_fast.affine(*inputs, table, index, *flat, spec.columns, spec.op),)
-    return torch.ops.dae_fast.affine2(*inputs, table, index, *flat, spec.columns, spec.op)
+        return (torch.ops.dae_fast.affine(*inputs, v, table, index, *flat, spec.all_columns, spec.op),)
+    return torch.ops.dae_fast.affine2(*inputs, v, table, index, *flat, spec.all_columns, spec.op)
 
 
 def affine_into(
-    spec: Map, out: Tensor, inputs: Inputs, noise: Noise | None, rows: Rows, bounds: Bounds | None = None
+    spec: Map, out: Tensor, inputs: Inputs, noise: Noise | Tensor | None, rows: Rows, bounds: Bounds | None = None
 ) -> Tensor:
     """The same with one output, written to `out`, which may be an input. No gradient."""
     x = inputs[0]
     assert x is not None
-    whole = noise is None or noise._whole_blocks(math.prod(x.shape[1:]))
-    if not whole or route(spec.op, out, *inputs, rows.tensor) is not Route.DIRECT:
+    whole = not isinstance(noise, Noise) or noise._whole_blocks(math.prod(x.shape[1:]))
+    v = noise if isinstance(noise, Tensor) else None
+    if not whole or route(spec.op, out, *inputs, v, rows.tensor) is not Route.DIRECT:
         return out.copy_(affine(spec, inputs, noise, rows, bounds)[0])
     kernels(x, spec.op).affine(spec, inputs, noise, rows, bounds, out)
     written(out)
@@ -85,14 +89,19 @@ def _with_filled_noise(
 ) -> tuple[Tensor, ...]:
     """Rows that do not begin with a block: the noise is filled, and all of it computed as wide as in a kernel."""
     x, y, z, w = inputs
-    assert x is not None and z is None, "noise takes z's place"
+    assert x is not None
     dtype = compute_dtype(x.dtype)
     eps = noise.normal(x.shape, dtype=dtype, device=x.device)
-    wide: Inputs = (x.to(dtype), None if y is None else y.to(dtype), eps, None if w is None else w.to(dtype))
-    return tuple(t.to(x.dtype) for t in affine(spec, wide, None, rows, bounds))
+    if spec.fifth:
+        made = affine(spec, (_wide(x), _wide(y), _wide(z), _wide(w)), eps, rows, bounds)
+    else:
+        made = affine(spec, (_wide(x), _wide(y), eps, _wide(w)), None, rows, bounds)
+    return tuple(t.to(x.dtype) for t in made)
 
 
-def _clamped_by_torch(spec: Map, inputs: Inputs, noise: Noise | None, rows: Rows, bounds: Bounds) -> tuple[Tensor, ...]:
+def _clamped_by_torch(
+    spec: Map, inputs: Inputs, noise: Noise | Tensor | None, rows: Rows, bounds: Bounds
+) -> tuple[Tensor, ...]:
     """Where a call is traced or transformed the clamp is torch's own, between two fused passes in the compute type:
     rounded to half in between, it would clamp other elements."""
     assert spec.inner is not None and inputs[0] is not None
@@ -100,8 +109,8 @@ def _clamped_by_torch(spec: Map, inputs: Inputs, noise: Noise | None, rows: Rows
     x, y, z, w = (_wide(t) for t in inputs)
     estimate = affine(of_estimate(spec), (x, y, None, w), None, rows)[0]
     low, high = bounds
-    outer = map_of(spec.op, spec.columns)
-    made = affine(outer, (x, estimate.clamp(low, high), z, w), noise, rows)
+    outer = map_of(spec.op, spec.all_columns)
+    made = affine(outer, (x, estimate.clamp(low, high), z, w), _wide_noise(noise), rows)
     return tuple(t.to(dtype) for t in made)
 
 
@@ -113,8 +122,8 @@ def of_estimate(spec: Map) -> Map:
 
 
 Gradients = list[Tensor | None]
-Given = list[tuple[Tensor, Columns]]  # gradients of outputs, each with the four columns of its output
-_NOT_GIVEN = ((None, (ABSENT,) * 4),) * 2
+Given = list[tuple[Tensor, Columns]]  # gradients of outputs, each with the five columns of its output
+_NOT_GIVEN = ((None, (ABSENT,) * 5),) * 2
 
 
 def gradients(
@@ -122,30 +131,33 @@ def gradients(
     grads: Sequence[Tensor | None],
     spec: Map,
     inputs: Inputs,
-    noise: Noise | None,
+    noise: Noise | Tensor | None,
     rows: Rows,
     bounds: Bounds | None = None,
 ) -> Gradients:
-    """Of x, y, z, w and the table; `needs` says which. inputs are read for a clamp and for the table's."""
-    given = [(g, spec.columns[4 * k : 4 * k + 4]) for k, g in enumerate(grads) if g is not None]
+    """Of x, y, z, w, a tensor as `noise`, and the table; `needs` says which.
+
+    inputs are read for a clamp and for the table's.
+    """
+    given = [(g, spec.columns_of(k)) for k, g in enumerate(grads) if g is not None]
     if not given:
-        return [None] * 5
+        return [None] * 6
     if spec.inner is not None:
         assert bounds is not None
         return _clamped_gradients(needs, given, spec, inputs, noise, rows, bounds)
-    of_table = _table_gradient(given, inputs, noise, rows, spec.op) if needs[4] else None
+    of_table = _table_gradient(given, inputs, noise, rows, spec) if needs[5] else None
     return [*_input_gradients(needs, given, rows, spec.op), of_table]
 
 
 def _input_gradients(needs: Sequence[bool], given: Given, rows: Rows, op: str) -> Gradients:
-    """Of x, y, z and w, from one to three gradients.
+    """Of the five streams, from one to three gradients.
 
     d x = c0 * g, and so on: affine maps of the output gradients, two inputs to a pass.
     """
-    result: Gradients = [None] * 4
+    result: Gradients = [None] * 5
     (g1, columns1), (g2, columns2), (g3, columns3) = (*given, *_NOT_GIVEN)[:3]
     assert g1 is not None
-    wanted = [k for k in range(4) if needs[k]]
+    wanted = [k for k in range(5) if needs[k]]
     for first in range(0, len(wanted), 2):
         pair = wanted[first : first + 2]
         maps = tuple(c for k in pair for c in (columns1[k], columns2[k], columns3[k], ABSENT))
@@ -159,22 +171,22 @@ def _clamped_gradients(
     given: Given,
     spec: Map,
     inputs: Inputs,
-    noise: Noise | None,
+    noise: Noise | Tensor | None,
     rows: Rows,
     bounds: Bounds,
 ) -> Gradients:
     """The estimate counts as one more output, the only one that reads y. All in the compute type."""
     dtype, op, estimate = given[0][0].dtype, spec.op, of_estimate(spec)
     given = [(_wide(g), columns) for g, columns in given]
-    inner: Given = [(_estimate_gradient(given, inputs, rows, estimate, bounds), estimate.columns)]
-    outer: Given = [(g, (c0, ABSENT, c2, c3)) for g, (c0, _, c2, c3) in given]
+    inner: Given = [(_estimate_gradient(given, inputs, rows, estimate, bounds), estimate.columns_of(0))]
+    outer: Given = [(g, (c0, ABSENT, *others)) for g, (c0, _, *others) in given]
     found = [None if t is None else t.to(dtype) for t in _input_gradients(needs, outer + inner, rows, op)]
-    if not needs[4]:
+    if not needs[5]:
         return [*found, None]
     x, y, z, w = (_wide(t) for t in inputs)
     clamped = affine(estimate, (x, y, None, w), None, rows)[0].clamp(*bounds)
-    of_outer = _table_gradient(given, (x, clamped, z, w), noise, rows, op)
-    return [*found, of_outer + _table_gradient(inner, (x, y, None, w), None, rows, op)]
+    of_outer = _table_gradient(given, (x, clamped, z, w), _wide_noise(noise), rows, spec)
+    return [*found, of_outer + _table_gradient(inner, (x, y, None, w), None, rows, estimate)]
 
 
 def _estimate_gradient(given: Given, inputs: Inputs, rows: Rows, estimate: Map, bounds: Bounds) -> Tensor:
@@ -187,12 +199,16 @@ def _estimate_gradient(given: Given, inputs: Inputs, rows: Rows, estimate: Map, 
     value = affine(estimate, (_wide(x), _wide(y), None, _wide(w)), None, rows)[0].detach()
     low, high, neginf, posinf = _open_interval(*bounds, value.dtype)
     value.nan_to_num_(math.inf, posinf, neginf)
-    g = _input_gradients((False, True, False, False), given, rows, estimate.op)[1]
+    g = _input_gradients((False, True, False, False, False), given, rows, estimate.op)[1]
     return torch.ops.aten.hardtanh_backward(g, value, low, high)
 
 
 def _wide(t: Any) -> Any:
     return None if t is None else t.to(compute_dtype(t.dtype))
+
+
+def _wide_noise(noise: Any) -> Any:
+    return _wide(noise) if isinstance(noise, Tensor) else noise
 
 
 @lru_cache(maxsize=64)
@@ -208,16 +224,19 @@ def _open_interval(lo: float, hi: float, dtype: torch.dtype) -> tuple[float, flo
     return low, high, None if lo == -math.inf else -math.inf, None if hi == math.inf else math.inf
 
 
-def _table_gradient(given: Given, inputs: Inputs, noise: Noise | None, rows: Rows, op: str) -> Tensor:
+def _table_gradient(given: Given, inputs: Inputs, noise: Noise | Tensor | None, rows: Rows, spec: Map) -> Tensor:
     """Sums over each sample of output gradient times input, gathered to the table's rows."""
     table, index = rows
     B = given[0][0].shape[0]
     columns_of = [table.new_zeros(B) for _ in range(table.shape[1])]
+    x, y, z, w = inputs
+    v, drawn = (noise, None) if isinstance(noise, Tensor) else (None, noise)
+    beside = drawn if spec.fifth else None
     for g, columns in given:
-        x, y, z, w = inputs
-        dots = row_dots(op, g, (x, y, z, None), noise).to(table.dtype)
-        if w is not None:
-            dots = torch.cat((dots, row_dots(op, g, (w, None, None, None), None)[:, :1].to(table.dtype)), 1)
+        dots = row_dots(spec.op, g, (x, y, z, None), None if spec.fifth else drawn).to(table.dtype)
+        if w is not None or spec.fifth:
+            of_w, of_v, of_noise = row_dots(spec.op, g, (w, v, None, None), beside).to(table.dtype).unbind(1)
+            dots = torch.cat((dots, torch.stack((of_w, of_v if beside is None else of_noise), 1)), 1)
         for k, c in enumerate(columns):
             if c != ABSENT:
                 columns_of[c] = columns_of[c] + dots[:, k]
@@ -250,6 +269,7 @@ class _Affine(DirectFunction):
         y: Tensor | None,
         z: Tensor | None,
         w: Tensor | None,
+        v: Tensor | None,
         table: Any,
         rest: tuple[Any, ...],
     ) -> Any:
@@ -258,29 +278,38 @@ class _Affine(DirectFunction):
         kept: Any = (None, None) if noise is None else (noise._key_tensor, noise._sample)
         inputs = x, y, z, w
         if isinstance(table, Tensor) and table.requires_grad:
-            ctx.save_for_backward(table, index, *kept, *inputs)
+            ctx.save_for_backward(table, index, *kept, *inputs, v)
         else:
             saved = (None, index, *kept) if isinstance(table, tuple) else (table, index, *kept)
-            ctx.save_for_backward(*saved, *((x, y, None, w) if spec.inner is not None else NONE))
+            ctx.save_for_backward(*saved, *((x, y, None, w) if spec.inner is not None else NONE), None)
         ctx.rest = noise, spec, bounds, table if isinstance(table, tuple) else None
-        outputs = affine(spec, inputs, noise, Rows(table, index), bounds)
+        outputs = affine(spec, inputs, noise if v is None else v, Rows(table, index), bounds)
         return outputs if len(outputs) > 1 else outputs[0]
 
     @staticmethod
     @batchable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        table, index, _, _, *inputs = ctx.saved_tensors
+        table, index, _, _, *inputs, v = ctx.saved_tensors
         noise, spec, bounds, row = ctx.rest
         rows = Rows(table if row is None else row, index)
-        return (*gradients(ctx.needs_input_grad, grads, spec, tuple(inputs), noise, rows, bounds), None)
+        return (
+            *gradients(ctx.needs_input_grad, grads, spec, tuple(inputs), noise if v is None else v, rows, bounds),
+            None,
+        )
 
 
 def with_gradients(
-    spec: Map, inputs: Inputs, noise: Noise | None, rows: Any, bounds: Bounds | None, always_tuple: bool = False
+    spec: Map,
+    inputs: Inputs,
+    noise: Noise | Tensor | None,
+    rows: Any,
+    bounds: Bounds | None,
+    always_tuple: bool = False,
 ) -> Any:
     """The outputs of a call that wants gradients; the core calls it for plain ones, whose t may be a row's number."""
     table, t = rows_at(*rows)
-    made = _Affine.apply(*inputs, table, (t, spec.given_by_slot, noise, bounds))
+    v, drawn = (noise, None) if isinstance(noise, Tensor) else (None, noise)
+    made = _Affine.apply(*inputs, v, table, (t, spec.given_by_slot, drawn, bounds))
     return (made,) if always_tuple and not isinstance(made, tuple) else made
 
 

@@ -157,8 +157,7 @@ def grid(op: str, schedule: Schedule, steps: int, levels: Sequence[int] | None, 
     T = len(schedule)
     if levels is None:
         steps = checks.integer(op, "steps", steps, 1, T)
-        points = torch.linspace(T - 1, last, steps - last, dtype=torch.float64, device="cpu")
-        return [int(t) for t in points[:steps].round().tolist()]
+        return list(_spaced(T, steps, last))
     try:
         chosen = [operator.index(t) for t in levels]
     except TypeError:
@@ -166,6 +165,13 @@ def grid(op: str, schedule: Schedule, steps: int, levels: Sequence[int] | None, 
     if not chosen or chosen[0] >= T or chosen[-1] < 0 or any(s >= t for t, s in pairwise(chosen)):
         raise ValueError(f"{op}: levels must decrease within [0, {T}), got {chosen}")
     return chosen
+
+
+@lru_cache(maxsize=64)
+def _spaced(T: int, steps: int, last: int) -> tuple[int, ...]:
+    with outside_modes():
+        points = torch.linspace(T - 1, last, steps - last, dtype=torch.float64, device="cpu")
+        return tuple(int(t) for t in points[:steps].round().tolist())
 
 
 def conditions(op: str, schedule: Schedule, levels: list[int], conditioning: str | None) -> Told:
@@ -327,7 +333,7 @@ class Update:
         z, noise = (z, noise) if reads_z else (None, None)
         spec, inputs = self._maps[reads_z, w is not None], (x, p, z, w)
         if quantile is None:
-            return affine(spec, inputs, noise, Rows(table, i), self._bounds)  # type: ignore[arg-type]
+            return affine(spec, inputs, noise, (table, i), self._bounds)
         row, of_u = table[i : i + 1], 2 if u else ABSENT
         (x0_hat,) = affine(map_of(self.op, (0, 1, ABSENT, of_u)), (x, p, None, w), None, Rows(row, None))
         row = _thresholded(row, x0_hat, quantile)
@@ -480,7 +486,16 @@ def run(
 
 
 def rounded(op: str, table: Tensor, dtype: torch.dtype) -> Tensor:
-    """Of float64 coefficients, none of which may overflow."""
+    """Of float64 coefficients, none of which may overflow; kept with the table, which a plan keeps."""
+    if is_compiling():
+        return table.to(dtype)
+    kept: dict[torch.dtype, Tensor] = vars(table).setdefault("_rounded", {})
+    if dtype not in kept:
+        kept[dtype] = _rounded(op, table, dtype)
+    return kept[dtype]
+
+
+def _rounded(op: str, table: Tensor, dtype: torch.dtype) -> Tensor:
     narrow = table.to(dtype)
     if can_read(narrow):
         for beyond in table[table.isfinite() & ~narrow.isfinite()][:1].tolist():

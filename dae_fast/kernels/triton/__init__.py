@@ -79,7 +79,7 @@ Operands = tuple[Tensor | None, ...]
 # The last two of a row's three sizes, then channels and lanes of each where those lie side by side (kernels.logical);
 # and for each operand the strides of the batch and of those three. None where contiguous.
 Layout = tuple[tuple[int, ...] | None, tuple[tuple[int, ...] | None, ...]]
-CONTIGUOUS: Layout = (None, (None,) * 6)  # of as many as a kernel may have
+CONTIGUOUS: Layout = (None, (None,) * 7)  # of as many as a kernel may have
 # A row that does not merge to three dimensions (or is beyond 32-bit indices): its operands are copied.
 SCATTERED: Layout = (None, ())
 
@@ -364,6 +364,7 @@ def _affine_call(
         columns[:4],
         columns[4:],
         None if inner is None else (inner[0], inner[1], ABSENT, inner[2]),
+        (*spec.fifth, *[ABSENT] * (4 - spec.outputs)) if spec.fifth else None,
         K,
         levels == 1 and index is None,
         noise,
@@ -385,18 +386,24 @@ def plain_map(
     dtype: torch.dtype,
     spec: Map,
     inputs: Inputs,
-    noise: Noise | None,
+    noise: Noise | Tensor | None,
     rows: tuple[Any, Any],
     bounds: Bounds | None,
     outs: tuple[Tensor, ...],
 ) -> None:
     """For csrc/call.cpp, which has checked that the tensors are contiguous. A row's number is of one row for all."""
-    operands = (*inputs, *outs, *[None] * (2 - len(outs)))
+    v, noise = (noise, None) if isinstance(noise, Tensor) else (None, noise)
+    operands = (*inputs, v, *outs, *[None] * (2 - len(outs)))
     _run_affine(spec, bounds, (aligned, CONTIGUOUS), shape, dtype, operands, noise, rows_at(*rows))
 
 
 def affine(
-    spec: Map, inputs: Inputs, noise: Noise | None, rows: Rows, bounds: Bounds | None = None, out: Tensor | None = None
+    spec: Map,
+    inputs: Inputs,
+    noise: Noise | Tensor | None,
+    rows: Rows,
+    bounds: Bounds | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """As reference.affine, in one launch. `out` is written instead of a new tensor; it may be an input."""
     x = inputs[0]
@@ -407,7 +414,8 @@ def affine(
     shape = x.shape
     if 0 in shape:
         return results
-    operands: Operands = (*inputs, out, results[1] if spec.outputs == 2 else None)
+    v, noise = (noise, None) if isinstance(noise, Tensor) else (None, noise)
+    operands: Operands = (*inputs, v, out, results[1] if spec.outputs == 2 else None)
     memory = _memory(operands, noise is not None)
     copied = memory[1] is SCATTERED
     if copied:
@@ -415,7 +423,7 @@ def affine(
         memory = _memory(operands, noise is not None)
     _run_affine(spec, bounds, memory, shape, x.dtype, operands, noise, rows)
     if copied:
-        _copy_back(operands[4:], results)
+        _copy_back(operands[5:], results)
     return results
 
 
@@ -429,8 +437,8 @@ def _run_affine(
     noise: Noise | None,
     rows: Rows,
 ) -> None:
-    """operands: x, y, z, w, out and a second or None."""
-    x, y, z, w, out, second = operands
+    """operands: x, y, z, w, v, out and a second or None."""
+    x, y, z, w, v, out, second = operands
     assert x is not None
     device, (table, index) = x.device, rows.dense(spec.op, compute_dtype(dtype))
     table = _on(device, table)
@@ -442,13 +450,13 @@ def _run_affine(
         shape,
         dtype,
         device,
-        (y is None, z is None, w is None, key is None, sample is None),
+        (y is None, z is None, w is None, v is None, key is None, sample is None),
         None if index is None else index.dtype,
         table.shape,
         _mode(noise),
         memory,
     )
-    _launch(call, (x, y, z, w, out, second, table, index, *address))
+    _launch(call, (x, y, z, w, v, out, second, table, index, *address))
 
 
 # Of a loss: whether a drawn mask counts what it leaves, and whether the gradient was made before.

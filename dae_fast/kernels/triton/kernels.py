@@ -466,6 +466,7 @@ def affine_kernel(
     y,
     z,
     w,
+    v,
     out,
     out2,
     table,
@@ -486,11 +487,13 @@ def affine_kernel(
     y_strides,
     z_strides,
     w_strides,
+    v_strides,
     out_strides,
     out2_strides,
     COLUMNS: tl.constexpr,
     COLUMNS2: tl.constexpr,
     CLAMP: tl.constexpr,
+    FIFTH: tl.constexpr,
     K: tl.constexpr,
     SHARED: tl.constexpr,
     NOISE: tl.constexpr,
@@ -500,7 +503,10 @@ def affine_kernel(
     V: tl.constexpr,
     NVIDIA: tl.constexpr,
 ):
-    """out = c0*x + c1*y + c2*z + c3*w by COLUMNS, out2 by COLUMNS2; with CLAMP y becomes clamp(a0*x + a1*y + a3*w)."""
+    """out = c0*x + c1*y + c2*z + c3*w by COLUMNS, out2 by COLUMNS2; with CLAMP y becomes clamp(a0*x + a1*y + a3*w).
+
+    FIFTH: of five streams, the columns of c4 in out and out2, which v has; noise is then v and not z.
+    """
     row0, row = rows_of(B, ROWS)
     if row0 >= B:
         return
@@ -517,6 +523,8 @@ def affine_kernel(
         a = coefficients(table, index, levels, row, K, SHARED, CLAMP)
         low = as_double(low).to(C)
         high = as_double(high).to(C)
+    if FIFTH is not None:
+        e = coefficients(table, index, levels, row, K, SHARED, FIFTH)
     begin = tl.program_id(0) * steps
     end = tl.minimum(begin + steps, tl.cdiv(D, LANES * V)).to(tl.int32)
     for step in range(begin.to(tl.int32), end):
@@ -535,14 +543,24 @@ def affine_kernel(
         if w is not None:
             wv = tl.load(at(w, row, first, D, sizes, w_strides, LANES, V), mask=live).to(C)
         if NOISE != NO_NOISE:
-            zv = normals(seed, offset, first, sizes, ROWS, LANES, V, NVIDIA).to(C)
+            fresh = normals(seed, offset, first, sizes, ROWS, LANES, V, NVIDIA).to(C)
+            if FIFTH is None:
+                zv = fresh
+            else:
+                vv = fresh
+        elif FIFTH is not None:
+            vv = tl.load(at(v, row, first, D, sizes, v_strides, LANES, V), mask=live).to(C)
         if CLAMP is not None:
             yv = clamp(affine(a, xv, yv, None, wv, CLAMP), low, high)
         if out2 is not None:
             v2 = affine(d, xv, yv, zv, wv, COLUMNS2)
+            if FIFTH is not None and FIFTH[1] >= 0:
+                v2 = mul_add(e[1], vv, v2)
             tl.store(at(out2, row, first, D, sizes, out2_strides, LANES, V), narrow(v2, DTYPE), mask=live)
-        v = affine(c, xv, yv, zv, wv, COLUMNS)
-        tl.store(at(out, row, first, D, sizes, out_strides, LANES, V), narrow(v, DTYPE), mask=live)
+        v1 = affine(c, xv, yv, zv, wv, COLUMNS)
+        if FIFTH is not None and FIFTH[0] >= 0:
+            v1 = mul_add(e[0], vv, v1)
+        tl.store(at(out, row, first, D, sizes, out_strides, LANES, V), narrow(v1, DTYPE), mask=live)
 
 
 @triton.jit
