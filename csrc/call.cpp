@@ -182,7 +182,7 @@ class PlainCall {
     if (key.get() != Py_None && length_of_dense(key.get()) != 2) return false;
     if (sample.get() != Py_None && length_of_dense(sample.get()) < 0) return false;
     const int64_t rows = leading_ > 1 ? batch_.B / first_->size(0) : 1;
-    if (!read_noise(noise, false, batch_.D, rows, read)) return false;
+    if (!read_noise(noise, key.get(), sample.get(), false, batch_.D, rows, read)) return false;
     return sample.get() == Py_None || length_of_dense(sample.get()) * read.rows_per_sample == batch_.B;
   }
 
@@ -205,7 +205,7 @@ class PlainCall {
       columns_.emplace(PyObject_VectorcallMethod(names().columns, given, 3, nullptr));
       return columns_->get() != Py_None && read_columns(columns_->get(), read);
     }
-    const Owned tables = attribute(schedule.get(), names().tables), device = attribute(x_, names().device);
+    const Owned tables = attribute(schedule.get(), names().tables), device = device_of_first();
     const Owned place(PyTuple_Pack(3, key, compute_dtype(), device.get()));
     table_ = PyDict_GetItemWithError(tables.get(), place.get());
     if (!table_) {
@@ -296,6 +296,14 @@ class PlainCall {
 
   static bool is_finite(double v) { return v - v == 0; }
 
+  // Made once for the CPU's tensors: each tensor would make it anew.
+  Owned device_of_first() const {
+    static PyObject* cpu = nullptr;
+    if (!first_->is_cpu()) return attribute(x_, names().device);
+    if (!cpu) cpu = attribute(x_, names().device).release();
+    return Owned(Py_NewRef(cpu));
+  }
+
   PyObject* compute_dtype() const { return batch_.dtype == Dtype::f64 ? dae::torch().f64 : dae::torch().f32; }
 
   // A new tensor like the first; `place` becomes its memory.
@@ -358,8 +366,9 @@ class PlainCall {
   std::vector<double> storage_;   // of a table that is worked out here
 };
 
-// (map, given, source, key, bounds, out): given: the op's inputs in its order, tensors and at most a Noise; source and
-// key as in read_source; bounds: None or (low, high). The result is a new tensor, or two; with gradients where one is
+// (map, given, source, key, bounds, out): map: of a LevelOp a tuple, the map without a Noise and those of one at each
+// input, or None; the source is then a Level. given: the op's inputs in its order, tensors and at most a Noise; source
+// and key as in read_source; bounds: None or (low, high). The result is a new tensor, or two; with gradients where one is
 // wanted; or `out`.
 class PlainMap : PlainCall {
  public:
@@ -367,7 +376,9 @@ class PlainMap : PlainCall {
   static constexpr const char* kName = "plain_map";
 
   PyObject* run(PyObject* const* a) {
-    const MapObject& map = as_map(a[0]);
+    PyObject* const chosen = PyTuple_CheckExact(a[0]) ? map_of_level_op(a[0], a[1], a[2]) : a[0];
+    if (chosen == Py_None) return Py_NewRef(Py_None);
+    const MapObject& map = as_map(chosen);
     PyObject *given = a[1], *bounds = a[4], *into = a[5];
     PyObject* slots[] = {Py_None, Py_None, Py_None, Py_None, Py_None};
     if (PyTuple_GET_SIZE(given) != map.inputs || map.clamped != (bounds != Py_None)) return Py_NewRef(Py_None);
@@ -429,6 +440,16 @@ class PlainMap : PlainCall {
   }
 
  private:
+  static PyObject* map_of_level_op(PyObject* maps, PyObject* given, PyObject* source) {
+    static PyObject *const noise_type = member("dae_fast.noise", "Noise"),
+                           *const level_type = member("dae_fast.coefficients", "Level");
+    if (reinterpret_cast<PyObject*>(Py_TYPE(source)) != level_type) return Py_None;
+    Py_ssize_t place = 0;
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(given); ++i)
+      if (reinterpret_cast<PyObject*>(Py_TYPE(PyTuple_GET_ITEM(given, i))) == noise_type) place = i + 1;
+    return place < PyTuple_GET_SIZE(maps) ? PyTuple_GET_ITEM(maps, place) : Py_None;
+  }
+
   // The result: one tensor, or a tuple of two.
   PyObject* make_outputs(const MapObject& map, PyObject* into, AffineArgs& args) {
     if (into != Py_None) return Py_NewRef(into);

@@ -104,23 +104,21 @@ void* current_stream(int device) {
   return stream;
 }
 
-bool read_noise(PyObject* noise, bool raw, int64_t row, int64_t rows, Noise& n) {
-  if (noise == Py_None) return true;
+bool read_noise(PyObject* noise, PyObject* key, PyObject* sample, bool raw, int64_t row, int64_t rows, Noise& n) {
   n.present = true;
   n.fold = !raw;
-  const Owned key = attribute(noise, names().key_tensor), sample = attribute(noise, names().sample);
-  if (key.get() == Py_None) {
+  if (key == Py_None) {
     n.key = {static_cast<uint64_t>(to_int(attribute(noise, names().seed))),
              static_cast<uint64_t>(to_int(attribute(noise, names().offset)))};
   } else {
-    const View view(key.get());
+    const View view(key);
     const Key* at = static_cast<const Key*>(view.data());
     if (view.is_cpu())
       n.key = *at;
     else
       n.key_at = at;
   }
-  if (sample.get() != Py_None) n.sample = static_cast<const int64_t*>(address(sample.get()));
+  if (sample != Py_None) n.sample = static_cast<const int64_t*>(address(sample));
   n.first_sample = static_cast<uint64_t>(to_int(attribute(noise, names().first_sample)));
   const Owned span = attribute(noise, names().span);
   int64_t first = 0;
@@ -136,7 +134,9 @@ bool read_noise(PyObject* noise, bool raw, int64_t row, int64_t rows, Noise& n) 
 
 Noise read_noise(PyObject* noise, bool raw, int64_t row) {
   Noise n;
-  if (read_noise(noise, raw, row, 1, n)) return n;
+  if (noise == Py_None) return n;
+  const Owned key = attribute(noise, names().key_tensor), sample = attribute(noise, names().sample);
+  if (read_noise(noise, key.get(), sample.get(), raw, row, 1, n)) return n;
   PyErr_SetString(PyExc_RuntimeError, "dae_fast: rows of noise that do not begin with a block");
   throw PythonError();
 }

@@ -120,7 +120,8 @@ void* current_stream(int device);
 // raw: every row is the key's own stream. A key in host memory is read now; on a GPU, in the kernel.
 // row: the elements of one row of the batch. rows: of a sample, where the noise does not say. False where its rows do
 // not begin with whole Philox blocks.
-bool read_noise(PyObject* noise, bool raw, int64_t row, int64_t rows, Noise& read);
+// key, sample: its attributes of these names.
+bool read_noise(PyObject* noise, PyObject* key, PyObject* sample, bool raw, int64_t row, int64_t rows, Noise& read);
 // As the kernels' general way has it: its rows do.
 Noise read_noise(PyObject* noise, bool raw, int64_t row);
 

@@ -90,6 +90,8 @@ def a_number(op: str, name: str, value: Any) -> float:
 
 def shape(op: str, value: Any) -> tuple[int, ...]:
     """(B, ...), no size negative."""
+    if type(value) is tuple and value and all(type(n) is int and n >= 0 for n in value):
+        return value
     if isinstance(value, (str, bytes)) or not (isinstance(value, Sequence) or getattr(value, "ndim", 0) == 1):
         raise TypeError(f"{op}: shape must be (B, ...), got {kind_of(value)}")
     sizes = tuple(integer(op, "shape (B, ...)", n) for n in value)

@@ -313,6 +313,7 @@ def affine_arguments(**given: Any) -> list[Any]:
         "y": None,
         "z": None,
         "w": None,
+        "v": None,
         "table": torch.rand(2, 6),
         "index": None,
         "key": None,

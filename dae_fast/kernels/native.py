@@ -16,7 +16,20 @@ from torch import Tensor
 from . import spec as specs
 from .reference import raise_bad_level
 from .scratch import workspace
-from .spec import ABSENT, Bounds, Found, Inputs, Loss, Map, Residual, Rows, Wanted, compute_dtype, map_of
+from .spec import (
+    ABSENT,
+    Bounds,
+    Found,
+    Inputs,
+    Loss,
+    Map,
+    Residual,
+    Rows,
+    Wanted,
+    compute_dtype,
+    constant_rows,
+    map_of,
+)
 
 try:
     # torch first: it loads the OpenMP runtime that the kernels look up.
@@ -137,18 +150,6 @@ def affine(
     out: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """As reference.affine, in one pass. `out` is written instead of a new tensor; it may be an input."""
-    return _affine(spec, inputs, noise, rows, bounds, out)
-
-
-def _affine(
-    spec: Map,
-    inputs: Inputs,
-    noise: Noise | Tensor | None,
-    rows: Rows,
-    bounds: Bounds | None,
-    out: Tensor | None,
-    raw: bool = False,
-) -> tuple[Tensor, ...]:
     x, *others, v = _walkable(*inputs, noise if isinstance(noise, Tensor) else None)
     last = noise if v is None else v
     if out is None:
@@ -158,7 +159,7 @@ def _affine(
         return (out.copy_(affine(spec, inputs, noise, rows, bounds)[0]),)
     table, index = rows.dense(spec.op, compute_dtype(out.dtype))
     out2 = torch.empty_like(out) if spec.outputs == 2 else None
-    bad = _core.affine(spec.core, (x, *others), last, raw, table, index, bounds, out, out2)
+    bad = _core.affine(spec.core, (x, *others), last, False, table, index, bounds, out, out2)
     if bad >= 0 and index is not None:
         raise_bad_level(spec.op, table, index, bad)
     return (out,) if out2 is None else (out, out2)
@@ -270,7 +271,9 @@ _NORMAL = map_of("normal", (ABSENT, ABSENT, 0, ABSENT))
 def normal(noise: Noise, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, fold: bool = True) -> Tensor:
     """(B, D) normals; with fold=False every row is the raw stream of the key."""
     out = torch.empty(shape, dtype=dtype, device=device)
-    return _affine(_NORMAL, (None,) * 4, noise, Rows((1.0,), None), None, out, raw=not fold)[0]
+    one = constant_rows("normal", (1.0,), compute_dtype(dtype)).table
+    _core.affine(_NORMAL.core, (None,) * 4, noise, not fold, one, None, None, out, None)
+    return out
 
 
 def words(noise: Noise, shape: tuple[int, int], device: torch.device, fold: bool = True, below: int = 2**32) -> Tensor:

@@ -94,6 +94,9 @@ def _convert(
     clamp: Bounds | None,
 ) -> Tensor:
     limits = None if clamp is None else bounds(op, clamp)
+    named = _NAMED.get((op, predict, to, clamp is not None)) if type(predict) is str else None
+    if named is not None:
+        return named.run(level, (x_t, pred), limits)
     if isinstance(predict, (str, EDM)) and predict == to and (limits is None or predict == "x0"):
         samples(op, "x_t", x_t)
         like(op, "pred", pred, "x_t", x_t)
@@ -101,16 +104,10 @@ def _convert(
         check_name(op, "predict", predict)
         _, pred = promote(x_t, pred)
         return pred if limits is None else pred.clamp(*limits)
-    return _conversion(op, predict, to, limits is not None).run(level, (x_t, pred), limits)
-
-
-def _conversion(op: str, predict: Parameterisation, to: Parameterisation, clamped: bool) -> LevelOp[Tensor]:
     if not isinstance(predict, EDM) and not isinstance(to, EDM):
-        named = _NAMED.get((op, predict, to, clamped)) if isinstance(predict, str) else None
-        if named is not None:
-            return named
         check_name(op, "predict", predict)
-    return _made(op, predict, to, clamped) if is_dynamo_compiling() else _kept(op, predict, to, clamped)
+    make = _made if is_dynamo_compiling() else _kept
+    return make(op, predict, to, limits is not None).run(level, (x_t, pred), limits)
 
 
 def _made(op: str, predict: Parameterisation, to: Parameterisation, clamped: bool) -> LevelOp[Tensor]:
@@ -152,6 +149,10 @@ _NAMED = {
 
 
 def bounds(op: str, clamp: Bounds) -> tuple[float, float]:
+    if type(clamp) is float and clamp >= 0:
+        return -clamp, clamp
+    if type(clamp) is tuple and len(clamp) == 2 and type(clamp[0]) is type(clamp[1]) is float and clamp[0] <= clamp[1]:
+        return clamp
     pair = clamp if isinstance(clamp, tuple) else (-clamp, clamp) if is_number(clamp) else ()
     if len(pair) != 2 or not all(map(is_number, pair)):
         raise TypeError(f"{op}: clamp must be a number c or a tuple (low, high), got {clamp!r}")

@@ -135,7 +135,7 @@ class LevelOp(Generic[Made]):
     Raises ValueError on a shape mismatch, a level outside the schedule, or one where a coefficient is not finite.
     """
 
-    __slots__ = ("_clamped", "_estimate", "_plans", "_uses", "formula", "inputs", "name")
+    __slots__ = ("_clamped", "_cores", "_estimate", "_plans", "_uses", "formula", "inputs", "name")
 
     @overload
     def __init__(
@@ -192,6 +192,7 @@ class LevelOp(Generic[Made]):
         self._plans = tuple(
             plan(name, self._uses, self._estimate, noise, also is not None) for noise in range(-1, len(self.inputs))
         )
+        self._cores = tuple(None if spec is None else spec.core for spec in self._plans)
 
     def __call__(
         self, level: Level, *, low: float = -math.inf, high: float = math.inf, out: Tensor | None = None, **inputs: Any
@@ -210,19 +211,15 @@ class LevelOp(Generic[Made]):
         self, level: Level, given: tuple[Any, ...], bounds: Bounds | None = None, out: Tensor | None = None
     ) -> Made:
         """As a call, the inputs in their order."""
-        noise = -1
-        for k, value in enumerate(given):
-            if type(value) is Noise:
-                noise = k
-        spec = self._plans[noise + 1]
-        if not is_compiling() and type(level) is Level and spec is not None:
-            done = plain_map(spec.core, given, level, self.formula, bounds, out)
+        if not is_compiling():
+            done = plain_map(self._cores, given, level, self.formula, bounds, out)
             if done is not None:
                 if out is not None:
                     written(out)
                 return done
         level_for(self.name, level)
         x, given = checked(self.name, self.inputs, given)
+        spec = self._plans[next((k for k, value in enumerate(given, 1) if isinstance(value, Noise)), 0)]
         if spec is None:
             raise ValueError(f"{self.name}: at most five inputs fit one launch, got {len(given)}")
 

@@ -23,9 +23,8 @@ from ..kernels.spec import ABSENT, Bounds, Inputs, Map, Rows, compute_dtype, map
 from ..noise import FlatNoise, Noise
 from ..routing import Route, plain_map, route, wants_grad
 
-At = tuple[Any, int]  # a table, and the number of the one row for all samples
+At = tuple[Any, Any]  # as Rows; or a table and the number of the one row for all samples
 Columns = tuple[int, ...]  # of the table: c0, c1, c2, c3 of the output, then those of a second one
-NONE = (None,) * 4
 
 
 def affine(
@@ -275,27 +274,27 @@ class _Affine(DirectFunction):
     ) -> Any:
         index, spec, noise, bounds = rest
         ctx.set_materialize_grads(False)
-        kept: Any = (None, None) if noise is None else (noise._key_tensor, noise._sample)
         inputs = x, y, z, w
-        if isinstance(table, Tensor) and table.requires_grad:
-            ctx.save_for_backward(table, index, *kept, *inputs, v)
-        else:
-            saved = (None, index, *kept) if isinstance(table, tuple) else (table, index, *kept)
-            ctx.save_for_backward(*saved, *((x, y, None, w) if spec.inner is not None else NONE), None)
-        ctx.rest = noise, spec, bounds, table if isinstance(table, tuple) else None
-        outputs = affine(spec, inputs, noise if v is None else v, Rows(table, index), bounds)
+        read: tuple[Tensor | None, ...] = ()
+        constants = type(table) is tuple
+        if not constants and table.requires_grad:
+            read = *inputs, v
+        elif spec.inner is not None:
+            read = x, y, None, w, None
+        in_memory = () if noise is None else tuple(t for t in (noise._key_tensor, noise._sample) if t is not None)
+        ctx.save_for_backward(None if constants else table, index, *read, *in_memory)
+        ctx.rest = noise, spec, bounds, table if constants else None, len(read)
+        outputs = affine(spec, inputs, noise if v is None else v, (table, index), bounds)
         return outputs if len(outputs) > 1 else outputs[0]
 
     @staticmethod
     @batchable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        table, index, _, _, *inputs, v = ctx.saved_tensors
-        noise, spec, bounds, row = ctx.rest
-        rows = Rows(table if row is None else row, index)
-        return (
-            *gradients(ctx.needs_input_grad, grads, spec, tuple(inputs), noise if v is None else v, rows, bounds),
-            None,
-        )
+        table, index, *read = ctx.saved_tensors
+        noise, spec, bounds, row, count = ctx.rest
+        x, y, z, w, v = read[:5] if count else (None,) * 5
+        rows, noise = Rows(table if row is None else row, index), noise if v is None else v
+        return (*gradients(ctx.needs_input_grad, grads, spec, (x, y, z, w), noise, rows, bounds), None)
 
 
 def with_gradients(
@@ -307,7 +306,9 @@ def with_gradients(
     always_tuple: bool = False,
 ) -> Any:
     """The outputs of a call that wants gradients; the core calls it for plain ones, whose t may be a row's number."""
-    table, t = rows_at(*rows)
+    table, t = rows
+    if isinstance(t, int):
+        table, t = rows_at(table, t)
     v, drawn = (noise, None) if isinstance(noise, Tensor) else (None, noise)
     made = _Affine.apply(*inputs, v, table, (t, spec.given_by_slot, drawn, bounds))
     return (made,) if always_tuple and not isinstance(made, tuple) else made
