@@ -112,9 +112,25 @@ def a_device(op: str, name: str, value: Any) -> torch.device:
     return device(op, value)
 
 
+Array = np.ndarray[Any, Any]
+
+
+def as_tensor(value: Any) -> Any:
+    """A tensor on the CPU, of its own memory, of a numpy array of real numbers; anything else as it is."""
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "iuf":
+        return value
+    try:
+        return torch.tensor(np.ascontiguousarray(value).reshape(value.shape))
+    except TypeError:  # a type that torch has not: its check says so
+        return value
+
+
 def float64(op: str, name: str, value: Any) -> Tensor:
     """A new float64 tensor on the CPU, of a tensor, an array or nested sequences of real numbers."""
+    value = as_tensor(value)
     try:
+        if isinstance(value, np.ndarray):  # of what are no real numbers
+            raise TypeError
         given = isinstance(value, Tensor)
         found = value.detach() if given else torch.as_tensor(value, dtype=torch.float64, device="cpu")
         if found.is_complex() or found.dtype == torch.bool or found.is_quantized or found.layout != torch.strided:

@@ -7,11 +7,12 @@ import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import checks
-from .checks import like
+from .checks import Array, like
 from .kernels import dispatch, reference
 from .kernels.dispatch import kernels
 from .routing import Route, route
@@ -40,6 +41,12 @@ def _index(expected: str, value: object) -> int:
         raise TypeError(f"{expected}, got {type(value).__name__}") from None
 
 
+def _ids(sample: Array) -> Any:
+    """int64 of an array of integers."""
+    found = checks.as_tensor(sample)
+    return found.long() if sample.dtype.kind == "i" else found
+
+
 class FlatNoise(NamedTuple):
     """A noise as schema arguments; all absent where the key is."""
 
@@ -62,7 +69,8 @@ class Noise:
     seed: int, taken modulo 2**64; or a key: (seed, offset), as `key` gives it, or an int64 tensor (2,) that
           holds their bits in memory, so that a captured CUDA graph or a compiled function sees new keys
           without a change
-    sample: int64 tensor (B,), the id of each row (a data-set index, say); None: first_sample + row
+    sample: int64 tensor, or array of signed ints, (B,), the id of each row (a data-set index, say); None: first_sample
+          + row
     first_sample: id of row 0 when there is no `sample`: a shard's place in the global batch
     first_element: where the rows begin in their samples: a shard's place in the sample (whole blocks of 4 are made in
           the kernel; from any other place the noise is filled in a launch of its own)
@@ -79,14 +87,16 @@ class Noise:
 
     def __init__(
         self,
-        seed: int | tuple[int, int] | Tensor,
+        seed: int | tuple[int, int] | Tensor | Array,
         *,
-        sample: Tensor | None = None,
+        sample: Tensor | Array | None = None,
         first_sample: int = 0,
         first_element: int = 0,
     ) -> None:
         self._seed = self._offset = 0
         self._key_tensor: Tensor | None = None
+        if isinstance(seed, np.ndarray):
+            seed = checks.as_tensor(seed)
         if isinstance(seed, Tensor):
             if seed.dtype != torch.int64 or seed.shape != (2,):
                 raise ValueError(
@@ -101,6 +111,8 @@ class Noise:
             self._seed = to_signed(
                 seed if type(seed) is int else _index("Noise: seed must be an int or an int64 tensor (2,)", seed)
             )
+        if isinstance(sample, np.ndarray):
+            sample = _ids(sample)
         if sample is not None:
             if not isinstance(sample, Tensor) or sample.dtype != torch.int64 or sample.dim() != 1:
                 got = (
@@ -246,6 +258,7 @@ class Noise:
     ) -> Tensor:
         """The noise as a tensor: row b, element i of `shape` (B, ...), standard normal.
 
+        noise.normal(shape).numpy() is the same memory as a numpy array.
         Raises ValueError when `shape` has no batch dimension or `sample` is not (B,).
         """
         return fill("normal", self, checks.shape("normal", shape), dtype, checks.device("normal", device))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..checks import DTYPES
+from ..checks import DTYPES, Array
 from ..noise import Noise
 from ..routing import wants_grad
 
@@ -16,7 +16,7 @@ __all__ = ["fourier_embedding", "timestep_embedding"]
 
 
 def timestep_embedding(
-    t: Tensor,
+    t: Tensor | Array,
     dim: int,
     *,
     max_period: float = 10000.0,
@@ -37,6 +37,7 @@ def timestep_embedding(
     appendix B.
     """
     op = "timestep_embedding"
+    t = checks.as_tensor(t)
     if not isinstance(t, Tensor):
         raise TypeError(f"{op}: t must be a tensor (B,), got {type(t).__name__}")
     if t.dim() != 1 or t.dtype == torch.bool or t.is_complex():
