@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling, is_dynamo_compiling
 
-from ._torch import fake_mode, outside_modes
+from ._torch import fake_mode, gathered, outside_modes
 from .checks import DTYPES, Array, as_number, as_tensor, can_read, check_per_sample
 from .kernels import dispatch, reference
 from .kernels.spec import Rows, constant_rows, rows_at
@@ -192,8 +192,8 @@ class Level:
     __slots__ = ("_alpha", "_schedule", "_sigma", "_t")
 
     def __init__(self, alpha: float | Tensor | Array = 1.0, sigma: float | Tensor | Array = 0.0) -> None:
-        self._alpha = _checked("alpha", alpha)
-        self._sigma = _checked("sigma", sigma)
+        self._alpha = _checked("alpha", gathered(alpha))
+        self._sigma = _checked("sigma", gathered(sigma))
         self._schedule: Schedule | None = None
         self._t: int | Tensor = 0
 

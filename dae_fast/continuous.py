@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from ._torch import gathered
 from .checks import Array, as_tensor, can_read
 from .coefficients import Level, all_within
 from .noise import Noise
@@ -303,7 +304,7 @@ class ContinuousSchedule:
         return self._shifted(t).float().clamp(*self._inner)
 
     def __getitem__(self, t: float | Tensor | Array) -> Level:
-        return Level(*self._evaluate("", t, self._alpha, self._sigma))
+        return Level(*self._evaluate("", gathered(t), self._alpha, self._sigma))
 
     def __repr__(self) -> str:
         if "(" in self._name:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from ._torch import gathered
 from .checks import Array, can_read, like, samples
 from .coefficients import Formula, Level, gather
 from .continuous import ContinuousSchedule, Density
@@ -354,6 +355,7 @@ class LevelStatistics(torch.nn.Module):
         A t outside the bins raises ValueError on the CPU; on a GPU it is left out.
         """
         op, N = "LevelStatistics", len(self.count)
+        t, loss = gathered(t), gathered(loss)
         for name, value in (("t", t), ("loss", loss)):
             if not isinstance(value, Tensor) or value.dim() != 1 or value.shape != t.shape:
                 got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from ._torch import gathered
 from .checks import Array, like
 from .kernels import dispatch, reference
 from .kernels.dispatch import kernels
@@ -102,7 +103,7 @@ class Noise:
                 raise ValueError(
                     f"Noise: a key tensor must be int64 of shape (2,), got {seed.dtype} of {tuple(seed.shape)}"
                 )
-            self._key_tensor = seed.contiguous()
+            self._key_tensor = gathered(seed).contiguous()
         elif isinstance(seed, tuple):
             if len(seed) != 2:
                 raise ValueError(f"Noise: a key must be (seed, offset), got {len(seed)} of them")
@@ -121,7 +122,7 @@ class Noise:
                 raise ValueError(f"Noise: sample must be an int64 tensor (B,), got {got}")
             if first_sample != 0:
                 raise ValueError("Noise: give sample or first_sample, not both")
-        self._sample = None if sample is None else sample.contiguous()
+        self._sample = None if sample is None else gathered(sample).contiguous()
         if type(first_sample) is not int:
             first_sample = _index("Noise: first_sample must be an int", first_sample)
         self._first_sample = to_signed(first_sample)
@@ -294,6 +295,20 @@ class Noise:
     def __hash__(self) -> int:
         return hash(self._place())
 
+    def _at(self, first: int) -> Noise:
+        """The same noise, rows beginning at that element of their samples."""
+        return Noise._make(
+            self._seed, self._offset, self._key_tensor, self._sample, self._first_sample, (1, first) if first else None
+        )
+
+    def _cut(self, op: str, B: int, D: int, dtype: torch.dtype, device: torch.device, below: int) -> Tensor:
+        """(B, D) of rows that do not begin with a block: cut out of whole samples that do."""
+        assert self._span is not None
+        rows, first = self._span
+        skip = first % BLOCK
+        filled = fill(op, self._at(first - skip), (B // rows, skip + rows * D), dtype, device, below)
+        return filled[:, skip:].reshape(B, D)
+
     def __repr__(self) -> str:
         ids = f", sample={tuple(self._sample.shape)}" if self._sample is not None else ""
         first = f", first_sample={self._first_sample}" if self._first_sample else ""
@@ -337,7 +352,7 @@ def fill(
     device = place.device  # "cuda" with its number
     noise._check(op, B, device)
     if not noise._whole_blocks(D):
-        return _fill_from_anywhere(op, noise, B, D, dtype, device, below).reshape(shape)
+        return noise._cut(op, B, D, dtype, device, below).reshape(shape)
     way = route(op, place, noise._key_tensor, noise._sample)
     if way is not Route.DISPATCHER:
         module = reference if way is Route.REFERENCE else kernels(place, op)
@@ -346,16 +361,3 @@ def fill(
         return module.normal(noise, (B, D), dtype, device).reshape(shape)
     flat: Tensor = torch.ops.dae_fast.fill(op, *noise._on(device)._flat(), B, D, dtype, below)
     return flat.reshape(shape)
-
-
-def _fill_from_anywhere(
-    op: str, noise: Noise, B: int, D: int, dtype: torch.dtype, device: torch.device, below: int
-) -> Tensor:
-    """(B, D) of rows that do not begin with a block: cut out of whole samples that do."""
-    assert noise._span is not None
-    rows, first = noise._span
-    skip = first % BLOCK
-    samples = noise._make(
-        noise._seed, noise._offset, noise._key_tensor, noise._sample, noise._first_sample, (1, first - skip)
-    )
-    return fill(op, samples, (B // rows, skip + rows * D), dtype, device, below)[:, skip:].reshape(B, D)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from ._torch import constant_result
+from ._torch import constant_result, gathered
 from .checks import Array
 from .coefficients import PAIR, Formula, Level, Place, formula_of, keep, singular
 from .kernels import reference
@@ -266,13 +266,13 @@ class Schedule:
         if isinstance(t, Tensor):
             if t.dtype not in (torch.int64, torch.int32):
                 raise TypeError(f"{self._name}: t must be int32 or int64, got {t.dtype}")
-        elif isinstance(t, numbers.Integral) and not isinstance(t, bool):
-            t = int(t)
-            if not 0 <= t < len(self):
-                raise ValueError(f"{self._name}: level must be in [0, {len(self)}), got {t}")
-        else:
-            raise TypeError(f"{self._name}: t must be an int or an integer tensor (B,), got {type(t).__name__}")
-        return Level._of(self, t)
+            return Level._of(self, gathered(t))
+        if isinstance(t, numbers.Integral) and not isinstance(t, bool):
+            level = int(t)
+            if not 0 <= level < len(self):
+                raise ValueError(f"{self._name}: level must be in [0, {len(self)}), got {level}")
+            return Level._of(self, level)
+        raise TypeError(f"{self._name}: t must be an int or an integer tensor (B,), got {type(t).__name__}")
 
     def __iter__(self) -> Iterator[Level]:
         return (self[t] for t in range(len(self)))

@@ -23,7 +23,7 @@ from ..kernels.dispatch import kernels
 from ..kernels.spec import on_device
 from ..noise import Noise
 from ..primitives.masks import Drawn
-from ..routing import Route, route, wants_grad
+from ..routing import Route, on_mesh, route, wants_grad
 
 __all__ = ["Masking", "PatchMask", "SaltAndPepper", "corrupt", "patch_mask"]
 
@@ -164,6 +164,8 @@ def corrupt(x: Tensor, corruption: Masking | SaltAndPepper, value: float = 0.0) 
 
 def _replaced(op: str, x: Tensor, noise: Noise, thresholds: Tensor, low: float, high: float) -> Tensor:
     """x with `low` where its word is below the first threshold of its row, `high` where below the second."""
+    if (mesh := on_mesh(x)) is not None:
+        return mesh.replaced(_replaced, op, x, noise, thresholds, low, high)
     if not noise._whole_blocks(math.prod(x.shape[1:])):
         words = noise.bits(x.shape, device=x.device)
         first, second = (reference.row_of(on_device(thresholds, x.device), k, x) for k in (0, 1))

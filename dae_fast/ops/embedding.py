@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import checks
 from ..checks import DTYPES, Array
 from ..noise import Noise
-from ..routing import wants_grad
+from ..routing import beside, wants_grad
 
 __all__ = ["fourier_embedding", "timestep_embedding"]
 
@@ -50,7 +50,7 @@ def timestep_embedding(
         raise ValueError(f"{op}: dim // 2 must be at least 1 and above freq_shift ({freq_shift}), got dim = {dim}")
     i = torch.arange(half, dtype=torch.float64, device=t.device)
     frequencies = torch.exp(i * (-math.log(max_period) / (half - freq_shift)))
-    return _waves(op, t.double()[:, None] * frequencies, dim, flip, out, t)
+    return _waves(op, t.double()[:, None] * beside(frequencies, t), dim, flip, out, t)
 
 
 def fourier_embedding(
@@ -78,7 +78,7 @@ def fourier_embedding(
     noise._check(op, columns.shape[1], x.device)
     W = noise.normal((columns.shape[1], dim // 2), dtype=torch.float64, device=x.device)
     # Not a product of matrices, which torch may run in tf32 or bf16.
-    angle = (columns[:, :, None] * W).sum(1) * (2 * math.pi * scale)
+    angle = (columns[:, :, None] * beside(W, x)).sum(1) * (2 * math.pi * scale)
     return _waves(op, angle, dim, flip, out, x)
 
 

@@ -17,6 +17,7 @@ from ..kernels.spec import ABSENT, Kind, Residual, compute_dtype, loss_of
 from ..noise import Noise
 from ..primitives import loss_of_rows, reduction_of
 from ..primitives.residuals import plain_residual_loss
+from ..routing import on_mesh
 from .losses import SUMMED, Reduction
 
 __all__ = ["contraction", "kl_sparsity", "l1_penalty", "sigmoid_contraction"]
@@ -73,7 +74,8 @@ def kl_sparsity(h: Tensor, rate: float = 0.05) -> Tensor:
     p = torch.full((), rate, dtype=torch.float64, device="cpu")  # a graph takes any rate: math's logarithm keeps one
     active = rate * (p.log() - rho.log())
     inactive = (1 - rate) * ((-p).log1p() - (-rho).log1p())
-    return _total((active + inactive).reshape(-1), rho.dtype)
+    each = active + inactive
+    return _total(each.reshape(-1), rho.dtype) if can_read(each) else each.sum()
 
 
 def _total(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -132,6 +134,8 @@ def contraction(
     function(op, "f", f)
     if not isinstance(noise, Noise):
         raise TypeError(f"{op}: noise must be a Noise, got {type(noise).__name__}")
+    if on_mesh(x) is not None:
+        raise NotImplementedError(f"{op}: x must be no DTensor: f's vector-Jacobian product is torch.func's")
     samples = integer(op, "samples", samples)
     if samples < 1:
         raise ValueError(f"{op}: samples must be at least 1, got {samples}")

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..checks import check_per_sample
+from ..checks import per_sample
 from ..coefficients import Formula, Level, gather, is_one, value_at
 from ..schedule import finite_numbers
 from .parameterisation import Coefficients, Parameterisation, check_name, error_ratio, errors
@@ -171,7 +171,7 @@ def weight_for(
     if weight is None or (isinstance(weight, str) and weight == "uniform"):
         return None, None
     if isinstance(weight, Tensor):
-        check_per_sample(op, "weight", weight, pred)
+        weight = per_sample(op, "weight", weight, pred)
         return None, weight.expand(pred.shape[:1]) if is_one(weight) else weight
     found = check_weighting(op, weight)
     if level is None:
@@ -204,8 +204,7 @@ def check_weighting(op: str, weight: Any) -> Weighting | Likelihood | OnError | 
 
 def _of_error(op: str, weight: Function | Tensor, level: Level, pred: Tensor) -> Tensor:
     if isinstance(weight, Tensor):
-        check_per_sample(op, "weight", weight, pred)
-        return weight.double()
+        return per_sample(op, "weight", weight, pred).double()
     return value_at(op, "weight", weight, level, pred)
 
 

@@ -21,7 +21,7 @@ from ..kernels import dispatch, reference
 from ..kernels.dispatch import kernels
 from ..kernels.spec import ABSENT, Bounds, Inputs, Map, Rows, compute_dtype, map_of, rows_at
 from ..noise import FlatNoise, Noise
-from ..routing import Route, plain_map, route, wants_grad
+from ..routing import Route, on_mesh, plain_map, route, wants_grad
 
 Columns = tuple[int, ...]  # of the table: c0, c1, c2, c3 of the output, then those of a second one
 NONE = (None,) * 4
@@ -41,6 +41,8 @@ def affine(
             return made if isinstance(made, tuple) else (made,)
     x, rows = inputs[0], rows_at(*rows)
     assert x is not None
+    if (mesh := on_mesh(*inputs)) is not None:
+        return mesh.affine(spec, inputs, noise, rows, bounds)
     if noise is not None and not noise._whole_blocks(math.prod(x.shape[1:])):
         return _with_filled_noise(spec, inputs, noise, rows, bounds)
     way = route(spec.op, *inputs, rows.tensor)  # type: ignore[arg-type]
