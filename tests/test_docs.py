@@ -11,7 +11,7 @@ import torch
 import dae_fast as df
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = ("index.md", "migration.md", "guide.md", "api.md")
+PAGES = ("index.md", "migration.md", "guide.md", "api.md", "scale.md")
 
 
 def blocks(page: str) -> list[str]:
