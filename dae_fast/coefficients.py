@@ -246,6 +246,12 @@ class Level:
         return f"{self._schedule!r}[{self._t}]"
 
 
+def changing(value: float, x: Tensor) -> Any:
+    """The number; where torch.compile traces, a () tensor: as a factor, a float that changes is an input of the graph,
+    and anywhere else a constant, of which each value has a graph of its own."""
+    return torch.ones((), dtype=torch.float64, device=x.device) * value if is_compiling() else value
+
+
 def square_root(value: Any) -> Any:
     """Of a number or a tensor; rounded alike on every device, as the power 1/2 is not."""
     return value.sqrt() if isinstance(value, Tensor) else math.sqrt(value)
