@@ -249,6 +249,12 @@ class Level:
         return f"{self._schedule!r}[{self._t}]"
 
 
+def changing(value: float, x: Tensor) -> Any:
+    """The number; where torch.compile traces, a () tensor: as a factor, a float that changes is an input of the graph,
+    and anywhere else a constant, of which each value has a graph of its own."""
+    return torch.ones((), dtype=torch.float64, device=x.device) * value if is_compiling() else value
+
+
 def leading(*values: Any) -> int:
     """How many dimensions a row stands for: as many as the largest of the tensors has, and at least 1."""
     found = 1

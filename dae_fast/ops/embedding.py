@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import checks
 from ..checks import DTYPES, Array
+from ..coefficients import changing
 from ..noise import Noise
 from ..routing import beside, wants_grad
 
@@ -49,7 +51,9 @@ def timestep_embedding(
     if half < 1 or half <= freq_shift:
         raise ValueError(f"{op}: dim // 2 must be at least 1 and above freq_shift ({freq_shift}), got dim = {dim}")
     i = torch.arange(half, dtype=torch.float64, device=t.device)
-    frequencies = torch.exp(i * (-math.log(max_period) / (half - freq_shift)))
+    period: Any = changing(max_period, t)
+    log = period.log() if isinstance(period, Tensor) else math.log(period)
+    frequencies = torch.exp(i * (-log / (half - freq_shift)))
     return _waves(op, t.double()[:, None] * beside(frequencies, t), dim, flip, out, t)
 
 

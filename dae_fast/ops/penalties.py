@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.func import vjp
 
 from .. import checks
 from ..checks import as_number, can_read, function, integer
-from ..coefficients import stack_rows
+from ..coefficients import changing, stack_rows
 from ..kernels.reference import per_sample_sum
 from ..kernels.spec import ABSENT, Kind, Residual, compute_dtype, loss_of
 from ..noise import Noise
@@ -71,9 +72,10 @@ def kl_sparsity(h: Tensor, rate: float = 0.05) -> Tensor:
         raise ValueError(f"{op}: h must lie in (0, 1), got a unit whose mean is {float(rho[outside][0].detach())}")
     info = torch.finfo(rho.dtype)
     rho = torch.where(outside, torch.nan, rho).clamp(info.tiny, 1 - info.eps / 2)
-    p = torch.full((), rate, dtype=torch.float64, device="cpu")  # a graph takes any rate: math's logarithm keeps one
-    active = rate * (p.log() - rho.log())
-    inactive = (1 - rate) * ((-p).log1p() - (-rho).log1p())
+    at: Any = changing(rate, rho)
+    log, log1p = (torch.log, torch.log1p) if isinstance(at, Tensor) else (math.log, math.log1p)
+    active = at * (log(at) - rho.log())
+    inactive = (1 - at) * (log1p(-at) - (-rho).log1p())
     each = active + inactive
     return _total(each.reshape(-1), rho.dtype) if can_read(each) else each.sum()
 

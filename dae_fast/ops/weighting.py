@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..checks import per_sample
-from ..coefficients import Formula, Level, gather, is_one, value_at
+from ..coefficients import Formula, Level, changing, gather, is_one, value_at
 from ..schedule import finite_numbers
 from .parameterisation import Coefficients, Parameterisation, check_name, error_ratio, errors
 
@@ -96,10 +96,10 @@ class P2(Weighting):
     positive = ("k", "gamma")
 
     def __call__(self, eps_error: Tensor, x0_error: Tensor) -> Tensor:
-        snr = eps_error / x0_error
+        snr, gamma = eps_error / x0_error, changing(self.gamma, eps_error)
         # x0 without noise: the error of eps is infinite for each unit of that of x0, and so is the SNR.
-        noiseless = x0_error * snr ** (1 - self.gamma)
-        return torch.where(eps_error.isinf(), noiseless, eps_error / (self.k + snr) ** self.gamma)
+        noiseless = x0_error * snr ** (1 - gamma)
+        return torch.where(eps_error.isinf(), noiseless, eps_error / (self.k + snr) ** gamma)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from ..kernels.spec import ABSENT, Loss, Reduction, Residual, Rows, Wanted, comp
 from ..noise import FlatNoise, Noise
 from ..routing import Route, beside, is_one, on_mesh, plain_loss, route, wants_grad
 from .masks import Drawn, FlatMask, kept_elements, tensors_of
-from .sums import Gradients, affine, row_dots
+from .sums import Gradients, affine, row_dots, widened
 
 COLUMNS = (0, 1, 2, ABSENT)  # a table holds (1, n1, n2): r = 1*pred + n1*y + n2*z; then rho's delta where it has one
 
@@ -179,12 +179,17 @@ def pred_gradient_in_torch(spec: Loss, upstream: Tensor, operands: Residual, row
 
 def gradients(needs: Any, spec: Loss, upstream: Tensor, operands: Residual, rows: Rows) -> Gradients:
     """Of pred, y, z and the table, from the gradient (B,) of the sample means."""
+    dtype = operands.pred.dtype
+    if any(needs[1:4]):  # which are made of pred's, that would overflow in fp16 where they do not
+        operands = operands._replace(**{name: widened(getattr(operands, name)) for name in ("pred", "y", "z")})
     _, y, z, noise, _ = operands
     found: Gradients = [None] * 4
-    found[0] = g = _pred_gradient(spec, upstream, operands, rows)
+    g = _pred_gradient(spec, upstream, operands, rows)
+    found[0] = g.to(dtype)
     for k in (1, 2):
         if needs[k]:
-            found[k] = affine(map_of(spec.op, (k, ABSENT, ABSENT, ABSENT)), (g, None, None, None), None, rows)[0]
+            made = affine(map_of(spec.op, (k, ABSENT, ABSENT, ABSENT)), (g, None, None, None), None, rows)[0]
+            found[k] = made.to(dtype)
     if needs[3]:
         dots = row_dots(spec.op, g, (None, y, z, None), noise).to(rows.table.dtype)
         dots = torch.nn.functional.pad(dots, (0, rows.table.shape[1] - dots.shape[1]))  # none for a delta
