@@ -7,7 +7,8 @@ every gradient, transform and device that torch has.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -285,33 +286,22 @@ def gaussian(mu: Tensor, log_var: Tensor, eps: Tensor | None, noise: Noise | Non
     wide, log_variance = mu.to(compute), log_var.to(compute)
     if noise is not None:
         eps = noise_like(noise, mu)
-    scale = Exponential.apply(0.5 * log_variance)
+    scale = finite_slope(torch.exp, 0.5 * log_variance)
     z = wide if eps is None else wide + scale * eps.to(compute)
     kl = 0.5 * (wide.square() + exponential_rest(log_variance))
     return z.to(mu.dtype), per_sample_sum(kl)
 
 
-class Exponential(torch.autograd.Function):
-    """e^x, whose gradient is 0 for one of 0, where torch's is NaN once e^x is infinite."""
+def finite_slope(exponential: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """exp or expm1, whose gradient is 0 where nothing comes back: where it overflows torch has 0 * inf, NaN.
 
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return torch.exp(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return times(g, torch.exp(*ctx.saved_tensors))
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
-        return times(tangent, torch.exp(*ctx.saved_tensors))
+    There it is the square of e^(x/2), so that no factor is infinite alone. Not an autograd.Function, which forward
+    mode cannot take inside torch's dispatcher.
+    """
+    limit = 0.999 * math.log(torch.finfo(x.dtype).max)
+    far = x > limit
+    half = torch.exp(torch.where(far, x - (x - 1.9 * limit).clamp(min=0, max=1e30).detach(), 0.0) / 2)
+    return torch.where(far, half * half, exponential(torch.where(far, 0.0, x)))
 
 
 def times(g: Tensor, slope: Tensor) -> Tensor:
@@ -325,7 +315,7 @@ def exponential_rest(x: Tensor) -> Tensor:
     series = torch.zeros_like(x)
     for k in range(23, 1, -1):
         series = series * inside + 1 / math.factorial(k)
-    return torch.where(x.abs() < 2, inside * inside * series, Exponential.apply(x) - 1 - x)
+    return torch.where(x.abs() < 2, inside * inside * series, finite_slope(torch.expm1, x) - x)
 
 
 def gaussian_grad(
