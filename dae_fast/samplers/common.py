@@ -475,12 +475,28 @@ def run(
 
     def whole(x: Tensor, noise: Noise, table: Tensor) -> Tensor:
         look = partial(predicted, op, net, dtype, what=what)
-        return loop(look, x.to(compute), noise, table).to(dtype)
+        return _narrowed(op, loop(look, x.to(compute), noise, table), dtype)
 
     if graph:
         # By repr, for a network told level 1 is not one told sigma 1.0.
         return replayed(op, net, whole, x, noise, progress, table=table, options=repr(options))
     return whole(x, noise, table.to(x.device))
+
+
+def _narrowed(op: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the caller's dtype; what fp16 cannot hold becomes infinite, as torch rounds, and is warned of where it can be
+    read."""
+    narrow = x.to(dtype)
+    if dtype == torch.float16 and can_read(narrow):
+        beyond = int((narrow.isinf() & x.isfinite()).sum())
+        if beyond:
+            warnings.warn(
+                f"{op}: {beyond} of {x.numel()} values are beyond float16, the largest {float(x.abs().max()):.3g}, and "
+                "are infinite: give x in bfloat16 or float32, or a clamp",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+    return narrow
 
 
 def rounded(op: str, table: Tensor, dtype: torch.dtype) -> Tensor:
