@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .checks import can_read
+from ._torch import gathered
+from .checks import Array, as_tensor, can_read
 from .coefficients import Level, all_within
 from .noise import Noise
 from .schedule import (
@@ -258,7 +259,7 @@ class ContinuousSchedule:
         return self._finite(".diffusion", t, *self._evaluate(".diffusion", t, self._diffusion))
 
     def discretise(
-        self, T: int | None = None, *, rho: float = 1.0, times: Tensor | Sequence[float] | None = None
+        self, T: int | None = None, *, rho: float = 1.0, times: Tensor | Array | Sequence[float] | None = None
     ) -> TimedSchedule:
         """A TimedSchedule of T levels, level 0 the least noisy, that keeps its `times` (T,).
 
@@ -274,6 +275,7 @@ class ContinuousSchedule:
             chosen = self._grid(what, levels(what, T), rho)
             name = f"{what}({T})" if rho == 1 else f"{what}({T}, rho={rho})"
         else:
+            times = as_tensor(times)
             given = torch.as_tensor(times, dtype=None if isinstance(times, Tensor) else torch.float64).detach().cpu()
             if given.dim() != 1 or not (given[1:] > given[:-1]).all():
                 raise ValueError(f"{what}: times must have shape (T,) and increase, got {times}")
@@ -301,8 +303,8 @@ class ContinuousSchedule:
             raise TypeError(f"{what}: density must give floats of shape ({B},), got {got}")
         return self._shifted(t).float().clamp(*self._inner)
 
-    def __getitem__(self, t: float | Tensor) -> Level:
-        return Level(*self._evaluate("", t, self._alpha, self._sigma))
+    def __getitem__(self, t: float | Tensor | Array) -> Level:
+        return Level(*self._evaluate("", gathered(t), self._alpha, self._sigma))
 
     def __repr__(self) -> str:
         if "(" in self._name:
@@ -348,7 +350,7 @@ class ContinuousSchedule:
             got = f"alpha = {values[0]}, sigma = {values[1]} at {ends.tolist()}"
             raise ValueError(f"{name}: sigma/alpha must be larger at t_max than at t_min, got {got}")
 
-    def _finite(self, what: str, t: float | Tensor, value: Any) -> Any:
+    def _finite(self, what: str, t: float | Tensor | Array, value: Any) -> Any:
         if not isinstance(value, Tensor):
             if not math.isfinite(value):
                 raise ValueError(f"{self._name}{what}: has no finite value at t = {t}")
@@ -371,8 +373,9 @@ class ContinuousSchedule:
             raise ValueError(f"{self._name}{what}: t must be in [{self.t_min}, {self.t_max}], got {got}")
         return inside
 
-    def _evaluate(self, what: str, t: float | Tensor, *functions: Function) -> list[Any]:
+    def _evaluate(self, what: str, t: float | Tensor | Array, *functions: Function) -> list[Any]:
         """Floats for a number, float64 tensors for a tensor; NaN where t is out of range and cannot be read."""
+        t = as_tensor(t)
         if isinstance(t, Tensor):
             if all_within(t, self.t_min, self.t_max):
                 wide = t.double()

@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import checks
-from .checks import can_read, like, samples
+from ._torch import gathered
+from .checks import Array, can_read, like, samples
 from .coefficients import Formula, Level, gather
 from .continuous import ContinuousSchedule, Density
 from .kernels.spec import compute_dtype
@@ -66,7 +68,7 @@ class DenoisingLoss(torch.nn.Module):
         predict: Parameterisation = "eps",
         *,
         weighting: Weight = None,
-        level_weight: Tensor | None = None,
+        level_weight: Tensor | Array | None = None,
         kind: KindName = "mse",
         delta: Delta | None = None,
         density: Density | None = None,
@@ -81,10 +83,11 @@ class DenoisingLoss(torch.nn.Module):
             raise TypeError(f"{op}: schedule must be a Schedule or a ContinuousSchedule, got {got}")
         if weighting is not None and not (isinstance(weighting, str) and weighting == "uniform"):
             check_weighting(op, weighting)
-        if level_weight is not None:
+        counts: Tensor | None = checks.as_tensor(level_weight)
+        if counts is not None:
             if not isinstance(schedule, Schedule):
                 raise ValueError(f"{op}: level_weight needs a Schedule, whose levels are counted")
-            check_level_weight(op, schedule, level_weight)
+            check_level_weight(op, schedule, counts)
         kind_of(op, kind, delta)
         if delta is not None and not callable(delta):
             delta = checks.number(op, "delta", delta, "positive and finite")
@@ -96,7 +99,7 @@ class DenoisingLoss(torch.nn.Module):
         self.predict = predict
         self.weighting = weighting
         self.kind, self.delta, self.density = kind, delta, density
-        self.register_buffer("level_weight", level_weight)
+        self.register_buffer("level_weight", counts)
         self._columns, self._formula = self._planned()
         if isinstance(schedule, Schedule) and self._formula.key:  # none where this is traced
             self._formula.table(schedule, torch.float32, torch.device("cpu"), op)
@@ -127,7 +130,7 @@ class DenoisingLoss(torch.nn.Module):
         net: Callable[..., Tensor],
         x0: Tensor,
         noise: AnyNoise,
-        t: Tensor | None = None,
+        t: Tensor | Array | None = None,
         *,
         weight: Tensor | None = None,
         mask: Tensor | Selecting | None = None,
@@ -148,6 +151,7 @@ class DenoisingLoss(torch.nn.Module):
         samples(op, "x0", x0)
         if not isinstance(noise, StructuredNoise):
             noise_for(op, noise, x0, "x0")
+        t = checks.as_tensor(t)
         if t is None:
             if not isinstance(noise, Noise):
                 raise ValueError(f"{op}: t must be given unless noise is a Noise")
@@ -309,10 +313,12 @@ class LevelStatistics(torch.nn.Module):
     left_out: Tensor
     edges: Tensor | None
 
-    def __init__(self, bins: int | Tensor | Sequence[float], *, decay: float = 1.0) -> None:
+    def __init__(self, bins: int | Tensor | Array | Sequence[float], *, decay: float = 1.0) -> None:
         super().__init__()
         op = "LevelStatistics"
         self._edges: tuple[float, ...] | None = None
+        if isinstance(bins, np.integer):
+            bins = int(bins)
         if isinstance(bins, int):
             if isinstance(bins, bool) or bins < 1:
                 raise ValueError(f"{op}: bins must be a positive int or edges (N + 1,), got {bins}")
@@ -349,6 +355,7 @@ class LevelStatistics(torch.nn.Module):
         A t outside the bins raises ValueError on the CPU; on a GPU it is left out.
         """
         op, N = "LevelStatistics", len(self.count)
+        t, loss = gathered(t), gathered(loss)
         for name, value in (("t", t), ("loss", loss)):
             if not isinstance(value, Tensor) or value.dim() != 1 or value.shape != t.shape:
                 got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

@@ -7,11 +7,13 @@ import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import checks
-from .checks import like
+from ._torch import gathered
+from .checks import Array, like
 from .kernels import dispatch, reference
 from .kernels.dispatch import kernels
 from .routing import Route, route
@@ -40,6 +42,12 @@ def _index(expected: str, value: object) -> int:
         raise TypeError(f"{expected}, got {type(value).__name__}") from None
 
 
+def _ids(sample: Array) -> Any:
+    """int64 of an array of integers."""
+    found = checks.as_tensor(sample)
+    return found.long() if sample.dtype.kind == "i" else found
+
+
 class FlatNoise(NamedTuple):
     """A noise as schema arguments; all absent where the key is."""
 
@@ -62,7 +70,8 @@ class Noise:
     seed: int, taken modulo 2**64; or a key: (seed, offset), as `key` gives it, or an int64 tensor (2,) that
           holds their bits in memory, so that a captured CUDA graph or a compiled function sees new keys
           without a change
-    sample: int64 tensor (B,), the id of each row (a data-set index, say); None: first_sample + row
+    sample: int64 tensor, or array of signed ints, (B,), the id of each row (a data-set index, say); None: first_sample
+          + row
     first_sample: id of row 0 when there is no `sample`: a shard's place in the global batch
     first_element: where the rows begin in their samples: a shard's place in the sample (whole blocks of 4 are made in
           the kernel; from any other place the noise is filled in a launch of its own)
@@ -79,20 +88,22 @@ class Noise:
 
     def __init__(
         self,
-        seed: int | tuple[int, int] | Tensor,
+        seed: int | tuple[int, int] | Tensor | Array,
         *,
-        sample: Tensor | None = None,
+        sample: Tensor | Array | None = None,
         first_sample: int = 0,
         first_element: int = 0,
     ) -> None:
         self._seed = self._offset = 0
         self._key_tensor: Tensor | None = None
+        if isinstance(seed, np.ndarray):
+            seed = checks.as_tensor(seed)
         if isinstance(seed, Tensor):
             if seed.dtype != torch.int64 or seed.shape != (2,):
                 raise ValueError(
                     f"Noise: a key tensor must be int64 of shape (2,), got {seed.dtype} of {tuple(seed.shape)}"
                 )
-            self._key_tensor = seed.contiguous()
+            self._key_tensor = gathered(seed).contiguous()
         elif isinstance(seed, tuple):
             if len(seed) != 2:
                 raise ValueError(f"Noise: a key must be (seed, offset), got {len(seed)} of them")
@@ -101,6 +112,8 @@ class Noise:
             self._seed = to_signed(
                 seed if type(seed) is int else _index("Noise: seed must be an int or an int64 tensor (2,)", seed)
             )
+        if isinstance(sample, np.ndarray):
+            sample = _ids(sample)
         if sample is not None:
             if not isinstance(sample, Tensor) or sample.dtype != torch.int64 or sample.dim() != 1:
                 got = (
@@ -109,7 +122,7 @@ class Noise:
                 raise ValueError(f"Noise: sample must be an int64 tensor (B,), got {got}")
             if first_sample != 0:
                 raise ValueError("Noise: give sample or first_sample, not both")
-        self._sample = None if sample is None else sample.contiguous()
+        self._sample = None if sample is None else gathered(sample).contiguous()
         if type(first_sample) is not int:
             first_sample = _index("Noise: first_sample must be an int", first_sample)
         self._first_sample = to_signed(first_sample)
@@ -246,6 +259,7 @@ class Noise:
     ) -> Tensor:
         """The noise as a tensor: row b, element i of `shape` (B, ...), standard normal.
 
+        noise.normal(shape).numpy() is the same memory as a numpy array.
         Raises ValueError when `shape` has no batch dimension or `sample` is not (B,).
         """
         return fill("normal", self, checks.shape("normal", shape), dtype, checks.device("normal", device))
@@ -280,6 +294,20 @@ class Noise:
 
     def __hash__(self) -> int:
         return hash(self._place())
+
+    def _at(self, first: int) -> Noise:
+        """The same noise, rows beginning at that element of their samples."""
+        return Noise._make(
+            self._seed, self._offset, self._key_tensor, self._sample, self._first_sample, (1, first) if first else None
+        )
+
+    def _cut(self, op: str, B: int, D: int, dtype: torch.dtype, device: torch.device, below: int) -> Tensor:
+        """(B, D) of rows that do not begin with a block: cut out of whole samples that do."""
+        assert self._span is not None
+        rows, first = self._span
+        skip = first % BLOCK
+        filled = fill(op, self._at(first - skip), (B // rows, skip + rows * D), dtype, device, below)
+        return filled[:, skip:].reshape(B, D)
 
     def __repr__(self) -> str:
         ids = f", sample={tuple(self._sample.shape)}" if self._sample is not None else ""
@@ -324,7 +352,7 @@ def fill(
     device = place.device  # "cuda" with its number
     noise._check(op, B, device)
     if not noise._whole_blocks(D):
-        return _fill_from_anywhere(op, noise, B, D, dtype, device, below).reshape(shape)
+        return noise._cut(op, B, D, dtype, device, below).reshape(shape)
     way = route(op, place, noise._key_tensor, noise._sample)
     if way is not Route.DISPATCHER:
         module = reference if way is Route.REFERENCE else kernels(place, op)
@@ -333,16 +361,3 @@ def fill(
         return module.normal(noise, (B, D), dtype, device).reshape(shape)
     flat: Tensor = torch.ops.dae_fast.fill(op, *noise._on(device)._flat(), B, D, dtype, below)
     return flat.reshape(shape)
-
-
-def _fill_from_anywhere(
-    op: str, noise: Noise, B: int, D: int, dtype: torch.dtype, device: torch.device, below: int
-) -> Tensor:
-    """(B, D) of rows that do not begin with a block: cut out of whole samples that do."""
-    assert noise._span is not None
-    rows, first = noise._span
-    skip = first % BLOCK
-    samples = noise._make(
-        noise._seed, noise._offset, noise._key_tensor, noise._sample, noise._first_sample, (1, first - skip)
-    )
-    return fill(op, samples, (B // rows, skip + rows * D), dtype, device, below)[:, skip:].reshape(B, D)

@@ -8,11 +8,13 @@ from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import checks
-from ._torch import constant_result
+from ._torch import constant_result, gathered
+from .checks import Array
 from .coefficients import PAIR, Formula, Level, Place, formula_of, keep, singular
 from .kernels import reference
 from .noise import Noise
@@ -30,25 +32,34 @@ class Schedule:
     (B, F), is a Level. Tables of coefficients are made from the masters once per op and device, in float64, and
     rounded once to float32 (float64 for fp64 samples).
     An int level out of range raises ValueError here; one in a tensor raises it in the op, or on a GPU
-    becomes NaN there. Schedule(alpha, sigma) takes columns (T,) of one's own, finite and not negative, the
+    becomes NaN there. Numpy's arrays and scalars are taken wherever a schedule takes tensors and numbers.
+    Schedule(alpha, sigma) takes columns (T,) of one's own, finite and not negative, the
     noisiest level last: sigma/alpha must not fall from one level to the next.
     times: (T,) float64, the continuous times of the levels where ContinuousSchedule.discretise made them,
     for a network that was trained on those, which samplers and DenoisingLoss then tell it; else None.
     """
 
-    def __init__(self, alpha: Tensor, sigma: Tensor, *, name: str = "Schedule", times: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        alpha: Tensor | Array,
+        sigma: Tensor | Array,
+        *,
+        name: str = "Schedule",
+        times: Tensor | Array | None = None,
+    ) -> None:
         checks.word("Schedule", "name", name)
-        for column, values in (("alpha", alpha), ("sigma", sigma), *([("times", times)] if times is not None else [])):
+        a, s, given = (checks.as_tensor(column) for column in (alpha, sigma, times))
+        for column, values in (("alpha", a), ("sigma", s), *([("times", given)] if given is not None else [])):
             check_column(name, column, values)
-            if values.shape != alpha.shape or not values.numel():
-                wanted = "(T,), T > 0" if column != "times" else f"{tuple(alpha.shape)}"
+            if values.shape != a.shape or not values.numel():
+                wanted = "(T,), T > 0" if column != "times" else f"{tuple(a.shape)}"
                 raise ValueError(f"{name}: {column} must have shape {wanted}, got {tuple(values.shape)}")
             if not (torch.isfinite(values).all() and (column == "times" or (values >= 0).all())):
                 wanted = "finite" if column == "times" else "finite and not negative"
                 raise ValueError(f"{name}: {column} must be {wanted}")
-        self.alpha = alpha.detach().to("cpu", torch.float64, copy=True)
-        self.sigma = sigma.detach().to("cpu", torch.float64, copy=True)
-        self._times = None if times is None else times.detach().to("cpu", torch.float64, copy=True)
+        self.alpha: Tensor = a.detach().to("cpu", torch.float64, copy=True)
+        self.sigma: Tensor = s.detach().to("cpu", torch.float64, copy=True)
+        self._times: Tensor | None = None if given is None else given.detach().to("cpu", torch.float64, copy=True)
         self._name = name
         self._tables: dict[Place, Tensor] = {}
         self._traced = SimpleNamespace()
@@ -58,7 +69,9 @@ class Schedule:
             raise ValueError(f"{name}: times must increase, the noisiest level last")
 
     @classmethod
-    def from_alpha_bar(cls, alpha_bar: Tensor | Sequence[float], *, name: str = "Schedule.from_alpha_bar") -> Schedule:
+    def from_alpha_bar(
+        cls, alpha_bar: Tensor | Array | Sequence[float], *, name: str = "Schedule.from_alpha_bar"
+    ) -> Schedule:
         """alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar): variance preserving (Ho et al. 2020)."""
         checks.word("Schedule.from_alpha_bar", "name", name)
         bar = checks.float64(name, "alpha_bar", alpha_bar)
@@ -67,7 +80,7 @@ class Schedule:
         return cls(bar.sqrt(), (1 - bar).sqrt(), name=name)
 
     @classmethod
-    def from_betas(cls, betas: Tensor | Sequence[float], *, name: str = "Schedule.from_betas") -> Schedule:
+    def from_betas(cls, betas: Tensor | Array | Sequence[float], *, name: str = "Schedule.from_betas") -> Schedule:
         """alpha_bar_t = prod_{s<=t} (1 - beta_s) (Ho et al. 2020, eq. 4)."""
         checks.word("Schedule.from_betas", "name", name)
         beta = checks.float64(name, "betas", betas)
@@ -247,17 +260,19 @@ class Schedule:
     def __len__(self) -> int:
         return self.alpha.shape[0]
 
-    def __getitem__(self, t: int | Tensor) -> Level:
+    def __getitem__(self, t: int | Tensor | Array) -> Level:
+        if isinstance(t, np.ndarray):
+            t = checks.as_tensor(t)
         if isinstance(t, Tensor):
             if t.dtype not in (torch.int64, torch.int32):
                 raise TypeError(f"{self._name}: t must be int32 or int64, got {t.dtype}")
-        elif isinstance(t, numbers.Integral) and not isinstance(t, bool):
-            t = int(t)
-            if not 0 <= t < len(self):
-                raise ValueError(f"{self._name}: level must be in [0, {len(self)}), got {t}")
-        else:
-            raise TypeError(f"{self._name}: t must be an int or an integer tensor (B,), got {type(t).__name__}")
-        return Level._of(self, t)
+            return Level._of(self, gathered(t))
+        if isinstance(t, numbers.Integral) and not isinstance(t, bool):
+            level = int(t)
+            if not 0 <= level < len(self):
+                raise ValueError(f"{self._name}: level must be in [0, {len(self)}), got {level}")
+            return Level._of(self, level)
+        raise TypeError(f"{self._name}: t must be an int or an integer tensor (B,), got {type(t).__name__}")
 
     def __iter__(self) -> Iterator[Level]:
         return (self[t] for t in range(len(self)))
@@ -310,8 +325,11 @@ class Schedule:
 class TimedSchedule(Schedule):
     """A Schedule whose levels have `times`: what ContinuousSchedule.discretise makes."""
 
-    def __init__(self, alpha: Tensor, sigma: Tensor, *, times: Tensor, name: str = "TimedSchedule") -> None:
+    def __init__(
+        self, alpha: Tensor | Array, sigma: Tensor | Array, *, times: Tensor | Array, name: str = "TimedSchedule"
+    ) -> None:
         checks.word("TimedSchedule", "name", name)
+        times = checks.as_tensor(times)
         check_column(name, "times", times)
         super().__init__(alpha, sigma, name=name, times=times)
 
@@ -347,9 +365,9 @@ def _check_order(name: str, alpha: Tensor, sigma: Tensor) -> None:
 
 
 def levels(what: str, T: int | None) -> int:
-    if isinstance(T, bool) or not isinstance(T, int) or T < 1:
+    if isinstance(T, bool) or not isinstance(T, numbers.Integral) or T < 1:
         raise ValueError(f"{what}: T must be a positive int, got {T!r}")
-    return T
+    return int(T)
 
 
 def finite_numbers(what: str, **arguments: Any) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import SubFigure
 
 AGREEMENT = 1e-4  # relative, of the loss, at every step; other noise makes it 1e-2
@@ -109,6 +110,20 @@ def draw_figure(
     _gallery(right, langevin, "Samples: annealed Langevin")
     figure.savefig(out, dpi=130)
     plt.close(figure)
+
+
+def draw_strip(folder: Path, noisy: Tensor, denoised: Tensor, samples: Tensor) -> None:
+    """digits-light.png and digits-dark.png: ink on a transparent ground, for a page of either colour."""
+    rows = {"noised": noisy, "denoised in one look": denoised, "drawn from noise": samples}
+    for theme, ink in (("light", "#1f2328"), ("dark", "#e6edf3")):
+        figure, axes = plt.subplots(len(rows), 1, figsize=(7.2, 1.5), layout="constrained")
+        tones = LinearSegmentedColormap.from_list("ink", [(*to_rgb(ink), 0.0), (*to_rgb(ink), 1.0)])
+        for axis, (name, images) in zip(axes, rows.items(), strict=True):
+            axis.imshow(_tiles(images[:20], 20), cmap=tones, vmin=-1, vmax=1)
+            axis.axis("off")
+            axis.text(-2, 5, name, ha="right", va="center", color=ink, fontsize=8)
+        figure.savefig(folder / f"digits-{theme}.png", dpi=110, transparent=True)
+        plt.close(figure)
 
 
 def _curves(axis: Axes, results: Results) -> None:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from digits import load
-from digits_report import Judgement, Results, draw_figure, failures, print_table
+from digits_report import Judgement, Results, draw_figure, draw_strip, failures, print_table
 from rich.console import Console
 from sklearn.neural_network import MLPClassifier
 from torch import Tensor, nn
@@ -215,6 +215,9 @@ def main(
     steps: Annotated[int, typer.Option(min=10, help="Training steps of each loop.")] = STEPS,
     seed: int = 0,
     out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("demo.png"),
+    strip: Annotated[
+        Path | None, typer.Option(help="A folder for digits-light.png and -dark.png, the README's.")
+    ] = None,
 ) -> None:
     """Denoising digits with dae_fast and with plain PyTorch."""
     begin = time.perf_counter()
@@ -243,6 +246,9 @@ def main(
         judgements={name: judge(classifier, each) for name, each in judged.items()},
     )
     draw_figure(out, results, held_out[:8], denoised(net, held_out[:8], [100, 250, 500], noise), ddim, langevin)
+    if strip is not None:
+        noisy, clean = denoised(net, held_out[:20], [500], noise)[500]
+        draw_strip(strip, noisy, clean, ddim)
     print_table(results)
     problems = failures(results, trained=steps >= STEPS)
     for problem in problems:

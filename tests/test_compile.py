@@ -416,6 +416,52 @@ class TestExport:
         assert torch.equal(program.module()(x + 1), Fixed()(x + 1))
 
 
+X, Y, T = torch.rand(4, 8), torch.rand(4, 8), torch.arange(4) * 5
+KEY = df.Noise(torch.tensor([1, 0]))
+CHANGING: dict[str, Callable[[float], Tensor]] = {
+    "corrupt": lambda v: df.corrupt(X.half(), df.Masking(0.3, KEY), value=v),
+    "Masking": lambda v: df.corrupt(X, df.Masking(v, KEY)),
+    "SaltAndPepper": lambda v: df.corrupt(X.double(), df.SaltAndPepper(0.5, KEY, low=v, high=2 * v, salt=v)),
+    "kl_sparsity": lambda v: df.kl_sparsity(X, v),
+    "EDM": lambda v: df.denoising_loss(X, Y, KEY, SCHEDULE[T], predict=df.EDM(v)),
+    "EDM's target": lambda v: df.add_noise(X, KEY, SCHEDULE[T], target=df.EDM(v))[1],
+    "EDM's weighting": lambda v: df.denoising_loss(X, Y, KEY, SCHEDULE[T], predict="v", weight=df.weighting.EDM(v)),
+    "MinSNR": lambda v: df.denoising_loss(X, Y, KEY, SCHEDULE[T], predict="v", weight=df.weighting.MinSNR(v)),
+    "P2": lambda v: df.denoising_loss(X, Y, KEY, SCHEDULE[T], predict="v", weight=df.weighting.P2(v, v)),
+    "clamp": lambda v: df.to_x0(X, Y, SCHEDULE[T], clamp=v),
+    "clamp of a pair": lambda v: df.to_eps(X, Y, SCHEDULE[T], predict="v", clamp=(-v, 2 * v)),
+    "clamped": lambda v: df.weighted_sum((v, X), (1.0, df.clamped((v, Y), low=-v, high=v))),
+    "delta": lambda v: df.denoising_loss(X, Y, KEY, SCHEDULE[T], kind="huber", delta=v),
+    "residual_loss": lambda v: df.residual_loss(X, (v, Y), weight=v),
+    "langevin_step": lambda v: df.langevin_step(X, Y, v, KEY, noise_scale=v),
+    "Level": lambda v: df.to_x0(X, Y, df.Level(v, 1 - v)),
+    "perturbation": lambda v: df.add_noise(X, KEY, SCHEDULE[T], perturbation=v),
+    "OffsetNoise": lambda v: df.add_noise(X, df.OffsetNoise(KEY, v), SCHEDULE[T]),
+    "PyramidNoise": lambda v: df.add_noise(X.reshape(4, 2, 4), df.PyramidNoise(KEY, v), SCHEDULE[T]),
+    "fourier_embedding": lambda v: df.fourier_embedding(X[:, 0], KEY, 8, scale=v),
+    "timestep_embedding": lambda v: df.timestep_embedding(T, 8, max_period=100 * v),
+}
+
+
+@not_in_torch_2_11("floats are constants")
+@pytest.mark.parametrize("name", CHANGING)
+def test_a_float_that_changes_is_no_constant(name: str) -> None:
+    """One graph for the first value and one for all others."""
+    recorder, op = Recorder(), CHANGING[name]
+    run = recorder.compile(op)
+    for k in range(6):
+        torch.testing.assert_close(run(0.13 + 0.057 * k), op(0.13 + 0.057 * k), rtol=2e-6, atol=2e-6)
+    assert recorder.compilations <= 2
+
+
+@pytest.mark.parametrize("name", ["corrupt", "SaltAndPepper", "clamp", "kl_sparsity"])
+def test_a_float_that_changes_in_inductor(name: str) -> None:
+    op = CHANGING[name]
+    run = torch.compile(op, fullgraph=True)
+    for v in (0.5, 0.75, 0.25, 0.6):
+        torch.testing.assert_close(run(v), op(v), rtol=2e-6, atol=2e-6)
+
+
 def test_compiled_copy_of_a_loss() -> None:
     """A deep copy is compiled on its own tables."""
     loss = df.nn.DenoisingLoss(df.Schedule.linear(50), "v")

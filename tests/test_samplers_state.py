@@ -298,3 +298,17 @@ def test_the_loss_tells_what_the_samplers_tell():
     )
     wanted = df.nn.DenoisingLoss(grid, "flow")(lambda x, t: x * t[:, None], torch.ones(3, 2), N0, t)["loss"]
     torch.testing.assert_close(compiled(t), wanted)
+
+
+@pytest.mark.parametrize("name", ["ddim", "heun", "dpm_solver_pp_2m"])
+def test_a_result_beyond_fp16_is_warned_of(name: str) -> None:
+    """A network of zeros makes x / alpha of the start, beyond 65504 where alpha is the last of the cosine schedule."""
+    schedule, sampler = df.Schedule.cosine(1000), getattr(df.samplers, name)
+    x = df.Noise(0).normal((4, 3, 32, 32)).half()
+    wide = sampler(lambda x, t: torch.zeros_like(x), x.float(), schedule, df.Noise(1), steps=20)
+    torch.testing.assert_close(wide.double(), x.double() / float(schedule.alpha[-1]), rtol=1e-4, atol=0)
+    beyond = int((wide.abs() >= 65520).sum())
+    with pytest.warns(RuntimeWarning, match=f"{name}: {beyond} of 12288 values are beyond float16"):
+        found = sampler(lambda x, t: torch.zeros_like(x), x, schedule, df.Noise(1), steps=20)
+    assert int(found.isinf().sum()) == beyond > 0
+    assert torch.equal(found, wide.half())

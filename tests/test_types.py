@@ -61,7 +61,7 @@ def test_mypy(sources: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.skipif(not find_spec("pyright"), reason="needs pyright, of the extra [test]")
+@pytest.mark.skipif(not find_spec("pyright"), reason="there is no pyright; pip install pyright")
 def test_pyright(sources: Path) -> None:
     settings = {"include": ["."], "extraPaths": [str(ROOT)], "typeCheckingMode": "standard"}
     (sources / "pyrightconfig.json").write_text(json.dumps(settings))

@@ -17,7 +17,7 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 
 from .. import checks
 from ..checks import as_number, check_per_sample, like, promote, samples
-from ..coefficients import Formula, Level, leading, level_for, stack_rows
+from ..coefficients import Formula, Level, changing, leading, level_for, stack_rows
 from ..kernels.spec import (
     ABSENT,
     KINDS,
@@ -533,7 +533,8 @@ def residual_loss(
     w = None if weight is None else check_per_sample(op, "weight", weight, pred)
     spec = loss_of(op, known, how, (*columns, ABSENT, ABSENT, ABSENT))
     if isinstance(w, float):
-        w = torch.full((), checks.number(op, "weight", w, "finite"), dtype=torch.float64, device=pred.device)
+        at = changing(checks.number(op, "weight", w, "finite"), pred)
+        w = at if isinstance(at, Tensor) else torch.full((), at, dtype=torch.float64, device=pred.device)
     rows = stack_rows(op, row, pred, compute_dtype(pred.dtype))
     return loss_of_rows(spec, Residual(pred, y, z, noise, mask_of(op, pred, mask)), rows, w, leading(*row, w))[0]
 

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .._torch import DirectFunction, batchable, outside_modes
-from ..coefficients import seen
+from ..coefficients import changing, seen
 from ..kernels import dispatch, reference
 from ..kernels.dispatch import kernels
 from ..kernels.spec import ABSENT, Bounds, Inputs, Map, Rows, compute_dtype, map_of, rows_at
 from ..noise import FlatNoise, Noise
-from ..routing import Route, plain_map, route, wants_grad
+from ..routing import Route, on_mesh, plain_map, route, wants_grad
 
 At = tuple[Any, Any]  # as Rows; or a table and the number of the one row for all samples
 Columns = tuple[int, ...]  # of the table: c0, c1, c2, c3 of the output, then those of a second one
@@ -42,6 +42,8 @@ def affine(
             return made if spec.outputs > 1 else (made,)
     x, rows = inputs[0], rows_at(*rows)
     assert x is not None
+    if (mesh := on_mesh(*inputs)) is not None:
+        return mesh.affine(spec, inputs, noise, rows, bounds)
     if isinstance(noise, Noise) and not noise._whole_blocks(math.prod(x.shape[1:])):
         return _with_filled_noise(spec, inputs, noise, rows, bounds)
     v = noise if isinstance(noise, Tensor) else None
@@ -92,9 +94,9 @@ def _with_filled_noise(
     dtype = compute_dtype(x.dtype)
     eps = noise.normal(x.shape, dtype=dtype, device=x.device)
     if spec.fifth:
-        made = affine(spec, (_wide(x), _wide(y), _wide(z), _wide(w)), eps, rows, bounds)
+        made = affine(spec, (widened(x), widened(y), widened(z), widened(w)), eps, rows, bounds)
     else:
-        made = affine(spec, (_wide(x), _wide(y), eps, _wide(w)), None, rows, bounds)
+        made = affine(spec, (widened(x), widened(y), eps, widened(w)), None, rows, bounds)
     return tuple(t.to(x.dtype) for t in made)
 
 
@@ -105,9 +107,9 @@ def _clamped_by_torch(
     rounded to half in between, it would clamp other elements."""
     assert spec.inner is not None and inputs[0] is not None
     dtype = inputs[0].dtype
-    x, y, z, w = (_wide(t) for t in inputs)
+    x, y, z, w = (widened(t) for t in inputs)
     estimate = affine(of_estimate(spec), (x, y, None, w), None, rows)[0]
-    low, high = bounds
+    low, high = (changing(bound, estimate) for bound in bounds)
     outer = map_of(spec.op, spec.all_columns)
     made = affine(outer, (x, estimate.clamp(low, high), z, w), _wide_noise(noise), rows)
     return tuple(t.to(dtype) for t in made)
@@ -176,13 +178,13 @@ def _clamped_gradients(
 ) -> Gradients:
     """The estimate counts as one more output, the only one that reads y. All in the compute type."""
     dtype, op, estimate = given[0][0].dtype, spec.op, of_estimate(spec)
-    given = [(_wide(g), columns) for g, columns in given]
+    given = [(widened(g), columns) for g, columns in given]
     inner: Given = [(_estimate_gradient(given, inputs, rows, estimate, bounds), estimate.columns_of(0))]
     outer: Given = [(g, (c0, ABSENT, *others)) for g, (c0, _, *others) in given]
     found = [None if t is None else t.to(dtype) for t in _input_gradients(needs, outer + inner, rows, op)]
     if not needs[5]:
         return [*found, None]
-    x, y, z, w = (_wide(t) for t in inputs)
+    x, y, z, w = (widened(t) for t in inputs)
     clamped = affine(estimate, (x, y, None, w), None, rows)[0].clamp(*bounds)
     of_outer = _table_gradient(given, (x, clamped, z, w), _wide_noise(noise), rows, spec)
     return [*found, of_outer + _table_gradient(inner, (x, y, None, w), None, rows, estimate)]
@@ -195,19 +197,20 @@ def _estimate_gradient(given: Given, inputs: Inputs, rows: Rows, estimate: Map, 
     """
     x, y, _, w = inputs
     # Made again, and not rounded: other elements would be within the bounds.
-    value = affine(estimate, (_wide(x), _wide(y), None, _wide(w)), None, rows)[0].detach()
+    value = affine(estimate, (widened(x), widened(y), None, widened(w)), None, rows)[0].detach()
     low, high, neginf, posinf = _open_interval(*bounds, value.dtype)
     value.nan_to_num_(math.inf, posinf, neginf)
     g = _input_gradients((False, True, False, False, False), given, rows, estimate.op)[1]
     return torch.ops.aten.hardtanh_backward(g, value, low, high)
 
 
-def _wide(t: Any) -> Any:
+def widened(t: Any) -> Any:
+    """In the dtype of the arithmetic."""
     return None if t is None else t.to(compute_dtype(t.dtype))
 
 
 def _wide_noise(noise: Any) -> Any:
-    return _wide(noise) if isinstance(noise, Tensor) else noise
+    return widened(noise) if isinstance(noise, Tensor) else noise
 
 
 @lru_cache(maxsize=64)

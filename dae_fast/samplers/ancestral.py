@@ -77,7 +77,8 @@ def ddpm(
     variance: of the step, "small" (the posterior's), "large" (that of q(x_t | x_{t-1}), beta_t), or "learned":
         net returns one more tensor, v in [-1, 1], which interpolates between their logarithms element by
         element (Nichol and Dhariwal 2021, eq. 15); the noise is added by a launch of its own, and never stored
-    progress: show a bar      graph: replay the loop as a CUDA graph      returns: like x_T
+    progress: show a bar      graph: replay the loop as a CUDA graph      returns: like x_T: worked out in fp32 (fp64
+        for fp64) and rounded once, so that what is beyond 65504 is infinite in fp16, which is warned of on the CPU
     Raises ValueError for a shape mismatch or a level from which `predict` gives no step: eps where
     alpha = 0 (predict v there). Ho et al. 2020, algorithm 2.
     """

@@ -25,6 +25,7 @@ from ..noise import Noise, noise_for
 from ..ops.conversions import Bounds, bounds
 from ..ops.parameterisation import Parameterisation, check_name
 from ..primitives.sums import affine
+from ..routing import beside, on_mesh
 from ..schedule import Schedule
 from .tables import estimate, following, reverse_table
 
@@ -208,7 +209,7 @@ def predicted(
 ) -> tuple[Tensor, ...]:
     """net(x, t) of the state x in `dtype`, for all samples at t: an int as int64, a float in x's dtype."""
     told = torch.full(x.shape[:1], t, dtype=torch.int64 if isinstance(t, int) else x.dtype, device=x.device)
-    return checked(op, net(x if x.dtype == dtype else x.to(dtype), told), x, parts, what)
+    return checked(op, net(x if x.dtype == dtype else x.to(dtype), beside(told, x)), x, parts, what)
 
 
 def checked(op: str, made: Any, x: Tensor, parts: tuple[str, ...], what: str) -> tuple[Tensor, ...]:
@@ -417,7 +418,10 @@ def _thresholded(row: Tensor, x0_hat: Tensor, quantile: float) -> Tensor:
     clamp(x0_hat, -s, s)/s = clamp(x0_hat/s, -1, 1), s = max(1, the quantile of |x0_hat|).
     Saharia et al. 2022, section 2.3.
     """
+    mesh = on_mesh(x0_hat)
+    x0_hat = x0_hat if mesh is None else mesh.whole_samples(x0_hat)
     s = quantile_of_samples(x0_hat.abs(), quantile).to(row.dtype).clamp(min=1)
+    row = beside(row, s)
     return torch.cat((row[:, :3] / s[:, None], row[:, 3:].expand(len(s), -1)), 1)
 
 
@@ -477,12 +481,28 @@ def run(
 
     def whole(x: Tensor, noise: Noise, table: Tensor) -> Tensor:
         look = partial(predicted, op, net, dtype, what=what)
-        return loop(look, x.to(compute), noise, table).to(dtype)
+        return _narrowed(op, loop(look, x.to(compute), noise, table), dtype)
 
     if graph:
         # By repr, for a network told level 1 is not one told sigma 1.0.
         return replayed(op, net, whole, x, noise, progress, table=table, options=repr(options))
     return whole(x, noise, table.to(x.device))
+
+
+def _narrowed(op: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the caller's dtype; what fp16 cannot hold becomes infinite, as torch rounds, and is warned of where it can be
+    read."""
+    narrow = x.to(dtype)
+    if dtype == torch.float16 and can_read(narrow):
+        beyond = int((narrow.isinf() & x.isfinite()).sum())
+        if beyond:
+            warnings.warn(
+                f"{op}: {beyond} of {x.numel()} values are beyond float16, the largest {float(x.abs().max()):.3g}, and "
+                "are infinite: give x in bfloat16 or float32, or a clamp",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+    return narrow
 
 
 def rounded(op: str, table: Tensor, dtype: torch.dtype) -> Tensor:
