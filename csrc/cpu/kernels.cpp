@@ -34,6 +34,15 @@ static inline Unit unit_at(const Batch& batch, const Cut& cut, int64_t u) {
   return {row, left < cut.rows_per_unit ? left : cut.rows_per_unit, 0, cut.D};
 }
 
+// The walk of every kernel: calls body(unit, segment) for each, the latter being the place of its first row among all
+// segments, of which a unit is one of a long row, or `rows` whole rows.
+template <class Body>
+static inline void for_each_unit(const Batch& batch, int64_t unit_begin, int64_t unit_end, Body body) {
+  const Cut cut(batch.B, batch.D);
+  for (int64_t u = unit_begin; u < unit_end; ++u)
+    body(unit_at(batch, cut, u), cut.segments_per_row > 1 ? u : u * cut.rows_per_unit);
+}
+
 // Calls run(memory offset, position in the unit, run length, stride) for each stretch of a strided
 // operand that advances along its last dimension.
 template <class Run>
@@ -262,11 +271,9 @@ static inline void affine_part(const AffineArgs& a, const Unit& unit) {
 template <class T>
 static void affine_units(const AffineArgs& a, int64_t unit_begin, int64_t unit_end) {
   constexpr int64_t kPart = kAffinePart<typename ComputeType<T>::type>;
-  const Cut cut(a.batch.B, a.batch.D);
-  for (int64_t u = unit_begin; u < unit_end; ++u) {
-    const Unit unit = unit_at(a.batch, cut, u);
+  for_each_unit(a.batch, unit_begin, unit_end, [&](const Unit& unit, int64_t) {
     for (int64_t k = 0; k < parts_of<kPart>(unit); ++k) affine_part<T>(a, part_of<kPart>(unit, k));
-  }
+  });
 }
 
 // 64 running sums, whatever the vector width: the same sum on every instruction set, and enough of
@@ -302,11 +309,6 @@ static inline double sum(const R* a, int64_t n) {
   return sum_lanes(lanes);
 }
 
-// The unit's place among all segments: one segment of a long row, or `rows` whole rows.
-static inline int64_t segment_of(const Cut& cut, int64_t u) {
-  return cut.segments_per_row > 1 ? u : u * cut.rows_per_unit;
-}
-
 // The sum of rho over a row's residuals, which become rho'(r) / 2.
 template <Penalty kPenalty, class R>
 static inline double penalise(R delta, R* residual, int64_t n) {
@@ -336,9 +338,7 @@ static void residual_units(const ResidualWork& a, int64_t unit_begin, int64_t un
   alignas(64) L preds[kSegment], ys[kSegment], grads[kSegment];
   alignas(64) R zs[kSegment], residual[kSegment];
   alignas(64) uint8_t masks[kSegment];
-  const Cut cut(a.batch.B, a.batch.D);
-  for (int64_t u = unit_begin; u < unit_end; ++u) {
-    const Unit unit = unit_at(a.batch, cut, u);
+  for_each_unit(a.batch, unit_begin, unit_end, [&](const Unit& unit, int64_t segment) {
     const L* pred = read<T>(a.batch, a.pred, unit, preds);
     const L* y = read<T>(a.batch, a.y, unit, ys);
     const R* z = read_z<T>(a.batch, a.z, a.noise, unit, zs);
@@ -355,13 +355,13 @@ static void residual_units(const ResidualWork& a, int64_t unit_begin, int64_t un
       // A select, not a product: what is masked out may be NaN.
       if (masked)
         for (int64_t i = 0; i < n; ++i) residual[i] = mask[at + i] ? residual[i] : R(0);
-      a.sums[segment_of(cut, u) + r] = penalise(a.penalty, c[a.columns[2]], residual, n);
+      a.sums[segment + r] = penalise(a.penalty, c[a.columns[2]], residual, n);
       const R scale = static_cast<R>(a.scale[unit.row + r]);
       if (grad)
         for (int64_t i = 0; i < n; ++i) narrow(scale * residual[i], grad[at + i]);
     }
     if (grad) write<T>(a.batch, a.grad, unit, grad);
-  }
+  });
 }
 
 template <class T>
@@ -370,35 +370,31 @@ static void row_dots_units(const RowDotsWork& a, int64_t unit_begin, int64_t uni
   using L = typename LoopType<T>::type;
   alignas(64) L xs[kSegment], ys[kSegment];
   alignas(64) R gs[kSegment], zs[kSegment];
-  const Cut cut(a.batch.B, a.batch.D);
-  for (int64_t u = unit_begin; u < unit_end; ++u) {
-    const Unit unit = unit_at(a.batch, cut, u);
+  for_each_unit(a.batch, unit_begin, unit_end, [&](const Unit& unit, int64_t segment) {
     const R* g = read<T>(a.batch, a.g, unit, gs);
     const L* x = read<T>(a.batch, a.x, unit, xs);
     const L* y = read<T>(a.batch, a.y, unit, ys);
     const R* z = read_z<T>(a.batch, a.z, a.noise, unit, zs);
     for (int64_t r = 0; r < unit.rows; ++r) {
       const int64_t at = r * unit.length;
-      double* sums = a.sums + 3 * (segment_of(cut, u) + r);
+      double* sums = a.sums + 3 * (segment + r);
       sums[0] = dot(x + at, g + at, unit.length);
       sums[1] = dot(y + at, g + at, unit.length);
       sums[2] = dot(z + at, g + at, unit.length);
     }
-  }
+  });
 }
 
 static void mask_count(const MaskCountWork& a, int64_t unit_begin, int64_t unit_end) {
   alignas(64) uint8_t buffer[kSegment];
-  const Cut cut(a.batch.B, a.batch.D);
-  for (int64_t u = unit_begin; u < unit_end; ++u) {
-    const Unit unit = unit_at(a.batch, cut, u);
+  for_each_unit(a.batch, unit_begin, unit_end, [&](const Unit& unit, int64_t segment) {
     const uint8_t* mask = read_mask(a.batch, a.mask, a.choice, unit, buffer);
     for (int64_t r = 0; r < unit.rows; ++r) {
       int64_t kept = 0;
       for (int64_t i = 0; i < unit.length; ++i) kept += mask[r * unit.length + i] != 0;
-      a.counts[segment_of(cut, u) + r] = kept;
+      a.counts[segment + r] = kept;
     }
-  }
+  });
 }
 
 template <class T>
@@ -408,9 +404,7 @@ static void corrupt_units(const CorruptArgs& a, int64_t unit_begin, int64_t unit
   alignas(64) L xs[kSegment], outs[kSegment];
   alignas(64) uint32_t words[kSegment];
   const R low = static_cast<R>(a.low), high = static_cast<R>(a.high);
-  const Cut cut(a.batch.B, a.batch.D);
-  for (int64_t u = unit_begin; u < unit_end; ++u) {
-    const Unit unit = unit_at(a.batch, cut, u);
+  for_each_unit(a.batch, unit_begin, unit_end, [&](const Unit& unit, int64_t) {
     const L* x = read<T>(a.batch, a.x, unit, xs);
     L* out = target<T>(a.batch, a.out, unit, outs);
     generate_words(a.choice.noise, unit, words);
@@ -424,7 +418,7 @@ static void corrupt_units(const CorruptArgs& a, int64_t unit_begin, int64_t unit
       }
     }
     write<T>(a.batch, a.out, unit, out);
-  }
+  });
 }
 
 template <class T>
@@ -434,9 +428,7 @@ static void gaussian_units(const GaussianWork& a, int64_t unit_begin, int64_t un
   alignas(64) L mus[kSegment], log_vars[kSegment], outs[kSegment];
   alignas(64) R es[kSegment], divergence[kSegment];
   R* const scales = divergence;  // by themselves: the library's exponential in double would keep all else from vectors
-  const Cut cut(a.batch.B, a.batch.D);
-  for (int64_t u = unit_begin; u < unit_end; ++u) {
-    const Unit unit = unit_at(a.batch, cut, u);
+  for_each_unit(a.batch, unit_begin, unit_end, [&](const Unit& unit, int64_t segment) {
     const L* mu = read<T>(a.batch, a.mu, unit, mus);
     const L* log_var = read<T>(a.batch, a.log_var, unit, log_vars);
     const R* eps = read_z<T>(a.batch, a.eps, a.noise, unit, es);
@@ -450,9 +442,9 @@ static void gaussian_units(const GaussianWork& a, int64_t unit_begin, int64_t un
       narrow(g.sample(eps[i]), z[i]);
     }
     for (int64_t r = 0; r < unit.rows; ++r)
-      a.sums[segment_of(cut, u) + r] = sum(divergence + r * unit.length, unit.length);
+      a.sums[segment + r] = sum(divergence + r * unit.length, unit.length);
     write<T>(a.batch, a.z, unit, z);
-  }
+  });
 }
 
 template <class T>
@@ -461,9 +453,7 @@ static void gaussian_grad_units(const GaussianGradArgs& a, int64_t unit_begin, i
   using L = typename LoopType<T>::type;
   alignas(64) L mus[kSegment], log_vars[kSegment], grads[kSegment], outs[kSegment], outs2[kSegment];
   alignas(64) R es[kSegment], scales[kSegment];
-  const Cut cut(a.batch.B, a.batch.D);
-  for (int64_t u = unit_begin; u < unit_end; ++u) {
-    const Unit unit = unit_at(a.batch, cut, u);
+  for_each_unit(a.batch, unit_begin, unit_end, [&](const Unit& unit, int64_t) {
     const L* mu = read<T>(a.batch, a.mu, unit, mus);
     const L* log_var = read<T>(a.batch, a.log_var, unit, log_vars);
     const L* z_grad = read<T>(a.batch, a.z_grad, unit, grads);
@@ -483,18 +473,16 @@ static void gaussian_grad_units(const GaussianGradArgs& a, int64_t unit_begin, i
     }
     write<T>(a.batch, a.mu_grad, unit, mu_grad);
     write<T>(a.batch, a.log_var_grad, unit, log_var_grad);
-  }
+  });
 }
 
 static void bits(const BitsArgs& a, int64_t unit_begin, int64_t unit_end) {
-  const Cut cut(a.batch.B, a.batch.D);
-  for (int64_t u = unit_begin; u < unit_end; ++u) {
-    const Unit unit = unit_at(a.batch, cut, u);
+  for_each_unit(a.batch, unit_begin, unit_end, [&](const Unit& unit, int64_t) {
     int64_t* out = a.out + unit.row * a.batch.D + unit.begin;
     generate<ToWord<int64_t>>(a.noise, unit, out);
-    if (a.below >> 32) continue;
+    if (a.below >> 32) return;
     for (int64_t i = 0; i < unit.count(); ++i) out[i] = a.scaled(static_cast<uint32_t>(out[i]));
-  }
+  });
 }
 
 // The sum of a number of each lane, as a GPU's butterfly adds it.
@@ -508,11 +496,9 @@ static float sum_of_lanes(float (&v)[kMaxChainLanes], int lanes) {
 static void chain(const ChainArgs& a, int64_t unit_begin, int64_t unit_end) {
   constexpr int kWidth = kOfLane * kMaxChainLanes;
   const Batch batch{a.B, a.D, 0, nullptr, Dtype::f32};
-  const Cut cut(a.B, a.D);
   const int lanes = chain_lanes(a.D), width = kOfLane * lanes;
   alignas(64) float z[kSegment], states[kSegment];
-  for (int64_t u = unit_begin; u < unit_end; ++u) {
-    const Unit unit = unit_at(batch, cut, u);
+  for_each_unit(batch, unit_begin, unit_end, [&](const Unit& unit, int64_t) {
     memcpy(states, a.x + unit.row * a.D, unit.count() * sizeof(float));
     Noise noise = a.noise;
     for (int64_t step = 0; step < a.steps; ++step) {
@@ -547,7 +533,7 @@ static void chain(const ChainArgs& a, int64_t unit_begin, int64_t unit_end) {
       }
     }
     memcpy(a.out + unit.row * a.D, states, unit.count() * sizeof(float));
-  }
+  });
 }
 
 // One switch over the element types for every kernel.
