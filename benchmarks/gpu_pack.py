@@ -62,13 +62,13 @@ def changed(csrc: Path, changes: Sequence[Change]) -> None:
 
 def sources_hash() -> str:
     """Of all that is compiled: a pack of other sources must not pass for one of these."""
-    paths = [ROOT / "setup.py", *sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())]
+    paths = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file() and path.suffix != ".pyc")
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in paths)).hexdigest()
 
 
 def build_script(source: Path) -> ModuleType:
-    """setup.py of a tree, without its metadata, for which the setuptools of the other machine may be too old."""
-    spec = importlib.util.spec_from_file_location("dae_fast_setup", source / "setup.py")
+    """How a tree builds its libraries; without setuptools, of which the other machine's may be too old."""
+    spec = importlib.util.spec_from_file_location("dae_fast_libraries", source / "csrc" / "libraries.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -90,11 +90,10 @@ def compile_variant(name: str, changes: Sequence[Change]) -> None:
     with tempfile.TemporaryDirectory() as place:
         source = Path(place)
         shutil.copytree(ROOT / "csrc", source / "csrc")
-        shutil.copy2(ROOT / "setup.py", source)
         changed(source / "csrc", changes)
         script = build_script(source)
         try:
-            script.build("cuda", script.CUDA, script.cuda_commands(), PACK / variant_library(name))
+            script.build("cuda", PACK / variant_library(name))
         except script.NotBuilt as error:
             sys.exit(f"{name}: {error}")
 
