@@ -262,6 +262,29 @@ class TestPack:
         assert "there is no " in gpu_pack.unpack()
         assert not list((tree / "dae_fast").iterdir())
 
+    def test_tritons_cache_is_found_elsewhere(self, tree: Path, tmp_path: Path) -> None:
+        """In another place, by another process, without the compiler."""
+        pytest.importorskip("triton")
+        one = "gpu_triton.calls = lambda: [lambda: df.Noise(1).bits((9, 64))]"
+        script = f"import sys, dae_fast as df; from benchmarks import gpu_triton; {one}; gpu_triton.main()"
+
+        def of(place: Path) -> dict[str, str]:
+            names = os.environ.keys() - {"TRITON_INTERPRET"}
+            return {**{name: os.environ[name] for name in names}, "TRITON_CACHE_DIR": str(place)}
+
+        def compiled(place: Path, *before: str) -> str:
+            command = [sys.executable, "-c", "; ".join((*before, script)), str(place)]
+            done = subprocess.run(command, cwd=ROOT, env=of(place), capture_output=True, text=True)
+            return done.stdout + done.stderr
+
+        without = "from triton.compiler import ASTSource", "del ASTSource.make_ir"
+        packed, opened = gpu_pack.PACK / gpu_pack.TRITON, gpu_pack.opened_triton()
+        assert "1 kernels" in compiled(packed)
+        assert gpu_pack.unpack() == ""
+        shutil.rmtree(packed)
+        assert "1 kernels" in compiled(opened, *without)
+        assert "make_ir" in compiled(tmp_path / "empty", *without)
+
     @pytest.mark.parametrize("name", gpu_pack.VARIANTS)
     def test_variants_change_what_is_there(self, tree: Path, name: str) -> None:
         before = gpu_pack.sources_hash()
@@ -278,8 +301,8 @@ class TestPack:
         monkeypatch.setenv("DAE_CUDA_ARCHS", "90")
         gpu_pack.compile_into(tree / "dae_fast")
         assert json.loads((tree / "dae_fast" / "_build.json").read_text()) == {"native": None, "cuda": None}
-        gpu_pack.compile_variant("5 blocks", gpu_pack.VARIANTS["5 blocks"])
-        assert (gpu_pack.PACK / "_cuda-5-blocks.so").exists()
+        gpu_pack.compile_variant("48 registers", gpu_pack.VARIANTS["48 registers"])
+        assert (gpu_pack.PACK / "_cuda-48-registers.so").exists()
         (rules,) = (tree / "build").glob("ninja-*/cuda/build.ninja")
         flags = rules.read_text()
         assert "sm_90" in flags and "sm_80" not in flags
