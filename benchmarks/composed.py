@@ -90,7 +90,6 @@ def _signal(x: Tensor) -> Tensor:
 def _pyramid_noised(i: Inputs) -> Tensor:
     x0 = i["x0"]
     x_t = df.add_noise(_signal(x0), df.PyramidNoise(i["noise"], DISCOUNT), i["level"])
-    assert isinstance(x_t, Tensor)
     return x_t.reshape(x0.shape)
 
 

@@ -91,9 +91,7 @@ def _plain_guided(i: Inputs, eps: Tensor) -> Tensor:
 
 
 def _offset(i: Inputs) -> Tensor:
-    x_t = df.add_noise(i["x0"], df.OffsetNoise(i["noise"], OFFSET), i["level"])
-    assert isinstance(x_t, Tensor)
-    return x_t
+    return df.add_noise(i["x0"], df.OffsetNoise(i["noise"], OFFSET), i["level"])
 
 
 def _with_offset(eps: Tensor, n: Tensor) -> Tensor:
@@ -140,7 +138,6 @@ def _plain_ddim(i: Inputs, _: Tensor) -> Tensor:
 
 def _objective(i: Inputs) -> Tensor:
     x_t = df.add_noise(i["x0"], i["noise"], i["level"])
-    assert isinstance(x_t, Tensor)
     return df.noise_mse(_network(x_t, i["pred"]), i["noise"])
 
 

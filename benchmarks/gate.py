@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ class WrongResultError(Exception):
 
 
 class Gate:
-    """The judge of one setting: the case's plain formula in fp64, given our noise."""
+    """The judge of one setting: the case's plain formula in fp64 on its device, given our noise of the CPU."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
@@ -28,16 +27,18 @@ class Gate:
         self.usual = self._plain(wide=False)
 
     def _plain(self, *, wide: bool) -> Tensors:
-        setting = replace(self.setting, device=CPU)
+        setting, case = self.setting, self.setting.case
         inputs, dtype = setting.inputs(wide=wide), torch.float64 if wide else setting.dtype
-        eps = setting.case.eps(this_step(inputs), dtype)
+        shape_alone = {case.tensors[0]: torch.empty(setting.shape, dtype=setting.dtype, device=CPU)}
+        eps = case.eps({**this_step(inputs), **shape_alone}, dtype)
+        eps = eps.to(setting.device) if isinstance(eps, Tensor) else eps
         leaves = [inputs[name] for name in setting.leaves]
-        return results(lambda: setting.case.plain(inputs, eps), leaves, setting.dtype)()
+        return results(lambda: case.plain(inputs, eps), leaves, setting.dtype)()
 
     def check(self, name: str, peer: Callable[[], Tensors]) -> Tensors:
         """The peer's results; raises WrongResultError if they are not right."""
         outputs = peer()
-        got = tuple(output.detach().cpu() for output in outputs)
+        got = tuple(output.detach() for output in outputs)
         if [g.shape for g in got] != [r.shape for r in self.right]:
             shapes = [tuple(g.shape) for g in got], [tuple(r.shape) for r in self.right]
             raise WrongResultError(f"{name}: {self.setting}: results of shapes {shapes[0]}, not {shapes[1]}")

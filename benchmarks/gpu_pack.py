@@ -38,14 +38,19 @@ class Change(NamedTuple):
     new: str
 
 
-# Of csrc/cuda, guesses that only a card can judge.
+# Of csrc/cuda, what only a card can judge; an H200's answers are in docs/gpu.md.
 VARIANTS = {
     "early fetch": (
         Change("kernels.cu", "if (!kFresh) fetch(ahead);", "fetch(ahead);"),
         Change("kernels.cu", "if (kFresh) fetch(ahead);", ""),
     ),
-    "48 registers": (Change("kernels.cu", "return kFresh && kInputs <= 1 ? 48 : 64;", "return 48;"),),
-    "4 groups": (Change("batch.cuh", "constexpr int kMaxIterations = 16;", "constexpr int kMaxIterations = 4;"),),
+    "128 threads": (
+        Change("batch.cuh", "constexpr int kThreads = 256;", "constexpr int kThreads = 128;"),
+        Change("batch.cuh", "kMaxIterations = 16;", "kMaxIterations = 32;"),
+    ),
+    "8 values": (
+        Change("batch.cuh", "sizeof(T) == 8 ? 4 : 16 / sizeof(T);", "sizeof(T) == 8 ? 4 : sizeof(T) == 1 ? 16 : 8;"),
+    ),
 }
 
 

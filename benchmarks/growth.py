@@ -129,7 +129,6 @@ def _training_step() -> Iterator[Study]:
     def fused(x0: Tensor, t: Tensor) -> Tensor:
         noise = df.Noise(0).fold_in(1)
         x_t = df.add_noise(x0, noise, SCHEDULE[t])
-        assert isinstance(x_t, Tensor)
         return df.noise_mse(net(x_t), noise)
 
     def step(loss: Callable[[Tensor, Tensor], Tensor], x0: Tensor, t: Tensor) -> Peer:

@@ -25,7 +25,7 @@ Run = Callable[[Network, Tensor, Normal], Tensor]
 
 TEN = df.Schedule.linear(10, 0.005, 0.4)
 FLOW = df.Schedule.flow(10)
-EXPLODING = df.Schedule.geometric(0.01, 1.0, 10)
+EXPLODING = df.Schedule.geometric(10, 0.01, 1.0)
 VP = df.ContinuousSchedule.vp()
 STEPS = 10
 STEP_SIZE = 0.01
@@ -199,7 +199,6 @@ def dpm_solver_pp_2m(schedule: df.Schedule, dtype: torch.dtype, *, sde: bool = F
 def probability_flow(schedule: df.ContinuousSchedule, steps: int, dtype: torch.dtype) -> Run:
     """Song et al. 2021, eq. 13, with Heun's method, and Tweedie's estimate at the end."""
     grid = schedule.discretise(steps + 1)
-    assert grid.times is not None
     times = grid.times.flip(0)
     told, h = times.tolist(), times.diff()
     moves, halves, drifts, pulls = (

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.readme_table`: the README's table and pictures, from the CSV files alone.
+"""`python -m benchmarks.readme_table`: the README's tables and pictures, from the CSV files alone.
 
 With --check nothing is written, and the command fails if README.md, the pictures and the CSV files differ.
 """
@@ -18,6 +18,7 @@ from .report import Environment, Group, Row, by_setting, described, ratio, read_
 from .suite import FLAT, LATENT, MAIN
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+GPU_BEGIN, GPU_END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
 SHOWN = "float32"  # the other dtypes and shapes are in the CSV
 SHAPES = tuple("x".join(map(str, shape)) for shape in (FLAT, LATENT))
 COLUMNS = (
@@ -69,12 +70,39 @@ def markdown(rows: Sequence[Row], environment: Environment) -> str:
     return "\n".join([*lines, "", "</details>"])
 
 
-def replaced(text: str, block: str) -> str:
+def gpu_markdown(rows: Sequence[Row], environment: Environment) -> str:
+    """Every setting of a GPU's file: what eager, torch.compile and each backend take, and their shares of a copy."""
+    peers = {EAGER: "eager", COMPILE: "torch.compile", "native": "CUDA", "triton": "Triton"}
+    lines = [
+        "{device}, torch {torch}, Python {python}; {date}. Medians in ms, and the share of the copy bandwidth.".format(
+            **environment
+        ),
+        "",
+        f"| op | shape | type | {' | '.join(peers.values())} | times eager | times torch.compile |",
+        f"|{' --- |' * 3}{' ---: |' * (len(peers) + 2)}",
+    ]
+    for (case, _, shape, dtype), group in by_setting(rows).items():
+        cells = [case, shape, dtype, *(_with_share(group.get(name)) for name in peers)]
+        cells += [_times(ratio(group, name, "native")) for name in (EAGER, COMPILE)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def replaced(text: str, block: str, begin: str = BEGIN, end: str = END) -> str:
     """`text` with `block` between its markers."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
-        raise MarkerError(f"the file must have {BEGIN} and, after it, {END}, once each")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    return f"{before}{BEGIN}\n{block}\n{END}{after}"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(end) < text.index(begin):
+        raise MarkerError(f"the file must have {begin} and, after it, {end}, once each")
+    before, after = text.split(begin)[0], text.split(end)[1]
+    return f"{before}{begin}\n{block}\n{end}{after}"
+
+
+def renewed(text: str, source: Path) -> str:
+    """`text` with what `source` says and, where it has the markers, what the GPUs' files beside it say."""
+    new = replaced(text, markdown(*read_csv(source)))
+    if GPU_BEGIN not in text:
+        return new
+    tables = [gpu_markdown(*read_csv(path)) for path in sorted(source.parent.glob("cuda-*.csv"))]
+    return replaced(new, "\n\n".join(tables), GPU_BEGIN, GPU_END)
 
 
 def outdated(source: Path) -> list[Path]:
@@ -101,6 +129,11 @@ def _milliseconds(row: Row | None) -> str:
     return "wrong" if row.median_ms is None else f"{row.median_ms:.3g}"
 
 
+def _with_share(row: Row | None) -> str:
+    share = f" ({row.copy_share:.0%})" if row and row.copy_share else ""
+    return _milliseconds(row) + share
+
+
 def _times(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
 
@@ -124,7 +157,7 @@ def main(
             raise typer.BadParameter(f"{needed} does not exist; `python -m {writer}` writes it", param_hint="--csv")
     text = readme.read_text()
     try:
-        new = replaced(text, markdown(*read_csv(source)))
+        new = renewed(text, source)
     except MarkerError as error:
         raise typer.BadParameter(f"{readme}: {error}", param_hint="--readme") from None
     if check:

@@ -68,11 +68,7 @@ struct Rho {
   }
 };
 
-DAE_FN constexpr double factorial(int k) {
-  double product = 1;
-  for (int i = 2; i <= k; ++i) product *= i;
-  return product;
-}
+DAE_FN constexpr double factorial(int k) { return k < 2 ? 1 : k * factorial(k - 1); }
 
 // Of (e^x - 1 - x)/x^2 = 1/2 + x/6 + ... on |x| < 2, by Horner's rule from the last power that R can tell.
 template <class R>

@@ -3,7 +3,7 @@
 from . import library as library  # registers the torch.library ops
 from . import nn, samplers, saved
 from .coefficients import Level
-from .continuous import ContinuousSchedule
+from .continuous import ContinuousSchedule, LogitNormal, LogNormal, Mode, Uniform
 from .info import info, noise_version, package_version
 from .kernels.dispatch import backend_names, use_backend
 from .nn import LevelStatistics
@@ -20,7 +20,7 @@ from .ops.penalties import contraction, kl_sparsity, l1_penalty, sigmoid_contrac
 from .ops.reparameterisation import reparameterise
 from .ops.structured import OffsetNoise, PyramidNoise
 from .primitives import LevelOp, clamped, residual_loss, weighted_sum
-from .schedule import Schedule
+from .schedule import Schedule, TimedSchedule
 
 __version__ = package_version()
 saved.allow()
@@ -31,12 +31,17 @@ __all__ = [
     "Level",
     "LevelOp",
     "LevelStatistics",
+    "LogNormal",
+    "LogitNormal",
     "Masking",
+    "Mode",
     "Noise",
     "OffsetNoise",
     "PyramidNoise",
     "SaltAndPepper",
     "Schedule",
+    "TimedSchedule",
+    "Uniform",
     "add_noise",
     "backend_names",
     "clamped",

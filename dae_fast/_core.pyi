@@ -61,7 +61,7 @@ def mask_count(
     mask_noise: Noise | None,
     thresholds: Tensor | None,
     keeps: bool,
-    unless_one: Tensor | None,
+    upstream: Tensor | None,
     kept: Tensor,
     sums: Tensor | None,
     counter: Tensor | None,

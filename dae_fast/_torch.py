@@ -5,6 +5,7 @@ tests/test_torch_fence.py holds the rest of the package to public names, and run
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -47,8 +48,10 @@ __all__ = [
     "fake_mode",
     "forward_ad",
     "function_modes",
+    "gathered",
     "in_functorch",
     "is_batched",
+    "is_dtensor",
     "is_wrapped",
     "jit_tracing",
     "outside_modes",
@@ -70,6 +73,19 @@ def constant_result(function: F) -> F:
 def dual_level() -> bool:
     """Whether forward-mode AD is under way; torch.autograd.forward_ad keeps it to itself."""
     return forward_ad._current_level >= 0
+
+
+def is_dtensor(value: Any) -> bool:
+    """Whether it is a DTensor; without an import of torch.distributed.tensor, which takes a while."""
+    if type(value) is Tensor or not isinstance(value, Tensor):
+        return False
+    module: Any = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def gathered(value: Any) -> Any:
+    """A DTensor as the plain tensor that it is on every rank: of levels, weights and ids, which are small."""
+    return value.full_tensor() if is_dtensor(value) else value
 
 
 def fake_mode() -> Any:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._torch import dispatch_modes, in_functorch, jit_tracing
+from ._torch import dispatch_modes, gathered, in_functorch, jit_tracing
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -67,8 +67,8 @@ def number(op: str, name: str, value: Any, which: str = "") -> float:
 
 
 NUMBERS: dict[str, Callable[[float], bool]] = {
-    "no NaN": lambda v: not math.isnan(v),
-    "finite": math.isfinite,
+    "no NaN": lambda v: v == v,  # math.isnan and isfinite are not what torch.compile takes of a float that changes
+    "finite": lambda v: -math.inf < v < math.inf,
     "finite and not negative": lambda v: 0 <= v < math.inf,
     "positive and finite": lambda v: 0 < v < math.inf,
     "in [0, 1]": lambda v: 0 <= v <= 1,
@@ -112,9 +112,25 @@ def a_device(op: str, name: str, value: Any) -> torch.device:
     return device(op, value)
 
 
+Array = np.ndarray[Any, Any]
+
+
+def as_tensor(value: Any) -> Any:
+    """A tensor on the CPU, of its own memory, of a numpy array of real numbers; anything else as it is."""
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "iuf":
+        return value
+    try:
+        return torch.tensor(np.ascontiguousarray(value).reshape(value.shape))
+    except TypeError:  # a type that torch has not: its check says so
+        return value
+
+
 def float64(op: str, name: str, value: Any) -> Tensor:
     """A new float64 tensor on the CPU, of a tensor, an array or nested sequences of real numbers."""
+    value = as_tensor(value)
     try:
+        if isinstance(value, np.ndarray):  # of what are no real numbers
+            raise TypeError
         given = isinstance(value, Tensor)
         found = value.detach() if given else torch.as_tensor(value, dtype=torch.float64, device="cpu")
         if found.is_complex() or found.dtype == torch.bool or found.is_quantized or found.layout != torch.strided:
@@ -255,7 +271,10 @@ def as_number(op: str, name: str, value: Any) -> float:
 
 
 def check_per_sample(op: str, name: str, value: float | Tensor, x: Tensor) -> float | Tensor:
-    """A number (returned as a float), a () tensor, or one entry per sample, or for more of x's leading dimensions."""
+    """A number (returned as a float), a () tensor, or one entry per sample, or for more of x's leading dimensions.
+
+    Returns a plain tensor, of a DTensor all of it.
+    """
     if isinstance(value, Tensor):
         if value.dtype not in DTYPES or value.layout != torch.strided:
             got = value.dtype if value.layout == torch.strided else value.layout
@@ -266,8 +285,15 @@ def check_per_sample(op: str, name: str, value: float | Tensor, x: Tensor) -> fl
             )
         if value.device != x.device:
             raise ValueError(f"{op}: {name} must be on {x.device} like the samples, got {value.device}")
-        return value
+        return gathered(value)
     return as_number(op, name, value)
+
+
+def per_sample(op: str, name: str, value: Tensor, x: Tensor) -> Tensor:
+    """check_per_sample of a tensor."""
+    found = check_per_sample(op, name, value, x)
+    assert isinstance(found, Tensor)
+    return found
 
 
 def can_read(value: Tensor) -> bool:

@@ -10,17 +10,20 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling, is_dynamo_compiling
 
-from ._torch import fake_mode, outside_modes
-from .checks import DTYPES, as_number, can_read, check_per_sample
+from ._torch import fake_mode, gathered, outside_modes
+from .checks import DTYPES, Array, as_number, as_tensor, can_read, check_per_sample
 from .kernels import dispatch, reference
 from .kernels.spec import Rows, constant_rows, rows_at
 
 if TYPE_CHECKING:
     from .schedule import Schedule
+
+__all__ = ["Level"]
 
 Function = Callable[[Any, Any], Any]
 Place = tuple["Formula", torch.dtype, torch.device]  # of a table in a schedule's cache
@@ -178,8 +181,8 @@ def gather(op: str, rows: Rows, x: Tensor) -> Tensor:
 class Level:
     """The pair (alpha, sigma) of each sample: x_t = alpha * x0 + sigma * eps.
 
-    alpha, sigma: floats, or tensors (), (B,) or of more leading dimensions, (B, F) for samples (B, F, ...): each frame
-        its own level; gradients reach tensors that require them. A classical denoising autoencoder is
+    alpha, sigma: floats, or tensors or arrays (), (B,) or of more leading dimensions, (B, F) for samples (B, F, ...):
+        each frame its own level; gradients reach tensors that require them. A classical denoising autoencoder is
         Level(alpha=1.0, sigma=0.5). `schedule[t]` makes the other kind, a lazy look-up: nothing is computed until an op
         needs it.
     Raises TypeError for anything else and ValueError for values that are negative, infinite or NaN
@@ -188,9 +191,9 @@ class Level:
 
     __slots__ = ("_alpha", "_schedule", "_sigma", "_t")
 
-    def __init__(self, alpha: float | Tensor = 1.0, sigma: float | Tensor = 0.0) -> None:
-        self._alpha = _checked("alpha", alpha)
-        self._sigma = _checked("sigma", sigma)
+    def __init__(self, alpha: float | Tensor | Array = 1.0, sigma: float | Tensor | Array = 0.0) -> None:
+        self._alpha = _checked("alpha", gathered(alpha))
+        self._sigma = _checked("sigma", gathered(sigma))
         self._schedule: Schedule | None = None
         self._t: int | Tensor = 0
 
@@ -244,6 +247,12 @@ class Level:
         if self._schedule is None:
             return f"Level(alpha={self._alpha}, sigma={self._sigma})"
         return f"{self._schedule!r}[{self._t}]"
+
+
+def changing(value: float, x: Tensor) -> Any:
+    """The number; where torch.compile traces, a () tensor: as a factor, a float that changes is an input of the graph,
+    and anywhere else a constant, of which each value has a graph of its own."""
+    return torch.ones((), dtype=torch.float64, device=x.device) * value if is_compiling() else value
 
 
 def leading(*values: Any) -> int:
@@ -308,8 +317,10 @@ def all_within(value: Tensor, low: float, high: float) -> bool:
 LARGEST = float(torch.finfo(torch.float64).max)
 
 
-def _checked(name: str, value: float | Tensor) -> float | Tensor:
+def _checked(name: str, value: float | Tensor | Array) -> float | Tensor:
     """Of a Level: a number or a floating tensor, finite and not negative."""
+    if isinstance(value, np.ndarray):
+        value = as_tensor(value)
     if not isinstance(value, Tensor):
         value = as_number("Level", name, value)
         if not 0 <= value < math.inf:

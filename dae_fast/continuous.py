@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .checks import can_read
+from ._torch import gathered
+from .checks import Array, as_tensor, can_read
 from .coefficients import Level, all_within
 from .noise import Noise
 from .schedule import (
-    Schedule,
+    TimedSchedule,
     alpha_from_log_snr,
     finite_numbers,
     karras_spacing,
@@ -26,6 +27,8 @@ from .schedule import (
     shifted_time,
     unit_grid,
 )
+
+__all__ = ["ContinuousSchedule", "LogNormal", "LogitNormal", "Mode", "Uniform"]
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 Function = Callable[[Tensor], Tensor]
@@ -83,12 +86,31 @@ class LogitNormal:
         return torch.sigmoid(self.mean + self.std * noise.normal((B,), dtype=torch.float64, device=device))
 
 
+@dataclass(frozen=True)
+class Mode:
+    """t = 1 - u - s (cos^2(pi u/2) - 1 + u), u uniform: the middle of a flow, with heavy tails (Esser et al. 2024).
+
+    s: in [-1, 2/(pi - 2)], 0 is uniform and below the ends are favoured; their section 3.1 has s = 1.29
+    """
+
+    s: float = 1.29
+
+    def __post_init__(self) -> None:
+        finite_numbers("Mode", s=self.s)
+        if not -1 <= self.s <= 2 / (math.pi - 2):
+            raise ValueError(f"Mode: s must be in [-1, 2/(pi - 2)], got {self.s}")
+
+    def __call__(self, noise: Noise, B: int, device: torch.device) -> Tensor:
+        u = Uniform(0.0, 1.0)(noise, B, device)
+        return 1 - u - self.s * (_quarter_cosine(u).square() - 1 + u)
+
+
 class ContinuousSchedule:
     """Levels of noise for every t in [t_min, t_max], the noise growing with t.
 
     alpha, sigma: functions of a float64 tensor of times, elementwise, that torch can differentiate
-    density: how `draw` takes the times of training: Uniform, LogNormal, LogitNormal, or any function
-        (noise, B, device) -> (B,); None: Uniform(t_min, t_max)
+    density: how `draw` takes the times of training: df.LogitNormal, df.LogNormal, df.Mode, df.Uniform, or any function
+        (noise, B, device) -> (B,); None: Uniform(t_min, t_max), of edm LogNormal(-1.2, 1.2)
     shift: > 0, moves the times that `draw` and `discretise` choose to s t / (1 + (s - 1) t), and alpha and
         sigma as functions of t not at all; for t in [0, 1] (Esser et al. 2024, eq. 23)
 
@@ -122,84 +144,99 @@ class ContinuousSchedule:
         self._alpha = _callable(name, "alpha", alpha)
         self._sigma = _callable(name, "sigma", sigma)
         self._name = name
+        self._rho = 1.0
         self._inner = _inner_floats(self.t_min, self.t_max)
         self._check_ends()
 
     @classmethod
-    def flow(cls, shift: float = 1.0) -> ContinuousSchedule:
+    def flow(cls, shift: float = 1.0, *, density: Density | None = None) -> ContinuousSchedule:
         """Rectified flow: alpha = 1 - t, sigma = t on [0, 1] (Liu et al. 2022; Lipman et al. 2023).
 
         shift: as in the class: of drawn times and of grids alone, t stays the fraction of noise.
+        density: as in the class, here and below
         """
-        name = f"ContinuousSchedule.flow({shift})"
-        return cls(_one_minus, _identity, shift=shift, name=name)
+        return cls(_one_minus, _identity, shift=shift, density=density, name=_name("flow", shift, density=density))
 
     @classmethod
-    def vp(cls, beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-5) -> ContinuousSchedule:
+    def vp(
+        cls, beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-5, *, density: Density | None = None
+    ) -> ContinuousSchedule:
         """Variance preserving SDE: alpha = exp(-I/2), sigma = sqrt(1 - exp(-I)) on [t_min, 1].
 
         I(t) = beta_min t + (beta_max - beta_min) t^2 / 2      0 <= beta_min <= beta_max, 0 < t_min < 1
         drift = -beta/2, diffusion = sqrt(beta). Song et al. 2021, eq. 11, 29 and 33, appendix C.
         """
-        name = _betas("vp", beta_min, beta_max, t_min)
+        name = _betas("vp", beta_min, beta_max, t_min, density)
         return cls(
             _VpAlpha(float(beta_min), float(beta_max)),
             _VpSigma(float(beta_min), float(beta_max)),
             t_min=t_min,
+            density=density,
             name=name,
         )
 
     @classmethod
-    def sub_vp(cls, beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-5) -> ContinuousSchedule:
+    def sub_vp(
+        cls, beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-5, *, density: Density | None = None
+    ) -> ContinuousSchedule:
         """Sub-VP SDE: alpha = exp(-I/2), sigma = 1 - exp(-I) on [t_min, 1], I and the arguments as in vp.
 
         drift = -beta/2, diffusion = sqrt(beta (1 - exp(-2I))). Song et al. 2021, eq. 12 and 29.
         """
-        name = _betas("sub_vp", beta_min, beta_max, t_min)
+        name = _betas("sub_vp", beta_min, beta_max, t_min, density)
         return cls(
             _VpAlpha(float(beta_min), float(beta_max)),
             _SubVpSigma(float(beta_min), float(beta_max)),
             t_min=t_min,
+            density=density,
             name=name,
         )
 
     @classmethod
-    def ve(cls, sigma_min: float = 0.01, sigma_max: float = 50.0) -> ContinuousSchedule:
+    def ve(
+        cls, sigma_min: float = 0.01, sigma_max: float = 50.0, *, density: Density | None = None
+    ) -> ContinuousSchedule:
         """Variance exploding SDE: alpha = 1, sigma = sigma_min (sigma_max/sigma_min)^t on [0, 1].
 
         0 < sigma_min < sigma_max      diffusion = sigma sqrt(2 ln(sigma_max/sigma_min)). Song et al. 2021, appendix C.
         """
-        name = _sigmas("ve", sigma_min, sigma_max)
-        return cls(_one, _VeSigma(float(sigma_min), float(sigma_max)), name=name)
+        name = _sigmas("ve", sigma_min, sigma_max, density)
+        return cls(_one, _VeSigma(float(sigma_min), float(sigma_max)), density=density, name=name)
 
     @classmethod
-    def edm(cls, sigma_min: float = 0.002, sigma_max: float = 80.0) -> ContinuousSchedule:
+    def edm(
+        cls, sigma_min: float = 0.002, sigma_max: float = 80.0, *, density: Density | None = None
+    ) -> ContinuousSchedule:
         """EDM: t is sigma itself, alpha = 1; drawn from LogNormal(-1.2, 1.2) (Karras et al. 2022, table 1).
 
-        0 < sigma_min < sigma_max      diffusion = sqrt(2 t). discretise(T, rho=7) gives its sampling steps.
+        0 < sigma_min < sigma_max      diffusion = sqrt(2 t). discretise(T, rho=7) gives its sampling steps,
+        and a sampler that is given the schedule itself takes those.
         """
-        name = _sigmas("edm", sigma_min, sigma_max)
-        return cls(_one, _identity, t_min=sigma_min, t_max=sigma_max, density=LogNormal(), name=name)
+        name = _sigmas("edm", sigma_min, sigma_max, density)
+        chosen = LogNormal() if density is None else density
+        made = cls(_one, _identity, t_min=sigma_min, t_max=sigma_max, density=chosen, name=name)
+        made._rho = 7.0
+        return made
 
     @classmethod
-    def cosine(cls) -> ContinuousSchedule:
+    def cosine(cls, *, density: Density | None = None) -> ContinuousSchedule:
         """alpha = cos(pi t/2), sigma = sin(pi t/2) on [0, 1]: logSNR = -2 ln tan(pi t/2).
 
         Variance preserving. Hoogeboom et al. 2023; as TrigFlow with its time over pi/2 (Lu and Song 2025).
         """
-        return cls(_quarter_cosine, _quarter_sine, name="ContinuousSchedule.cosine()")
+        return cls(_quarter_cosine, _quarter_sine, density=density, name=_name("cosine", density=density))
 
     @classmethod
-    def laplace(cls, mu: float = 0.0, b: float = 0.5) -> ContinuousSchedule:
+    def laplace(cls, mu: float = 0.0, b: float = 0.5, *, density: Density | None = None) -> ContinuousSchedule:
         """logSNR = mu - b sign(1/2 - t) ln(1 - 2|t - 1/2|) on [0, 1], variance preserving; b > 0.
 
         A uniform t has a Laplace logSNR, of mean mu and scale b. Hang et al. 2024.
         """
         mu, b = finite_numbers("ContinuousSchedule.laplace", mu=mu, b=b)
-        name = f"ContinuousSchedule.laplace({mu}, {b})"
+        name = _name("laplace", mu, b, density=density)
         if not b > 0:
             raise ValueError(f"{name}: needs b > 0")
-        return cls(_Laplace(mu, b, 1), _Laplace(mu, b, -1), name=name)
+        return cls(_Laplace(mu, b, 1), _Laplace(mu, b, -1), density=density, name=name)
 
     def alpha(self, t: Time) -> Time:
         """The factor of the data at t, a number or a floating tensor of any shape: a float, or float64 like t."""
@@ -222,9 +259,9 @@ class ContinuousSchedule:
         return self._finite(".diffusion", t, *self._evaluate(".diffusion", t, self._diffusion))
 
     def discretise(
-        self, T: int | None = None, *, rho: float = 1.0, times: Tensor | Sequence[float] | None = None
-    ) -> Schedule:
-        """A Schedule of T levels, level 0 the least noisy, that keeps its `times` (T,).
+        self, T: int | None = None, *, rho: float = 1.0, times: Tensor | Array | Sequence[float] | None = None
+    ) -> TimedSchedule:
+        """A TimedSchedule of T levels, level 0 the least noisy, that keeps its `times` (T,).
 
         T: evenly spaced from t_min to t_max; where sigma(t_min) = 0, the data, from one T-th above it
         rho: > 0, t^(1/rho) evenly spaced instead, for t >= 0 (Karras et al. 2022, eq. 5; t is edm's sigma)
@@ -238,13 +275,14 @@ class ContinuousSchedule:
             chosen = self._grid(what, levels(what, T), rho)
             name = f"{what}({T})" if rho == 1 else f"{what}({T}, rho={rho})"
         else:
+            times = as_tensor(times)
             given = torch.as_tensor(times, dtype=None if isinstance(times, Tensor) else torch.float64).detach().cpu()
             if given.dim() != 1 or not (given[1:] > given[:-1]).all():
                 raise ValueError(f"{what}: times must have shape (T,) and increase, got {times}")
             self._inside(".discretise", given)
             chosen, name = given.double().clamp(self.t_min, self.t_max), f"{what}(<{len(given)} times>)"
         alpha, sigma = self._evaluate(".discretise", chosen, self._alpha, self._sigma)
-        return Schedule(alpha, sigma, name=name, times=chosen)
+        return TimedSchedule(alpha, sigma, name=name, times=chosen)
 
     def draw(
         self, noise: Noise, B: int, *, density: Density | None = None, device: torch.device | str = "cpu"
@@ -265,11 +303,17 @@ class ContinuousSchedule:
             raise TypeError(f"{what}: density must give floats of shape ({B},), got {got}")
         return self._shifted(t).float().clamp(*self._inner)
 
-    def __getitem__(self, t: float | Tensor) -> Level:
-        return Level(*self._evaluate("", t, self._alpha, self._sigma))
+    def __getitem__(self, t: float | Tensor | Array) -> Level:
+        return Level(*self._evaluate("", gathered(t), self._alpha, self._sigma))
 
     def __repr__(self) -> str:
-        return self._name
+        if "(" in self._name:
+            return self._name
+        return f"{self._name}(t_min={self.t_min}, t_max={self.t_max}, density={self.density}, shift={self.shift})"
+
+    def _sampling_grid(self, steps: int) -> TimedSchedule:
+        """What a sampler walks down that is given the schedule itself."""
+        return self.discretise(steps, rho=self._rho)
 
     def _grid(self, what: str, T: int, rho: float) -> Tensor:
         rho = finite_numbers(what, rho=rho)
@@ -306,7 +350,7 @@ class ContinuousSchedule:
             got = f"alpha = {values[0]}, sigma = {values[1]} at {ends.tolist()}"
             raise ValueError(f"{name}: sigma/alpha must be larger at t_max than at t_min, got {got}")
 
-    def _finite(self, what: str, t: float | Tensor, value: Any) -> Any:
+    def _finite(self, what: str, t: float | Tensor | Array, value: Any) -> Any:
         if not isinstance(value, Tensor):
             if not math.isfinite(value):
                 raise ValueError(f"{self._name}{what}: has no finite value at t = {t}")
@@ -329,8 +373,9 @@ class ContinuousSchedule:
             raise ValueError(f"{self._name}{what}: t must be in [{self.t_min}, {self.t_max}], got {got}")
         return inside
 
-    def _evaluate(self, what: str, t: float | Tensor, *functions: Function) -> list[Any]:
+    def _evaluate(self, what: str, t: float | Tensor | Array, *functions: Function) -> list[Any]:
         """Floats for a number, float64 tensors for a tensor; NaN where t is out of range and cannot be read."""
+        t = as_tensor(t)
         if isinstance(t, Tensor):
             if all_within(t, self.t_min, self.t_max):
                 wide = t.double()
@@ -441,19 +486,24 @@ class _Laplace:
         return alpha_from_log_snr(self.sign * laplace_log_snr(t, self.mu, self.b))
 
 
-def _betas(constructor: str, beta_min: float, beta_max: float, t_min: float) -> str:
+def _name(constructor: str, *arguments: Any, density: Density | None) -> str:
+    given = [*map(str, arguments), *([] if density is None else [f"density={density}"])]
+    return f"ContinuousSchedule.{constructor}({', '.join(given)})"
+
+
+def _betas(constructor: str, beta_min: float, beta_max: float, t_min: float, density: Density | None) -> str:
     name = f"ContinuousSchedule.{constructor}"
     beta_min, beta_max, t_min = finite_numbers(name, beta_min=beta_min, beta_max=beta_max, t_min=t_min)
-    name = f"{name}({beta_min}, {beta_max}, {t_min})"
+    name = _name(constructor, beta_min, beta_max, t_min, density=density)
     if not (0 <= beta_min <= beta_max and beta_max > 0 and 0 < t_min < 1):
         raise ValueError(f"{name}: needs 0 <= beta_min <= beta_max, beta_max > 0 and 0 < t_min < 1")
     return name
 
 
-def _sigmas(constructor: str, sigma_min: float, sigma_max: float) -> str:
+def _sigmas(constructor: str, sigma_min: float, sigma_max: float, density: Density | None) -> str:
     name = f"ContinuousSchedule.{constructor}"
     sigma_min, sigma_max = finite_numbers(name, sigma_min=sigma_min, sigma_max=sigma_max)
-    name = f"{name}({sigma_min}, {sigma_max})"
+    name = _name(constructor, sigma_min, sigma_max, density=density)
     if not 0 < sigma_min < sigma_max:
         raise ValueError(f"{name}: needs 0 < sigma_min < sigma_max")
     return name
@@ -473,5 +523,6 @@ PLAIN = (
     Uniform,
     LogNormal,
     LogitNormal,
+    Mode,
     ContinuousSchedule,
 )  # what one is made of

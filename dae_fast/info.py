@@ -7,6 +7,8 @@ import json
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+__all__ = ["info", "noise_hash", "noise_version", "package_version"]
+
 
 def build_error(part: str) -> str | None:
     """Why "native", the CPU core, or "cuda", its CUDA library, was not built; None when it was."""

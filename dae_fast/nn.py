@@ -6,17 +6,21 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import checks
-from .checks import can_read, like, samples
+from ._torch import gathered
+from .checks import Array, can_read, like, samples
 from .coefficients import Formula, Level, gather
-from .continuous import ContinuousSchedule
+from .continuous import ContinuousSchedule, Density
 from .kernels.spec import compute_dtype
 from .noise import Noise, noise_for
 from .ops.losses import (
     AnyNoise,
+    Delta,
+    KindName,
     LossColumns,
     Selecting,
     against_target,
@@ -29,9 +33,11 @@ from .ops.noising import add_noise
 from .ops.parameterisation import EDM, Parameterisation, check_name
 from .ops.structured import StructuredNoise
 from .ops.weighting import Weight, Weighting, check_weighting, weight_for
-from .primitives import LevelOp, mask_of, reduction_of
+from .primitives import LevelOp, kind_of, mask_of, reduction_of
 from .primitives.residuals import Summed
 from .schedule import Schedule
+
+__all__ = ["DenoisingLoss", "EDMPreconditioner", "LevelStatistics"]
 
 
 class DenoisingLoss(torch.nn.Module):
@@ -41,16 +47,20 @@ class DenoisingLoss(torch.nn.Module):
     predict: what the network predicts, "eps", "x0", "v", "score", "flow", or EDM's F as EDM(sigma_data)
     weighting: what each level counts, as denoising_loss's weight without a tensor
     level_weight: (T,) a weight for each level of a Schedule, or None; a buffer, so it moves with the module
+    kind, delta: the penalty, as denoising_loss's
+    density: of a ContinuousSchedule, how its times are drawn instead of by its own
 
     loss(net, x0, noise) calls net(x_t, t) and returns {"loss", "noise_mse", "x0_mse"}: the objective,
     with its gradient, and the mean squared errors of the implied noise and x0 estimates, without, all
     from one pass. Of a discretised ContinuousSchedule the network is told the times. With a Noise the
     levels too are a function of (seed, step, sample), and neither the noise nor the target is stored.
     Raises ValueError for a Schedule with a level where the prediction does not determine both x0 and
-    eps (eps where alpha = 0, x0 or score where sigma = 0): predict v there. Ho et al. 2020, algorithm 1.
+    eps (eps where alpha = 0, x0 or score where sigma = 0): predict v there. A kind other than "mse" takes a pass
+    more, for the two errors. Ho et al. 2020, algorithm 1.
     """
 
     level_weight: Tensor | None
+    __call__: Callable[..., dict[str, Tensor]]
 
     def __init__(
         self,
@@ -58,7 +68,10 @@ class DenoisingLoss(torch.nn.Module):
         predict: Parameterisation = "eps",
         *,
         weighting: Weight = None,
-        level_weight: Tensor | None = None,
+        level_weight: Tensor | Array | None = None,
+        kind: KindName = "mse",
+        delta: Delta | None = None,
+        density: Density | None = None,
     ) -> None:
         super().__init__()
         op = "DenoisingLoss"
@@ -70,14 +83,23 @@ class DenoisingLoss(torch.nn.Module):
             raise TypeError(f"{op}: schedule must be a Schedule or a ContinuousSchedule, got {got}")
         if weighting is not None and not (isinstance(weighting, str) and weighting == "uniform"):
             check_weighting(op, weighting)
-        if level_weight is not None:
+        counts: Tensor | None = checks.as_tensor(level_weight)
+        if counts is not None:
             if not isinstance(schedule, Schedule):
                 raise ValueError(f"{op}: level_weight needs a Schedule, whose levels are counted")
-            check_level_weight(op, schedule, level_weight)
+            check_level_weight(op, schedule, counts)
+        kind_of(op, kind, delta)
+        if delta is not None and not callable(delta):
+            delta = checks.number(op, "delta", delta, "positive and finite")
+        if density is not None:
+            if not isinstance(schedule, ContinuousSchedule):
+                raise ValueError(f"{op}: density needs a ContinuousSchedule, whose times it draws")
+            checks.function(op, "density", density)
         self.schedule = schedule
         self.predict = predict
         self.weighting = weighting
-        self.register_buffer("level_weight", level_weight)
+        self.kind, self.delta, self.density = kind, delta, density
+        self.register_buffer("level_weight", counts)
         self._columns, self._formula = self._planned()
         if isinstance(schedule, Schedule) and self._formula.key:  # none where this is traced
             self._formula.table(schedule, torch.float32, torch.device("cpu"), op)
@@ -99,6 +121,8 @@ class DenoisingLoss(torch.nn.Module):
 
     def draw_levels(self, noise: Noise, x0: Tensor) -> Tensor:
         """(B,) schedule.draw: int64 levels or float32 times, a function of the noise's key and sample ids."""
+        if isinstance(self.schedule, ContinuousSchedule):
+            return self.schedule.draw(noise, x0.shape[0], density=self.density, device=x0.device)
         return self.schedule.draw(noise, x0.shape[0], device=x0.device)
 
     def forward(
@@ -106,7 +130,7 @@ class DenoisingLoss(torch.nn.Module):
         net: Callable[..., Tensor],
         x0: Tensor,
         noise: AnyNoise,
-        t: Tensor | None = None,
+        t: Tensor | Array | None = None,
         *,
         weight: Tensor | None = None,
         mask: Tensor | Selecting | None = None,
@@ -127,6 +151,7 @@ class DenoisingLoss(torch.nn.Module):
         samples(op, "x0", x0)
         if not isinstance(noise, StructuredNoise):
             noise_for(op, noise, x0, "x0")
+        t = checks.as_tensor(t)
         if t is None:
             if not isinstance(noise, Noise):
                 raise ValueError(f"{op}: t must be given unless noise is a Noise")
@@ -137,24 +162,54 @@ class DenoisingLoss(torch.nn.Module):
             raise ValueError(f"{op}: t must be on {x0.device} like x0, got {t.device}")
         level = self.schedule[t]
         x_t = add_noise(x0, noise, level)
-        assert isinstance(x_t, Tensor)
         pred = net(x_t, self._told(t), **net_arguments)
         like(op, "the network's output", pred, "x0", x0)
         w = loss_weight(op, pred, level, weight, self.level_weight)
         _, by_level = weight_for(op, self.weighting, level, pred, self.predict)
         if by_level is not None:
             w = by_level if w is None else w * by_level
-        summed: Summed | None = None
-        if mask is None:
-            summed = plain_against_target(op, pred, x0, noise, level, self._columns, w, "mean")
-        if summed is None:
-            chosen, how = mask_of(op, pred, mask), reduction_of(op, pred, "mean")
-            loss, _, errors = against_target(op, pred, x0, noise, level, self._columns, w, chosen, how)
+        if self.kind == "mse":
+            loss, errors = self._compared(pred, x0, noise, level, self._columns, w, mask)
         else:
-            loss, errors = summed
+            columns = LossColumns(self.predict, self._columns.weighting)
+            loss, _ = self._compared(pred, x0, noise, level, columns, w, mask, self.kind, self.delta)
+            with torch.no_grad():
+                _, errors = self._compared(pred, x0, noise, level, self._columns, None, mask)
         assert errors is not None
         noise_mse, x0_mse = errors.unbind()
         return {"loss": loss, "noise_mse": noise_mse, "x0_mse": x0_mse}
+
+    @staticmethod
+    def _compared(
+        pred: Tensor,
+        x0: Tensor,
+        noise: AnyNoise,
+        level: Level,
+        columns: LossColumns,
+        weight: Tensor | None,
+        mask: Tensor | Selecting | None,
+        kind: str = "mse",
+        delta: Delta | None = None,
+    ) -> Summed:
+        op = "DenoisingLoss"
+        if mask is None and delta is None:
+            summed = plain_against_target(op, pred, x0, noise, level, columns, weight, "mean", kind)
+            if summed is not None:
+                return summed
+        chosen, how = mask_of(op, pred, mask), reduction_of(op, pred, "mean")
+        loss, _, errors = against_target(op, pred, x0, noise, level, columns, weight, chosen, how, kind, delta)
+        return loss, errors
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.schedule}, predict={self.predict!r}"]
+        if self.weighting is not None:
+            parts.append(f"weighting={self.weighting!r}")
+        if self.level_weight is not None:
+            parts.append(f"level_weight={tuple(self.level_weight.shape)}")
+        if self.kind != "mse":
+            parts.append(f"kind={self.kind!r}")
+        parts += [f"{name}={value}" for name in ("delta", "density") if (value := getattr(self, name)) is not None]
+        return ", ".join(parts)
 
     def _told(self, t: Tensor) -> Tensor:
         return self.schedule._told(t) if isinstance(self.schedule, Schedule) else t
@@ -171,6 +226,8 @@ class EDMPreconditioner(torch.nn.Module):
     Train D with predict="x0", weight=weighting.EDM(sigma_data), or, a pass less, F with predict=EDM(sigma_data) and
     no weight: the same loss.
     """
+
+    __call__: Callable[..., Tensor]
 
     def __init__(self, net: Callable[..., Tensor], sigma_data: float = 0.5) -> None:
         super().__init__()
@@ -196,6 +253,9 @@ class EDMPreconditioner(torch.nn.Module):
         level = self._level(level)
         return self._skip.run(level, (x_t, self.raw(x_t, level, **arguments)))
 
+    def extra_repr(self) -> str:
+        return f"sigma_data={self.predict.sigma_data}"
+
     def raw(self, x_t: Tensor, level: Level | Tensor | float, **arguments: Any) -> Tensor:
         """F = net(c_in * x_t, c_noise), what a loss with predict=EDM(sigma_data) compares."""
         op, level = "EDMPreconditioner", self._level(level)
@@ -218,7 +278,7 @@ class EDMPreconditioner(torch.nn.Module):
 
 
 @lru_cache(maxsize=16)
-def _preconditioning(predict: EDM) -> tuple[LevelOp, LevelOp, Formula]:
+def _preconditioning(predict: EDM) -> tuple[LevelOp[Tensor], LevelOp[Tensor], Formula]:
     """c_skip * x_t + c_out * F, c_in * x_t, and c_noise."""
     op, of = "EDMPreconditioner", predict.preconditioning
 
@@ -253,10 +313,12 @@ class LevelStatistics(torch.nn.Module):
     left_out: Tensor
     edges: Tensor | None
 
-    def __init__(self, bins: int | Tensor | Sequence[float], *, decay: float = 1.0) -> None:
+    def __init__(self, bins: int | Tensor | Array | Sequence[float], *, decay: float = 1.0) -> None:
         super().__init__()
         op = "LevelStatistics"
         self._edges: tuple[float, ...] | None = None
+        if isinstance(bins, np.integer):
+            bins = int(bins)
         if isinstance(bins, int):
             if isinstance(bins, bool) or bins < 1:
                 raise ValueError(f"{op}: bins must be a positive int or edges (N + 1,), got {bins}")
@@ -283,6 +345,9 @@ class LevelStatistics(torch.nn.Module):
         if self.edges is not None and self._edges is not None:
             self.edges.copy_(torch.tensor(self._edges, dtype=torch.float64, device="cpu"))
 
+    def extra_repr(self) -> str:
+        return f"{len(self.count)} bins, decay={self.decay}"
+
     @torch.no_grad()
     def update(self, t: Tensor, loss: Tensor) -> None:
         """Add the losses (B,) of samples at levels t (B,), on the buffers' device.
@@ -290,6 +355,7 @@ class LevelStatistics(torch.nn.Module):
         A t outside the bins raises ValueError on the CPU; on a GPU it is left out.
         """
         op, N = "LevelStatistics", len(self.count)
+        t, loss = gathered(t), gathered(loss)
         for name, value in (("t", t), ("loss", loss)):
             if not isinstance(value, Tensor) or value.dim() != 1 or value.shape != t.shape:
                 got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

@@ -7,14 +7,18 @@ import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import checks
-from .checks import like
+from ._torch import gathered
+from .checks import Array, like
 from .kernels import dispatch, reference
 from .kernels.dispatch import kernels
 from .routing import Route, route
+
+__all__ = ["Noise"]
 
 Span = tuple[int, int]  # rows of one sample, and the sample's element at which the first of them begins
 BLOCK = 4  # elements of a Philox block
@@ -36,6 +40,12 @@ def _index(expected: str, value: object) -> int:
         return operator.index(value)
     except (TypeError, RuntimeError):
         raise TypeError(f"{expected}, got {type(value).__name__}") from None
+
+
+def _ids(sample: Array) -> Any:
+    """int64 of an array of integers."""
+    found = checks.as_tensor(sample)
+    return found.long() if sample.dtype.kind == "i" else found
 
 
 class FlatNoise(NamedTuple):
@@ -60,7 +70,8 @@ class Noise:
     seed: int, taken modulo 2**64; or a key: (seed, offset), as `key` gives it, or an int64 tensor (2,) that
           holds their bits in memory, so that a captured CUDA graph or a compiled function sees new keys
           without a change
-    sample: int64 tensor (B,), the id of each row (a data-set index, say); None: first_sample + row
+    sample: int64 tensor, or array of signed ints, (B,), the id of each row (a data-set index, say); None: first_sample
+          + row
     first_sample: id of row 0 when there is no `sample`: a shard's place in the global batch
     first_element: where the rows begin in their samples: a shard's place in the sample (whole blocks of 4 are made in
           the kernel; from any other place the noise is filled in a launch of its own)
@@ -69,26 +80,30 @@ class Noise:
     strides, dtype, threads, instruction set or device. The stream is Philox4x32-10 (Salmon et al.
     2011) with Box-Muller normals, the one of torch.func._random. fp32 is the master value: fp16 and
     bf16 are its rounding, fp64 its exact widening; |z| reaches 6.76.
+
+    Equal are those of one key, ids and first element; a key in memory, which may change, is equal to itself alone.
     """
 
     __slots__ = ("_first_sample", "_key_tensor", "_offset", "_sample", "_seed", "_span")
 
     def __init__(
         self,
-        seed: int | tuple[int, int] | Tensor,
+        seed: int | tuple[int, int] | Tensor | Array,
         *,
-        sample: Tensor | None = None,
+        sample: Tensor | Array | None = None,
         first_sample: int = 0,
         first_element: int = 0,
     ) -> None:
         self._seed = self._offset = 0
         self._key_tensor: Tensor | None = None
+        if isinstance(seed, np.ndarray):
+            seed = checks.as_tensor(seed)
         if isinstance(seed, Tensor):
             if seed.dtype != torch.int64 or seed.shape != (2,):
                 raise ValueError(
                     f"Noise: a key tensor must be int64 of shape (2,), got {seed.dtype} of {tuple(seed.shape)}"
                 )
-            self._key_tensor = seed.contiguous()
+            self._key_tensor = gathered(seed).contiguous()
         elif isinstance(seed, tuple):
             if len(seed) != 2:
                 raise ValueError(f"Noise: a key must be (seed, offset), got {len(seed)} of them")
@@ -97,6 +112,8 @@ class Noise:
             self._seed = to_signed(
                 seed if type(seed) is int else _index("Noise: seed must be an int or an int64 tensor (2,)", seed)
             )
+        if isinstance(sample, np.ndarray):
+            sample = _ids(sample)
         if sample is not None:
             if not isinstance(sample, Tensor) or sample.dtype != torch.int64 or sample.dim() != 1:
                 got = (
@@ -105,7 +122,7 @@ class Noise:
                 raise ValueError(f"Noise: sample must be an int64 tensor (B,), got {got}")
             if first_sample != 0:
                 raise ValueError("Noise: give sample or first_sample, not both")
-        self._sample = None if sample is None else sample.contiguous()
+        self._sample = None if sample is None else gathered(sample).contiguous()
         if type(first_sample) is not int:
             first_sample = _index("Noise: first_sample must be an int", first_sample)
         self._first_sample = to_signed(first_sample)
@@ -242,6 +259,7 @@ class Noise:
     ) -> Tensor:
         """The noise as a tensor: row b, element i of `shape` (B, ...), standard normal.
 
+        noise.normal(shape).numpy() is the same memory as a numpy array.
         Raises ValueError when `shape` has no batch dimension or `sample` is not (B,).
         """
         return fill("normal", self, checks.shape("normal", shape), dtype, checks.device("normal", device))
@@ -258,6 +276,38 @@ class Noise:
             raise ValueError(f"bits: below must be in [1, 2**31], got {below}")
         place = checks.device("bits", device)
         return fill("bits", self, checks.shape("bits", shape), torch.int64, place, below or 2**32)
+
+    def _place(self) -> tuple[Any, ...]:
+        """All but the ids."""
+        key = (self._seed, self._offset) if self._key_tensor is None else id(self._key_tensor)
+        return key, self._first_sample, self._span or (1, 0), self._sample is None
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Noise):
+            return NotImplemented
+        if self is other:
+            return True
+        mine, theirs = self._sample, other._sample
+        if self._place() != other._place():
+            return False
+        return mine is theirs or (mine is not None and theirs is not None and torch.equal(mine, theirs))
+
+    def __hash__(self) -> int:
+        return hash(self._place())
+
+    def _at(self, first: int) -> Noise:
+        """The same noise, rows beginning at that element of their samples."""
+        return Noise._make(
+            self._seed, self._offset, self._key_tensor, self._sample, self._first_sample, (1, first) if first else None
+        )
+
+    def _cut(self, op: str, B: int, D: int, dtype: torch.dtype, device: torch.device, below: int) -> Tensor:
+        """(B, D) of rows that do not begin with a block: cut out of whole samples that do."""
+        assert self._span is not None
+        rows, first = self._span
+        skip = first % BLOCK
+        filled = fill(op, self._at(first - skip), (B // rows, skip + rows * D), dtype, device, below)
+        return filled[:, skip:].reshape(B, D)
 
     def __repr__(self) -> str:
         ids = f", sample={tuple(self._sample.shape)}" if self._sample is not None else ""
@@ -302,7 +352,7 @@ def fill(
     device = place.device  # "cuda" with its number
     noise._check(op, B, device)
     if not noise._whole_blocks(D):
-        return _fill_from_anywhere(op, noise, B, D, dtype, device, below).reshape(shape)
+        return noise._cut(op, B, D, dtype, device, below).reshape(shape)
     way = route(op, place, noise._key_tensor, noise._sample)
     if way is not Route.DISPATCHER:
         module = reference if way is Route.REFERENCE else kernels(place, op)
@@ -311,16 +361,3 @@ def fill(
         return module.normal(noise, (B, D), dtype, device).reshape(shape)
     flat: Tensor = torch.ops.dae_fast.fill(op, *noise._on(device)._flat(), B, D, dtype, below)
     return flat.reshape(shape)
-
-
-def _fill_from_anywhere(
-    op: str, noise: Noise, B: int, D: int, dtype: torch.dtype, device: torch.device, below: int
-) -> Tensor:
-    """(B, D) of rows that do not begin with a block: cut out of whole samples that do."""
-    assert noise._span is not None
-    rows, first = noise._span
-    skip = first % BLOCK
-    samples = noise._make(
-        noise._seed, noise._offset, noise._key_tensor, noise._sample, noise._first_sample, (1, first - skip)
-    )
-    return fill(op, samples, (B // rows, skip + rows * D), dtype, device, below)[:, skip:].reshape(B, D)

@@ -25,6 +25,8 @@ except ImportError:  # backends.native keeps the reason
 else:
     _nvtx = _core.nvtx_listens()
 
+__all__ = ["span"]
+
 PREFIX = "dae_fast::"  # of the names in torch.profiler, which has no domains
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._torch import dispatch_modes, dual_level, function_modes, in_functorch, is_wrapped, jit_tracing
+from ._torch import dispatch_modes, dual_level, function_modes, in_functorch, is_dtensor, is_wrapped, jit_tracing
 from .kernels import dispatch
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -44,6 +44,21 @@ def route(op: str, first: Tensor, *others: Tensor | None) -> Route:
         if t is not None and (type(t) not in _PLAIN or t.is_neg() or is_wrapped(t)):
             return Route.DISPATCHER
     return Route.DIRECT
+
+
+def on_mesh(*tensors: Any) -> Any:
+    """dae_fast.dtensor, which runs an op on the parts of DTensors, where one of them is a DTensor; else None."""
+    if not any(map(is_dtensor, tensors)):
+        return None
+    from . import dtensor
+
+    return dtensor
+
+
+def beside(t: Tensor, x: Tensor) -> Tensor:
+    """t for torch's own arithmetic with x: a DTensor where x is one."""
+    mesh = on_mesh(x)
+    return t if mesh is None or is_dtensor(t) else mesh.beside(t, x)
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:

@@ -14,11 +14,12 @@ from .ops import weighting
 from .ops.corruption import Masking, SaltAndPepper, Selection
 from .ops.parameterisation import EDM
 from .ops.structured import OffsetNoise, PyramidNoise
-from .schedule import Schedule
+from .schedule import Schedule, TimedSchedule
 
 VALUES: list[Any] = [
     Noise,
     Schedule,
+    TimedSchedule,
     Level,
     EDM,
     DenoisingLoss,

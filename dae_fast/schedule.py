@@ -8,14 +8,18 @@ from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import checks
-from ._torch import constant_result
+from ._torch import constant_result, gathered
+from .checks import Array
 from .coefficients import PAIR, Formula, Level, Place, formula_of, keep, singular
 from .kernels import reference
 from .noise import Noise
+
+__all__ = ["Schedule", "TimedSchedule"]
 
 # Levels and times are drawn from a stream of their own, so that they are independent of the noise they scale.
 LEVEL_TAG = 0x6C6576656C  # "level"
@@ -28,35 +32,46 @@ class Schedule:
     (B, F), is a Level. Tables of coefficients are made from the masters once per op and device, in float64, and
     rounded once to float32 (float64 for fp64 samples).
     An int level out of range raises ValueError here; one in a tensor raises it in the op, or on a GPU
-    becomes NaN there. Schedule(alpha, sigma) takes columns (T,) of one's own, finite and not negative, the
+    becomes NaN there. Numpy's arrays and scalars are taken wherever a schedule takes tensors and numbers.
+    Schedule(alpha, sigma) takes columns (T,) of one's own, finite and not negative, the
     noisiest level last: sigma/alpha must not fall from one level to the next.
     times: (T,) float64, the continuous times of the levels where ContinuousSchedule.discretise made them,
     for a network that was trained on those, which samplers and DenoisingLoss then tell it; else None.
     """
 
-    def __init__(self, alpha: Tensor, sigma: Tensor, *, name: str = "Schedule", times: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        alpha: Tensor | Array,
+        sigma: Tensor | Array,
+        *,
+        name: str = "Schedule",
+        times: Tensor | Array | None = None,
+    ) -> None:
         checks.word("Schedule", "name", name)
-        for column, values in (("alpha", alpha), ("sigma", sigma), *([("times", times)] if times is not None else [])):
+        a, s, given = (checks.as_tensor(column) for column in (alpha, sigma, times))
+        for column, values in (("alpha", a), ("sigma", s), *([("times", given)] if given is not None else [])):
             check_column(name, column, values)
-            if values.shape != alpha.shape or not values.numel():
-                wanted = "(T,), T > 0" if column != "times" else f"{tuple(alpha.shape)}"
+            if values.shape != a.shape or not values.numel():
+                wanted = "(T,), T > 0" if column != "times" else f"{tuple(a.shape)}"
                 raise ValueError(f"{name}: {column} must have shape {wanted}, got {tuple(values.shape)}")
             if not (torch.isfinite(values).all() and (column == "times" or (values >= 0).all())):
                 wanted = "finite" if column == "times" else "finite and not negative"
                 raise ValueError(f"{name}: {column} must be {wanted}")
-        self.alpha = alpha.detach().to("cpu", torch.float64, copy=True)
-        self.sigma = sigma.detach().to("cpu", torch.float64, copy=True)
-        self.times = None if times is None else times.detach().to("cpu", torch.float64, copy=True)
+        self.alpha: Tensor = a.detach().to("cpu", torch.float64, copy=True)
+        self.sigma: Tensor = s.detach().to("cpu", torch.float64, copy=True)
+        self._times: Tensor | None = None if given is None else given.detach().to("cpu", torch.float64, copy=True)
         self._name = name
         self._tables: dict[Place, Tensor] = {}
         self._traced = SimpleNamespace()
-        self._of_times = None if self.times is None else _formula_of_times(self.times)
+        self._of_times = None if self._times is None else _formula_of_times(self._times)
         _check_order(name, self.alpha, self.sigma)
-        if self.times is not None and not (self.times[1:] > self.times[:-1]).all():
+        if self._times is not None and not (self._times[1:] > self._times[:-1]).all():
             raise ValueError(f"{name}: times must increase, the noisiest level last")
 
     @classmethod
-    def from_alpha_bar(cls, alpha_bar: Tensor | Sequence[float], *, name: str = "Schedule.from_alpha_bar") -> Schedule:
+    def from_alpha_bar(
+        cls, alpha_bar: Tensor | Array | Sequence[float], *, name: str = "Schedule.from_alpha_bar"
+    ) -> Schedule:
         """alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar): variance preserving (Ho et al. 2020)."""
         checks.word("Schedule.from_alpha_bar", "name", name)
         bar = checks.float64(name, "alpha_bar", alpha_bar)
@@ -65,7 +80,7 @@ class Schedule:
         return cls(bar.sqrt(), (1 - bar).sqrt(), name=name)
 
     @classmethod
-    def from_betas(cls, betas: Tensor | Sequence[float], *, name: str = "Schedule.from_betas") -> Schedule:
+    def from_betas(cls, betas: Tensor | Array | Sequence[float], *, name: str = "Schedule.from_betas") -> Schedule:
         """alpha_bar_t = prod_{s<=t} (1 - beta_s) (Ho et al. 2020, eq. 4)."""
         checks.word("Schedule.from_betas", "name", name)
         beta = checks.float64(name, "betas", betas)
@@ -119,24 +134,24 @@ class Schedule:
         return cls.from_betas((1 - bar[1:] / bar[:-1]).clamp(max=max_beta), name=name)
 
     @classmethod
-    def geometric(cls, sigma_min: float = 0.01, sigma_max: float = 1.0, T: int = 10) -> Schedule:
+    def geometric(cls, T: int = 10, sigma_min: float = 0.01, sigma_max: float = 1.0) -> Schedule:
         """NCSN: alpha = 1, sigmas in geometric progression, level T-1 the largest (Song and Ermon 2019)."""
         sigma_min, sigma_max = finite_numbers("Schedule.geometric", sigma_min=sigma_min, sigma_max=sigma_max)
-        name = f"Schedule.geometric({sigma_min}, {sigma_max}, {levels('Schedule.geometric', T)})"
+        name = f"Schedule.geometric({levels('Schedule.geometric', T)}, {sigma_min}, {sigma_max})"
         if not 0 < sigma_min <= sigma_max < math.inf:
             raise ValueError(f"{name}: needs 0 < sigma_min <= sigma_max")
         sigma = torch.logspace(math.log10(sigma_min), math.log10(sigma_max), T, dtype=torch.float64, device="cpu")
         return cls(torch.ones(T, dtype=torch.float64, device="cpu"), sigma, name=name)
 
     @classmethod
-    def karras(cls, sigma_min: float = 0.002, sigma_max: float = 80.0, T: int = 18, rho: float = 7.0) -> Schedule:
+    def karras(cls, T: int = 18, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Schedule:
         """EDM: alpha = 1, sigma^(1/rho) evenly spaced, level T-1 the largest (Karras et al. 2022, eq. 5).
 
         0 < sigma_min <= sigma_max; rho > 0: 1 is even spacing, more puts more levels at little noise.
         T = 1 is sigma_max. Raises ValueError for other values, TypeError for what is no number.
         """
         sigma_min, sigma_max, rho = finite_numbers("Schedule.karras", sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
-        name = f"Schedule.karras({sigma_min}, {sigma_max}, {levels('Schedule.karras', T)}, {rho})"
+        name = f"Schedule.karras({levels('Schedule.karras', T)}, {sigma_min}, {sigma_max}, {rho})"
         if not (0 < sigma_min <= sigma_max and rho > 0):
             raise ValueError(f"{name}: needs 0 < sigma_min <= sigma_max and rho > 0")
         sigma = karras_spacing(unit_grid(T), sigma_min, sigma_max, rho)
@@ -212,6 +227,11 @@ class Schedule:
         return level_stream(what, noise).bits((B,), below=len(self), device=place)
 
     @property
+    def times(self) -> Tensor | None:
+        """(T,) float64, or None: the levels' times in a continuous schedule."""
+        return self._times
+
+    @property
     def variance_preserving(self) -> bool:
         """alpha^2 + sigma^2 = 1 at every level."""
         return bool(((self.alpha.square() + self.sigma.square() - 1).abs() < 1e-9).all())
@@ -240,17 +260,19 @@ class Schedule:
     def __len__(self) -> int:
         return self.alpha.shape[0]
 
-    def __getitem__(self, t: int | Tensor) -> Level:
+    def __getitem__(self, t: int | Tensor | Array) -> Level:
+        if isinstance(t, np.ndarray):
+            t = checks.as_tensor(t)
         if isinstance(t, Tensor):
             if t.dtype not in (torch.int64, torch.int32):
                 raise TypeError(f"{self._name}: t must be int32 or int64, got {t.dtype}")
-        elif isinstance(t, numbers.Integral) and not isinstance(t, bool):
-            t = int(t)
-            if not 0 <= t < len(self):
-                raise ValueError(f"{self._name}: level must be in [0, {len(self)}), got {t}")
-        else:
-            raise TypeError(f"{self._name}: t must be an int or an integer tensor (B,), got {type(t).__name__}")
-        return Level._of(self, t)
+            return Level._of(self, gathered(t))
+        if isinstance(t, numbers.Integral) and not isinstance(t, bool):
+            level = int(t)
+            if not 0 <= level < len(self):
+                raise ValueError(f"{self._name}: level must be in [0, {len(self)}), got {level}")
+            return Level._of(self, level)
+        raise TypeError(f"{self._name}: t must be an int or an integer tensor (B,), got {type(t).__name__}")
 
     def __iter__(self) -> Iterator[Level]:
         return (self[t] for t in range(len(self)))
@@ -263,7 +285,7 @@ class Schedule:
         self.__init__(**state)  # type: ignore[misc]
 
     def __repr__(self) -> str:
-        return self._name
+        return self._name if "(" in self._name else f"{self._name}(<{len(self)} levels>)"
 
     # Run, not traced: torch.compile then finds the table as an attribute, an input of its graph. An entry
     # that a dict gained while tracing it would not see.
@@ -282,7 +304,7 @@ class Schedule:
             raise ValueError(singular(op, self._at(levels[i])))
 
     def _at(self, t: int) -> str:
-        return f"level {t} of {self}, alpha = {float(self.alpha[t])}, sigma = {float(self.sigma[t])}"
+        return f"level {t} of {self._name}, alpha = {float(self.alpha[t])}, sigma = {float(self.sigma[t])}"
 
     def _told(self, t: Tensor) -> Tensor:
         """What a network is told at levels t: their times, float32 on t's device, or where there are none t."""
@@ -298,6 +320,24 @@ class Schedule:
         """float32 like t, on its device."""
         table = formula.table(self, torch.float32, t.device, op)
         return reference.coefficients(table, t.reshape(-1), op, t)[:, column].reshape(t.shape)
+
+
+class TimedSchedule(Schedule):
+    """A Schedule whose levels have `times`: what ContinuousSchedule.discretise makes."""
+
+    def __init__(
+        self, alpha: Tensor | Array, sigma: Tensor | Array, *, times: Tensor | Array, name: str = "TimedSchedule"
+    ) -> None:
+        checks.word("TimedSchedule", "name", name)
+        times = checks.as_tensor(times)
+        check_column(name, "times", times)
+        super().__init__(alpha, sigma, name=name, times=times)
+
+    @property
+    def times(self) -> Tensor:
+        """(T,) float64, the times of the levels, which samplers and DenoisingLoss tell a network."""
+        assert self._times is not None
+        return self._times
 
 
 def _formula_of_times(times: Tensor) -> Formula:
@@ -325,9 +365,9 @@ def _check_order(name: str, alpha: Tensor, sigma: Tensor) -> None:
 
 
 def levels(what: str, T: int | None) -> int:
-    if isinstance(T, bool) or not isinstance(T, int) or T < 1:
+    if isinstance(T, bool) or not isinstance(T, numbers.Integral) or T < 1:
         raise ValueError(f"{what}: T must be a positive int, got {T!r}")
-    return T
+    return int(T)
 
 
 def finite_numbers(what: str, **arguments: Any) -> Any:

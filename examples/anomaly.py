@@ -23,7 +23,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
-from digits import BLUE, INK, MUTED, ORANGE, denoising_loss, finish, load, mlp, plt, save, show_tiles, train
+from digits import BLUE, INK, MUTED, ORANGE, denoising_loss, finish, load, mlp, save, show_tiles, train
+from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.table import Table
 from sklearn.decomposition import PCA
@@ -146,7 +147,7 @@ def draw_figure(
     out: Path, tasks: list[Task], scores: list[dict[str, Tensor]], means: dict[str, float], shown: Task, denoiser: Map
 ) -> None:
     figure = plt.figure(figsize=(11, 4.6), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.2))
+    left, right = np.asarray(figure.subfigures(1, 2, width_ratios=(1, 1.2)))
     curves, grid = left.subplots(), np.linspace(0, 1, 400)
     for name, colour in METHODS.items():
         curves.plot(grid, mean_roc(tasks, scores, name, grid), color=colour, label=f"{name}, {means[name]:.3f}")
@@ -190,7 +191,7 @@ def main(
     means = {name: float(np.mean([each[name] for each in by_class.values()])) for name in METHODS}
     print_table(by_class, means)
     shown = 6
-    draw_figure(out, tasks, scores, means, tasks[shown], denoisers[shown])
+    draw_figure(out, tasks, list(scores), means, tasks[shown], denoisers[shown])
     finish("anomaly", failures(means) if steps >= STEPS else [], begin, out)
 
 

@@ -22,7 +22,8 @@ from typing import Annotated
 
 import torch
 import typer
-from digits import BLUE, INK, MUTED, ORANGE, DenoisingLayer, finish, load, plt, save, train
+from digits import BLUE, INK, MUTED, ORANGE, DenoisingLayer, finish, load, save, train
+from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor

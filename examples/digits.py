@@ -11,21 +11,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 import torch
 import torch.nn.functional as F
 import typer
 from rich.console import Console
-from rich.progress import track
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import dae_fast as df
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 INK, MUTED, BLUE, ORANGE = "#222222", "#9a9a9a", "#1f5fa8", "#e07b1a"
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
@@ -42,9 +45,9 @@ class Digits:
 
 
 def load(n_train: int = 1500) -> Digits:
-    data = load_digits()
-    order = torch.randperm(len(data.data), generator=torch.Generator().manual_seed(0))
-    images, labels = torch.tensor(data.data / 8 - 1, dtype=torch.float32)[order], torch.tensor(data.target)[order]
+    pixels, digits = load_digits(return_X_y=True)
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
+    images, labels = torch.tensor(pixels / 8 - 1, dtype=torch.float32)[order], torch.tensor(digits)[order]
     return Digits(images[:n_train], labels[:n_train], images[n_train:], labels[n_train:])
 
 
@@ -76,7 +79,12 @@ class DenoisingLayer(nn.Module):
 
 
 def denoising_loss(
-    net: Callable[[Tensor], Tensor], x0: Tensor, noise: df.Noise, level: df.Level, *, reduction: str = "mean"
+    net: Callable[[Tensor], Tensor],
+    x0: Tensor,
+    noise: df.Noise,
+    level: df.Level,
+    *,
+    reduction: Literal["mean", "none"] = "mean",
 ) -> Tensor:
     """A denoising autoencoder's |f(x_t) - x0|^2 over sigma^2 / alpha^2: the error in eps that its x0 implies.
 
@@ -91,7 +99,7 @@ def train(net: nn.Module, loss: Callable[[int], Tensor], steps: int, rate: float
     """Adam on loss(step), the rate warmed up over the first tenth of the steps and then lowered to nothing."""
     adam = torch.optim.Adam(net.parameters(), rate, fused=True)
     rates = torch.optim.lr_scheduler.OneCycleLR(adam, rate, total_steps=steps, pct_start=0.1, cycle_momentum=False)
-    for step in track(range(steps), title, transient=True, console=Console(stderr=True)):
+    for step in tqdm(range(steps), title, leave=False, mininterval=1):
         adam.zero_grad()
         loss(step).backward()
         adam.step()
@@ -126,14 +134,14 @@ def tiles(images: Tensor, columns: int, margin: float = -1.0) -> Tensor:
     return squares.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
 
 
-def show_tiles(axis: plt.Axes, images: Tensor, columns: int, title: str = "") -> None:
+def show_tiles(axis: Axes, images: Tensor, columns: int, title: str = "") -> None:
     """Images with values from -1 to 1, as ink on paper."""
     axis.imshow(tiles(images, columns), cmap="gray_r", vmin=-1, vmax=1)
     axis.axis("off")
     axis.set_title(title)
 
 
-def show_filters(axis: plt.Axes, filters: Tensor, columns: int, title: str = "") -> None:
+def show_filters(axis: Axes, filters: Tensor, columns: int, title: str = "") -> None:
     """The columns^2 largest filters of (H, 64), the largest first, each scaled by itself; 0 is white."""
     largest = filters[filters.norm(dim=1).argsort(descending=True)[: columns**2]]
     scaled = largest / largest.abs().amax(1, keepdim=True)
@@ -142,7 +150,7 @@ def show_filters(axis: plt.Axes, filters: Tensor, columns: int, title: str = "")
     axis.set_title(title)
 
 
-def save(figure: plt.Figure, out: Path) -> None:
+def save(figure: Figure, out: Path) -> None:
     figure.savefig(out, dpi=130)
     plt.close(figure)
 

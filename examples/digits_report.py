@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -13,6 +14,9 @@ from torch import Tensor
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
+from matplotlib.figure import SubFigure
 
 AGREEMENT = 1e-4  # relative, of the loss, at every step; other noise makes it 1e-2
 INK, MUTED, BLUE, ORANGE = "#222222", "#9a9a9a", "#1f5fa8", "#e07b1a"
@@ -96,7 +100,7 @@ def draw_figure(
 ) -> None:
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     figure = plt.figure(figsize=(11, 8), layout="constrained")
-    rows = figure.subfigures(3, 1, height_ratios=(1, 0.54, 0.42))
+    rows = np.asarray(figure.subfigures(3, 1, height_ratios=(1, 0.54, 0.42)))
     curve_axis, difference_axis = rows[0].subplots(1, 2)
     _curves(curve_axis, results)
     _differences(difference_axis, results)
@@ -108,7 +112,21 @@ def draw_figure(
     plt.close(figure)
 
 
-def _curves(axis: plt.Axes, results: Results) -> None:
+def draw_strip(folder: Path, noisy: Tensor, denoised: Tensor, samples: Tensor) -> None:
+    """digits-light.png and digits-dark.png: ink on a transparent ground, for a page of either colour."""
+    rows = {"noised": noisy, "denoised in one look": denoised, "drawn from noise": samples}
+    for theme, ink in (("light", "#1f2328"), ("dark", "#e6edf3")):
+        figure, axes = plt.subplots(len(rows), 1, figsize=(7.2, 1.5), layout="constrained")
+        tones = LinearSegmentedColormap.from_list("ink", [(*to_rgb(ink), 0.0), (*to_rgb(ink), 1.0)])
+        for axis, (name, images) in zip(axes, rows.items(), strict=True):
+            axis.imshow(_tiles(images[:20], 20), cmap=tones, vmin=-1, vmax=1)
+            axis.axis("off")
+            axis.text(-2, 5, name, ha="right", va="center", color=ink, fontsize=8)
+        figure.savefig(folder / f"digits-{theme}.png", dpi=110, transparent=True)
+        plt.close(figure)
+
+
+def _curves(axis: Axes, results: Results) -> None:
     curves = {name: curve[1] for name, curve in results.curves.items()}
     axis.semilogy(curves["plain"], color=MUTED, lw=0.7, label="plain PyTorch, noise of its own")
     axis.semilogy(curves["fused"], color=BLUE, lw=2.2, label="fused")
@@ -124,7 +142,7 @@ def _curves(axis: plt.Axes, results: Results) -> None:
     axis.legend(frameon=False)
 
 
-def _differences(axis: plt.Axes, results: Results) -> None:
+def _differences(axis: Axes, results: Results) -> None:
     axis.semilogy(results.difference("plain"), color=MUTED, lw=0.7, label="plain PyTorch, noise of its own")
     axis.semilogy(
         results.difference("same noise").clamp(min=1e-9), color=ORANGE, lw=0.9, label="plain PyTorch, same noise"
@@ -134,19 +152,19 @@ def _differences(axis: plt.Axes, results: Results) -> None:
     axis.legend(frameon=False, loc="upper right", ncols=2)
 
 
-def _pairs(panel: matplotlib.figure.SubFigure, clean: Tensor, pairs: dict[int, tuple[Tensor, Tensor]]) -> None:
+def _pairs(panel: SubFigure, clean: Tensor, pairs: dict[int, tuple[Tensor, Tensor]]) -> None:
     panel.suptitle("Held-out images: clean, noised, denoised in one evaluation", fontsize=11)
     for axis, (t, (noisy, denoised)) in zip(panel.subplots(1, len(pairs)), pairs.items(), strict=True):
         _show(axis, _tiles(torch.cat((clean, noisy, denoised)), len(clean)))
         axis.set_title(f"level t = {t}")
 
 
-def _gallery(axis: plt.Axes, images: Tensor, title: str) -> None:
+def _gallery(axis: Axes, images: Tensor, title: str) -> None:
     _show(axis, _tiles(images[:64], 16))
     axis.set_title(title, fontsize=11)
 
 
-def _show(axis: plt.Axes, image: Tensor) -> None:
+def _show(axis: Axes, image: Tensor) -> None:
     axis.imshow(image, cmap="gray_r", vmin=-1, vmax=1)
     axis.axis("off")
 

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 import typer
 import vae
-from digits import BLUE, MUTED, finish, load, plt, save, show_tiles, train
+from digits import BLUE, MUTED, finish, load, save, show_tiles, train
+from matplotlib import pyplot as plt
 from multi_scale import Critic, Quality, gaussian
 from rich.console import Console
 from rich.table import Table

@@ -18,7 +18,8 @@ from typing import Annotated
 
 import torch
 import typer
-from digits import BLUE, MUTED, ORANGE, finish, load, mlp, plt, save, show_tiles, train
+from digits import BLUE, MUTED, ORANGE, finish, load, mlp, save, show_tiles, train
+from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -173,7 +174,7 @@ def main(
     digits = load()
     patches, held_out = to_patches(digits.train), to_patches(digits.test)
     net, mean = learn(patches, steps, seed), patches.mean(0)
-    fills = {
+    fills: dict[str, Fill] = {
         "masked autoencoder": net,
         "linear": LinearFill(patches),
         "mean patch": lambda patches, _: mean.expand_as(patches),

@@ -19,7 +19,8 @@ from typing import Annotated
 
 import torch
 import typer
-from digits import BLUE, INK, ORANGE, denoising_loss, finish, mlp, plt, save, train
+from digits import BLUE, INK, ORANGE, denoising_loss, finish, mlp, save, train
+from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor

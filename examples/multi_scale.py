@@ -21,7 +21,8 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 import typer
-from digits import Digits, finish, load, plt, save, show_tiles, train
+from digits import Digits, finish, load, save, show_tiles, train
+from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.table import Table
 from sklearn.neural_network import MLPClassifier

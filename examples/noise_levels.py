@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 import typer
 from digits import (
@@ -27,12 +28,12 @@ from digits import (
     finish,
     label_draws,
     load,
-    plt,
     probe,
     save,
     show_filters,
     train,
 )
+from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -101,7 +102,7 @@ def print_table(levels: dict[float, Features], untrained: Features, pixels: Feat
 
 def draw_figure(out: Path, levels: dict[float, Features], untrained: Features, pixels: Features) -> None:
     figure = plt.figure(figsize=(12, 8), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 0.8))
+    top, bottom = np.asarray(figure.subfigures(2, 1, height_ratios=(1, 0.8)))
     shown = SIGMAS[0], SIGMAS[2], SIGMAS[-1]
     for axis, sigma in zip(top.subplots(1, len(shown)), shown, strict=True):
         show_filters(axis, levels[sigma].filters, 6, f"the 36 largest filters, sigma = {sigma}")

@@ -28,12 +28,12 @@ from digits import (
     finish,
     label_draws,
     load,
-    plt,
     probe,
     save,
     show_filters,
     train,
 )
+from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor

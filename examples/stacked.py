@@ -26,13 +26,13 @@ from digits import (
     finish,
     label_draws,
     load,
-    plt,
     probe,
     save,
     show_filters,
     show_tiles,
     train,
 )
+from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 import typer
 from digits import load
-from digits_report import Judgement, Results, draw_figure, failures, print_table
+from digits_report import Judgement, Results, draw_figure, draw_strip, failures, print_table
 from rich.console import Console
-from rich.progress import track
 from sklearn.neural_network import MLPClassifier
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import dae_fast as df
 
@@ -134,7 +134,7 @@ def train(images: Tensor, steps: int, seed: int) -> tuple[nn.Module, dict[str, T
     }
     curves: dict[str, list[tuple[float, float]]] = {name: [] for name in loops}
     seconds: dict[str, list[float]] = {name: [] for name in loops}
-    for start in track(range(0, steps, BLOCK), description=f"training, {steps} steps, three loops in turn"):
+    for start in tqdm(range(0, steps, BLOCK), f"training, {steps} steps, three loops in turn", mininterval=1):
         block = range(start, min(start + BLOCK, steps))
         for name, step in loops.items():
             begin = time.perf_counter()
@@ -173,7 +173,7 @@ def test_mse(net: nn.Module, linear: LinearDenoiser, images: Tensor, noise: df.N
     return df.noise_mse(eps_hat, noise).item(), df.noise_mse(linear(x_t, t), noise).item()
 
 
-def langevin_samples(net: nn.Module, shape: tuple[int, int], noise: df.Noise) -> Tensor:
+def langevin_samples(net: nn.Module, shape: tuple[int, ...], noise: df.Noise) -> Tensor:
     """Annealed Langevin with a network trained on the variance-preserving x_t.
 
     NCSN's states are x0 + sigma' * eps. Multiplied by alpha they are the x_t of the level where
@@ -215,6 +215,9 @@ def main(
     steps: Annotated[int, typer.Option(min=10, help="Training steps of each loop.")] = STEPS,
     seed: int = 0,
     out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("demo.png"),
+    strip: Annotated[
+        Path | None, typer.Option(help="A folder for digits-light.png and -dark.png, the README's.")
+    ] = None,
 ) -> None:
     """Denoising digits with dae_fast and with plain PyTorch."""
     begin = time.perf_counter()
@@ -243,6 +246,9 @@ def main(
         judgements={name: judge(classifier, each) for name, each in judged.items()},
     )
     draw_figure(out, results, held_out[:8], denoised(net, held_out[:8], [100, 250, 500], noise), ddim, langevin)
+    if strip is not None:
+        noisy, clean = denoised(net, held_out[:20], [500], noise)[500]
+        draw_strip(strip, noisy, clean, ddim)
     print_table(results)
     problems = failures(results, trained=steps >= STEPS)
     for problem in problems:

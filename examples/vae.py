@@ -17,7 +17,8 @@ from typing import Annotated
 
 import torch
 import typer
-from digits import Digits, finish, load, mlp, plt, save, show_tiles, train
+from digits import Digits, finish, load, mlp, save, show_tiles, train
+from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.table import Table
 from sklearn.decomposition import PCA

@@ -15,10 +15,12 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 GROUP = {"f32": 4, "f64": 4, "bf16": 8, "f16": 8}  # values of one thread at a time
 # The kernels that stream contiguous tensors: the inputs and outputs of every element, by template arguments.
 STREAMS = {
+    "affine_kernel<fresh, 0>": (0, 1),
     "affine_kernel<fresh, 1>": (1, 1),
     "affine_kernel<fresh, 2>": (2, 1),
     "affine_kernel<read, 1>": (1, 1),
     "affine_kernel<read, 2>": (2, 1),
+    "affine_kernel<read, 2, clamped>": (2, 1),
     "affine_kernel<read, 3>": (3, 1),
     "affine_kernel<fresh, 3>": (3, 1),
     "affine_kernel<read, 4>": (4, 1),
@@ -38,6 +40,9 @@ STREAMS = {
     "gaussian_kernel": (3, 1),
     "gaussian_grad_kernel": (4, 2),
 }
+
+
+FLAG = {"affine_kernel": "clamped", "residual_kernel": "masked"}  # what the last flag of a kernel's arguments says
 
 
 @dataclass(frozen=True)
@@ -108,10 +113,10 @@ def _describe(mangled: str) -> tuple[str, str, str] | None:
     kernel = re.search(r"\d([a-z_]+_kernel)I(?:Lb([01])E)?(?:Lin?(\d+)E)?(?:Lb([01])E)?NS\w*?(Whole|Strided)", mangled)
     if not match or not kernel:
         return None
-    name, fresh, inputs, masked, access = kernel.groups()
+    name, fresh, inputs, flag, access = kernel.groups()
     arguments = [] if fresh is None else ["fresh" if fresh == "1" else "read"]
     if inputs:  # -1 is for all that has no kernel of its own, with fresh noise or without
-        arguments = ["any"] if "Lin" in kernel[0] else [*arguments, inputs, *["masked"] * (masked == "1")]
+        arguments = ["any"] if "Lin" in kernel[0] else [*arguments, inputs, *[FLAG[name]] * (flag == "1")]
     return name + f"<{', '.join(arguments)}>" * bool(arguments), match[1] or match[2], access
 
 
@@ -126,17 +131,21 @@ def _streaming_loops(lines: tuple[tuple[int, str], ...]) -> tuple[Loop, ...]:
         def count(pattern: str, body: list[str] = body) -> int:
             return sum(bool(re.search(pattern, t)) for t in body)
 
-        wide = count(r"\bLDG\S*\.128")
-        if wide:
-            loops.append(Loop(len(body), wide, count(r"\bSTG\S*\.128"), count(r"\bLDG\b") - wide))
+        loads, stores = count(r"\bLDG\S*\.128"), count(r"\bSTG\S*\.128")
+        if loads or stores:
+            loops.append(Loop(len(body), loads, stores, count(r"\bLDG\b") - loads))
     return tuple(loops)
 
 
 def instructions_a_value(kernel: Kernel) -> float:
     """Of its best loop: that of one long row."""
-    loads, _ = STREAMS[kernel.name]
+    loads, stores = STREAMS[kernel.name]
     doubled = 2 if kernel.element == "f64" else 1  # four doubles are two accesses
-    return min(loop.instructions * loads * doubled / loop.wide_loads / GROUP[kernel.element] for loop in kernel.loops)
+    turns = (loop.wide_loads / loads if loads else loop.wide_stores / stores for loop in kernel.loops)
+    return min(
+        loop.instructions * doubled / turn / GROUP[kernel.element]
+        for loop, turn in zip(kernel.loops, turns, strict=True)
+    )
 
 
 def main() -> None:

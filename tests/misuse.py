@@ -16,7 +16,7 @@ import torch
 import dae_fast as df
 
 S = df.Schedule.linear(6, 0.01, 0.3)
-VE = df.Schedule.geometric(0.1, 2.0, 4)
+VE = df.Schedule.geometric(4, 0.1, 2.0)
 C = df.ContinuousSchedule.vp()
 X = torch.linspace(-1, 1, 12).reshape(2, 3, 2)
 U = torch.sigmoid(X)
@@ -61,6 +61,7 @@ def _samplers() -> Iterator[Call]:
         "clamp": None,
         "threshold": None,
         "guidance": None,
+        "net_arguments": None,
         "progress": False,
         "graph": False,
     }
@@ -84,7 +85,7 @@ def _samplers() -> Iterator[Call]:
         {**common, "schedule": C, "steps": 3, "times": None, "method": "euler", "denoise": True, **flow},
         "probability_flow",
     )
-    last = {"guidance": None, "progress": False, "graph": False}
+    last = {"guidance": None, "net_arguments": None, "progress": False, "graph": False}
     yield Call(
         df.samplers.langevin,
         {"score": torch.neg, "x": X, "step_size": 0.1, "steps": 2, "noise": N0, "noise_scale": 1.0, **last},
@@ -100,6 +101,7 @@ def _samplers() -> Iterator[Call]:
             "step_size": 1e-3,
             "steps_per_level": 2,
             "denoise": True,
+            "predict": "score",
             "conditioning": None,
             **last,
         },
@@ -204,8 +206,11 @@ def _values() -> Iterator[Call]:
     yield Call(df.Schedule.scaled_linear, {"T": 5, "beta_start": 1e-4, "beta_end": 0.02}, "scaled_linear")
     yield Call(df.Schedule.cosine, {"T": 5, "s": 0.008, "max_beta": 0.999}, "cosine")
     yield Call(df.Schedule.sigmoid, {"T": 5, "start": -3.0, "end": 3.0, "tau": 1.0, "max_beta": 0.999}, "sigmoid")
-    yield Call(df.Schedule.geometric, {"sigma_min": 0.1, "sigma_max": 1.0, "T": 5}, "geometric")
-    yield Call(df.Schedule.karras, {"sigma_min": 0.1, "sigma_max": 1.0, "T": 5, "rho": 7.0}, "karras")
+    yield Call(
+        df.TimedSchedule, {"alpha": torch.ones(2), "sigma": column, "times": column, "name": "TimedSchedule"}, "Ti"
+    )
+    yield Call(df.Schedule.geometric, {"T": 5, "sigma_min": 0.1, "sigma_max": 1.0}, "geometric")
+    yield Call(df.Schedule.karras, {"T": 5, "sigma_min": 0.1, "sigma_max": 1.0, "rho": 7.0}, "karras")
     yield Call(df.Schedule.laplace, {"T": 5, "mu": 0.0, "b": 0.5}, "laplace")
     yield Call(df.Schedule.flow, {"T": 5, "shift": 1.0}, "flow")
     yield Call(S.shifted, {"shift": 2.0}, "shifted")
@@ -229,12 +234,18 @@ def _values() -> Iterator[Call]:
         },
         "ContinuousSchedule",
     )
-    yield Call(df.ContinuousSchedule.flow, {"shift": 1.0}, "flow")
-    yield Call(df.ContinuousSchedule.vp, {"beta_min": 0.1, "beta_max": 20.0, "t_min": 1e-5}, "vp")
-    yield Call(df.ContinuousSchedule.sub_vp, {"beta_min": 0.1, "beta_max": 20.0, "t_min": 1e-5}, "sub_vp")
-    yield Call(df.ContinuousSchedule.ve, {"sigma_min": 0.1, "sigma_max": 20.0}, "ve")
-    yield Call(df.ContinuousSchedule.edm, {"sigma_min": 0.1, "sigma_max": 20.0}, "edm")
-    yield Call(df.ContinuousSchedule.laplace, {"mu": 0.0, "b": 0.5}, "laplace")
+    drawn = {"density": None}
+    yield Call(df.ContinuousSchedule.flow, {"shift": 1.0, **drawn}, "flow")
+    yield Call(df.ContinuousSchedule.vp, {"beta_min": 0.1, "beta_max": 20.0, "t_min": 1e-5, **drawn}, "vp")
+    yield Call(df.ContinuousSchedule.sub_vp, {"beta_min": 0.1, "beta_max": 20.0, "t_min": 1e-5, **drawn}, "sub_vp")
+    yield Call(df.ContinuousSchedule.ve, {"sigma_min": 0.1, "sigma_max": 20.0, **drawn}, "ve")
+    yield Call(df.ContinuousSchedule.edm, {"sigma_min": 0.1, "sigma_max": 20.0, **drawn}, "edm")
+    yield Call(df.ContinuousSchedule.cosine, drawn, "cosine")
+    yield Call(df.ContinuousSchedule.laplace, {"mu": 0.0, "b": 0.5, **drawn}, "laplace")
+    yield Call(df.Uniform, {"low": 0.1, "high": 0.9}, "Uniform")
+    yield Call(df.LogNormal, {"P_mean": -1.2, "P_std": 1.2}, "LogNormal")
+    yield Call(df.LogitNormal, {"mean": 0.0, "std": 1.0}, "LogitNormal")
+    yield Call(df.Mode, {"s": 1.29}, "Mode")
     yield Call(df.weighting.MinSNR, {"gamma": 5.0}, "MinSNR")
     yield Call(df.weighting.P2, {"k": 1.0, "gamma": 1.0}, "P2")
     yield Call(df.weighting.OnError, {"of": "x0", "weight": WEIGHT}, "OnError")
@@ -243,7 +254,15 @@ def _values() -> Iterator[Call]:
 def _modules() -> Iterator[Call]:
     yield Call(
         df.nn.DenoisingLoss,
-        {"schedule": S, "predict": "v", "weighting": None, "level_weight": torch.ones(6)},
+        {
+            "schedule": S,
+            "predict": "v",
+            "weighting": None,
+            "level_weight": torch.ones(6),
+            "kind": "mse",
+            "delta": None,
+            "density": None,
+        },
         "DenoisingLoss",
     )
     yield Call(

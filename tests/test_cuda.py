@@ -35,15 +35,17 @@ needs_library = pytest.mark.skipif(build_error("cuda") is not None, reason=f"no 
 
 # Instructions a value in the loop of one long row, on sm_90: a little above what was counted.
 MOST = {
+    "affine_kernel<fresh, 0>": 38,
     "affine_kernel<fresh, 1>": 40,
     "affine_kernel<fresh, 2>": 42.5,
     "affine_kernel<fresh, 3>": 46.5,
     "affine_kernel<read, 1>": 5,
     "affine_kernel<read, 2>": 7.5,
+    "affine_kernel<read, 2, clamped>": 38,
     "affine_kernel<read, 3>": 10,
     "affine_kernel<read, 4>": 13,
     "residual_kernel<fresh, 1>": 42.5,
-    "residual_kernel<fresh, 2>": 45,
+    "residual_kernel<fresh, 2>": 46,  # of 64 registers, which were faster on an H200 than 80
     "residual_kernel<read, 2>": 9,
     "residual_kernel<read, 3>": 11.5,
     "residual_kernel<fresh, 1, masked>": 47.5,
@@ -53,8 +55,8 @@ MOST = {
     "row_dots_kernel<fresh>": 46,
     "row_dots_kernel<read>": 12,
     "corrupt_kernel": 24.5,
-    "gaussian_kernel": 71,
-    "gaussian_grad_kernel": 75,
+    "gaussian_kernel": 111,  # 71 and 75 before the divergence kept its digits near the prior, by a series
+    "gaussian_grad_kernel": 130,
 }
 
 
@@ -99,8 +101,8 @@ def test_streams_are_16_bytes_a_thread(code) -> None:
         doubled = 2 if kernel.element == "f64" else 1  # four doubles are two accesses
         assert kernel.loops, kernel
         for loop in kernel.loops:
-            turns, rest = divmod(loop.wide_loads, loads * doubled)
-            assert turns and not rest, kernel
+            turns = max(loop.wide_loads // max(loads * doubled, 1), loop.wide_stores // max(stores * doubled, 1))
+            assert turns and loop.wide_loads == loads * doubled * turns, kernel
             assert loop.wide_stores == stores * doubled * turns, kernel
             narrow = 4 if kernel.name == "residual_kernel<any>" else int("masked" in kernel.name)
             narrow += kernel.name == "gaussian_grad_kernel"
@@ -246,8 +248,8 @@ def test_gaussians_have_the_cpus_bits(same_bits, fresh: bool, dtype, shape: tupl
 
 # Around the rows of a warp, a unit and a launch, of less than a group to several; then rows that a block adds up, a
 # thread adds up from units, a warp, and again a block.
-SUMMED = [(B, D) for B in (1, 2, 31, 32, 33, 255, 256, 257) for D in (1, 2, 4, 7, 64, 784)]
-SUMMED += [(4097, 1), (4097, 7), (4097, 64), (0, 5), (5, 2048), (3, 70_001), (2, 600_000), (1, 4_300_000)]
+SUMMED = [(B, D) for B in (1, 2, 32, 33, 256, 257) for D in (1, 4, 7, 64)]
+SUMMED += [(1, 784), (33, 784), (4097, 1), (4097, 7), (0, 5), (5, 2048), (3, 70_001), (2, 600_000), (1, 4_300_000)]
 
 
 @pytest.mark.parametrize("shape", SUMMED, ids=str)

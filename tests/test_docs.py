@@ -11,7 +11,7 @@ import torch
 import dae_fast as df
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = ("index.md", "migration.md", "guide.md", "api.md")
+PAGES = ("index.md", "migration.md", "guide.md", "api.md", "scale.md")
 
 
 def blocks(page: str) -> list[str]:
@@ -39,3 +39,12 @@ def test_the_api_page_has_every_public_name_with_an_example() -> None:
         if not isinstance(getattr(df, name), str):
             assert f"::: dae_fast.{name}" in text, name
         assert re.search(rf"\bdf\.{name}\b", "".join(blocks("api.md"))), name
+
+
+def test_the_numerical_contract_has_every_op() -> None:
+    rows = re.findall(r"^\| (.*?) \|", (DOCS / "numerics.md").read_text(), re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    values = {"EDM", "Level", "LevelStatistics", "LogNormal", "LogitNormal", "Masking", "Mode", "Noise", "OffsetNoise"}
+    values |= {"PyramidNoise", "SaltAndPepper", "TimedSchedule", "Uniform", "backend_names", "info", "nn"}
+    values |= {"noise_version", "samplers", "use_backend", "weighting"}
+    assert set(df.__all__) - values == named

@@ -76,3 +76,23 @@ def test_digits_verdict(
     problems = report.failures(results, trained=trained)
     assert len(problems) == (complaint is not None)
     assert complaint is None or complaint in problems[0]
+
+
+def test_the_index_has_every_example_and_what_it_says_is_there() -> None:
+    text = (EXAMPLES / "README.md").read_text()
+    scripts = {p.name for p in EXAMPLES.glob("*.py") if "typer.run(main)" in p.read_text()}
+    assert set(re.findall(r"`python examples/(\w+\.py)`", text)) == scripts
+    for picture in re.findall(r"(?:src|srcset)=\"([^\"]+)\"", text):
+        assert (EXAMPLES / picture).exists(), picture
+    for name in scripts:
+        source = (EXAMPLES / name).read_text()
+        assert all(option in source for option in ("steps:", "seed:", "out:")), name
+
+
+def test_the_strip_is_drawn_for_light_and_dark_pages(report: ModuleType, tmp_path: Path) -> None:
+    images = torch.linspace(-1, 1, 20 * 64).reshape(20, 64)
+    report.draw_strip(tmp_path, images, images, images)
+    light, dark = (pyplot.imread(tmp_path / f"digits-{theme}.png") for theme in ("light", "dark"))
+    drawn = light[..., 3] == 1
+    assert drawn.any() and (light[..., 3] == 0).any()
+    assert light[drawn][:, :3].mean() < 0.3 < 0.7 < dark[drawn][:, :3].mean()

@@ -30,7 +30,7 @@ from dae_fast.samplers import (
 
 LINEAR = df.Schedule.linear(12, 0.005, 0.4)
 VP = df.ContinuousSchedule.vp()
-VE = df.Schedule.geometric(0.1, 2.0, 20)  # more levels than the cache of constant coefficients holds
+VE = df.Schedule.geometric(20, 0.1, 2.0)  # more levels than the cache of constant coefficients holds
 
 aten = torch.ops.aten
 WAITS = (aten._local_scalar_dense.default, aten.lift_fresh.default)  # .item(), torch.tensor(...)

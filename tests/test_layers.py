@@ -22,6 +22,7 @@ LAYERS = (
     ("schedule",),
     ("continuous",),
     ("primitives",),
+    ("dtensor",),
     ("ops",),
     ("library", "graphs"),
     ("samplers", "nn"),
@@ -30,8 +31,8 @@ LAYERS = (
     ("__main__",),
 )
 # A noise is named where it is read, as a type, and a schedule where a level is; why a library was not built is asked
-# of info when it is missing.
-NAMED_AS_TYPES = {("kernels", "noise"), ("kernels", "info"), ("coefficients", "schedule")}
+# of info when it is missing. The way of DTensors, which are made of all these, is imported when one is met.
+NAMED_AS_TYPES = {("kernels", "noise"), ("kernels", "info"), ("coefficients", "schedule"), ("routing", "dtensor")}
 BELOW = {name: k for k, line in enumerate(LAYERS) for name in line}
 
 

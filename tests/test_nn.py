@@ -133,7 +133,7 @@ def test_value_and_gradient(backend, predict, fresh, options):
 @pytest.mark.parametrize("predict", PREDICT)
 def test_variance_exploding_schedule(predict):
     x0, eps, t = make()
-    schedule = df.Schedule.geometric(0.1, 5.0, T)
+    schedule = df.Schedule.geometric(T, 0.1, 5.0)
     ours, theirs = Network(), Network()
     got = DenoisingLoss(schedule, predict)(ours, x0, eps, t.int())
     compare(got, plain(theirs, x0, eps, t, predict, schedule), ours, theirs)
@@ -152,7 +152,7 @@ def test_variance_exploding_schedule(predict):
 )
 def test_dtypes(predict, data, net, tolerance):
     """The network sees x_t rounded to its own dtype in both; sigma keeps away from 0, where score explodes."""
-    schedule = df.Schedule.geometric(0.5, 2.0, T)
+    schedule = df.Schedule.geometric(T, 0.5, 2.0)
     x0, _, t = make(dtype=data)
     ours, theirs, noise = Network(net), Network(net), df.Noise(4)
     eps = noise.normal(x0.shape, dtype=torch.float32)

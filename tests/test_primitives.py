@@ -396,3 +396,27 @@ def test_corrupt(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> No
             assert torch.equal(module_of(backend).corrupt(last, NOISE, thresholds, -2.0, 0.3), wanted)
     everything = torch.tensor([[0, 2**32]])
     assert (module_of(backend).corrupt(x * float("nan"), NOISE, everything, 0.0, 1.0) == 1).all()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_of_coefficients_pass_through_no_half(backend: str, compiled: bool) -> None:
+    """The gradient of pred is beyond fp16 here, those of the coefficients are sums that are not."""
+    noise = df.Noise(3)
+    pred, y = (torch.randn(2, 4096, generator=torch.Generator().manual_seed(k)).half() for k in (1, 2))
+    coefficients = [torch.tensor([0.6, 0.7], requires_grad=True), torch.tensor([0.8, 0.5], requires_grad=True)]
+    leaf = y.clone().requires_grad_()
+
+    def loss(pred: Tensor, leaf: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return 1e8 * df.residual_loss(pred, (a, leaf), (b, noise))
+
+    run = torch.compile(loss, backend="aot_eager") if compiled else loss
+    found = torch.autograd.grad(run(pred, leaf, *coefficients), (*coefficients, leaf))
+    wide = [c.detach().double().requires_grad_() for c in (*coefficients, leaf)]
+    eps = noise.normal(pred.shape, dtype=torch.float64)
+    r = pred.double() - wide[0][:, None] * wide[2] - wide[1][:, None] * eps
+    right = torch.autograd.grad(1e8 * r.square().mean(), wide)
+    for f, e in zip(found[:2], right[:2], strict=True):
+        torch.testing.assert_close(f.double(), e, rtol=2e-6, atol=0)
+    inside = right[2].abs() < 65000
+    assert 0 < inside.logical_not().sum() < 1000
+    torch.testing.assert_close(found[2].double()[inside], right[2][inside], rtol=2**-10, atol=1e-3)

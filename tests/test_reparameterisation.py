@@ -133,8 +133,6 @@ def test_a_divergence_that_is_not_used(backend: str, v: float, dtype: torch.dtyp
     wanted = 0.5 * math.exp(v / 2) * NOISE.normal((2, 5), dtype=torch.float64)
     (found,) = torch.autograd.grad(z.float().sum(), log_var, retain_graph=True)
     torch.testing.assert_close(found.double(), wanted, rtol=2 * torch.finfo(dtype).eps, atol=0)
-    if backend == "reference":  # there torch multiplies the two
-        return
     (found,) = torch.autograd.grad(z.float().sum() + 0 * kl.sum(), log_var)
     torch.testing.assert_close(found.double(), wanted, rtol=2 * torch.finfo(dtype).eps, atol=0)
 
@@ -240,3 +238,31 @@ def test_bad_input() -> None:
         df.reparameterise(mu.long(), mu, NOISE)
     with pytest.raises(TypeError, match="reparameterise: noise must be a Noise"):
         df.reparameterise(mu, mu, 3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("log_var", [90.0, 178.0, 1500.0])
+def test_what_a_zero_multiplies_has_no_gradient(backend: str, log_var: float) -> None:
+    """0 * inf would be NaN: of a divergence that is weighed by 0, and of a z that is."""
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        mu = torch.full((2, 5), 0.5, dtype=dtype, requires_grad=True)
+        lv = torch.full((2, 5), log_var, dtype=dtype, requires_grad=True)
+        z, kl = df.reparameterise(mu, lv, df.Noise(0))
+        weights = torch.tensor([0.0, 1.0])
+        of_mu, of_lv = torch.autograd.grad((0 * z.sum(1) + weights * kl).sum(), (mu, lv))
+        assert torch.equal(of_mu, torch.tensor([[0.0], [0.5]], dtype=dtype).expand(2, 5))
+        assert torch.equal(of_lv[0], torch.zeros(5, dtype=dtype))
+        compute = torch.float64 if dtype == torch.float64 else torch.float32
+        right = (0.5 * torch.expm1(torch.tensor(log_var, dtype=torch.float64))).to(compute).to(dtype)
+        torch.testing.assert_close(of_lv[1], right.expand(5))
+
+
+def test_the_gradient_of_a_gradient_where_a_weight_is_0(backend: str) -> None:
+    """d/dw of d(w kl)/d log_var is (e^log_var - 1)/2 at w = 0, too."""
+    mu, lv = torch.zeros(2, 3, dtype=torch.float64), torch.full((2, 3), 0.7, dtype=torch.float64, requires_grad=True)
+    w, u = (torch.zeros(2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    z, kl = df.reparameterise(mu, lv, df.Noise(0))
+    (of_lv,) = torch.autograd.grad((w * kl + u * z.sum(1)).sum(), lv, create_graph=True)
+    of_w, of_u = torch.autograd.grad(of_lv.sum(), (w, u))
+    torch.testing.assert_close(of_w, torch.full((2,), 3 * 0.5 * math.expm1(0.7), dtype=torch.float64))
+    eps = df.Noise(0).normal((2, 3), dtype=torch.float64)
+    torch.testing.assert_close(of_u, 0.5 * math.exp(0.35) * eps.sum(1))

@@ -204,7 +204,7 @@ def test_langevin_steps(backend, noise_scale):
 @pytest.mark.parametrize("denoise", [False, True])
 def test_annealed_langevin_is_algorithm_1(backend, denoise):
     """Song and Ermon 2019: sigma_1 > ... > sigma_L, alpha_i = epsilon sigma_i^2 / sigma_L^2."""
-    schedule, x, noise, epsilon, steps = df.Schedule.geometric(0.1, 1.0, 4), start(3, 5), df.Noise(2), 1e-3, 3
+    schedule, x, noise, epsilon, steps = df.Schedule.geometric(4, 0.1, 1.0), start(3, 5), df.Noise(2), 1e-3, 3
 
     def score(x, t):
         assert t.shape == (3,) and t.dtype == torch.int64
@@ -227,7 +227,7 @@ def test_annealed_langevin_is_algorithm_1(backend, denoise):
 
 def test_variance_exploding_ancestral_step(backend):
     """Song et al. 2021 (SDE), eq. 47, the reverse of SMLD."""
-    schedule, x, noise = df.Schedule.geometric(0.1, 3.0, 5), start(3, 5), df.Noise(2)
+    schedule, x, noise = df.Schedule.geometric(5, 0.1, 3.0), start(3, 5), df.Noise(2)
     sigma = [0.0, *np.geomspace(0.1, 3.0, 5)]
     wanted = x
     for t in reversed(range(5)):
@@ -640,7 +640,7 @@ def test_stationary_variance_of_langevin():
 
 @pytest.mark.parametrize("denoise", [False, True])
 def test_annealed_langevin_on_a_mixture(denoise):
-    schedule, data = df.Schedule.geometric(0.2, 2.0, 10), Mixture(0.1, 9.0, 300)
+    schedule, data = df.Schedule.geometric(10, 0.2, 2.0), Mixture(0.1, 9.0, 300)
     sigma, ratio, steps = schedule.sigma.tolist(), 0.2, 100
 
     def score(x, t):
@@ -677,7 +677,7 @@ def two(x, t):
     return polynomial(x, t), 0.3 * x
 
 
-VE = df.Schedule.geometric(0.1, 2.0, 4)
+VE = df.Schedule.geometric(4, 0.1, 2.0)
 VP = df.ContinuousSchedule.vp(0.1, 5.0)
 SAMPLERS = {
     "langevin": lambda x, noise: langevin(lambda x: -0.5 * x, x, 0.1, 5, noise),

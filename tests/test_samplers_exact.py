@@ -35,7 +35,7 @@ from .test_graphs import Net, tapes  # noqa: F401  a fixture
 
 FOUR = 4.0  # standard errors; seeds are fixed
 VP = df.Schedule.linear(20, 0.005, 0.4)
-VE = df.Schedule.geometric(0.1, 3.0, 9)
+VE = df.Schedule.geometric(9, 0.1, 3.0)
 FLOW = df.Schedule.flow(12)
 GAUSSIAN = Gaussian([0.7, -0.3], [0.4, 1.2])
 MIXTURE = Mixture([0.5, 0.3, 0.2], [[-1.2, -0.7], [1.3, -0.4], [0.0, 1.6]], [[0.3, 0.3], [0.2, 0.4], [0.3, 0.15]])
@@ -142,7 +142,7 @@ def test_2m_starts_with_a_step_of_first_order():
 
 POINTS = 16, 128, 2
 EVEN = {kind: log_snr_levels(40, kind) for kind in ("vp", "ve", "flow")}
-NCSN = df.Schedule.geometric(0.05, 5.0, 10)
+NCSN = df.Schedule.geometric(10, 0.05, 5.0)
 EDM = df.ContinuousSchedule.edm(0.02, 50.0).discretise(40, rho=7)
 SDE = df.ContinuousSchedule.vp()
 SEED = df.Noise(7)

@@ -21,7 +21,7 @@ from .exact import Gaussian, Mixture, log_snr_levels
 from .test_samplers import FOUR, SCHEDULE, network, same, start
 
 N0 = df.Noise(0)
-KARRAS = df.Schedule.karras(0.02, 5.0, 9)
+KARRAS = df.Schedule.karras(9, 0.02, 5.0)
 FLOW = df.Schedule.flow(24)
 GAUSSIAN = Gaussian([0.7, -0.3, 0.1], [0.4, 1.3, 0.05])
 MIXTURE = Mixture([0.3, 0.7], [[-1.0, 0.5], [1.0, -0.5]], [[0.5], [0.7]])
@@ -68,7 +68,7 @@ def test_euler_is_euler(backend):
 def test_euler_ancestral_is_k_diffusions(backend, eta, noise_scale):
     """get_ancestral_step and sample_euler_ancestral, in x/alpha and sigma/alpha."""
     levels, noise = [19, 13, 6, 0], df.Noise(4)
-    for schedule in (SCHEDULE, df.Schedule.karras(0.02, 5.0, 20)):
+    for schedule in (SCHEDULE, df.Schedule.karras(20, 0.02, 5.0)):
         x, alpha = start(5, 7), schedule.alpha.tolist()
         ratio = (schedule.sigma / schedule.alpha).tolist()
         wanted = x / alpha[19]
@@ -300,7 +300,7 @@ def test_order_on_a_mixture(sampler, expected):
     x, errors = 5 * start(6, 2), []
     exact = solved(lambda x, sigma: MIXTURE.eps(x, 1.0, sigma), x, 5.0, 0.1)
     for steps in STEPS:
-        schedule = df.Schedule.karras(0.1, 5.0, steps)
+        schedule = df.Schedule.karras(steps, 0.1, 5.0)
         got = sampler(MIXTURE.network(schedule), x, schedule, N0, steps=steps)
         errors.append(far(got, MIXTURE.x0(exact, 1.0, 0.1)))
     assert order(STEPS, errors) == pytest.approx(expected, abs=0.15)
@@ -362,7 +362,7 @@ def test_probability_flow_comes_to_the_data():
 def test_churn_on_gaussian_data():
     """Every step is affine in x and z, so mean and variance follow from algorithm 2; and they come to the data's."""
     mean, std, options = 0.7, 0.4, {"S_churn": 20.0, "S_tmin": 0.05, "S_tmax": 10.0, "S_noise": 1.0}
-    schedule = df.Schedule.karras(0.01, 20.0, 80)
+    schedule = df.Schedule.karras(80, 0.01, 20.0)
     sigmas = schedule.sigma.flip(0).tolist()
 
     def denoiser(x, sigma):

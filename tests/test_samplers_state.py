@@ -128,7 +128,7 @@ def test_an_estimate_beyond_half_precision():
         lambda keep: samplers.annealed_langevin(
             lambda x, t: keep(x),
             torch.full((1, 1), 5.0),
-            df.Schedule.geometric(0.1, 1.0, 2),
+            df.Schedule.geometric(2, 0.1, 1.0),
             N0,
             step_size=1e-2,
             steps_per_level=2,

@@ -92,7 +92,7 @@ def test_published_values():
 
 @pytest.mark.parametrize("low, high, T", [(0.01, 1.0, 10), (0.01, 50.0, 232), (0.3, 0.3, 3), (0.5, 2.0, 1)])
 def test_geometric(low, high, T):
-    schedule = df.Schedule.geometric(low, high, T)
+    schedule = df.Schedule.geometric(T, low, high)
     low_, high_ = mp.mpf(low), mp.mpf(high)
     close(schedule.sigma, [low_ * (high_ / low_) ** (mp.mpf(t) / max(T - 1, 1)) for t in range(T)], 1e-13)
     assert (schedule.alpha == 1).all()
@@ -103,7 +103,7 @@ def test_geometric(low, high, T):
 
 @pytest.mark.parametrize("low, high, T, rho", [(0.002, 80.0, 18, 7.0), (0.1, 3.0, 5, 1.0), (0.5, 2.0, 1, 3.0)])
 def test_karras(low, high, T, rho):
-    schedule = df.Schedule.karras(low, high, T, rho)
+    schedule = df.Schedule.karras(T, low, high, rho)
     # Eq. 5 of Karras et al. 2022, whose step 0 is the noisiest.
     first, last, power = mp.mpf(high) ** (1 / mp.mpf(rho)), mp.mpf(low) ** (1 / mp.mpf(rho)), mp.mpf(rho)
     steps = [(first + mp.mpf(i) / max(T - 1, 1) * (last - first)) ** power for i in range(T)]
@@ -262,19 +262,20 @@ def test_schedule_of_own_columns_keeps_a_copy():
             lambda: df.Schedule(torch.ones(2), torch.ones(2), times=torch.tensor([0.2, float("nan")])),
             "Schedule: times must be finite",
         ),
-        (lambda: df.Schedule.geometric(0.0, 1.0), "needs 0 < sigma_min <= sigma_max"),
-        (lambda: df.Schedule.geometric(2.0, 1.0), "needs 0 < sigma_min <= sigma_max"),
+        (lambda: df.Schedule.geometric(10, 0.0, 1.0), "needs 0 < sigma_min <= sigma_max"),
+        (lambda: df.Schedule.geometric(10, 2.0, 1.0), "needs 0 < sigma_min <= sigma_max"),
         (lambda: df.Schedule.sigmoid(0), "Schedule.sigmoid: T must be a positive int, got 0"),
         (lambda: df.Schedule.sigmoid(9, 1, -1), r"sigmoid\(9, 1, -1, 1.0, 0.999\): needs start < end and tau > 0"),
         (lambda: df.Schedule.sigmoid(9, tau=0), r"sigmoid\(9, -3.0, 3.0, 0, 0.999\): needs start < end and tau > 0"),
         (lambda: df.Schedule.sigmoid(9, tau=float("nan")), "Schedule.sigmoid: tau must be finite, got nan"),
+        (lambda: df.Schedule.geometric(0.01, 1.0, 10), "Schedule.geometric: T must be a positive int, got 0.01"),
         (
-            lambda: df.Schedule.karras(0.0),
-            r"karras\(0.0, 80.0, 18, 7.0\): needs 0 < sigma_min <= sigma_max and rho > 0",
+            lambda: df.Schedule.karras(sigma_min=0.0),
+            r"karras\(18, 0.0, 80.0, 7.0\): needs 0 < sigma_min <= sigma_max and rho > 0",
         ),
-        (lambda: df.Schedule.karras(2.0, 1.0), "needs 0 < sigma_min <= sigma_max and rho > 0"),
-        (lambda: df.Schedule.karras(rho=-7), r"karras\(0.002, 80.0, 18, -7\): needs 0 < sigma_min"),
-        (lambda: df.Schedule.karras(rho=1e-3), r"karras\(0.002, 80.0, 18, 0.001\): sigma must be finite"),
+        (lambda: df.Schedule.karras(18, 2.0, 1.0), "needs 0 < sigma_min <= sigma_max and rho > 0"),
+        (lambda: df.Schedule.karras(rho=-7), r"karras\(18, 0.002, 80.0, -7\): needs 0 < sigma_min"),
+        (lambda: df.Schedule.karras(rho=1e-3), r"karras\(18, 0.002, 80.0, 0.001\): sigma must be finite"),
         (lambda: df.Schedule.karras(sigma_max=float("inf")), "Schedule.karras: sigma_max must be finite, got inf"),
         (lambda: df.Schedule.karras(T=0), "Schedule.karras: T must be a positive int, got 0"),
         (lambda: df.Schedule.laplace(0), "Schedule.laplace: T must be a positive int, got 0"),
@@ -458,7 +459,7 @@ def test_zero_terminal_snr_is_that_of_diffusers():
 def test_karras_sigmas_are_those_of_diffusers():
     edm = pytest.importorskip("diffusers").EDMEulerScheduler(sigma_min=0.01, sigma_max=50.0, rho=5.0)
     theirs = edm._compute_karras_sigmas(torch.linspace(0, 1, 30, dtype=torch.float64))
-    close(df.Schedule.karras(0.01, 50.0, 30, 5.0).sigma, theirs.flip(0).tolist(), 1e-13)
+    close(df.Schedule.karras(30, 0.01, 50.0, 5.0).sigma, theirs.flip(0).tolist(), 1e-13)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 0.5])

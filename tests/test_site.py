@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -23,6 +24,7 @@ PAGES = {
     "api/index.html": "x_t = alpha * x0 + sigma * eps",
     "vocabulary/index.html": "Parameterisations",
     "numerics/index.html": "The same bits everywhere",
+    "scale/index.html": "Shards by samples",
     "performance/index.html": "When it pays.",
 }
 
@@ -47,6 +49,40 @@ def test_a_page_opens(site: Path, page: str) -> None:
     shown = browse("--dump-dom", f"file://{site / page}")
     assert PAGES[page] in shown
     assert "md-content" in shown  # the theme's styles and script are there
+
+
+@pytest.mark.parametrize(
+    "code, wanted",
+    [
+        ("alpha*x0 + sigma*eps", r"\alpha\,x_0 + \sigma\,\varepsilon"),
+        ("alpha = 1; sigma = a*(b - c)^(i/2)", r"\alpha = 1,\quad \sigma = a\,\left(b - c\right)^{\frac{i}{2}}"),
+        ("-p0 - (a - b)", r"-p_{0} - \left(a - b\right)"),
+        ("2^(-i)", "2^{-i}"),
+    ],
+)
+def test_code_as_latex(code: str, wanted: str) -> None:
+    assert formulas().latex(code) == wanted
+
+
+@pytest.mark.parametrize("code", ["df.add_noise", "x", "mask=", "f(x)", "0.1 if a else b", '"eps"'])
+def test_what_is_no_formula_stays_code(code: str) -> None:
+    page = f"<p><code>{code}</code></p>"
+    assert formulas().typeset(page, code=True) == page
+
+
+def test_formulas_are_typeset_without_a_script(site: Path) -> None:
+    page = (site / "vocabulary" / "index.html").read_text()
+    assert page.count("<math") > 80 and "\\(" not in page and 'class="arithmatex"' not in page
+    assert "<msqrt>" in page and "mathjax" not in page.lower() and "katex" not in page.lower()
+
+
+def formulas() -> ModuleType:
+    pytest.importorskip("latex2mathml")
+    spec = spec_from_file_location("formulas", ROOT / "docs" / "formulas.py")
+    assert spec and spec.loader
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_the_pictures_of_the_benchmark_are_shown(site: Path, tmp_path: Path) -> None:

@@ -148,6 +148,18 @@ def test_schedules(cells: list[str]) -> None:
     check_columns(schedule, cells[1], i=i, u=(i + 1) / T, **arguments)
 
 
+@pytest.mark.parametrize("cells", rows("density"), ids=lambda c: c[0])
+def test_densities(cells: list[str]) -> None:
+    name = re.search(r"df\.(\w+)", cells[0])
+    assert name
+    density = getattr(df, name[1])(*((0.2, 0.7) if name[1] == "Uniform" else ()))
+    stream, B = df.Noise(5), 9
+    u = (stream.bits((B,)).double().numpy() + 0.5) / 2**32
+    z = stream.normal((B,), dtype=torch.float64).numpy()
+    made = density(stream, B, torch.device("cpu"))
+    np.testing.assert_allclose(made, formula(cells[1], u=u, z=z, **vars(density)), rtol=1e-12)
+
+
 def check_columns(schedule: df.Schedule, cell: str, **values: Any) -> None:
     made = evaluated(cell, **values)
     if "alpha_bar" in made:
@@ -180,7 +192,7 @@ def test_continuous_schedules(line: str) -> None:
     np.testing.assert_allclose(schedule.alpha(t), np.broadcast_to(made["alpha"], 9), rtol=1e-9)
     np.testing.assert_allclose(schedule.sigma(t), np.broadcast_to(made["sigma"], 9), rtol=1e-9)
     density = type(schedule.density).__name__
-    assert drawn.startswith("uniform" if density == "Uniform" else f"`{density}(")
+    assert drawn.startswith("uniform" if density == "Uniform" else f"`df.{density}(")
 
 
 @pytest.mark.parametrize("cells", rows("kind"), ids=lambda c: c[0])

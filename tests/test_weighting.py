@@ -18,7 +18,7 @@ from .test_compile import Recorder
 
 T = 50
 SCHEDULE = df.Schedule.linear(T, 1e-3, 0.2)
-EXPLODING = df.Schedule.geometric(0.05, 20.0, T)
+EXPLODING = df.Schedule.geometric(T, 0.05, 20.0)
 ZERO_TERMINAL = SCHEDULE.zero_terminal_snr()
 CLEAN_FIRST = df.Schedule.from_betas([0.0, 0.1, 0.2])
 EVERY = (*MIXES, df.EDM(0.5), df.EDM(1.0))

@@ -110,12 +110,14 @@ struct Whole {
     __device__ __forceinline__ void write(int k, const Pack<T, N>& pack) const { store_pack(at_[k], pack); }
     __device__ __forceinline__ void read_mask(int k, Bytes<N>& kept) const {
       const uint8_t* from = static_cast<const uint8_t*>(whole_->data[k]) + (at_[0] - static_cast<T*>(whole_->data[0]));
-      if constexpr (N == 16)
+      if constexpr (N == 16) {
         memcpy(kept.word, load_pack<uint8_t, N>(from).word, sizeof(kept));
-      else if constexpr (N == 8)
-        memcpy(kept.word, reinterpret_cast<const uint2*>(from), sizeof(kept));
-      else
-        memcpy(kept.word, reinterpret_cast<const uint32_t*>(from), sizeof(kept));
+      } else if constexpr (N == 8) {
+        const uint2 two = *reinterpret_cast<const uint2*>(from);  // a memcpy would load byte by byte
+        kept.word[0] = two.x, kept.word[1] = two.y;
+      } else {
+        kept.word[0] = *reinterpret_cast<const uint32_t*>(from);
+      }
     }
 
     int g;  // the group's number within the unit

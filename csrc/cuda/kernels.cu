@@ -78,7 +78,7 @@ __device__ __forceinline__ void map_group(const int* columns, const R* c, const 
 // As few as leave no value in local memory, where more threads were seen to pay (docs/notes.md).
 template <bool kFresh, int kInputs>
 constexpr int map_registers() {
-  if (sizeof(T) == 8) return kInputs == kAnyInputs ? 128 : 80;
+  if (sizeof(T) == 8) return kInputs == kAnyInputs || kInputs > 2 ? 128 : 80;
   if (kInputs == kAnyInputs || kInputs > 3) return 80;
   return kFresh && kInputs <= 1 ? 48 : 64;
 }
@@ -441,7 +441,7 @@ struct GaussianParams : Rows {
 };
 
 template <class Access>
-__global__ void __launch_bounds__(kThreads, blocks_of(sizeof(T) == 8 ? 128 : 80))
+__global__ void __launch_bounds__(kThreads, blocks_of(sizeof(T) == 8 ? 160 : 80))
     gaussian_kernel(const __grid_constant__ GaussianParams p, const __grid_constant__ Access access) {
   using Cursor = typename Access::template Cursor<T>;
   constexpr int N = Cursor::N;

@@ -19,6 +19,8 @@ from .._torch import constant_result
 from ..profiling import Named, listening
 from . import reference
 
+__all__ = ["backend_names", "use_backend"]
+
 NAMES = ("reference", "native", "triton")
 _loaded: dict[str, tuple[ModuleType | None, str]] = {}
 _forced: str | None = None

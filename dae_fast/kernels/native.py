@@ -177,8 +177,8 @@ def residual(spec: Loss, operands: Residual, rows: Rows, wanted: Wanted) -> Foun
     kept, weight = None, wanted.weight
     if mask is not None:
         kept = torch.empty(pred.shape[0], dtype=torch.float64, device=device)
-        unless_one = None if wanted.made is None else wanted.upstream
-        _core.mask_count(pred if in_memory is None else in_memory, *drawn, unless_one, kept, sums, counter)
+        upstream = None if wanted.made is None else wanted.upstream  # 1: what was made stands, and no counts are needed
+        _core.mask_count(pred if in_memory is None else in_memory, *drawn, upstream, kept, sums, counter)
     if weight is not None:
         weight = (weight if weight.dtype in (torch.float32, torch.float64) else weight.float()).contiguous()
     factors, results = (kept, weight, wanted.upstream), (means, loss, wanted.also, grad)

@@ -7,6 +7,7 @@ every gradient, transform and device that torch has.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -285,10 +286,27 @@ def gaussian(mu: Tensor, log_var: Tensor, eps: Tensor | None, noise: Noise | Non
     wide, log_variance = mu.to(compute), log_var.to(compute)
     if noise is not None:
         eps = noise_like(noise, mu)
-    scale = torch.exp(0.5 * log_variance)
+    scale = finite_slope(torch.exp, 0.5 * log_variance)
     z = wide if eps is None else wide + scale * eps.to(compute)
     kl = 0.5 * (wide.square() + exponential_rest(log_variance))
     return z.to(mu.dtype), per_sample_sum(kl)
+
+
+def finite_slope(exponential: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """exp or expm1, whose gradient is 0 where nothing comes back: where it overflows torch has 0 * inf, NaN.
+
+    There it is the square of e^(x/2), so that no factor is infinite alone. Not an autograd.Function, which forward
+    mode cannot take inside torch's dispatcher.
+    """
+    limit = 0.999 * math.log(torch.finfo(x.dtype).max)
+    far = x > limit
+    half = torch.exp(torch.where(far, x - (x - 1.9 * limit).clamp(min=0, max=1e30).detach(), 0.0) / 2)
+    return torch.where(far, half * half, exponential(torch.where(far, 0.0, x)))
+
+
+def times(g: Tensor, slope: Tensor) -> Tensor:
+    """A gradient through a slope that may not be finite: 0 stays 0."""
+    return torch.where((g == 0) & ~slope.isfinite(), 0, g * slope)
 
 
 def exponential_rest(x: Tensor) -> Tensor:
@@ -297,7 +315,7 @@ def exponential_rest(x: Tensor) -> Tensor:
     series = torch.zeros_like(x)
     for k in range(23, 1, -1):
         series = series * inside + 1 / math.factorial(k)
-    return torch.where(x.abs() < 2, inside * inside * series, torch.expm1(x) - x)
+    return torch.where(x.abs() < 2, inside * inside * series, finite_slope(torch.expm1, x) - x)
 
 
 def gaussian_grad(
@@ -316,12 +334,11 @@ def gaussian_grad(
         e = noise_like(noise, mu) if noise is not None else eps
         assert e is not None
         of_mu = z_grad.to(compute)
-        of_log_var = torch.where(of_mu == 0, 0, 0.5 * of_mu * torch.exp(0.5 * log_variance)) * e.to(compute)
+        of_log_var = 0.5 * times(of_mu, torch.exp(0.5 * log_variance)) * e.to(compute)
     if kl_grad is not None:
         each = kl_grad.reshape(-1, *[1] * (mu.dim() - 1))
-        unused = each == 0
-        of_mu = of_mu + torch.where(unused, 0, each * mean)
-        of_log_var = of_log_var + torch.where(unused, 0, 0.5 * each * torch.expm1(log_variance))
+        of_mu = of_mu + times(each, mean)
+        of_log_var = of_log_var + times(0.5 * each, torch.expm1(log_variance))
     return of_mu.to(mu.dtype), of_log_var.to(mu.dtype)
 
 

@@ -13,6 +13,8 @@ from ..coefficients import Level, level_for
 from ..primitives import ESTIMATE, LevelOp
 from .parameterisation import EDM, MIXES, Coefficients, Parameterisation, check_name, conversion
 
+__all__ = ["convert", "to_eps", "to_score", "to_v", "to_x0"]
+
 Bounds = float | tuple[float, float]
 
 
@@ -102,7 +104,7 @@ def _convert(
     return _conversion(op, predict, to, limits is not None).run(level, (x_t, pred), limits)
 
 
-def _conversion(op: str, predict: Parameterisation, to: Parameterisation, clamped: bool) -> LevelOp:
+def _conversion(op: str, predict: Parameterisation, to: Parameterisation, clamped: bool) -> LevelOp[Tensor]:
     if not isinstance(predict, EDM) and not isinstance(to, EDM):
         named = _NAMED.get((op, predict, to, clamped)) if isinstance(predict, str) else None
         if named is not None:
@@ -111,7 +113,7 @@ def _conversion(op: str, predict: Parameterisation, to: Parameterisation, clampe
     return _made(op, predict, to, clamped) if is_dynamo_compiling() else _kept(op, predict, to, clamped)
 
 
-def _made(op: str, predict: Parameterisation, to: Parameterisation, clamped: bool) -> LevelOp:
+def _made(op: str, predict: Parameterisation, to: Parameterisation, clamped: bool) -> LevelOp[Tensor]:
     """Of x_t and pred; between eps and score x_t is checked, and neither read nor given a gradient."""
     check_name(op, "predict", predict)
     if clamped:

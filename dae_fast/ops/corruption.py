@@ -13,21 +13,25 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import checks
 from .._torch import DirectFunction, batchable
 from ..checks import as_number, can_read, check_per_sample, samples
-from ..coefficients import seen, stack_rows
+from ..coefficients import changing, seen, stack_rows
 from ..kernels import reference
 from ..kernels.dispatch import kernels
 from ..kernels.spec import on_device
 from ..noise import Noise
 from ..primitives.masks import Drawn
-from ..routing import Route, route, wants_grad
+from ..routing import Route, on_mesh, route, wants_grad
+
+__all__ = ["Masking", "PatchMask", "SaltAndPepper", "corrupt", "patch_mask"]
 
 # Streams of their own, so that what is struck does not depend on the normals of the same noise.
 MASK_TAG = 0x6D61736B  # "mask"
 PATCH_TAG = 0x7061746368  # "patch"
+USUAL = (0.0, 0.0), (0.0, 1.0)  # what struck elements become by default
 
 
 class Corruption:
@@ -162,6 +166,8 @@ def corrupt(x: Tensor, corruption: Masking | SaltAndPepper, value: float = 0.0) 
 
 def _replaced(op: str, x: Tensor, noise: Noise, thresholds: Tensor, low: float, high: float) -> Tensor:
     """x with `low` where its word is below the first threshold of its row, `high` where below the second."""
+    if (mesh := on_mesh(x)) is not None:
+        return mesh.replaced(_replaced, op, x, noise, thresholds, low, high)
     if not noise._whole_blocks(math.prod(x.shape[1:])):
         words = noise.bits(x.shape, device=x.device)
         first, second = (reference.row_of(on_device(thresholds, x.device), k, x) for k in (0, 1))
@@ -173,8 +179,14 @@ def _replaced(op: str, x: Tensor, noise: Noise, thresholds: Tensor, low: float, 
         if wants_grad(x):
             return _Replaced.apply(x, thresholds, (op, noise, low, high))
         return kernels(x, op).corrupt(x, noise, thresholds, (low, high))
-    replaced: Tensor = torch.ops.dae_fast.corrupt(x, thresholds, *noise._flat(), low, high, op)
-    return replaced
+    fixed = not is_compiling() or (low, high) in USUAL
+    given, values = (x, (low, high)) if fixed else (x.new_zeros(()).expand(x.shape), (1.0, 2.0))
+    replaced: Tensor = torch.ops.dae_fast.corrupt(given, thresholds, *noise._flat(), *values, op)
+    if fixed:
+        return replaced
+    # The op's own values are constants of a graph, which would be another for each of them.
+    pepper, salt = (changing(value, x).to(x.dtype) for value in (low, high))
+    return torch.where(replaced == 1, pepper, torch.where(replaced == 2, salt, x))
 
 
 class _Replaced(DirectFunction):

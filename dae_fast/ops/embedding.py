@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import checks
-from ..checks import DTYPES
+from ..checks import DTYPES, Array
+from ..coefficients import changing
 from ..noise import Noise
-from ..routing import wants_grad
+from ..routing import beside, wants_grad
+
+__all__ = ["fourier_embedding", "timestep_embedding"]
 
 
 def timestep_embedding(
-    t: Tensor,
+    t: Tensor | Array,
     dim: int,
     *,
     max_period: float = 10000.0,
@@ -35,6 +39,7 @@ def timestep_embedding(
     appendix B.
     """
     op = "timestep_embedding"
+    t = checks.as_tensor(t)
     if not isinstance(t, Tensor):
         raise TypeError(f"{op}: t must be a tensor (B,), got {type(t).__name__}")
     if t.dim() != 1 or t.dtype == torch.bool or t.is_complex():
@@ -46,8 +51,10 @@ def timestep_embedding(
     if half < 1 or half <= freq_shift:
         raise ValueError(f"{op}: dim // 2 must be at least 1 and above freq_shift ({freq_shift}), got dim = {dim}")
     i = torch.arange(half, dtype=torch.float64, device=t.device)
-    frequencies = torch.exp(i * (-math.log(max_period) / (half - freq_shift)))
-    return _waves(op, t.double()[:, None] * frequencies, dim, flip, out, t)
+    period: Any = changing(max_period, t)
+    log = period.log() if isinstance(period, Tensor) else math.log(period)
+    frequencies = torch.exp(i * (-log / (half - freq_shift)))
+    return _waves(op, t.double()[:, None] * beside(frequencies, t), dim, flip, out, t)
 
 
 def fourier_embedding(
@@ -75,7 +82,7 @@ def fourier_embedding(
     noise._check(op, columns.shape[1], x.device)
     W = noise.normal((columns.shape[1], dim // 2), dtype=torch.float64, device=x.device)
     # Not a product of matrices, which torch may run in tf32 or bf16.
-    angle = (columns[:, :, None] * W).sum(1) * (2 * math.pi * scale)
+    angle = (columns[:, :, None] * beside(W, x)).sum(1) * (2 * math.pi * scale)
     return _waves(op, angle, dim, flip, out, x)
 
 

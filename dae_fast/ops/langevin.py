@@ -9,6 +9,8 @@ from ..checks import as_number, can_read, check_per_sample, samples
 from ..noise import Noise
 from ..primitives import summed
 
+__all__ = ["langevin_step"]
+
 
 def langevin_step(
     x: Tensor,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling, is_dynamo_compiling
 
-from ..checks import as_number, can_read, check_per_sample, flag, like, promote, samples
+from ..checks import as_number, can_read, flag, like, per_sample, promote, samples
 from ..coefficients import Formula, Level, gather, is_one, leading, level_for, stack_rows, value_at
 from ..kernels import spec as specs
 from ..kernels.spec import ABSENT, Kind, Loss, Residual, Rows, compute_dtype, loss_of
@@ -19,11 +19,14 @@ from ..noise import Noise, noise_for
 from ..primitives import kind_of, loss_of_rows, mask_of, reduction_of, weighted_sum
 from ..primitives.masks import Drawn, Mask, kept_elements
 from ..primitives.residuals import Summed, Weighed, plain_residual_loss
+from ..routing import beside
 from ..schedule import Schedule
 from .noising import operands
 from .parameterisation import Parameterisation, check_name, error_ratio, errors, mix
 from .structured import StructuredNoise
 from .weighting import Weight, Weighting, by_errors, weight_for
+
+__all__ = ["denoising_loss", "noise_mse"]
 
 Reduction = Literal["mean", "sum", "none"]
 KindName = Literal["mse", "l1", "huber", "pseudo_huber"]
@@ -122,7 +125,8 @@ def noise_mse(
         return loss
     if level is None:
         raise ValueError(f"{op}: return_x0_mse needs level")
-    return loss, mse * error_factor(op, "eps", "x0", level, pred, mse.dtype).reshape(-1, *mse.shape[1:])
+    factor = error_factor(op, "eps", "x0", level, pred, mse.dtype).reshape(-1, *mse.shape[1:])
+    return loss, mse * beside(factor, mse)
 
 
 @overload
@@ -222,6 +226,7 @@ def denoising_loss(
         w = torch.exp(-u) if w is None else w * torch.exp(-u)
     loss, per_sample, _ = against_target(op, pred, x0, noise, level, columns, w, chosen, how, kind, delta)
     if u is not None:
+        u = beside(u, loss)
         if reduction == "mean":
             loss = loss + u.mean().to(loss.dtype)
         else:
@@ -460,7 +465,7 @@ def _log_variance(op: str, u: Tensor, pred: Tensor) -> Tensor:
     """(B,) float64: x0 may be wider than pred."""
     if not isinstance(u, Tensor):
         raise TypeError(f"{op}: log_variance must be a tensor (B,), got {type(u).__name__}")
-    check_per_sample(op, "log_variance", u, pred)
+    u = per_sample(op, "log_variance", u, pred)
     if u.dim() > 1:
         raise ValueError(f"{op}: log_variance must have shape ({pred.shape[0]},), got {tuple(u.shape)}")
     return u.double().expand(pred.shape[0])
@@ -473,7 +478,7 @@ def loss_weight(
     if weight is not None:
         if not isinstance(weight, Tensor):
             raise TypeError(f"{op}: weight must be a tensor (B,), got {type(weight).__name__}")
-        check_per_sample(op, "weight", weight, pred)
+        weight = per_sample(op, "weight", weight, pred)
         weight = weight.expand(pred.shape[:1]) if is_one(weight) else weight
     if level_weight is None:
         return weight

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Any
+from typing import Any, overload
 
 from torch import Tensor
 from torch.compiler import is_compiling, is_dynamo_compiling
@@ -17,9 +17,31 @@ from ..routing import wants_grad
 from .parameterisation import Parameterisation, check_name, mix
 from .structured import StructuredNoise
 
+__all__ = ["add_noise"]
+
 PERTURBATION_TAG = 0x7869  # "xi"; the input perturbation's stream
 
 
+@overload
+def add_noise(
+    x0: Tensor,
+    noise: Noise | Tensor | StructuredNoise,
+    level: Level,
+    *,
+    target: None = None,
+    perturbation: float | None = None,
+    out: Tensor | None = None,
+) -> Tensor: ...
+@overload
+def add_noise(
+    x0: Tensor,
+    noise: Noise | Tensor | StructuredNoise,
+    level: Level,
+    *,
+    target: Parameterisation,
+    perturbation: float | None = None,
+    out: None = None,
+) -> tuple[Tensor, Tensor]: ...
 def add_noise(
     x0: Tensor,
     noise: Noise | Tensor | StructuredNoise,
@@ -88,12 +110,12 @@ def operands(
     return y, generated, 1.0, 1.0
 
 
-def _mixture(target: Parameterisation | None, of_y: float, of_eps: float) -> LevelOp:
+def _mixture(target: Parameterisation | None, of_y: float, of_eps: float) -> LevelOp[Any]:
     """x_t, and perhaps the target, of x0, a tensor y and a Noise eps: the noise is of_y*y + of_eps*eps, 0 for none."""
     return _made_mixture(target, of_y, of_eps) if is_dynamo_compiling() else _kept_mixture(target, of_y, of_eps)
 
 
-def _made_mixture(target: Parameterisation | None, of_y: float, of_eps: float) -> LevelOp:
+def _made_mixture(target: Parameterisation | None, of_y: float, of_eps: float) -> LevelOp[Any]:
     def parts(p0: Any, p1: Any) -> dict[str, Any]:
         shares = {name: p1 * factor for name, factor in (("noise", of_y), ("eps", of_eps)) if factor}
         return {"x0": p0, **shares}
@@ -120,7 +142,7 @@ def _perturbed(x_t: Tensor, noise: Noise, level: Level, gamma: float) -> Tensor:
     return perturb.run(level, given, None, x_t if in_place else None)
 
 
-def _made_perturbation(gamma: float) -> LevelOp:
+def _made_perturbation(gamma: float) -> LevelOp[Tensor]:
     return LevelOp("add_noise", lambda alpha, sigma: {"x_t": 1.0, "xi": sigma * gamma})
 
 

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ..schedule import finite_numbers
 
+__all__ = ["EDM"]
+
 Coefficients = Callable[[Any, Any], tuple[Any, ...]]  # of (alpha, sigma)
 
 

@@ -12,13 +12,16 @@ from torch.func import vjp
 
 from .. import checks
 from ..checks import as_number, can_read, function, integer
-from ..coefficients import stack_rows
+from ..coefficients import changing, stack_rows
 from ..kernels.reference import per_sample_sum
 from ..kernels.spec import ABSENT, Kind, Residual, compute_dtype, loss_of
 from ..noise import Noise
 from ..primitives import loss_of_rows, reduction_of
 from ..primitives.residuals import plain_residual_loss
+from ..routing import on_mesh
 from .losses import SUMMED, Reduction
+
+__all__ = ["contraction", "kl_sparsity", "l1_penalty", "sigmoid_contraction"]
 
 _ALONE = (1.0, 0.0, 0.0)  # a residual's row: against nothing
 _COLUMNS = (ABSENT,) * 6
@@ -69,9 +72,12 @@ def kl_sparsity(h: Tensor, rate: float = 0.05) -> Tensor:
         raise ValueError(f"{op}: h must lie in (0, 1), got a unit whose mean is {float(rho[outside][0].detach())}")
     info = torch.finfo(rho.dtype)
     rho = torch.where(outside, torch.nan, rho).clamp(info.tiny, 1 - info.eps / 2)
-    active = rate * (math.log(rate) - rho.log())
-    inactive = (1 - rate) * (math.log1p(-rate) - (-rho).log1p())
-    return _total((active + inactive).reshape(-1), rho.dtype)
+    at: Any = changing(rate, rho)
+    log, log1p = (torch.log, torch.log1p) if isinstance(at, Tensor) else (math.log, math.log1p)
+    active = at * (log(at) - rho.log())
+    inactive = (1 - at) * (log1p(-at) - (-rho).log1p())
+    each = active + inactive
+    return _total(each.reshape(-1), rho.dtype) if can_read(each) else each.sum()
 
 
 def _total(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -130,6 +136,8 @@ def contraction(
     function(op, "f", f)
     if not isinstance(noise, Noise):
         raise TypeError(f"{op}: noise must be a Noise, got {type(noise).__name__}")
+    if on_mesh(x) is not None:
+        raise NotImplementedError(f"{op}: x must be no DTensor: f's vector-Jacobian product is torch.func's")
     samples = integer(op, "samples", samples)
     if samples < 1:
         raise ValueError(f"{op}: samples must be at least 1, got {samples}")

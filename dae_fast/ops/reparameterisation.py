@@ -15,7 +15,9 @@ from ..kernels import reference
 from ..kernels.dispatch import kernels
 from ..kernels.spec import compute_dtype
 from ..noise import FlatNoise, Noise, noise_for
-from ..routing import Route, route, wants_grad
+from ..routing import Route, on_mesh, route, wants_grad
+
+__all__ = ["reparameterise"]
 
 
 def reparameterise(mu: Tensor, log_var: Tensor, noise: Noise | Tensor) -> tuple[Tensor, Tensor]:
@@ -32,6 +34,8 @@ def reparameterise(mu: Tensor, log_var: Tensor, noise: Noise | Tensor) -> tuple[
     like(op, "log_var", log_var, "mu", mu)
     eps, generated = noise_for(op, noise, mu, "mu")
     mu, log_var, eps = promote(mu, log_var, eps)
+    if (mesh := on_mesh(mu, log_var, eps)) is not None:
+        return mesh.gaussian(reparameterise, op, mu, log_var, eps if generated is None else generated)
     if generated is not None and not generated._whole_blocks(math.prod(mu.shape[1:])):
         dtype = compute_dtype(mu.dtype)
         eps = generated.normal(mu.shape, dtype=dtype, device=mu.device)

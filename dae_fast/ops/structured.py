@@ -16,6 +16,8 @@ from ..kernels.spec import compute_dtype
 from ..noise import Noise
 from ..primitives import summed
 
+__all__ = ["OffsetNoise", "PyramidNoise"]
+
 # Streams of the shared parts.
 OFFSET_TAG = 0x6F6666736574  # "offset"
 PYRAMID_TAG = 0x707972616D6964  # "pyramid"

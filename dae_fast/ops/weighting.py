@@ -18,10 +18,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..checks import check_per_sample
-from ..coefficients import Formula, Level, gather, is_one, value_at
+from ..checks import per_sample
+from ..coefficients import Formula, Level, changing, gather, is_one, value_at
 from ..schedule import finite_numbers
 from .parameterisation import Coefficients, Parameterisation, check_name, error_ratio, errors
+
+__all__ = ["EDM", "P2", "SNR", "Likelihood", "MinSNR", "OnError", "SoftMinSNR", "TruncatedSNR"]
 
 
 class Weighting(ABC):
@@ -94,10 +96,10 @@ class P2(Weighting):
     positive = ("k", "gamma")
 
     def __call__(self, eps_error: Tensor, x0_error: Tensor) -> Tensor:
-        snr = eps_error / x0_error
+        snr, gamma = eps_error / x0_error, changing(self.gamma, eps_error)
         # x0 without noise: the error of eps is infinite for each unit of that of x0, and so is the SNR.
-        noiseless = x0_error * snr ** (1 - self.gamma)
-        return torch.where(eps_error.isinf(), noiseless, eps_error / (self.k + snr) ** self.gamma)
+        noiseless = x0_error * snr ** (1 - gamma)
+        return torch.where(eps_error.isinf(), noiseless, eps_error / (self.k + snr) ** gamma)
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ def weight_for(
     if weight is None or (isinstance(weight, str) and weight == "uniform"):
         return None, None
     if isinstance(weight, Tensor):
-        check_per_sample(op, "weight", weight, pred)
+        weight = per_sample(op, "weight", weight, pred)
         return None, weight.expand(pred.shape[:1]) if is_one(weight) else weight
     found = check_weighting(op, weight)
     if level is None:
@@ -202,8 +204,7 @@ def check_weighting(op: str, weight: Any) -> Weighting | Likelihood | OnError | 
 
 def _of_error(op: str, weight: Function | Tensor, level: Level, pred: Tensor) -> Tensor:
     if isinstance(weight, Tensor):
-        check_per_sample(op, "weight", weight, pred)
-        return weight.double()
+        return per_sample(op, "weight", weight, pred).double()
     return value_at(op, "weight", weight, level, pred)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 
 from .. import checks
 from ..checks import as_number, check_per_sample, like, promote, samples
-from ..coefficients import Formula, Level, leading, level_for, stack_rows
+from ..coefficients import Formula, Level, changing, leading, level_for, stack_rows
 from ..kernels.spec import (
     ABSENT,
     KINDS,
@@ -45,7 +45,10 @@ from .residuals import Weighed
 from .residuals import residual_loss as residual
 from .sums import affine, affine_into, written
 
+__all__ = ["LevelOp", "clamped", "residual_loss", "weighted_sum"]
+
 Coefficient = float | Tensor
+Made = TypeVar("Made", Tensor, tuple[Tensor, Tensor], covariant=True)
 Term = tuple[Coefficient, Any]  # a coefficient, and a tensor, a Noise or what `clamped` returns
 ESTIMATE = "estimate"
 
@@ -107,7 +110,7 @@ def _made_plan(op: str, uses: tuple[Use, ...], estimate: Use | None, noise: int,
 _kept_plan = lru_cache(maxsize=512)(_made_plan)
 
 
-class LevelOp:
+class LevelOp(Generic[Made]):
     """An op over a schedule: a weighted sum whose coefficients are functions of the level, in one launch.
 
     name: for errors and profilers
@@ -126,6 +129,24 @@ class LevelOp:
 
     __slots__ = ("_clamped", "_estimate", "_plans", "_uses", "formula", "inputs", "name")
 
+    @overload
+    def __init__(
+        self: LevelOp[Tensor],
+        name: str,
+        coefficients: Callable[[Any, Any], dict[str, Any]],
+        *,
+        also: None = None,
+        estimate: Callable[[Any, Any], dict[str, Any]] | None = None,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: LevelOp[tuple[Tensor, Tensor]],
+        name: str,
+        coefficients: Callable[[Any, Any], dict[str, Any]],
+        *,
+        also: Callable[[Any, Any], dict[str, Any]],
+        estimate: Callable[[Any, Any], dict[str, Any]] | None = None,
+    ) -> None: ...
     def __init__(
         self,
         name: str,
@@ -166,7 +187,7 @@ class LevelOp:
 
     def __call__(
         self, level: Level, *, low: float = -math.inf, high: float = math.inf, out: Tensor | None = None, **inputs: Any
-    ) -> Any:
+    ) -> Made:
         """The result, like the first input, or two of them; low and high: of a clamped estimate."""
         missing = [n for n in self.inputs if n not in inputs]
         unknown = [n for n in inputs if n not in self.inputs]
@@ -174,7 +195,12 @@ class LevelOp:
             raise TypeError(f"{self.name}: inputs must be {', '.join(self.inputs)}, got {', '.join(inputs) or 'none'}")
         return self.run(level, tuple(inputs[n] for n in self.inputs), (low, high) if self._clamped else None, out)
 
-    def run(self, level: Level, given: tuple[Any, ...], bounds: Bounds | None = None, out: Tensor | None = None) -> Any:
+    def __repr__(self) -> str:
+        return f"LevelOp({self.name!r}: {', '.join(self.inputs)})"
+
+    def run(
+        self, level: Level, given: tuple[Any, ...], bounds: Bounds | None = None, out: Tensor | None = None
+    ) -> Made:
         """As a call, the inputs in their order."""
         noise = -1
         for k, value in enumerate(given):
@@ -305,6 +331,10 @@ def _terms(op: str, terms: Sequence[Any]) -> tuple[Term, ...]:
     return tuple(terms)
 
 
+@overload
+def weighted_sum(*terms: Term, also: None = None, out: Tensor | None = None) -> Tensor: ...
+@overload
+def weighted_sum(*terms: Term, also: Sequence[Coefficient], out: None = None) -> tuple[Tensor, Tensor]: ...
 def weighted_sum(*terms: Term, also: Sequence[Coefficient] | None = None, out: Tensor | None = None) -> Any:
     """c_0*x_0 + c_1*x_1 + ..., sample by sample, in one launch.
 
@@ -455,11 +485,14 @@ def _in_two_launches(op: str, parsed: _Parsed, x: Tensor, also: bool, out: Tenso
     pairs = [(u, v) for u, v in zip(parsed.uses, wide, strict=True) if u.out != ABSENT]
     pairs.append((parsed.estimate, estimate))
     terms = [(parsed.coefficients[u.out][1], v) for u, v in pairs]
-    made = weighted_sum(*terms, also=[parsed.coefficients[u.also][1] for u, _ in pairs] if also else None)
+    if also:
+        both = weighted_sum(*terms, also=[parsed.coefficients[u.also][1] for u, _ in pairs])
+        return tuple(t.to(dtype) for t in both)
+    made = weighted_sum(*terms)
     if out is not None:
         check_out(op, out, x=x)
         return out.copy_(made)
-    return tuple(t.to(dtype) for t in made) if also else made.to(dtype)
+    return made.to(dtype)
 
 
 def residual_loss(
@@ -496,7 +529,8 @@ def residual_loss(
     w = None if weight is None else check_per_sample(op, "weight", weight, pred)
     spec = loss_of(op, known, how, (*columns, ABSENT, ABSENT, ABSENT))
     if isinstance(w, float):
-        w = torch.full((), checks.number(op, "weight", w, "finite"), dtype=torch.float64, device=pred.device)
+        at = changing(checks.number(op, "weight", w, "finite"), pred)
+        w = at if isinstance(at, Tensor) else torch.full((), at, dtype=torch.float64, device=pred.device)
     rows = stack_rows(op, row, pred, compute_dtype(pred.dtype))
     return loss_of_rows(spec, Residual(pred, y, z, noise, mask_of(op, pred, mask)), rows, w, leading(*row, w))[0]
 

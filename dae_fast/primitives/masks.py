@@ -9,6 +9,7 @@ from torch import Tensor
 from ..kernels.reference import per_sample_sum, row_of
 from ..kernels.spec import on_device
 from ..noise import FlatNoise, Noise
+from ..routing import beside, on_mesh
 
 
 class Drawn(NamedTuple):
@@ -23,6 +24,8 @@ class Drawn(NamedTuple):
 
     def on(self, x: Tensor) -> Tensor:
         """As a bool tensor like x."""
+        if (mesh := on_mesh(x)) is not None:
+            return mesh.drawn(self, x)
         below = self.noise.bits(x.shape, device=x.device) < row_of(on_device(self.thresholds, x.device), 1, x)
         return ~below if self.kept else below
 
@@ -64,4 +67,4 @@ def kept_elements(pred: Tensor, mask: Mask) -> Tensor | int:
     B = pred.shape[0]
     if mask is None:
         return pred.numel() // B if B else 0
-    return per_sample_sum(mask.on(pred) if isinstance(mask, Drawn) else mask)
+    return per_sample_sum(mask.on(pred) if isinstance(mask, Drawn) else beside(mask, pred))

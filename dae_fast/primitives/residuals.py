@@ -19,9 +19,9 @@ from ..kernels.dispatch import kernels
 from ..kernels.reference import row_of
 from ..kernels.spec import ABSENT, Loss, Reduction, Residual, Rows, Wanted, compute_dtype, loss_of, map_of, rows_at
 from ..noise import FlatNoise, Noise
-from ..routing import Route, is_one, plain_loss, route, wants_grad
+from ..routing import Route, beside, is_one, on_mesh, plain_loss, route, wants_grad
 from .masks import Drawn, FlatMask, kept_elements, tensors_of
-from .sums import Gradients, affine, row_dots
+from .sums import Gradients, affine, row_dots, widened
 
 COLUMNS = (0, 1, 2, ABSENT)  # a table holds (1, n1, n2): r = 1*pred + n1*y + n2*z; then rho's delta where it has one
 
@@ -70,11 +70,12 @@ def residual_loss(spec: Loss, operands: Residual, rows: Rows, weight: Tensor | N
     """
     pred, y, z, noise, mask = operands
     op, summed = spec.op, spec.reduction is not Reduction.none
-    if noise is not None and not noise._whole_blocks(math.prod(pred.shape[1:])):
-        return _with_filled_noise(spec, operands, rows, weight)
+    mesh = on_mesh(pred, y, z, mask)
+    if mesh is None and noise is not None and not noise._whole_blocks(math.prod(pred.shape[1:])):
+        return residual_loss(spec, _filled(operands), rows, weight)
     also = pred.new_empty(2, dtype=compute_dtype(pred.dtype)) if spec.has_also else None
     assert summed or also is None, "further means are those of a loss that is summed"
-    if route(op, pred, y, z, rows.tensor, weight, *tensors_of(mask)) is Route.DIRECT:
+    if mesh is None and route(op, pred, y, z, rows.tensor, weight, *tensors_of(mask)) is Route.DIRECT:
         if not wants_grad(pred, y, z, rows.tensor, weight):
             wanted = Wanted(loss=summed, weight=weight, also=also)
             means, loss, _ = kernels(pred, op).residual(spec, operands, rows, wanted)
@@ -92,25 +93,29 @@ def residual_loss(spec: Loss, operands: Residual, rows: Rows, weight: Tensor | N
         loss = (loss * kept_elements(pred, mask)).sum()
     means = means.detach()
     if also is not None:
-        factors = gather(op, rows, pred).detach()[:, list(spec.columns[4:])]
+        factors = beside(gather(op, rows, pred).detach()[:, list(spec.columns[4:])], means)
         also = (means[:, None] * factors).mean(0)
     return loss, means, also
 
 
-def _with_filled_noise(spec: Loss, operands: Residual, rows: Rows, weight: Tensor | None) -> Weighed:
-    """As of affine: filled, and all computed as wide as in a kernel."""
+def _filled(operands: Residual) -> Residual:
+    """Of rows that do not begin with a block, as in affine: the noise filled, all as wide as a kernel computes."""
     pred, y, z, noise, mask = operands
     assert noise is not None and z is None, "noise takes z's place"
     dtype = compute_dtype(pred.dtype)
     eps = noise.normal(pred.shape, dtype=dtype, device=pred.device)
-    wide = Residual(pred.to(dtype), None if y is None else y.to(dtype), eps, None, mask)
-    return residual_loss(spec, wide, rows, weight)
+    return Residual(pred.to(dtype), None if y is None else y.to(dtype), eps, None, mask)
 
 
 def sample_means(spec: Loss, operands: Residual, rows: Rows) -> Tensor:
     """(B,) mean of rho(r) over each sample's kept elements (0 if none); the gradient is made in backward."""
     pred, y, z, noise, mask = operands
     spec = loss_of(spec.op, spec.kind, Reduction.none, (*spec.columns[:3], *[ABSENT] * 3))
+    if (mesh := on_mesh(pred, y, z, mask)) is not None:
+        return mesh.sample_means(spec, operands, rows)
+    if noise is not None and not noise._whole_blocks(math.prod(pred.shape[1:])):
+        operands = _filled(operands)
+        pred, y, z, noise, mask = operands
     way = route(spec.op, pred, y, z, rows.tensor, *tensors_of(mask))
     if way is Route.DIRECT:
         return _SampleMeans.apply(pred, y, z, rows.table, (rows.t, spec, noise, mask))
@@ -127,9 +132,9 @@ def sample_means(spec: Loss, operands: Residual, rows: Rows) -> Tensor:
 def _weighted(spec: Loss, means: Tensor, weight: Tensor | None, rows: Rows) -> Tensor:
     """Torch's own arithmetic."""
     if weight is not None:
-        means = means * weight.to(means.dtype)
+        means = means * beside(weight.to(means.dtype), means)
     factor = _factor(spec, rows, means)
-    return means if factor is None else means * factor
+    return means if factor is None else means * beside(factor, means)
 
 
 def _factor(spec: Loss, rows: Rows, x: Tensor) -> Tensor | None:
@@ -174,12 +179,17 @@ def pred_gradient_in_torch(spec: Loss, upstream: Tensor, operands: Residual, row
 
 def gradients(needs: Any, spec: Loss, upstream: Tensor, operands: Residual, rows: Rows) -> Gradients:
     """Of pred, y, z and the table, from the gradient (B,) of the sample means."""
+    dtype = operands.pred.dtype
+    if any(needs[1:4]):  # which are made of pred's, that would overflow in fp16 where they do not
+        operands = operands._replace(**{name: widened(getattr(operands, name)) for name in ("pred", "y", "z")})
     _, y, z, noise, _ = operands
     found: Gradients = [None] * 4
-    found[0] = g = _pred_gradient(spec, upstream, operands, rows)
+    g = _pred_gradient(spec, upstream, operands, rows)
+    found[0] = g.to(dtype)
     for k in (1, 2):
         if needs[k]:
-            found[k] = affine(map_of(spec.op, (k, ABSENT, ABSENT, ABSENT)), (g, None, None, None), None, rows)[0]
+            made = affine(map_of(spec.op, (k, ABSENT, ABSENT, ABSENT)), (g, None, None, None), None, rows)[0]
+            found[k] = made.to(dtype)
     if needs[3]:
         dots = row_dots(spec.op, g, (None, y, z, None), noise).to(rows.table.dtype)
         dots = torch.nn.functional.pad(dots, (0, rows.table.shape[1] - dots.shape[1]))  # none for a delta

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .._torch import DirectFunction, batchable, outside_modes
-from ..coefficients import seen
+from ..coefficients import changing, seen
 from ..kernels import dispatch, reference
 from ..kernels.dispatch import kernels
 from ..kernels.spec import ABSENT, Bounds, Inputs, Map, Rows, compute_dtype, map_of, rows_at
 from ..noise import FlatNoise, Noise
-from ..routing import Route, plain_map, route, wants_grad
+from ..routing import Route, on_mesh, plain_map, route, wants_grad
 
 Columns = tuple[int, ...]  # of the table: c0, c1, c2, c3 of the output, then those of a second one
 NONE = (None,) * 4
@@ -41,6 +41,8 @@ def affine(
             return made if isinstance(made, tuple) else (made,)
     x, rows = inputs[0], rows_at(*rows)
     assert x is not None
+    if (mesh := on_mesh(*inputs)) is not None:
+        return mesh.affine(spec, inputs, noise, rows, bounds)
     if noise is not None and not noise._whole_blocks(math.prod(x.shape[1:])):
         return _with_filled_noise(spec, inputs, noise, rows, bounds)
     way = route(spec.op, *inputs, rows.tensor)  # type: ignore[arg-type]
@@ -97,9 +99,9 @@ def _clamped_by_torch(spec: Map, inputs: Inputs, noise: Noise | None, rows: Rows
     rounded to half in between, it would clamp other elements."""
     assert spec.inner is not None and inputs[0] is not None
     dtype = inputs[0].dtype
-    x, y, z, w = (_wide(t) for t in inputs)
+    x, y, z, w = (widened(t) for t in inputs)
     estimate = affine(of_estimate(spec), (x, y, None, w), None, rows)[0]
-    low, high = bounds
+    low, high = (changing(bound, estimate) for bound in bounds)
     outer = map_of(spec.op, spec.columns)
     made = affine(outer, (x, estimate.clamp(low, high), z, w), noise, rows)
     return tuple(t.to(dtype) for t in made)
@@ -165,13 +167,13 @@ def _clamped_gradients(
 ) -> Gradients:
     """The estimate counts as one more output, the only one that reads y. All in the compute type."""
     dtype, op, estimate = given[0][0].dtype, spec.op, of_estimate(spec)
-    given = [(_wide(g), columns) for g, columns in given]
+    given = [(widened(g), columns) for g, columns in given]
     inner: Given = [(_estimate_gradient(given, inputs, rows, estimate, bounds), estimate.columns)]
     outer: Given = [(g, (c0, ABSENT, c2, c3)) for g, (c0, _, c2, c3) in given]
     found = [None if t is None else t.to(dtype) for t in _input_gradients(needs, outer + inner, rows, op)]
     if not needs[4]:
         return [*found, None]
-    x, y, z, w = (_wide(t) for t in inputs)
+    x, y, z, w = (widened(t) for t in inputs)
     clamped = affine(estimate, (x, y, None, w), None, rows)[0].clamp(*bounds)
     of_outer = _table_gradient(given, (x, clamped, z, w), noise, rows, op)
     return [*found, of_outer + _table_gradient(inner, (x, y, None, w), None, rows, op)]
@@ -184,14 +186,15 @@ def _estimate_gradient(given: Given, inputs: Inputs, rows: Rows, estimate: Map, 
     """
     x, y, _, w = inputs
     # Made again, and not rounded: other elements would be within the bounds.
-    value = affine(estimate, (_wide(x), _wide(y), None, _wide(w)), None, rows)[0].detach()
+    value = affine(estimate, (widened(x), widened(y), None, widened(w)), None, rows)[0].detach()
     low, high, neginf, posinf = _open_interval(*bounds, value.dtype)
     value.nan_to_num_(math.inf, posinf, neginf)
     g = _input_gradients((False, True, False, False), given, rows, estimate.op)[1]
     return torch.ops.aten.hardtanh_backward(g, value, low, high)
 
 
-def _wide(t: Any) -> Any:
+def widened(t: Any) -> Any:
+    """In the dtype of the arithmetic."""
     return None if t is None else t.to(compute_dtype(t.dtype))
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import checks
+from ..continuous import ContinuousSchedule
 from ..noise import Noise
 from ..ops.conversions import Bounds
 from ..ops.parameterisation import Parameterisation
 from ..ops.reparameterisation import reparameterise
 from ..schedule import Schedule
 from .common import (
+    ONE_OF_LEVELS,
     Limits,
     Look,
     Network,
@@ -32,11 +35,12 @@ from .common import (
     reverse_plan,
     run,
     sampler,
+    stepped,
 )
 from .tables import reverse_table
 
 
-@sampler(variance=checks.one_of("small", "large", "learned"))
+@sampler(variance=checks.one_of("small", "large", "learned"), schedule=ONE_OF_LEVELS)
 def ddpm(
     net: Network,
     x: Tensor | Sequence[int],
@@ -48,6 +52,7 @@ def ddpm(
     clamp: Bounds | None = None,
     threshold: float | None = None,
     guidance: float | None = None,
+    net_arguments: Mapping[str, Any] | None = None,
     variance: str = "small",
     progress: bool = False,
     graph: bool = False,
@@ -67,6 +72,8 @@ def ddpm(
         where it is more (Saharia et al. 2022, section 2.3)
     guidance: g, for a net that returns (conditional, unconditional): the prediction is u + g*(c - u), g = 1
         being the conditional one (Ho and Salimans 2022)
+    net_arguments: {name: value}, class labels say, which net is handed by name at every look; with graph bind them to
+        the network instead (functools.partial), and keep that
     variance: of the step, "small" (the posterior's), "large" (that of q(x_t | x_{t-1}), beta_t), or "learned":
         net returns one more tensor, v in [-1, 1], which interpolates between their logarithms element by
         element (Nichol and Dhariwal 2021, eq. 15); the noise is added by a launch of its own, and never stored
@@ -104,7 +111,7 @@ def ddpm(
 def ddim(
     net: Network,
     x: Tensor | Sequence[int],
-    schedule: Schedule,
+    schedule: Schedule | ContinuousSchedule,
     noise: Noise,
     *,
     steps: int = 50,
@@ -116,6 +123,7 @@ def ddim(
     threshold: float | None = None,
     use_clipped_model_output: bool = False,
     guidance: float | None = None,
+    net_arguments: Mapping[str, Any] | None = None,
     progress: bool = False,
     graph: bool = False,
 ) -> Tensor:
@@ -129,6 +137,7 @@ def ddim(
     Other arguments, the result and the errors as in ddpm. Song, Meng and Ermon 2021, eq. 12.
     """
     op = "ddim"
+    schedule = stepped(op, schedule, steps, levels)
     if not 0 <= eta <= 1:
         raise ValueError(f"{op}: eta must be in [0, 1], got {eta}")
     chosen = grid(op, schedule, steps, levels)
@@ -157,7 +166,7 @@ def ddim(
 def euler_ancestral(
     net: Network,
     x: Tensor | Sequence[int],
-    schedule: Schedule,
+    schedule: Schedule | ContinuousSchedule,
     noise: Noise,
     *,
     steps: int = 50,
@@ -169,6 +178,7 @@ def euler_ancestral(
     clamp: Bounds | None = None,
     threshold: float | None = None,
     guidance: float | None = None,
+    net_arguments: Mapping[str, Any] | None = None,
     progress: bool = False,
     graph: bool = False,
 ) -> Tensor:
@@ -180,6 +190,7 @@ def euler_ancestral(
     Other arguments, the result and the errors as in ddim and ddpm. k-diffusion's sample_euler_ancestral (Crowson 2022).
     """
     op = "euler_ancestral"
+    schedule = stepped(op, schedule, steps, levels)
     for name, value in (("eta", eta), ("noise_scale", noise_scale)):
         if not 0 <= value < math.inf:
             raise ValueError(f"{op}: {name} must be finite and not negative, got {value}")

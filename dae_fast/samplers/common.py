@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial, wraps
 from inspect import signature
 from itertools import pairwise
@@ -18,12 +18,14 @@ from torch.compiler import is_compiling
 from .. import checks
 from .._torch import outside_modes
 from ..checks import can_read, like, samples
+from ..continuous import ContinuousSchedule
 from ..graphs import replayed, start_device
 from ..kernels.spec import ABSENT, Map, Rows, compute_dtype, map_of
 from ..noise import Noise, noise_for
 from ..ops.conversions import Bounds, bounds
 from ..ops.parameterisation import Parameterisation, check_name
 from ..primitives.sums import affine
+from ..routing import beside, on_mesh
 from ..schedule import Schedule
 from .tables import estimate, following, reverse_table
 
@@ -40,7 +42,7 @@ P = ParamSpec("P")
 ARGUMENTS: dict[str, checks.Check] = {
     "net": checks.function,
     "score": checks.function,
-    "schedule": checks.instance(Schedule, "a Schedule"),
+    "schedule": checks.instance((Schedule, ContinuousSchedule), "a Schedule or a ContinuousSchedule"),
     "noise": checks.instance(Noise, "a Noise"),
     "predict": check_name,
     "steps": checks.whole(),
@@ -62,16 +64,51 @@ ARGUMENTS: dict[str, checks.Check] = {
 }
 
 
+ONE_OF_LEVELS = checks.instance(Schedule, "a Schedule")  # of samplers that take a step for each level
+
+
 def sampler(**own: checks.Check) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
     """A sampler's face: its arguments looked at, no gradients. own: checks that are not those of ARGUMENTS."""
 
     def made(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
         table = {**ARGUMENTS, **own}
         chosen = {name: table[name] for name in signature(function).parameters if name in table}
-        faced: Callable[P, Tensor] = torch.no_grad()(checks.arguments(**chosen)(function))
+        checked: Callable[..., Tensor] = torch.no_grad()(checks.arguments(**chosen)(function))
+        network = next(iter(signature(function).parameters))
+
+        @wraps(function)
+        def faced(*given: Any, **named: Any) -> Tensor:
+            further = named.pop("net_arguments", None)
+            if further is not None:
+                net = given[0] if given else named.get(network)
+                bound = _bound(function.__name__, net, further, bool(named.get("graph")))
+                given, named = (bound, *given[1:]) if given else given, named if given else {**named, network: bound}
+            return checked(*given, **named)
+
         return faced
 
     return made
+
+
+def _bound(op: str, net: Any, further: Any, graph: bool) -> Any:
+    """The network with its further arguments; what is no network is left to the check of it."""
+    if not isinstance(further, Mapping) or not all(isinstance(name, str) for name in further):
+        raise TypeError(f"{op}: net_arguments must be a dict of arguments by name, got {checks.kind_of(further)}")
+    if graph:
+        raise ValueError(
+            f"{op}: graph=True keeps the captured loop with the network: give it functools.partial(net, ...), kept "
+            "from call to call, and no net_arguments"
+        )
+    return partial(net, **further) if callable(net) else net
+
+
+def stepped(op: str, schedule: Schedule | ContinuousSchedule, steps: Any, levels: Sequence[int] | None) -> Schedule:
+    """What a sampler walks down: of a ContinuousSchedule as many levels as it takes steps."""
+    if isinstance(schedule, Schedule):
+        return schedule
+    if levels is not None:
+        raise ValueError(f"{op}: levels are those of a Schedule: give {schedule}.discretise(times=...), or steps")
+    return _sampling_grid(schedule, checks.integer(op, "steps", steps, 1))
 
 
 def begin(
@@ -85,7 +122,7 @@ def begin(
                 f"{op}: a start of pure noise is not the law of x_t at level {levels[0]} of {schedule}, which keeps "
                 f"alpha = {alpha:.3g} of the data beside sigma = {sigma:.3g}: use zero_terminal_snr() or a schedule "
                 "that ends in noise, or give x = alpha*x0 + sigma*eps",
-                stacklevel=5,
+                stacklevel=6,
             )
         x = draw_start(op, x, noise, alpha, sigma, graph)
     check_start(op, x, noise)
@@ -166,7 +203,7 @@ def predicted(
 ) -> tuple[Tensor, ...]:
     """net(x, t) of the state x in `dtype`, for all samples at t: an int as int64, a float in x's dtype."""
     told = torch.full(x.shape[:1], t, dtype=torch.int64 if isinstance(t, int) else x.dtype, device=x.device)
-    return checked(op, net(x if x.dtype == dtype else x.to(dtype), told), x, parts, what)
+    return checked(op, net(x if x.dtype == dtype else x.to(dtype), beside(told, x)), x, parts, what)
 
 
 def checked(op: str, made: Any, x: Tensor, parts: tuple[str, ...], what: str) -> tuple[Tensor, ...]:
@@ -320,6 +357,11 @@ def planned(make: Callable[..., Plan]) -> Callable[..., Plan]:
 
 
 @planned
+def _sampling_grid(schedule: ContinuousSchedule, steps: int) -> Schedule:
+    return schedule._sampling_grid(steps)
+
+
+@planned
 def reverse_plan(
     op: str,
     schedule: Schedule,
@@ -370,7 +412,10 @@ def _thresholded(row: Tensor, x0_hat: Tensor, quantile: float) -> Tensor:
     clamp(x0_hat, -s, s)/s = clamp(x0_hat/s, -1, 1), s = max(1, the quantile of |x0_hat|).
     Saharia et al. 2022, section 2.3.
     """
+    mesh = on_mesh(x0_hat)
+    x0_hat = x0_hat if mesh is None else mesh.whole_samples(x0_hat)
     s = quantile_of_samples(x0_hat.abs(), quantile).to(row.dtype).clamp(min=1)
+    row = beside(row, s)
     return torch.cat((row[:, :3] / s[:, None], row[:, 3:].expand(len(s), -1)), 1)
 
 

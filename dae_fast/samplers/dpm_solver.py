@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..continuous import ContinuousSchedule
 from ..noise import Noise
 from ..ops.conversions import Bounds
 from ..ops.parameterisation import Parameterisation
@@ -29,6 +31,7 @@ from .common import (
     progressed,
     run,
     sampler,
+    stepped,
 )
 from .tables import estimate, following
 
@@ -37,7 +40,7 @@ from .tables import estimate, following
 def dpm_solver_pp_2m(
     net: Network,
     x: Tensor | Sequence[int],
-    schedule: Schedule,
+    schedule: Schedule | ContinuousSchedule,
     noise: Noise,
     *,
     steps: int = 20,
@@ -47,6 +50,7 @@ def dpm_solver_pp_2m(
     clamp: Bounds | None = None,
     threshold: float | None = None,
     guidance: float | None = None,
+    net_arguments: Mapping[str, Any] | None = None,
     progress: bool = False,
     graph: bool = False,
 ) -> Tensor:
@@ -59,6 +63,7 @@ def dpm_solver_pp_2m(
     Under guidance the prediction is combined in a launch of its own. Lu et al. 2022 (DPM-Solver++), algorithm 2.
     """
     op = "dpm_solver_pp_2m"
+    schedule = stepped(op, schedule, steps, levels)
     chosen = grid(op, schedule, steps, levels)
     told = conditions(op, schedule, chosen, conditioning)
     limit = limits(op, clamp, threshold)
@@ -69,7 +74,7 @@ def dpm_solver_pp_2m(
 def dpm_solver_pp_2m_sde(
     net: Network,
     x: Tensor | Sequence[int],
-    schedule: Schedule,
+    schedule: Schedule | ContinuousSchedule,
     noise: Noise,
     *,
     steps: int = 20,
@@ -80,6 +85,7 @@ def dpm_solver_pp_2m_sde(
     clamp: Bounds | None = None,
     threshold: float | None = None,
     guidance: float | None = None,
+    net_arguments: Mapping[str, Any] | None = None,
     progress: bool = False,
     graph: bool = False,
 ) -> Tensor:
@@ -91,6 +97,7 @@ def dpm_solver_pp_2m_sde(
     Lu et al. 2022 (DPM-Solver++), eq. 15 and appendix B; eta as in k-diffusion (Crowson 2022).
     """
     op = "dpm_solver_pp_2m_sde"
+    schedule = stepped(op, schedule, steps, levels)
     if not 0 <= eta < math.inf:
         raise ValueError(f"{op}: eta must be finite and not negative, got {eta}")
     chosen = grid(op, schedule, steps, levels)

@@ -5,12 +5,14 @@ With Schedule.flow x' is x and tau the time of the flow, from 1, noise, to 0, da
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import checks
+from ..continuous import ContinuousSchedule
 from ..noise import Noise
 from ..ops.conversions import Bounds
 from ..ops.parameterisation import Parameterisation
@@ -30,6 +32,7 @@ from .common import (
     reverse_plan,
     run,
     sampler,
+    stepped,
 )
 from .tables import corrected, estimate, following, reverse
 
@@ -38,7 +41,7 @@ from .tables import corrected, estimate, following, reverse
 def flow_euler(
     net: Network,
     x: Tensor | Sequence[int],
-    schedule: Schedule,
+    schedule: Schedule | ContinuousSchedule,
     noise: Noise,
     *,
     steps: int = 50,
@@ -48,12 +51,14 @@ def flow_euler(
     clamp: Bounds | None = None,
     threshold: float | None = None,
     guidance: float | None = None,
+    net_arguments: Mapping[str, Any] | None = None,
     progress: bool = False,
     graph: bool = False,
 ) -> Tensor:
     """Euler steps x' + (tau_s - tau_t) * u, u = eps - x0 the velocity; net predicts u unless `predict` says otherwise.
 
-    schedule: Schedule.flow, or any: x' and tau of the module make its path straight
+    schedule: Schedule.flow, or any: x' and tau of the module make its path straight. A ContinuousSchedule stands for
+        its levels discretise(steps), of which the network is told the times
     steps: in [1, T], evenly spaced in index from T-1 to the data one below level 0, so evenly in tau for Schedule.flow
     noise: makes the start when x is a shape; the steps are deterministic
     The step is `euler`'s, which is the same along every straight path: x_s = alpha_s*x0_hat + sigma_s*eps_hat.
@@ -61,6 +66,7 @@ def flow_euler(
     Liu et al. 2022; Lipman et al. 2023 (their t is 1 - tau).
     """
     op = "flow_euler"
+    schedule = stepped(op, schedule, steps, levels)
     chosen = grid(op, schedule, steps, levels, last=-1)
     told = conditions(op, schedule, chosen, conditioning)
     limit = limits(op, clamp, threshold)
@@ -72,7 +78,7 @@ def flow_euler(
 def flow_midpoint(
     net: Network,
     x: Tensor | Sequence[int],
-    schedule: Schedule,
+    schedule: Schedule | ContinuousSchedule,
     noise: Noise,
     *,
     steps: int = 25,
@@ -82,6 +88,7 @@ def flow_midpoint(
     clamp: Bounds | None = None,
     threshold: float | None = None,
     guidance: float | None = None,
+    net_arguments: Mapping[str, Any] | None = None,
     progress: bool = False,
     graph: bool = False,
 ) -> Tensor:
@@ -94,6 +101,7 @@ def flow_midpoint(
     Other arguments, the result and the errors as in flow_euler. Lipman et al. 2023, section 6.
     """
     op = "flow_midpoint"
+    schedule = stepped(op, schedule, 2 * steps, levels)
     if levels is None:
         steps = checks.integer(op, "steps", steps, 1, len(schedule) // 2)
     chosen = grid(op, schedule, 2 * steps, levels, last=-1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,10 +15,12 @@ from ..coefficients import stack_rows
 from ..graphs import replayed
 from ..kernels.spec import ABSENT, Rows, compute_dtype, map_of
 from ..noise import Noise
+from ..ops.parameterisation import Parameterisation
 from ..primitives.sums import affine
 from ..schedule import Schedule
-from .common import Look, Network, check_start, checked, conditions, guided, progressed, run, sampler
+from .common import ONE_OF_LEVELS, Look, Network, check_start, checked, conditions, guided, progressed, run, sampler
 from .mixture import GaussianMixture
+from .tables import estimate
 
 SCORE = "the score"
 
@@ -38,6 +40,7 @@ def langevin(
     *,
     noise_scale: float | Tensor = 1.0,
     guidance: float | None = None,
+    net_arguments: Mapping[str, Any] | None = None,
     progress: bool = False,
     graph: bool = False,
 ) -> Tensor:
@@ -47,6 +50,7 @@ def langevin(
     step_size: h >= 0, a float or a tensor () or (B,)      noise_scale: the same; 0 is gradient ascent
     noise: Noise; step k uses noise.fold_in(k)      progress: show a bar      returns: like x
     guidance: g, for a score that returns (conditional, unconditional): u + g*(c - u) (Ho and Salimans 2022)
+    net_arguments: as in ddpm, for the score
     graph: replay the loop as a CUDA graph; x must be on a CUDA device
     With a unit Gaussian the chain settles at variance 1/(1 - h/2): the bias of the discrete step.
     Raises ValueError on a negative step size or a score of another shape. Welling and Teh 2011.
@@ -84,7 +88,7 @@ def langevin(
     return replayed(op, score, chain, x, noise, progress, arguments=given, options=(steps, guidance))
 
 
-@sampler()
+@sampler(schedule=ONE_OF_LEVELS)
 def annealed_langevin(
     score: Network,
     x: Tensor,
@@ -94,14 +98,17 @@ def annealed_langevin(
     step_size: float = 2e-5,
     steps_per_level: int = 100,
     denoise: bool = True,
+    predict: Parameterisation = "score",
     conditioning: str | None = None,
     guidance: float | None = None,
+    net_arguments: Mapping[str, Any] | None = None,
     progress: bool = False,
     graph: bool = False,
 ) -> Tensor:
     """NCSN sampling: Langevin at each level from the noisiest down, h_t = step_size/2 * (sigma_t/sigma_0)^2.
 
-    score(x, t): the score at levels t (B,), like x; conditioning: as in ddpm      x: (B, ...) the starts
+    score(x, t): the score at levels t (B,), or what `predict` says, like x      x: (B, ...) the starts
+    conditioning: as in ddpm
     schedule: variance exploding, Schedule.geometric      step_size: the paper's epsilon
     noise: Noise; step k of level t uses noise.fold_in(t*steps_per_level + k)
     denoise: end with Tweedie's step x + sigma_0^2 * score      guidance: as in langevin
@@ -123,7 +130,10 @@ def annealed_langevin(
     # One row for each level, and the last for Tweedie's step.
     size = torch.cat((h, schedule.sigma[:1].square()))
     spread = torch.cat(((2 * h).sqrt(), h.new_zeros(1)))
-    table = torch.stack((torch.ones_like(size), g * size, spread, (1 - g) * size), -1)
+    at = [*range(len(schedule)), 0]
+    of_x, of_prediction = estimate(op, predict, schedule.alpha[at], schedule.sigma[at], "score").unbind(1)
+    slope = size * of_prediction
+    table = torch.stack((1 + size * of_x, g * slope, spread, (1 - g) * slope), -1)
     plan = [(t, t, k) for t in reversed(range(len(schedule))) for k in range(steps_per_level)]  # level, row, step
     if denoise:
         plan.append((0, len(schedule), steps_per_level))

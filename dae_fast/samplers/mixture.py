@@ -47,6 +47,9 @@ class GaussianMixture:
         self._tables = m, precisions, log_weights  # the last: what of log(w_k N(x; ...)) does not depend on x
         self._made: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]] = {}
 
+    def __repr__(self) -> str:
+        return f"GaussianMixture(<{' x '.join(map(str, self._tables[0].shape))} means>)"
+
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.flatten(1) if x.dim() > 1 else x[:, None]
         compute = compute_dtype(x.dtype)

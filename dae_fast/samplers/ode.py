@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..continuous import ContinuousSchedule
 from ..kernels.spec import ABSENT, Rows, map_of
 from ..noise import Noise
 from ..ops.conversions import Bounds
@@ -29,6 +31,7 @@ from .common import (
     reverse_plan,
     run,
     sampler,
+    stepped,
 )
 from .tables import corrected, estimate, following, reverse
 
@@ -37,7 +40,7 @@ from .tables import corrected, estimate, following, reverse
 def euler(
     net: Network,
     x: Tensor | Sequence[int],
-    schedule: Schedule,
+    schedule: Schedule | ContinuousSchedule,
     noise: Noise,
     *,
     steps: int = 50,
@@ -47,6 +50,7 @@ def euler(
     clamp: Bounds | None = None,
     threshold: float | None = None,
     guidance: float | None = None,
+    net_arguments: Mapping[str, Any] | None = None,
     progress: bool = False,
     graph: bool = False,
 ) -> Tensor:
@@ -58,6 +62,7 @@ def euler(
     Song, Meng and Ermon 2021, eq. 13; Karras et al. 2022, section 3 (k-diffusion's sample_euler without churn).
     """
     op = "euler"
+    schedule = stepped(op, schedule, steps, levels)
     chosen = grid(op, schedule, steps, levels)
     told = conditions(op, schedule, chosen, conditioning)
     limit = limits(op, clamp, threshold)
@@ -69,7 +74,7 @@ def euler(
 def heun(
     net: Network,
     x: Tensor | Sequence[int],
-    schedule: Schedule,
+    schedule: Schedule | ContinuousSchedule,
     noise: Noise,
     *,
     steps: int = 18,
@@ -83,6 +88,7 @@ def heun(
     clamp: Bounds | None = None,
     threshold: float | None = None,
     guidance: float | None = None,
+    net_arguments: Mapping[str, Any] | None = None,
     progress: bool = False,
     graph: bool = False,
 ) -> Tensor:
@@ -95,6 +101,7 @@ def heun(
     Karras et al. 2022, algorithms 1 and 2.
     """
     op = "heun"
+    schedule = stepped(op, schedule, steps, levels)
     if S_churn > 0 and conditioning != "sigma":
         raise ValueError(f"{op}: S_churn needs conditioning='sigma', as it leads between the levels")
     chosen = grid(op, schedule, steps, levels)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import checks
 from ..coefficients import stack_rows
+from ..continuous import ContinuousSchedule
 from ..kernels.spec import ABSENT, Residual, Rows, compute_dtype, loss_of, map_of
 from ..noise import Noise
 from ..ops.conversions import Bounds
@@ -17,7 +19,22 @@ from ..ops.parameterisation import Coefficients, Parameterisation, conversion
 from ..primitives.residuals import sample_means
 from ..primitives.sums import affine
 from ..schedule import Schedule
-from .common import Limits, Look, Network, Update, begin, conditions, grid, limits, mix, mixed, progressed, run, sampler
+from .common import (
+    Limits,
+    Look,
+    Network,
+    Update,
+    begin,
+    conditions,
+    grid,
+    limits,
+    mix,
+    mixed,
+    progressed,
+    run,
+    sampler,
+    stepped,
+)
 from .tables import estimate, following, reverse
 
 PREDICTORS = "reverse_diffusion", "ancestral"
@@ -28,7 +45,7 @@ NORMS = "sample", "batch"
 def predictor_corrector(
     net: Network,
     x: Tensor | Sequence[int],
-    schedule: Schedule,
+    schedule: Schedule | ContinuousSchedule,
     noise: Noise,
     *,
     steps: int | None = None,
@@ -42,6 +59,7 @@ def predictor_corrector(
     clamp: Bounds | None = None,
     threshold: float | None = None,
     guidance: float | None = None,
+    net_arguments: Mapping[str, Any] | None = None,
     progress: bool = False,
     graph: bool = False,
 ) -> Tensor:
@@ -65,6 +83,7 @@ def predictor_corrector(
     limits of x0 it makes the limited eps, in a launch of its own. Algorithms 2 to 5; the step size: appendix G.
     """
     op = "predictor_corrector"
+    schedule = stepped(op, schedule, steps, levels)
     chosen = grid(op, schedule, len(schedule) if steps is None else steps, levels)
     told = conditions(op, schedule, chosen, conditioning)
     limit = limits(op, clamp, threshold)

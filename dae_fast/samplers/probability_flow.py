@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ def probability_flow(
     clamp: Bounds | None = None,
     threshold: float | None = None,
     guidance: float | None = None,
+    net_arguments: Mapping[str, Any] | None = None,
     progress: bool = False,
     graph: bool = False,
 ) -> Tensor:
@@ -99,7 +101,6 @@ def _flow(
         levels = schedule.discretise(steps + 1)
     else:
         levels = schedule.discretise(times=torch.tensor(times, dtype=torch.float64, device="cpu").flip(0))
-    assert levels.times is not None
     t, alpha, sigma = (c.flip(0) for c in (levels.times, levels.alpha, levels.sigma))
     N = len(t) - 1
     f, half_square = schedule.drift(t), schedule.diffusion(t).square() / 2
