@@ -484,7 +484,8 @@ def _residual_call(
     summed = no_grad or not no_loss
     levels, K = table
     # Of the gradient, without what differs from row to row.
-    factor = 2.0 / (B if reduction == Reduction.mean else 1) / (D if reduction != Reduction.sum and all_count else 1)
+    each = 1.0 / D if reduction != Reduction.sum and all_count else 1.0
+    factor = 2.0 * each / (B if reduction == Reduction.mean else 1)  # rounded as gradient_scale of csrc/args.h
     spec = (
         (ABSENT, *columns[:3]),
         (*columns[3:], ABSENT),
