@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: demo test fuzz sanitize bench profile matrix docs prove-gpu gpu-pack gpu-check clean
+.PHONY: demo test fuzz sanitize bench profile matrix docs prove-gpu prove-cuda prove-triton prove-races gpu-pack gpu-check clean
 
 demo: .venv/demo
 	$(BIN)/python examples/train_digits.py
@@ -50,14 +50,22 @@ docs: .venv/docs
 # What can be shown of the GPUs' kernels without a GPU, beyond `make test`: nvcc's and Triton's PTX run on the CPU against
 # its bits, and races. Needs nvcc. Not timed as a whole yet.
 prove-gpu: .venv/test
-	$(BIN)/python -m pytest tests/test_cuda.py --ptx
+	$(MAKE) --no-print-directory -j 2 prove-cuda prove-triton prove-races
+
+prove-cuda:
+	$(BIN)/python -m pytest tests/test_cuda.py tests/test_chain.py --ptx
+prove-triton:
 	$(BIN)/python -m tests.triton_ptx
+prove-races:
 	$(BIN)/python -m tests.races
 
-# On a machine with nvcc and the GPU machine's version of Python; then take build/gpu-pack there with the tree.
+# On a machine with nvcc and the GPU machine's version of Python; then take build/gpu-pack there with the tree. The torch
+# of that machine brings its Triton, which compiles for a GPU that is not here.
 GPU_PYTHON ?= python3.12
+GPU_TORCH ?= torch==2.11.0
 gpu-pack:
 	$(GPU_PYTHON) -m venv build/gpu-venv
+	build/gpu-venv/bin/pip install --quiet --disable-pip-version-check $(GPU_TORCH)
 	build/gpu-venv/bin/pip install --quiet --disable-pip-version-check pybind11 ninja setuptools "nvidia-nvtx>=13"
 	build/gpu-venv/bin/python -m benchmarks.gpu_pack $(PACK)
 

@@ -290,6 +290,8 @@ class Check:
             return False
         backends = Step("backends", [self.python, "-c", BACKENDS])
         why = gpu_pack.unpack()
+        if not why and gpu_pack.opened_triton().exists():
+            os.environ["TRITON_CACHE_DIR"] = str(gpu_pack.opened_triton())
         if not why and self.do(60, backends):
             return True
         print(f"built here: {why or 'what was packed does not load'}", flush=True)

@@ -1,9 +1,9 @@
 """`make gpu-pack`: the extension built here for the Python of a machine with a GPU, whose minutes are dear.
 
 `python -m benchmarks.gpu_pack`, run by a Python of that version, fills build/gpu-pack: the core, the CUDA library of
-one architecture, variants of it that are to be timed beside it, and a manifest. `--here` puts the first two into
-dae_fast/ instead, for a machine on which what was packed does not load. Needs pybind11, ninja, setuptools and nvcc, not
-torch.
+one architecture, variants of it that are to be timed beside it, Triton's kernels (gpu_triton.py) where torch and triton
+are those of that machine, and a manifest. `--here` puts the first two into dae_fast/ instead, for a machine on which
+what was packed does not load. Needs pybind11, ninja, setuptools and nvcc.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import shutil
+import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -22,10 +23,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+from .gpu_triton import open_cache
+
 ROOT = Path(__file__).resolve().parent.parent
 PACK = ROOT / "build" / "gpu-pack"
 CORE = f"_core{sysconfig.get_config_var('EXT_SUFFIX')}"
-CUDA, NOTE, MANIFEST = "_cuda.so", "_build.json", "manifest.json"
+CUDA, NOTE, MANIFEST, TRITON = "_cuda.so", "_build.json", "manifest.json", "triton"
 MEBIBYTES = 60  # that may be carried
 
 
@@ -98,14 +101,28 @@ def compile_variant(name: str, changes: Sequence[Change]) -> None:
             sys.exit(f"{name}: {error}")
 
 
+def compile_triton() -> str:
+    """What came of it."""
+    if missing := [name for name in ("torch", "triton") if importlib.util.find_spec(name) is None]:
+        return f"no kernels of Triton: there is no {' and no '.join(missing)}"
+    command = [sys.executable, "-m", "benchmarks.gpu_triton", str(PACK / TRITON)]
+    return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+
+
+def opened_triton() -> Path:
+    """Where the cache is once the pack is opened."""
+    return ROOT / "build" / "gpu-triton"
+
+
 def pack(variants: Sequence[str]) -> None:
     shutil.rmtree(PACK, ignore_errors=True)
     compile_into(PACK)
     for name in variants:
         compile_variant(name, VARIANTS[name])
+    print(compile_triton())
     facts = {"sources": sources_hash(), "python": sys.version.split()[0], "variants": list(variants)}
     (PACK / MANIFEST).write_text(json.dumps(facts, indent=1) + "\n")
-    size = sum(path.stat().st_size for path in PACK.iterdir()) / 2**20
+    size = sum(path.stat().st_size for path in PACK.rglob("*")) / 2**20
     if size > MEBIBYTES:
         sys.exit(f"{PACK} has {size:.0f} MiB, more than {MEBIBYTES}")
     place = PACK.relative_to(ROOT)
@@ -130,6 +147,8 @@ def unpack() -> str:
         return f"the pack is for another Python: it has no {CORE}"
     for name in (CORE, CUDA, NOTE):
         shutil.copy2(PACK / name, ROOT / "dae_fast")
+    if (PACK / TRITON).exists():
+        open_cache(PACK / TRITON, opened_triton())
     return ""
 
 

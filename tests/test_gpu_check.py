@@ -260,6 +260,29 @@ class TestPack:
         assert "there is no " in gpu_pack.unpack()
         assert not list((tree / "dae_fast").iterdir())
 
+    def test_tritons_cache_is_found_elsewhere(self, tree: Path, tmp_path: Path) -> None:
+        """In another place, by another process, without the compiler."""
+        pytest.importorskip("triton")
+        one = "gpu_triton.calls = lambda: [lambda: df.Noise(1).bits((9, 64))]"
+        script = f"import sys, dae_fast as df; from benchmarks import gpu_triton; {one}; gpu_triton.main()"
+
+        def of(place: Path) -> dict[str, str]:
+            names = os.environ.keys() - {"TRITON_INTERPRET"}
+            return {**{name: os.environ[name] for name in names}, "TRITON_CACHE_DIR": str(place)}
+
+        def compiled(place: Path, *before: str) -> str:
+            command = [sys.executable, "-c", "; ".join((*before, script)), str(place)]
+            done = subprocess.run(command, cwd=ROOT, env=of(place), capture_output=True, text=True)
+            return done.stdout + done.stderr
+
+        without = "from triton.compiler import ASTSource", "del ASTSource.make_ir"
+        packed, opened = gpu_pack.PACK / gpu_pack.TRITON, gpu_pack.opened_triton()
+        assert "1 kernels" in compiled(packed)
+        assert gpu_pack.unpack() == ""
+        shutil.rmtree(packed)
+        assert "1 kernels" in compiled(opened, *without)
+        assert "make_ir" in compiled(tmp_path / "empty", *without)
+
     @pytest.mark.parametrize("name", gpu_pack.VARIANTS)
     def test_variants_change_what_is_there(self, tree: Path, name: str) -> None:
         before = gpu_pack.sources_hash()

@@ -6,6 +6,7 @@ The shared tests run every op on it too; here is what only this backend has: til
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -468,10 +469,35 @@ def test_residual_drawn_mask(D: int, kept: bool) -> None:
     thresholds = torch.tensor([[0, 2**30], [0, 0], [0, 2**32]], device=DEVICE)
     drawn = Drawn(df.Noise(8, sample=torch.tensor([5, -1, 2**40], device=DEVICE)), thresholds, kept)
     mask = (Flat(reference).words(drawn.noise, 3, D, DEVICE) < thresholds[:, 1:]) != kept
-    assert torch.equal(backend._count(pred.shape, backend._choice(*drawn[:2], DEVICE), kept, DEVICE), mask.sum(1))
+    choice = backend._choice(*drawn[:2], DEVICE)
+    assert torch.equal(backend._count_drawn(pred.shape, choice, kept, DEVICE), mask.sum(1))
     call = "op", pred, y, None, df.Noise(2), table_of(pred.dtype), levels(3), (1, 2, -1)
     got, wanted = (backend.residual(*call, m, None, 1, True, True, kind=1) for m in (drawn, mask))
     assert all(torch.equal(g, w) for g, w in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_masks_are_counted_in_any_layout(layout: str) -> None:
+    mask = LAYOUTS[layout](randn(2, 4, 6, 6)) > 0
+    for m in (mask, mask[:, :1].expand(2, 4, 6, 6), mask[:1].expand(2, 4, 6, 6), mask[..., :1].expand(2, 4, 6, 6)):
+        assert torch.equal(backend._count_stored(m), m.sum((1, 2, 3)))
+
+
+@pytest.mark.parametrize("shape", ((3, 40), (2, 70_000), (130, 3), (5, 2048), (7,), (3, 1)))
+def test_masks_are_counted(shape: tuple[int, ...]) -> None:
+    """In whole groups and ragged, on 16 bytes and not; a long row's count is put together from several programs."""
+    room = randn(math.prod(shape) + 1) > 0
+    for mask in (room[1:].view(shape), room[:-1].view(shape)):
+        assert torch.equal(backend._count_stored(mask), mask.reshape(shape[0], -1).sum(1))
+
+
+def test_nothing_is_counted_for_a_gradient_that_stands() -> None:
+    mask, one = randn(3, 40) > 0, torch.ones((), device=DEVICE)
+    choice = backend._choice(df.Noise(8), torch.tensor([[0, 2**30]], device=DEVICE), DEVICE)
+    assert not backend._count_stored(mask, one).any()
+    assert not backend._count_drawn(mask.shape, choice, True, DEVICE, one).any()
+    assert torch.equal(backend._count_stored(mask, 2 * one), mask.sum(1))
+    assert backend._count_drawn(mask.shape, choice, True, DEVICE, one.double() / 2).all()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -123,6 +123,8 @@ def _variants() -> dict[str, Callable[[], Any]]:
     f32, f64 = table(torch.float32, 4), table(torch.float64, 4)
     in_memory = df.Noise(1, sample=LEVELS).to("cpu")
     mask = torch.ones(64, 1, 64, 64, dtype=torch.bool).expand(LONG)
+    whole = torch.empty(1024, 2**14)  # a row to a program, uncut
+    thin = torch.empty(64, 64, 8, 8, dtype=torch.bool).to(memory_format=torch.channels_last)[:, :32]
     one, weight = torch.ones(()), torch.ones(64, dtype=torch.float64)
     struck, left = Drawn(NOISE, THRESHOLDS[:1], False), Drawn(in_memory, THRESHOLDS, True)
 
@@ -148,6 +150,9 @@ def _variants() -> dict[str, Callable[[], Any]]:
 
     def corrupt(x: Tensor, noise: Any = NOISE) -> Any:
         return backend.corrupt(x, noise, THRESHOLDS, 0.0, 1.0)
+
+    def choice(mask: Drawn) -> Any:
+        return backend._choice(*mask[:2], x.device)
 
     return {
         "rows of 2": lambda: affine(short),
@@ -180,8 +185,13 @@ def _variants() -> dict[str, Callable[[], Any]]:
         "pseudo_huber in fp64": lambda: of_fp64(PSEUDO_HUBER),
         "huber in fp64": lambda: of_fp64(KINDS.index("huber")),
         "sum with drawn mask": lambda: residual(half, left, weight, 2, True, True),
-        "count of a drawn mask": lambda: backend._count(LONG, backend._choice(*struck[:2], x.device), False, x.device),
-        "count of short rows": lambda: backend._count((64, 2), backend._choice(*left[:2], x.device), True, x.device),
+        "loss of whole rows": lambda: weighed(whole, f32, torch.empty(whole.shape, dtype=torch.bool), weight),
+        "count of a drawn mask": lambda: backend._count_drawn(LONG, choice(struck), False, x.device),
+        "count of short rows": lambda: backend._count_drawn((64, 2), choice(left), True, x.device, one),
+        "count of a mask": lambda: backend._count_stored(torch.empty(whole.shape, dtype=torch.bool)),
+        "count of an expanded mask": lambda: backend._count_stored(mask, one),
+        "count of a mask in channels_last": lambda: backend._count_stored(thin),
+        "count of a mask's short rows": lambda: backend._count_stored(short.bool(), one.double()),
         "corrupted rows of 2": lambda: corrupt(short, in_memory),
         "corrupted rows of 4097": lambda: corrupt(odd),
         "corrupted bf16 rows of 785": lambda: corrupt(half),

@@ -244,9 +244,7 @@ template <bool kFresh, int kInputs, bool kMasked>
 constexpr int loss_registers() {
   if (sizeof(T) == 8) return kInputs == kAnyInputs ? 128 : 80;
   if (kInputs == kAnyInputs) return 80;
-  const bool more = kInputs > (kFresh ? 1 : 2);
-  if (kFresh) return kMasked && (more || sizeof(T) == 2) ? 80 : 64;
-  return kMasked || more ? 64 : 48;
+  return kFresh || kMasked || kInputs > 2 ? 64 : 48;
 }
 
 template <bool kFresh, int kInputs, bool kMasked, class Access>

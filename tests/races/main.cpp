@@ -26,6 +26,7 @@ class Buffer {
 };
 
 uint64_t g_checksum = 0;
+const float g_one = 1;
 
 template <class... Buffers>
 void take(Buffers&... buffers) {
@@ -70,7 +71,11 @@ void run(Dtype dtype, int64_t B, int64_t D) {
   drawn.noise = noise, drawn.constants[0] = 1 << 29, drawn.constants[1] = int64_t(1) << 31;
 
   for (const bool fresh : {false, true}) {
-    check(api.mask_count({batch, {fresh ? nullptr : mask.begin()}, fresh ? drawn : Choice{}}, kept.begin(), scratch, queue));
+    MaskArgs m{batch, {fresh ? nullptr : mask.begin()}, fresh ? drawn : Choice{}};
+    check(api.mask_count(m, kept.begin(), scratch, queue));
+    take(kept);
+    m.upstream = &g_one;
+    check(api.mask_count(m, kept.begin(), scratch, queue));
     take(kept);
   }
   // Of squares: fresh or read, with or without y, with or without a mask. Then the general kernel.
@@ -124,6 +129,18 @@ void run(Dtype dtype, int64_t B, int64_t D) {
     a.out = a.x;  // in place
     check(api.affine(a, queue));
     take(pred);
+  }
+  // Noise alone; two tensors around a clamp.
+  for (const bool fresh : {true, false}) {
+    AffineArgs a{};
+    a.batch = batch, a.out = {out.begin()}, a.table = table, a.clamped = !fresh, a.lo = -1, a.hi = 1;
+    std::fill(a.columns, a.columns + 8, kAbsent);
+    std::fill(a.inner, a.inner + 3, fresh ? kAbsent : 1);
+    a.columns[2] = fresh ? 2 : kAbsent;
+    if (fresh) a.noise = noise;
+    if (!fresh) a.x = {pred.begin()}, a.y = {y.begin()}, a.columns[0] = 0, a.columns[1] = 1, a.inner[2] = kAbsent;
+    check(api.affine(a, queue));
+    take(out);
   }
   check(api.corrupt({batch, {y.begin()}, {out.begin()}, drawn, -1, 2}, queue));
   take(out);

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from ..._torch import current_raw_stream
-from ..reference import per_sample_sum
 from ..scratch import workspace
 from ..spec import (
     ABSENT,
@@ -71,7 +70,7 @@ _TYPES = {
     torch.int32: "*i32",
     torch.bool: "*i1",
 }
-_LANE = {torch.float32: 4, torch.float64: 2, torch.bfloat16: 8, torch.float16: 8, torch.int64: 2}
+_LANE = {torch.float32: 4, torch.float64: 2, torch.bfloat16: 8, torch.float16: 8, torch.int64: 2, torch.bool: 8}
 
 Key = tuple[Any, ...]
 Grid = tuple[int, int, int]
@@ -493,7 +492,8 @@ def _residual_call(
     summed = no_grad or not no_loss
     levels, K = table
     # Of the gradient, without what differs from row to row.
-    factor = 2.0 / (B if reduction == Reduction.mean else 1) / (D if reduction != Reduction.sum and all_count else 1)
+    each = 1.0 / D if reduction != Reduction.sum and all_count else 1.0
+    factor = 2.0 * each / (B if reduction == Reduction.mean else 1)  # rounded as gradient_scale of csrc/args.h
     spec = (
         (ABSENT, *columns[:3]),
         (*columns[3:], ABSENT),
@@ -552,11 +552,12 @@ def residual(spec: Loss, operands: Residual, rows: Rows, wanted: Wanted) -> Foun
         lying = _contiguous(*lying)
         memory = _memory(lying, ordered)
     choice, keeps, kept = _NO_CHOICE, False, None
+    unless_one = None if made is None else upstream
     if drawn is not None:
         choice, keeps = _choice(drawn.noise, drawn.thresholds, device), drawn.kept
-        kept = _count(shape, choice, keeps, device)
-    elif stored is not None:
-        kept = per_sample_sum(stored)
+        kept = _count_drawn(shape, choice, keeps, device, unless_one)
+    elif lying[3] is not None:
+        kept = _count_stored(lying[3], unless_one)
     weight = None if wanted.weight is None else wanted.weight.contiguous()
     per_row, terms = (table, index, weight, kept, upstream), (keeps, made is not None)
     results = means, loss, wanted.also
@@ -636,16 +637,46 @@ def _run_residual(
 
 
 @functools.lru_cache(maxsize=4096)
-def _count_call(shape: tuple[int, ...], device: torch.device, present: tuple[bool, ...], keeps: bool) -> _Call:
-    B, D, V = shape[0], math.prod(shape[1:]), 4  # a block of words to a lane
+def _count_call(
+    shape: tuple[int, ...],
+    device: torch.device,
+    types: Key,
+    V: int,
+    keeps: bool,
+    times: int,
+    aligned: bool,
+    layout: Layout,
+) -> _Call:
+    B, D = shape[0], math.prod(shape[1:])
     grid, steps, ROWS, LANES = _plan(B, D, V, _STEPS_SUM)
-    return _Call(kernels.count_kernel, device, grid, present, (B, D, steps), (keeps, ROWS, LANES, V))
+    sizes, strides = layout
+    spec = keeps, aligned and D % V == 0, ROWS, LANES, V
+    types = *types, _types_of(layout)
+    return _Call(kernels.count_kernel, device, grid, types, (B, D, steps, times, sizes, strides[0]), spec)
 
 
-def _count(shape: tuple[int, ...], choice: Choice, keeps: bool, device: torch.device) -> Tensor:
-    """(B,) int64: how many elements of each sample a drawn mask has."""
+def _count_drawn(
+    shape: tuple[int, ...], choice: Choice, keeps: bool, device: torch.device, unless_one: Tensor | None = None
+) -> Tensor:
+    """(B,) int64: how many elements of each sample a drawn mask has. Nothing is counted where unless_one holds 1."""
     kept = torch.zeros(shape[0], dtype=torch.int64, device=device)
-    _launch(_count_call(shape, device, (choice[2] is None, choice[3] is None), keeps), (kept, *choice))
+    types = True, choice[2] is None, choice[3] is None, None if unless_one is None else unless_one.dtype
+    call = _count_call(shape, device, types, BLOCK, keeps, 1, False, CONTIGUOUS)
+    _launch(call, (kept, None, *choice, unless_one))
+    return kept
+
+
+def _count_stored(mask: Tensor, unless_one: Tensor | None = None) -> Tensor:
+    """The same of a mask in memory; what is expanded along a row is read once."""
+    kept = torch.zeros(mask.shape[0], dtype=torch.int64, device=mask.device)
+    times = 1
+    for d in range(1, mask.dim()):
+        if mask.stride(d) == 0:
+            times *= mask.shape[d]
+            mask = mask.narrow(d, 0, 1)
+    types = False, None if unless_one is None else unless_one.dtype
+    call = _count_call(mask.shape, mask.device, types, _LANE[torch.bool], False, times, *_memory((mask,), False))
+    _launch(call, (kept, mask, *_NO_CHOICE, unless_one))
     return kept
 
 

@@ -854,6 +854,7 @@ def write_loss(loss, value, B, REDUCTION: tl.constexpr):
 @triton.jit
 def count_kernel(
     kept,
+    mask,
     seed,
     offset,
     key,
@@ -861,32 +862,50 @@ def count_kernel(
     first_sample,
     thresholds,
     threshold_step,
+    upstream,
     B,
     D,
     steps,
+    times,
+    sizes,
+    mask_strides,
     KEEPS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     V: tl.constexpr,
 ):
-    """kept (B,) int64, zeros before: how many elements of each row a drawn mask has."""
+    """kept (B,) int64, zeros before: `times` the elements of each row that a mask has, which is in memory or drawn.
+
+    The counts are for a gradient that was made before; where its upstream is 1 nobody asks for them.
+    """
     row0, row = rows_of(B, ROWS)
     if row0 >= B:
         return
-    seed, offset = row_key(seed, offset, key, sample, first_sample, row, FOLDED)
-    second = tl.load(thresholds + row * threshold_step + 1)
+    if upstream is not None:
+        if tl.load(upstream) == 1.0:
+            return
+    if ALIGNED:
+        D = D // V * V  # says that V divides D
+    if mask is None:
+        seed, offset = row_key(seed, offset, key, sample, first_sample, row, FOLDED)
+        second = tl.load(thresholds + row * threshold_step + 1)
     total = tl.zeros([ROWS, LANES * V], tl.int32)
     begin = tl.program_id(0) * steps
     end = tl.minimum(begin + steps, tl.cdiv(D, LANES * V)).to(tl.int32)
     for step in range(begin.to(tl.int32), end):
         first = tl.cast(step, tl.int64) * LANES
         live = tile_mask(row0, first, B, D, ROWS, LANES, V)
-        total += (live & counted(seed, offset, second, first, None, KEEPS, ROWS, LANES, V)).to(tl.int32)
+        if mask is None:
+            counts = counted(seed, offset, second, first, None, KEEPS, ROWS, LANES, V)
+        else:
+            counts = tl.load(at(mask, row, first, D, sizes, mask_strides, LANES, V), mask=live, other=0) != 0
+        total += (live & counts).to(tl.int32)
     if ROWS == 1:
-        tl.atomic_add(kept + row, tl.sum(total).to(tl.int64), sem="relaxed")
+        tl.atomic_add(kept + row, tl.sum(total).to(tl.int64) * times, sem="relaxed")
     else:
         existing = rows_there(row0, B, ROWS)
-        tl.atomic_add(kept + row, tl.sum(total, 1, keep_dims=True).to(tl.int64), mask=existing, sem="relaxed")
+        tl.atomic_add(kept + row, tl.sum(total, 1, keep_dims=True).to(tl.int64) * times, mask=existing, sem="relaxed")
 
 
 @triton.jit
