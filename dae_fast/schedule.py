@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from ._torch import constant_result, gathered
+from ._torch import constant_result, kept
 from .coefficients import PAIR, Formula, Level, Place, formula_of, keep, singular
 from .kernels import reference
 from .noise import Noise
@@ -244,7 +244,7 @@ class Schedule:
         if isinstance(t, Tensor):
             if t.dtype not in (torch.int64, torch.int32):
                 raise TypeError(f"{self._name}: t must be int32 or int64, got {t.dtype}")
-            t = gathered(t)
+            t = kept(t)
         elif isinstance(t, numbers.Integral) and not isinstance(t, bool):
             t = int(t)
             if not 0 <= t < len(self):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .._torch import dispatch_modes, in_functorch, jit_tracing
+from .._torch import dispatch_modes, dual_level, in_functorch, jit_tracing
 from .spec import (
     ABSENT,
     Bounds,
@@ -285,7 +285,7 @@ def gaussian(mu: Tensor, log_var: Tensor, eps: Tensor | None, noise: Noise | Non
     wide, log_variance = mu.to(compute), log_var.to(compute)
     if noise is not None:
         eps = noise_like(noise, mu)
-    scale = Exponential.apply(0.5 * log_variance)
+    scale = exponential(0.5 * log_variance)
     z = wide if eps is None else wide + scale * eps.to(compute)
     kl = 0.5 * (wide.square() + exponential_rest(log_variance))
     return z.to(mu.dtype), per_sample_sum(kl)
@@ -294,8 +294,6 @@ def gaussian(mu: Tensor, log_var: Tensor, eps: Tensor | None, noise: Noise | Non
 class Exponential(torch.autograd.Function):
     """e^x, whose gradient is 0 for one of 0, where torch's is NaN once e^x is infinite."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(x: Tensor) -> Tensor:
         return torch.exp(x)
@@ -303,15 +301,16 @@ class Exponential(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:
         return times(g, torch.exp(*ctx.saved_tensors))
 
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
-        return times(tangent, torch.exp(*ctx.saved_tensors))
+
+def exponential(x: Tensor) -> Tensor:
+    """e^x; transformed and in forward mode torch's own, whose rules are for every transform."""
+    found: Tensor = torch.exp(x) if in_functorch() or dual_level() else Exponential.apply(x)
+    return found
 
 
 def times(g: Tensor, slope: Tensor) -> Tensor:
@@ -325,7 +324,7 @@ def exponential_rest(x: Tensor) -> Tensor:
     series = torch.zeros_like(x)
     for k in range(23, 1, -1):
         series = series * inside + 1 / math.factorial(k)
-    return torch.where(x.abs() < 2, inside * inside * series, Exponential.apply(x) - 1 - x)
+    return torch.where(x.abs() < 2, inside * inside * series, exponential(x) - 1 - x)
 
 
 def gaussian_grad(
