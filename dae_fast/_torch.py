@@ -19,6 +19,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
 from torch.autograd import _profiler_enabled as profiling  # type: ignore[attr-defined]
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 # What surrounds a call. torch tells it only so; a public torch.compiler-like question for each would replace them.
@@ -54,6 +55,7 @@ __all__ = [
     "is_dtensor",
     "is_wrapped",
     "jit_tracing",
+    "kept",
     "outside_modes",
     "profiling",
     "register_autograd",
@@ -88,6 +90,14 @@ def gathered(value: Any) -> Any:
     return value.full_tensor() if is_dtensor(value) else value
 
 
+def kept(value: Tensor) -> Tensor:
+    """An index, key or ids that backward can read, plain: one made in inference mode autograd would not save."""
+    if not is_compiling() and value.is_inference() and not torch.is_inference_mode_enabled():
+        return value.clone()
+    found: Tensor = gathered(value)
+    return found
+
+
 def fake_mode() -> Any:
     """The FakeTensorMode around the call, or None."""
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
@@ -96,13 +106,18 @@ def fake_mode() -> Any:
 @contextmanager
 def outside_modes() -> Iterator[None]:
     """What is cached must be a plain tensor, whatever traces, transforms or infers around the call."""
-    with (
-        torch.inference_mode(False),
-        temporarily_clear_interpreter_stack(),
-        _disable_current_modes(),
-        torch._C.DisableTorchFunction(),
-    ):
-        yield
+    tracing = jit_tracing()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]  # or only the first trace would see how it is made
+    try:
+        with (
+            torch.inference_mode(False),
+            temporarily_clear_interpreter_stack(),
+            _disable_current_modes(),
+            torch._C.DisableTorchFunction(),
+        ):
+            yield
+    finally:
+        torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
 
 
 class DirectFunction(torch.autograd.Function):

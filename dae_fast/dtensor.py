@@ -236,6 +236,12 @@ def whole_samples(x: Tensor) -> Tensor:
     return found
 
 
+def check_rows(op: str, dims: int, *tensors: Tensor | None) -> None:
+    """Where each row of so many dimensions has its level, the rows of a sample are together."""
+    if dims > 1 and Layout(op, *tensors).sharded(range(1, dims)):
+        raise NotImplementedError(f"{op}: levels of {dims} dimensions need samples that are whole in those")
+
+
 def beside(t: Tensor, x: Tensor) -> Tensor:
     """A plain tensor as a replicated DTensor on x's mesh, for torch's own arithmetic between the two."""
     mesh = x.device_mesh  # type: ignore[attr-defined]

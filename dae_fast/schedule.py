@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from ._torch import constant_result, gathered
+from ._torch import constant_result, kept
 from .checks import Array
 from .coefficients import PAIR, Formula, Level, Place, formula_of, keep, singular
 from .kernels import reference
@@ -266,7 +266,7 @@ class Schedule:
         if isinstance(t, Tensor):
             if t.dtype not in (torch.int64, torch.int32):
                 raise TypeError(f"{self._name}: t must be int32 or int64, got {t.dtype}")
-            return Level._of(self, gathered(t))
+            return Level._of(self, kept(t))
         if isinstance(t, numbers.Integral) and not isinstance(t, bool):
             level = int(t)
             if not 0 <= level < len(self):

@@ -200,6 +200,10 @@ def _frames() -> None:
     assert torch.equal(df.add_noise(part, NOISE, S[t]).full_tensor(), df.add_noise(x, NOISE, S[t]))
     loss = df.denoising_loss(part, part, NOISE, S[t], predict="v")
     torch.testing.assert_close(loss.full_tensor(), df.denoising_loss(x, x, NOISE, S[t], predict="v"))
+    cut_frames = distribute_tensor(x, mesh, [Shard(1)])
+    for call in (lambda: df.add_noise(cut_frames, NOISE, S[t]), lambda: df.noise_mse(cut_frames, NOISE, level=S[t])):
+        with pytest.raises(NotImplementedError, match="levels of 2 dimensions need samples that are whole"):
+            call()
 
 
 def _beside() -> None:
@@ -220,6 +224,14 @@ def _beside() -> None:
     cut_x = distribute_tensor(x.clone(), mesh, [Shard(0)])
     assert df.add_noise(cut_x, NOISE, S[cut_t], out=cut_x) is cut_x
     assert torch.equal(cut_x.full_tensor(), df.add_noise(x, NOISE, S[t]))
+    for shape, dim in (((8, 3), 0), ((5, 8), 0), ((5, 8), 1)):
+        whole = _x(shape, 1, torch.float32).requires_grad_()
+        part = distribute_tensor(whole.detach(), mesh, [Shard(dim)]).requires_grad_()
+        for reduction in ("mean", "sum"):
+            df.noise_mse(part, NOISE, reduction=reduction).backward()
+            df.noise_mse(whole, NOISE, reduction=reduction).backward()
+        assert part.grad.placements == part.placements
+        torch.testing.assert_close(part.grad.full_tensor(), whole.grad)
 
 
 def _compiled() -> None:

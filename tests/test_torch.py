@@ -581,3 +581,33 @@ def test_negated_views(backend: str) -> None:
         assert torch.equal(df.add_noise(a, noise, level), df.add_noise(b, noise, level))
         assert torch.equal(df.add_noise(dense, a, level), df.add_noise(dense, b, level))
         assert torch.equal(df.langevin_step(a, b, 0.1, noise), df.langevin_step(b, b, 0.1, noise))
+
+
+def test_indices_keys_and_ids_of_inference_mode_can_be_trained_with() -> None:
+    """As those of plain indexing."""
+    with torch.inference_mode():
+        t, ids, key = torch.tensor([3, 9]), torch.tensor([4, 5]), torch.tensor([1, 2])
+    p = torch.randn(2, 4, requires_grad=True)
+    schedule, noise = df.Schedule.linear(20), df.Noise(key, sample=ids)
+    (found,) = torch.autograd.grad(df.denoising_loss(p, p.detach(), noise, schedule[t], predict="v"), p)
+    eps = df.Noise((1, 2), sample=torch.tensor([4, 5])).normal((2, 4), dtype=torch.float64)
+    alpha, sigma = (v[[3, 9], None] for v in (schedule.alpha, schedule.sigma))
+    right = 2 / p.numel() * (p.double() - alpha * eps + sigma * p.double())
+    torch.testing.assert_close(found.double(), right.detach(), rtol=1e-5, atol=1e-6)
+    for made in (
+        df.corrupt(p, df.Masking(0.3, noise)),
+        df.reparameterise(p, p, noise)[0],
+        df.add_noise(p, noise, schedule[t]),
+    ):
+        made.sum().backward()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_ids_of_a_mask_changed_before_backward_raise(reduction: str) -> None:
+    """Its words are drawn again in backward: they would be others."""
+    ids, p = torch.tensor([4, 5]), torch.randn(2, 6, requires_grad=True)
+    mask = df.Masking(0.4, df.Noise(3, sample=ids))
+    loss = df.noise_mse(p, df.Noise(1), mask=mask, reduction=reduction).sum() / 3
+    ids += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

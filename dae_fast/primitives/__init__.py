@@ -38,7 +38,7 @@ from ..kernels.spec import (
     map_of,
 )
 from ..noise import Noise
-from ..routing import plain_map, wants_grad
+from ..routing import on_mesh, plain_map, wants_grad
 from .masks import Drawn, Mask
 from .memory import check_out
 from .residuals import Weighed
@@ -279,6 +279,8 @@ def launched(
     for slot, value in zip(spec.slots, given, strict=True):
         slots[slot] = value
     *inputs, noise = slots
+    if (mesh := on_mesh(*inputs)) is not None:
+        mesh.check_rows(spec.op, dims, *inputs)
     coefficients, shape = rows(), inputs[0].shape
     by_slot = spec.given_by_slot
     if out is not None:
@@ -610,6 +612,8 @@ def mask_of(op: str, pred: Tensor, mask: Any) -> Mask:
 def loss_of_rows(spec: Any, operands: Residual, rows: Rows, weight: Tensor | None, dims: int) -> Weighed:
     """A checked loss; its values of rows get their dimensions back. weight: () or (B,), or of the rows' dimensions."""
     pred, y, z, noise, mask = operands
+    if (mesh := on_mesh(pred, y, z)) is not None:
+        mesh.check_rows(spec.op, dims, pred, y, z)
     shape = pred.shape[:dims]
     if weight is not None:
         weight = weight.reshape(*weight.shape, *[1] * (dims - weight.dim())) if weight.dim() else weight

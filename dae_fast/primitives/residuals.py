@@ -56,10 +56,15 @@ def _keep_gradient(
     if spec.columns[1] == ABSENT:
         z = noise = None
     loss, grad = made
-    key = (None, None) if noise is None else (noise._key_tensor, noise._sample)
-    others = y, z, rows.t, mask if isinstance(mask, Tensor) else None, means, *key
+    others = y, z, rows.t, mask if isinstance(mask, Tensor) else None, means, *_read_again(noise, mask)
     # In a tuple: of an argument that is returned autograd makes a view.
     return _Loss.apply(pred, weight, (loss, grad), others, (spec, noise, rows.table, None if means is None else mask))
+
+
+def _read_again(noise: Noise | None, mask: Any) -> list[Tensor | None]:
+    """Keys and ids that backward reads: saved, so that torch notices where they change before."""
+    streams = noise, mask.noise if isinstance(mask, Drawn) else None
+    return [t for stream in streams if stream is not None for t in (stream._key_tensor, stream._sample)]
 
 
 def residual_loss(spec: Loss, operands: Residual, rows: Rows, weight: Tensor | None) -> Weighed:
@@ -208,9 +213,9 @@ class _SampleMeans(DirectFunction):
         ctx: Any, pred: Tensor, y: Tensor | None, z: Tensor | None, table: Any, rest: tuple[Any, ...]
     ) -> Tensor:
         index, spec, noise, mask = rest
-        key = (None, None) if noise is None else (noise._key_tensor, noise._sample)
         stored = mask if isinstance(mask, Tensor) else None
-        ctx.save_for_backward(pred, y, z, table if isinstance(table, Tensor) else None, index, stored, *key)
+        read = _read_again(noise, mask)
+        ctx.save_for_backward(pred, y, z, table if isinstance(table, Tensor) else None, index, stored, *read)
         ctx.rest = spec, noise, mask if isinstance(mask, Drawn) else None, table if isinstance(table, tuple) else None
         operands = Residual(pred, y, z, noise, mask)
         means = kernels(pred, spec.op).residual(spec, operands, Rows(table, index), Wanted()).means
