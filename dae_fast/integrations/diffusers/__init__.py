@@ -1,13 +1,14 @@
 """diffusers' schedulers with fused steps: one line before the loop that is there.
 
-    from dae_fast.integrations import diffusers as fused
-    fused.fuse(pipe)
+from dae_fast.integrations import diffusers as fused
+fused.fuse(pipe)
 """
 
 from __future__ import annotations
 
 from typing import Any, Literal, TypeVar
 
+from .facts import Facts
 from .fused import COVERED, KINDS, Fused, fused_class
 
 __all__ = ["COVERED", "fuse", "unfuse"]
@@ -16,7 +17,7 @@ T = TypeVar("T")
 
 
 def fuse(pipe_or_scheduler: T, noise: Literal["torch", "fused"] = "torch") -> T:
-    """Makes a scheduler's add_noise, get_velocity, scale_model_input and step one launch each; returns what it was given.
+    """Makes add_noise, get_velocity, scale_model_input and step of a scheduler one launch each; returns what it got.
 
     pipe_or_scheduler: a pipeline, whose `scheduler` is taken, or a scheduler of those in COVERED
     noise: "torch": drawn by torch through the caller's generator, the numbers of upstream. "fused": keyed and never
@@ -33,12 +34,15 @@ def fuse(pipe_or_scheduler: T, noise: Literal["torch", "fused"] = "torch") -> T:
         raise ValueError(f"fuse: noise must be 'torch' or 'fused', got {noise!r}")
     upstream = scheduler.upstream if isinstance(scheduler, Fused) else type(scheduler)
     if upstream.__name__ not in COVERED or not upstream.__module__.startswith("diffusers."):
-        raise TypeError(f"fuse: {upstream.__module__}.{upstream.__name__} is not covered; these are: {', '.join(COVERED)}")
+        raise TypeError(
+            f"fuse: {upstream.__module__}.{upstream.__name__} is not covered; these are: {', '.join(COVERED)}"
+        )
     if upstream.__name__ in KINDS:
         what = KINDS[upstream.__name__].not_covered(scheduler.config)
         if what is not None:
             raise NotImplementedError(f"fuse: {upstream.__name__} with {what} is not covered; use it as it is")
     scheduler.__class__ = fused_class(upstream, noise)
+    Facts.of(scheduler)
     return pipe_or_scheduler
 
 
@@ -46,8 +50,7 @@ def unfuse(pipe_or_scheduler: T) -> T:
     """Undoes `fuse`, in the middle of a loop too; returns what it was given."""
     scheduler = _scheduler_of(pipe_or_scheduler)
     if isinstance(scheduler, Fused):
-        scheduler._facts = None
-        del scheduler._facts
+        scheduler.__dict__.pop("_facts", None)
         scheduler.__class__ = scheduler.upstream
     return pipe_or_scheduler
 

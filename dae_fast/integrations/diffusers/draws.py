@@ -25,7 +25,9 @@ def keyed(generator: Any, step: int, batch: int, device: torch.device) -> Noise:
         return Noise.from_generator()
     if isinstance(generator, (list, tuple)):
         if len(generator) not in (1, batch):
-            raise ValueError(f"step: generator must be one, or {batch} of them, one for each sample, got {len(generator)}")
+            raise ValueError(
+                f"step: generator must be one, or {batch} of them, one for each sample, got {len(generator)}"
+            )
         if len(generator) == batch:
             ids = _ids(tuple(_seed(g) for g in generator), device)
             return Noise(STEPS_TAG, sample=ids).fold_in(step)
@@ -37,7 +39,9 @@ def _seed(generator: Any) -> int:
     if isinstance(generator, torch.Generator):
         return to_signed(generator.initial_seed())
     if type(generator) is not int:
-        raise TypeError(f"step: generator must be a torch.Generator or an int, or a list, got {type(generator).__name__}")
+        raise TypeError(
+            f"step: generator must be a torch.Generator or an int, or a list, got {type(generator).__name__}"
+        )
     return to_signed(generator)
 
 

@@ -52,7 +52,7 @@ class Facts:
         """A timestep as a number. One that is a view of `timesteps`, as in a loop over them, is not read from memory:
         its place says what it is, and a GPU is not waited for."""
         if not isinstance(t, Tensor):
-            return t  # type: ignore[no-any-return]
+            return t
         known = self.tensors[0]
         if known is not None and t.dtype == known.dtype and t.device == known.device and known.is_contiguous():
             place, beside = divmod(t.data_ptr() - known.data_ptr(), known.element_size())

@@ -34,14 +34,19 @@ class Fused:
     upstream: ClassVar[type]
     kind: ClassVar[Kind]  # of the levels, and of `step` where upstream has one way to step
     _facts: Facts | None = None
+    # Upstream's, where it has them.
+    timesteps: Any
+    _step_index: Any
+    _begin_index: Any
+    _threshold_sample: Any
 
     def __reduce__(self) -> Any:
         state = {name: value for name, value in self.__dict__.items() if name != "_facts"}
         return _restored, (self.upstream, self.noise_source, state)
 
     def _begin(self, f: Facts, timestep: Any) -> None:
-        if self._step_index is None:  # type: ignore[has-type]
-            begin = self._begin_index  # type: ignore[attr-defined]
+        if self._step_index is None:
+            begin = self._begin_index
             self._step_index = self._place(f, timestep) if begin is None else begin
 
     def _place(self, f: Facts, timestep: Any) -> int:
@@ -66,11 +71,11 @@ class Fused:
             self._begin(f, given["timestep"])
         key = kind.key(self, f, given)
         plan = f.plans.get((kind, key)) or _planned(kind, f, key)
-        streams = {**given, **kind.history(self)}
+        streams = {**given, **kind.history(self), "dtype": torch.promote_types(output.dtype, sample.dtype)}
         if plan.draws:
             streams["noise"] = self._draw(kind, given, key)
         if f.config.get("thresholding"):
-            streams["threshold"] = self._threshold_sample  # type: ignore[attr-defined]
+            streams["threshold"] = self._threshold_sample
         kind.run(plan, streams, f, given)
         kind.advance(self, streams)
         previous = streams["prev_sample"]
@@ -84,12 +89,12 @@ class Fused:
     def _draw(self, kind: Kind, given: dict[str, Any], key: tuple[Any, ...]) -> Noise | Tensor:
         output, sample, own = given["model_output"], given["sample"], given.get("variance_noise")
         if own is not None:
-            return own.to(output.device)  # type: ignore[no-any-return]
+            return own.to(output.device)
         if self.noise_source == "fused":
             return keyed(given["generator"], int(key[0]), len(sample), output.device)
         from diffusers.utils.torch_utils import randn_tensor
 
-        dtype = kind.noise_in or output.dtype
+        dtype = kind.noise_type(output, sample)
         made: Tensor = randn_tensor(output.shape, generator=given["generator"], device=output.device, dtype=dtype)
         return made
 
@@ -98,10 +103,10 @@ class Fused:
         timesteps = timesteps.to(device)
         if isinstance(self.kind, OfBar):
             return levels.at(timesteps.long(), device)
-        if self._begin_index is not None:  # type: ignore[attr-defined]
-            index = self._begin_index if self._step_index is None else self._step_index  # type: ignore[attr-defined]
+        if self._begin_index is not None:
+            index = self._begin_index if self._step_index is None else self._step_index
             return levels.at(index, device)
-        known = self.timesteps.to(device)  # type: ignore[attr-defined]
+        known = self.timesteps.to(device)
         return levels.at(places(self.kind, known, timesteps.reshape(-1)), device)
 
 
@@ -148,10 +153,10 @@ def _planned(kind: Kind, f: Facts, key: tuple[Any, ...]) -> Plan:
     return made
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _output_class(upstream: type) -> Any:
     module = sys.modules[upstream.__module__]
-    return getattr(module, f"{upstream.__name__}Output", None) or module.SchedulerOutput  # type: ignore[attr-defined]
+    return getattr(module, f"{upstream.__name__}Output", None) or module.SchedulerOutput
 
 
 def _method(upstream: type, name: str, kind: Kind) -> Callable[..., Any]:
@@ -174,24 +179,44 @@ def _method(upstream: type, name: str, kind: Kind) -> Callable[..., Any]:
     return method
 
 
-@functools.lru_cache(maxsize=None)
+def _as_signed(theirs: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of its own with upstream's signature, which pipelines inspect."""
+
+    @functools.wraps(theirs)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return ours(self, *args, **kwargs)
+
+    return method
+
+
+def _set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
+    self.upstream.set_timesteps(self, *args, **kwargs)
+    Facts.of(self)  # here, so that no step has to read tables from a device
+
+
+@functools.cache
 def fused_class(upstream: type, noise_source: str) -> type:
     """A class of the same name, so that configs are saved under it."""
     kind = KINDS.get(upstream.__name__, multistep.PNDM["step_plms"])
     methods = {"step": kind} if upstream.__name__ in KINDS else multistep.PNDM
     own: dict[str, Any] = {name: _method(upstream, name, of) for name, of in methods.items()}
-    replaced = {"add_noise": _add_noise, "scale_noise": _scale_noise, "get_velocity": _get_velocity}
-    if hasattr(upstream, "is_scale_input_called") or isinstance(kind, OfSigma):
+    replaced: dict[str, Callable[..., Any]] = {
+        "set_timesteps": _set_timesteps,
+        "add_noise": _add_noise,
+        "scale_noise": _scale_noise,
+        "get_velocity": _get_velocity,
+    }
+    if isinstance(kind, OfSigma):  # elsewhere it returns what it is given
         replaced["scale_model_input"] = _scale_model_input
     for name, ours in replaced.items():
         if hasattr(upstream, name):
-            own[name] = functools.wraps(getattr(upstream, name))(ours)
+            own[name] = _as_signed(getattr(upstream, name), ours)
     about = {"__module__": upstream.__module__, "__qualname__": upstream.__qualname__, "__doc__": upstream.__doc__}
     facts = {"upstream": upstream, "noise_source": noise_source, "kind": kind}
     return type(upstream.__name__, (Fused, upstream), {**own, **about, **facts})
 
 
 def _restored(upstream: type, noise_source: str, state: dict[str, Any]) -> Any:
-    made = object.__new__(fused_class(upstream, noise_source))
+    made: Any = object.__new__(fused_class(upstream, noise_source))
     made.__dict__.update(state)
     return made

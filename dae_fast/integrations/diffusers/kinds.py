@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .facts import Facts
 from .sums import Plan
@@ -21,7 +22,6 @@ class Kind:
     options: ClassVar[tuple[str, ...]] = ()  # arguments of upstream's method that are known here
     second: ClassVar[str | None] = None  # the other output that upstream returns
     casts = False  # whether upstream returns the type of the model's output whatever the sample's
-    noise_in: ClassVar[torch.dtype | None] = None  # what torch draws; None: the type of the model's output
     counts = True  # whether upstream counts steps, in _step_index
     set_first = True  # whether set_timesteps must have been called
     whole_timesteps = True  # whether an integer is a timestep
@@ -30,11 +30,19 @@ class Kind:
         """Which option of a config has no fused step."""
         return None
 
+    def columns(self, f: Facts) -> tuple[Any, Any]:
+        """alpha and sigma of every level, as add_noise uses them."""
+        raise NotImplementedError
+
     def key(self, s: Any, f: Facts, given: dict[str, Any]) -> tuple[Any, ...]:
         return (s._step_index,)
 
     def plan(self, f: Facts, *key: Any) -> Plan:
         raise NotImplementedError
+
+    def noise_type(self, output: Tensor, sample: Tensor) -> torch.dtype:
+        """In which upstream has torch draw: another one is other noise."""
+        return output.dtype
 
     def history(self, s: Any) -> dict[str, Any]:
         return {}
@@ -52,7 +60,6 @@ class OfBar(Kind):
     """Levels by alpha_bar, at timesteps that are integers."""
 
     def columns(self, f: Facts) -> tuple[Any, Any]:
-        """alpha and sigma of every level, as add_noise uses them."""
         return np.sqrt(f.bar), np.sqrt(1 - f.bar)
 
 

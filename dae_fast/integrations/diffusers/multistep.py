@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .facts import Facts, estimate, noise_of
 from .kinds import Kind, OfBar, OfSigma, OfSigmaPairs
@@ -59,7 +60,8 @@ class Solver(OfSigmaPairs):
 class DPMSolver(Solver):
     """Lu et al. 2022 (DPM-Solver, of eps) and 2023 (DPM-Solver++, of x0), orders 1 to 3, and their SDEs."""
 
-    noise_in = torch.float32
+    def noise_type(self, output: Tensor, sample: Tensor) -> torch.dtype:
+        return torch.float32
 
     def not_covered(self, config: Any) -> str | None:
         if config["variance_type"] is not None:
@@ -197,7 +199,7 @@ class UniPC(Solver):
             phi_k = phi_k / H - 1 / factorial
         powers = np.array([[r_k**k for r_k in (*r, 1.0)] for k in range(order)])
         if not corrects:
-            rho = np.array([0.5]) if order == 2 else np.linalg.solve(powers[:-1, :-1], values[:-1]) if r else []
+            rho = np.array([0.5]) if order == 2 else np.linalg.solve(powers[:-1, :-1], values[:-1])
         else:
             rho = np.array([0.5]) if order == 1 else np.linalg.solve(powers, values)
         return x * keep - outputs[0] * (outer * phi), outer * B, rho, slopes
@@ -233,7 +235,7 @@ class LMS(OfSigma):
         for k, node in enumerate(nodes[:kept]):
             others = np.delete(nodes, k)
             whole = np.polyint(np.atleast_1d(np.poly(others)) / np.prod(node - others))
-            prev = prev + Sum({f"m{k}": np.polyval(whole, f.sigmas[i + 1]) - np.polyval(whole, sigma)})
+            prev = prev + Sum({f"m{k}": float(np.polyval(whole, f.sigmas[i + 1]) - np.polyval(whole, sigma))})
         return Plan((first, Launch({"prev_sample": prev})))
 
     def history(self, s: Any) -> dict[str, Any]:
@@ -302,7 +304,7 @@ class LinearMultistep(PseudoNumerical):
             raise ValueError("step_plms: three steps of step_prk, twelve calls of it, come first")
         t, size = f.timestep(given["timestep"]), f.config["num_train_timesteps"] // f.steps
         if s.counter == 1:  # from the first step's start again
-            return t + size, t, len(s.ets), True
+            return t + size, t, min(len(s.ets), 4), True
         return t, t - size, min(len(s.ets) + 1, 4), False
 
     def plan(self, f: Facts, *key: Any) -> Plan:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from .facts import Facts, estimate, noise_of
 from .kinds import Kind, OfBar, OfSigma
 from .sums import X0, Launch, P, Plan, Sum, X, Z
 
+CHURN = "s_churn", "s_tmin", "s_tmax", "s_noise"
 KEPT_X0, KEPT_X = Sum(kept_x0=1.0), Sum(kept_sample=1.0)
 
 
@@ -72,6 +73,9 @@ class LCM(OfBar):
 
     second = "denoised"
 
+    def noise_type(self, output: Tensor, sample: Tensor) -> torch.dtype:
+        return torch.promote_types(output.dtype, sample.dtype)
+
     def key(self, s: Any, f: Facts, given: dict[str, Any]) -> tuple[Any, ...]:
         return f.timestep(given["timestep"]), s._step_index
 
@@ -95,6 +99,9 @@ class TCD(OfBar):
 
     options = ("eta",)
     second = "pred_noised_sample"
+
+    def noise_type(self, output: Tensor, sample: Tensor) -> torch.dtype:
+        return torch.promote_types(output.dtype, sample.dtype)
 
     def key(self, s: Any, f: Facts, given: dict[str, Any]) -> tuple[Any, ...]:
         if not 0 <= given["eta"] <= 1:
@@ -125,11 +132,11 @@ def denoised(f: Facts, x: Sum, sigma: Any) -> Sum:
 class Euler(OfSigma):
     """Karras et al. 2022, algorithm 2 without its second order."""
 
-    options = "s_churn", "s_tmin", "s_tmax", "s_noise"
+    options: ClassVar[tuple[str, ...]] = CHURN
     second = "pred_original_sample"
 
     def key(self, s: Any, f: Facts, given: dict[str, Any]) -> tuple[Any, ...]:
-        return (s._step_index, *(float(given[name]) for name in self.options))
+        return (s._step_index, *(float(given[name]) for name in CHURN))
 
     def plan(self, f: Facts, *key: Any) -> Plan:
         i, s_churn, s_tmin, s_tmax, s_noise = key
@@ -149,10 +156,10 @@ class Euler(OfSigma):
 class EDMEuler(Euler):
     """The same of a preconditioned network (Karras et al. 2022, table 1), or of an estimate that is given."""
 
-    options = (*Euler.options, "pred_original_sample")
+    options = (*CHURN, "pred_original_sample")
 
     def key(self, s: Any, f: Facts, given: dict[str, Any]) -> tuple[Any, ...]:
-        numbers = (float(given[name]) for name in Euler.options)
+        numbers = (float(given[name]) for name in CHURN)
         return (s._step_index, *numbers, given["pred_original_sample"] is not None)
 
     def plan(self, f: Facts, *key: Any) -> Plan:
@@ -234,8 +241,10 @@ class Heun(OfSigma):
 class FlowMatchEuler(OfSigma):
     """x + (sigma_next - sigma)*v, or x0 noised again; per token where each has its own time."""
 
-    options = "s_churn", "s_tmin", "s_tmax", "s_noise", "per_token_timesteps"  # upstream reads the last alone
-    noise_in = torch.float32
+    options = (*CHURN, "per_token_timesteps")  # upstream reads the last alone
+
+    def noise_type(self, output: Tensor, sample: Tensor) -> torch.dtype:
+        return torch.float32
 
     def columns(self, f: Facts) -> tuple[Any, Any]:
         return 1 - f.sigmas, f.sigmas

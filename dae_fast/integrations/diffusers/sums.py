@@ -73,18 +73,18 @@ class Launch:
                     weights.append(self.of_estimate[1])
             made = weighted_sum(*terms, also=weights)
             made = made if also else (made,)
-        streams.update(zip(self.outputs, made, strict=True))
+        dtype = streams["dtype"]  # of samples and outputs; noise may be drawn in another
+        streams.update(zip(self.outputs, (m if m.dtype == dtype else m.to(dtype) for m in made), strict=True))
 
 
 def _wide(row: tuple[float, ...], given: list[Any]) -> Tensor:
-    """More than one launch reads: two, with what the first makes kept in the type of the arithmetic."""
+    """More than one launch reads: two, with what the first makes, and the second, in the type of the arithmetic."""
     first = [(c, v) for c, v in zip(row, given, strict=True) if type(v) is not Noise][:TENSORS]
     rest = [(c, v) for c, v in zip(row, given, strict=True) if not any(v is known for _, known in first)]
-    dtype = given[0].dtype
-    if dtype in (torch.float16, torch.bfloat16):
+    if given[0].dtype in (torch.float16, torch.bfloat16):
         first = [(c, v.float()) for c, v in first]
     made: Tensor = weighted_sum((1.0, weighted_sum(*first)), *rest)
-    return made.to(dtype)
+    return made
 
 
 class Plan(NamedTuple):
