@@ -21,6 +21,8 @@ from dae_fast.integrations.diffusers.kinds import OfBar  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # upstream's
 RANDN = torch_utils.randn_tensor
+for covered in COVERED:  # imported now, before a test puts another randn_tensor into torch_utils
+    getattr(diffusers, covered)
 SHAPE = (2, 3, 8, 8)
 STEPS = 8
 DPM, UNIPC, DEIS = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler"
