@@ -1,0 +1,1 @@
+"""Other libraries' objects on fused steps; each module is imported only on request."""

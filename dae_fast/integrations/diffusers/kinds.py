@@ -1,0 +1,85 @@
+"""What the kinds of schedulers have in common: how a step is keyed, planned and remembered."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .facts import Facts
+from .sums import Plan
+
+
+class Kind:
+    """One method of a scheduler, `step` of most.
+
+    key(): what the coefficients of this call depend on; plan(): the launches of a key, made once
+    history(): tensors of earlier steps by name; advance(): keeps what later steps need
+    """
+
+    options: ClassVar[tuple[str, ...]] = ()  # arguments of upstream's method that are known here
+    second: ClassVar[str | None] = None  # the other output that upstream returns
+    casts = False  # whether upstream returns the type of the model's output whatever the sample's
+    counts = True  # whether upstream counts steps, in _step_index
+    set_first = True  # whether set_timesteps must have been called
+    whole_timesteps = True  # whether an integer is a timestep
+
+    def not_covered(self, config: Any) -> str | None:
+        """Which option of a config has no fused step."""
+        return None
+
+    def columns(self, f: Facts) -> tuple[Any, Any]:
+        """alpha and sigma of every level, as add_noise uses them."""
+        raise NotImplementedError
+
+    def key(self, s: Any, f: Facts, given: dict[str, Any]) -> tuple[Any, ...]:
+        return (s._step_index,)
+
+    def plan(self, f: Facts, *key: Any) -> Plan:
+        raise NotImplementedError
+
+    def noise_type(self, output: Tensor, sample: Tensor) -> torch.dtype:
+        """In which upstream has torch draw: another one is other noise."""
+        return output.dtype
+
+    def history(self, s: Any) -> dict[str, Any]:
+        return {}
+
+    def run(self, plan: Plan, streams: dict[str, Any], f: Facts, given: dict[str, Any]) -> None:
+        for launch in plan.launches:
+            launch(streams)
+
+    def advance(self, s: Any, made: dict[str, Any]) -> None:
+        if self.counts:
+            s._step_index += 1
+
+
+class OfBar(Kind):
+    """Levels by alpha_bar, at timesteps that are integers."""
+
+    def columns(self, f: Facts) -> tuple[Any, Any]:
+        return np.sqrt(f.bar), np.sqrt(1 - f.bar)
+
+
+class OfSigma(Kind):
+    """Levels by sigma, in steps; x = x0 + sigma*eps."""
+
+    whole_timesteps = False
+    set_first = False
+    casts = True
+
+    def columns(self, f: Facts) -> tuple[Any, Any]:
+        return np.ones_like(f.sigmas), f.sigmas
+
+    def scale(self, f: Facts, sigma: Any) -> Any:
+        """What scale_model_input multiplies with."""
+        return 1 / np.sqrt(sigma**2 + 1)
+
+
+class OfSigmaPairs(Kind):
+    """Levels by sigma, in steps; x = alpha*x0 + sigma*eps, alpha found from sigma. The last step stands for others."""
+
+    def columns(self, f: Facts) -> tuple[Any, Any]:
+        return f.pair_of(f.sigmas)
