@@ -23,7 +23,7 @@ class Loss:
 def affine(
     map: Map,
     inputs: Inputs,
-    noise: Noise | None,
+    noise: Noise | Tensor | None,
     raw: bool,
     table: Tensor,
     index: Tensor | None,

@@ -26,7 +26,7 @@ LAYERS = (
     ("ops",),
     ("library", "graphs"),
     ("samplers", "nn"),
-    ("saved",),
+    ("saved", "integrations"),
     ("__init__",),
     ("__main__",),
 )

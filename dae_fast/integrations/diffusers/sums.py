@@ -71,8 +71,8 @@ class Launch:
                 terms.append((self.of_estimate[0], clamped(*inner, low=-self.bound, high=self.bound)))
                 if weights is not None:
                     weights.append(self.of_estimate[1])
-            made = weighted_sum(*terms, also=weights)
-            made = made if also else (made,)
+            both: Any = weighted_sum(*terms, also=weights)
+            made = both if also else (both,)
         dtype = streams["dtype"]  # of samples and outputs; noise may be drawn in another
         streams.update(zip(self.outputs, (m if m.dtype == dtype else m.to(dtype) for m in made), strict=True))
 
