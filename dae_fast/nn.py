@@ -25,9 +25,9 @@ from .ops.losses import (
     Selecting,
     against_target,
     check_level_weight,
+    fast_against_target,
     formula_of,
     loss_weight,
-    plain_against_target,
 )
 from .ops.noising import add_noise
 from .ops.parameterisation import EDM, Parameterisation, check_name
@@ -193,7 +193,7 @@ class DenoisingLoss(torch.nn.Module):
     ) -> Summed:
         op = "DenoisingLoss"
         if mask is None and delta is None:
-            summed = plain_against_target(op, pred, x0, noise, level, columns, weight, "mean", kind)
+            summed = fast_against_target(op, pred, x0, noise, level, columns, weight, "mean", kind)
             if summed is not None:
                 return summed
         chosen, how = mask_of(op, pred, mask), reduction_of(op, pred, "mean")

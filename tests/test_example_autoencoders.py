@@ -76,8 +76,8 @@ def test_active_share_of_binary_codes(example) -> None:
 def test_masked_pixels_are_paper(example) -> None:
     sparse = example("sparse")
     x, noise = torch.rand(50, 64), df.Noise(3)
-    struck = df.Masking(sparse.MASKED, noise).mask(x.shape)
-    assert torch.equal(sparse.mask(x, noise), torch.where(struck, -1.0, x))
+    masked = df.Masking(sparse.MASKED, noise).mask(x.shape)
+    assert torch.equal(sparse.mask(x, noise), torch.where(masked, -1.0, x))
 
 
 def test_contractive_norms_are_those_of_the_jacobians(example) -> None:

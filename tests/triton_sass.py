@@ -126,7 +126,7 @@ def _variants() -> dict[str, Callable[[], Any]]:
     whole = torch.empty(1024, 2**14)  # a row to a program, uncut
     thin = torch.empty(64, 64, 8, 8, dtype=torch.bool).to(memory_format=torch.channels_last)[:, :32]
     one, weight = torch.ones(()), torch.ones(64, dtype=torch.float64)
-    struck, left = Drawn(NOISE, THRESHOLDS[:1], False), Drawn(in_memory, THRESHOLDS, True)
+    masked, left = Drawn(NOISE, THRESHOLDS[:1], False), Drawn(in_memory, THRESHOLDS, True)
 
     mean = None, 1, True, True  # of a loss: no weight, its reduction, with its gradient
 
@@ -180,13 +180,13 @@ def _variants() -> dict[str, Callable[[], Any]]:
         "weighed odd rows": lambda: weighed(odd, f32, weight=weight),
         "weighed fp64": lambda: weighed(x.double(), f64),
         "penalties of rows of 2": lambda: residual(short, left, *mean, kind=PSEUDO_HUBER),
-        "penalties of odd rows": lambda: residual(odd, struck, *mean, kind=KINDS.index("huber")),
+        "penalties of odd rows": lambda: residual(odd, masked, *mean, kind=KINDS.index("huber")),
         "penalties of channels_last": lambda: residual(last, left, *mean, kind=KINDS.index("l1")),
         "pseudo_huber in fp64": lambda: of_fp64(PSEUDO_HUBER),
         "huber in fp64": lambda: of_fp64(KINDS.index("huber")),
         "sum with drawn mask": lambda: residual(half, left, weight, 2, True, True),
         "loss of whole rows": lambda: weighed(whole, f32, torch.empty(whole.shape, dtype=torch.bool), weight),
-        "count of a drawn mask": lambda: backend._count_drawn(LONG, choice(struck), False, x.device),
+        "count of a drawn mask": lambda: backend._count_drawn(LONG, choice(masked), False, x.device),
         "count of short rows": lambda: backend._count_drawn((64, 2), choice(left), True, x.device, one),
         "count of a mask": lambda: backend._count_stored(torch.empty(whole.shape, dtype=torch.bool)),
         "count of an expanded mask": lambda: backend._count_stored(mask, one),

@@ -153,7 +153,7 @@ def _choose_launchers() -> None:
     """Tells the native core, which recognises plain calls on every device, what launches them there."""
     native, _ = _loaded.get("native", (None, ""))
     if native is not None:
-        native.use_plain(*(_launcher(torch.device(kind)) for kind in ("cpu", "cuda")))
+        native.use_fast(*(_launcher(torch.device(kind)) for kind in ("cpu", "cuda")))
 
 
 def _launcher(device: torch.device) -> Any:

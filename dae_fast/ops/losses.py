@@ -14,11 +14,11 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 from ..checks import as_number, can_read, flag, like, per_sample, promote, samples
 from ..coefficients import Formula, Level, gather, is_one, leading, level_for, stack_rows, value_at
 from ..kernels import spec as specs
-from ..kernels.spec import ABSENT, Kind, Loss, Residual, Rows, compute_dtype, loss_of
+from ..kernels.spec import ABSENT, Coefficients, Kind, Loss, Residual, compute_dtype, loss_of
 from ..noise import Noise, noise_for
 from ..primitives import kind_of, loss_of_rows, mask_of, reduction_of, weighted_sum
 from ..primitives.masks import Drawn, Mask, kept_elements
-from ..primitives.residuals import Summed, Weighed, plain_residual_loss
+from ..primitives.residuals import Summed, Weighed, fast_residual_loss
 from ..routing import beside
 from ..schedule import Schedule
 from .noising import operands
@@ -44,7 +44,7 @@ def _either(noise: Any) -> tuple[Any, Noise | None]:
 
 
 class Selecting(Protocol):
-    """A corruption, or what it struck or kept: elements that are drawn, not stored."""
+    """A corruption, or what it masked or left visible: elements that are drawn, not stored."""
 
     def _drawn(self, op: str, x: Tensor) -> Drawn: ...
 
@@ -90,7 +90,7 @@ def noise_mse(
     weight: (B,) multiplies each sample's mean before the mean over the batch
     level_weight: (T,) a weight per level, looked up at level = schedule[t]; multiplies with `weight`
     mask: bool, broadcastable to pred and of as many dimensions: the elements that count; mse_b is over those (0 if
-            there are none). Or a Masking or SaltAndPepper, or its .struck or .kept, whose elements are drawn again
+            there are none). Or a Masking or SaltAndPepper, or its .masked or .visible, whose elements are drawn again
             and never stored
     reduction: "mean"; "sum" (sum_b w_b * sum of squares); "none" (w_b * mse_b, one value per sample)
     return_x0_mse: also return mse_b of the denoised estimate, (sigma/alpha)^2 * mse_b, from the same
@@ -106,7 +106,7 @@ def noise_mse(
     alone = level is None and level_weight is None and mask is None and return_x0_mse is False
     if how is not None and alone and (weight is None or type(weight) is Tensor):
         tensor, generated = _either(noise)
-        done = plain_residual_loss(how, (pred, None, tensor, generated), MINUS_TARGET, None, weight)
+        done = fast_residual_loss(how, (pred, None, tensor, generated), MINUS_TARGET, None, weight)
         if done is not None:
             return done[0]
     by = reduction_of(op, pred, reduction)
@@ -210,7 +210,7 @@ def denoising_loss(
         level_for(op, level)
     weighting, w = weight_for(op, weight, level, pred, predict)
     if mask is None and log_variance is None and delta is None and return_per_sample is False and not is_compiling():
-        known = _plain_loss(op, predict, weighting, _name(kind), _name(reduction))
+        known = _fast_loss(op, predict, weighting, _name(kind), _name(reduction))
         done = None if known is None else _run_plain(known, pred, x0, noise, level, w)
         if done is not None:
             return done[0]
@@ -318,7 +318,7 @@ def _plain(op: str, columns: LossColumns, kind: str, reduction: str) -> _Plain |
 
 
 @lru_cache(maxsize=128)
-def _plain_loss(
+def _fast_loss(
     op: str, predict: Parameterisation, weighting: Weighting | None, kind: str, reduction: str
 ) -> _Plain | None:
     return _plain(op, LossColumns(predict, weighting), kind, reduction)
@@ -329,7 +329,7 @@ def _name(argument: Any) -> str:
     return argument if isinstance(argument, str) else ""
 
 
-def plain_against_target(
+def fast_against_target(
     op: str,
     pred: Tensor,
     x0: Tensor,
@@ -371,7 +371,7 @@ def _run_plain(
         level._check(known.loss.op, pred)
         if level._dims() > 1:
             return None
-    return plain_residual_loss(known.loss, (pred, x0, z, generated), source, known.formula, weight)
+    return fast_residual_loss(known.loss, (pred, x0, z, generated), source, known.formula, weight)
 
 
 def against_target(
@@ -420,7 +420,9 @@ def against_target(
     return loss_of_rows(fixed, Residual(pred, y, z, generated, mask), rows, weight, dims)
 
 
-def _rows(op: str, pred: Tensor, level: Level | None, columns: LossColumns, delta: float | Tensor | None) -> Rows:
+def _rows(
+    op: str, pred: Tensor, level: Level | None, columns: LossColumns, delta: float | Tensor | None
+) -> Coefficients:
     """What a residual reads, with delta as its fourth column where it is given."""
     compute, row = compute_dtype(pred.dtype), columns.row
     if row is not None:
@@ -441,7 +443,7 @@ def _rows(op: str, pred: Tensor, level: Level | None, columns: LossColumns, delt
     column = column.reshape(-1, 1)
     B = max(table.shape[0], column.shape[0])
     table = table.expand(B, -1)
-    return Rows(torch.cat((table[:, :3], column.expand(B, -1), table[:, 3:]), 1), None)
+    return Coefficients(torch.cat((table[:, :3], column.expand(B, -1), table[:, 3:]), 1), None)
 
 
 def _penalty(

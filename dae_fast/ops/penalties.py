@@ -17,7 +17,7 @@ from ..kernels.reference import per_sample_sum
 from ..kernels.spec import ABSENT, Kind, Residual, compute_dtype, loss_of
 from ..noise import Noise
 from ..primitives import loss_of_rows, reduction_of
-from ..primitives.residuals import plain_residual_loss
+from ..primitives.residuals import fast_residual_loss
 from ..routing import on_mesh
 from .losses import SUMMED, Reduction
 
@@ -40,7 +40,7 @@ def l1_penalty(h: Tensor, *, reduction: Reduction = "mean") -> Tensor:
     """
     op, plain = "l1_penalty", _PLAIN.get(reduction) if isinstance(reduction, str) else None
     if plain is not None:
-        done = plain_residual_loss(plain, (h, None, None, None), _ALONE, None)
+        done = fast_residual_loss(plain, (h, None, None, None), _ALONE, None)
         if done is not None:
             return done[0]
     checks.samples(op, "h", h)

@@ -266,8 +266,8 @@ def counted(
     V: tl.constexpr,
 ):
     """(ROWS, LANES * V): what a drawn mask has of lanes `first`..., the elements that it strikes or (KEEPS) leaves."""
-    struck = below(words(seed, offset, first, sizes, ROWS, LANES, V), second)
-    return ~struck if KEEPS else struck
+    masked = below(words(seed, offset, first, sizes, ROWS, LANES, V), second)
+    return ~masked if KEEPS else masked
 
 
 @triton.jit
@@ -598,7 +598,7 @@ def residual_kernel(
     thresholds,
     threshold_step,
     sums,
-    ticket,
+    counter,
     per_sample,
     loss,
     also,
@@ -635,7 +635,7 @@ def residual_kernel(
     two whose products with the samples' means are averaged in `also` (None without them), and an absent one.
     thresholds: (1 or B, 2) where the mask is drawn, else None; threshold_step: from row to row.
     kept: (B,) int64, the elements that count, or None for all (factor then holds 1 / D).
-    Each program leaves its sums in `sums`; the one that draws the last ticket adds them, in one order
+    Each program leaves its sums in `sums`; the last to come to `counter` adds them, in one order
     whoever comes last. per_sample None: no sums are wanted; loss None: no loss.
     MADE: grad holds the gradient for an upstream of 1. FINAL_ROWS: where rows are cut, of how many samples the last
     program adds the sums side by side; 0 where a program has whole rows.
@@ -707,7 +707,7 @@ def residual_kernel(
                     for k in tl.static_range(2):
                         weighed = sum_of_rows(mean * further[k + 1], existing, ROWS)
                         tl.store(sums + (k + 1) * programs + row0 // ROWS, weighed)
-                if last_to_finish(ticket, programs):
+                if last_to_finish(counter, programs):
                     write_loss(loss, add_parts(sums, programs), B, REDUCTION)
                     if also is not None:
                         for k in tl.static_range(2):
@@ -715,7 +715,7 @@ def residual_kernel(
         else:
             tiles = tl.num_programs(0)
             tl.store(sums + row * tiles + tl.program_id(0), mine, mask=existing)
-            if last_to_finish(ticket, tl.cdiv(B, ROWS) * tiles):
+            if last_to_finish(counter, tl.cdiv(B, ROWS) * tiles):
                 finish_tiles(
                     sums,
                     tiles,
@@ -766,14 +766,14 @@ def sum_of_rows(values, existing, ROWS: tl.constexpr):
 
 
 @triton.jit
-def last_to_finish(ticket, programs):
+def last_to_finish(counter, programs):
     """Whether all other programs have left their sums. The count starts again for the next launch."""
-    # This program's sums are written before its ticket is drawn. On AMD GPUs, too, the barrier is a fence of the
-    # work-group for global memory; the ticket's acq_rel passes all its threads' writes on to the device.
+    # This program's sums are written before it counts itself. On AMD GPUs, too, the barrier is a fence of the
+    # work-group for global memory; the addition's acq_rel passes all its threads' writes on to the device.
     tl.debug_barrier()
-    last = tl.atomic_add(ticket, 1, sem="acq_rel") == programs - 1
+    last = tl.atomic_add(counter, 1, sem="acq_rel") == programs - 1
     if last:
-        tl.store(ticket, 0)
+        tl.store(counter, 0)
     return last
 
 
