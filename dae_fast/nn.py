@@ -15,12 +15,11 @@ from ._torch import gathered
 from .checks import Array, can_read, like, samples
 from .coefficients import Formula, Level, gather
 from .continuous import ContinuousSchedule, Density
-from .kernels.spec import compute_dtype
+from .kernels.spec import KindName, compute_dtype
 from .noise import Noise, noise_for
 from .ops.losses import (
     AnyNoise,
     Delta,
-    KindName,
     LossColumns,
     Selecting,
     against_target,

@@ -13,8 +13,19 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 
 from ..checks import as_number, can_read, flag, like, per_sample, promote, samples
 from ..coefficients import Formula, Level, gather, is_one, leading, level_for, stack_rows, value_at
-from ..kernels import spec as specs
-from ..kernels.spec import ABSENT, Coefficients, Kind, Loss, Residual, compute_dtype, loss_of
+from ..kernels.spec import (
+    ABSENT,
+    Coefficients,
+    Kind,
+    KindName,
+    Loss,
+    Reduction,
+    ReductionName,
+    Residual,
+    compute_dtype,
+    loss_of,
+    rows_at,
+)
 from ..noise import Noise, noise_for
 from ..primitives import kind_of, loss_of_rows, mask_of, reduction_of, weighted_sum
 from ..primitives.masks import Drawn, Mask, kept_elements
@@ -28,13 +39,11 @@ from .weighting import Weight, Weighting, by_errors, weight_for
 
 __all__ = ["denoising_loss", "noise_mse"]
 
-Reduction = Literal["mean", "sum", "none"]
-KindName = Literal["mse", "l1", "huber", "pseudo_huber"]
 Delta = float | Callable[[Tensor, Tensor], Any]
 AnyNoise = Noise | Tensor | StructuredNoise
 MINUS_TARGET = (1.0, -1.0, -1.0)  # a table's row for pred - y, pred - z and pred - noise
 AGAINST_NOISE = (ABSENT, 2, ABSENT, ABSENT, ABSENT, ABSENT)  # columns of a loss in it
-SUMMED: dict[str, specs.Reduction] = {"mean": specs.Reduction.mean, "sum": specs.Reduction.sum}
+SUMMED: dict[str, Reduction] = {"mean": Reduction.mean, "sum": Reduction.sum}
 _NOISE_MSE = {name: loss_of("noise_mse", Kind.mse, how, AGAINST_NOISE) for name, how in SUMMED.items()}
 
 
@@ -58,7 +67,7 @@ def noise_mse(
     weight: Tensor | None = None,
     level_weight: Tensor | None = None,
     mask: Tensor | Selecting | None = None,
-    reduction: Reduction = "mean",
+    reduction: ReductionName = "mean",
     return_x0_mse: Literal[False] = False,
 ) -> Tensor: ...
 @overload
@@ -70,7 +79,7 @@ def noise_mse(
     weight: Tensor | None = None,
     level_weight: Tensor | None = None,
     mask: Tensor | Selecting | None = None,
-    reduction: Reduction = "mean",
+    reduction: ReductionName = "mean",
     return_x0_mse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 def noise_mse(
@@ -81,7 +90,7 @@ def noise_mse(
     weight: Tensor | None = None,
     level_weight: Tensor | None = None,
     mask: Tensor | Selecting | None = None,
-    reduction: Reduction = "mean",
+    reduction: ReductionName = "mean",
     return_x0_mse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """mean_b w_b * mse_b, mse_b = mean((pred_b - eps_b)^2): the simple loss, and its gradient in one pass.
@@ -141,7 +150,7 @@ def denoising_loss(
     kind: KindName = "mse",
     delta: Delta | None = None,
     mask: Tensor | Selecting | None = None,
-    reduction: Reduction = "mean",
+    reduction: ReductionName = "mean",
     log_variance: Tensor | None = None,
     return_per_sample: Literal[False] = False,
 ) -> Tensor: ...
@@ -157,7 +166,7 @@ def denoising_loss(
     kind: KindName = "mse",
     delta: Delta | None = None,
     mask: Tensor | Selecting | None = None,
-    reduction: Reduction = "mean",
+    reduction: ReductionName = "mean",
     log_variance: Tensor | None = None,
     return_per_sample: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
@@ -172,7 +181,7 @@ def denoising_loss(
     kind: KindName = "mse",
     delta: Delta | None = None,
     mask: Tensor | Selecting | None = None,
-    reduction: Reduction = "mean",
+    reduction: ReductionName = "mean",
     log_variance: Tensor | None = None,
     return_per_sample: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -262,7 +271,7 @@ class LossColumns:
         same = self.predict in CONSTANT and self.weighting is None and not self.errors
         return _row_of(self)(1.0, 1.0) if same else None
 
-    def loss(self, op: str, kind: Kind, reduction: specs.Reduction) -> Loss:
+    def loss(self, op: str, kind: Kind, reduction: Reduction) -> Loss:
         """Its columns, a kind's delta coming after the first three."""
         names = self.names if not kind.has_delta else (*self.names[:3], "delta", *self.names[3:])
 
@@ -304,7 +313,7 @@ class _Plain:
 
     __slots__ = ("formula", "loss", "needs_noise", "row")
 
-    def __init__(self, op: str, columns: LossColumns, kind: Kind, reduction: specs.Reduction) -> None:
+    def __init__(self, op: str, columns: LossColumns, kind: Kind, reduction: Reduction) -> None:
         self.loss, self.row, self.formula = columns.loss(op, kind, reduction), columns.row, formula_of(columns)
         self.needs_noise = self.loss.columns[1] != ABSENT
 
@@ -383,7 +392,7 @@ def against_target(
     columns: LossColumns,
     weight: Tensor | None,
     mask: Mask,
-    reduction: specs.Reduction,
+    reduction: Reduction,
     kind: str = "mse",
     delta: Delta | None = None,
 ) -> Weighed:
@@ -490,7 +499,7 @@ def loss_weight(
     check_level_weight(op, level._schedule, level_weight)
     level._check(op, pred)
     flat = t if isinstance(t, int) else t.reshape(-1)
-    looked_up = gather(op, specs.rows_at(level_weight[:, None], flat), pred)[:, 0]
+    looked_up = gather(op, rows_at(level_weight[:, None], flat), pred)[:, 0]
     shape = pred.shape[: level._dims()]
     looked_up = looked_up.expand(shape) if looked_up.shape[0] == 1 else looked_up.reshape(shape)
     return looked_up if weight is None else weight.reshape(-1, *[1] * (len(shape) - weight.dim())) * looked_up

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, Generic, Literal, NamedTuple, TypeVar, overload
+from typing import Any, Generic, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -26,8 +26,10 @@ from ..kernels.spec import (
     Bounds,
     Coefficients,
     Kind,
+    KindName,
     Map,
     Reduction,
+    ReductionName,
     Residual,
     W,
     X,
@@ -505,10 +507,10 @@ def residual_loss(
     pred: Tensor,
     *terms: Term,
     weight: Tensor | float | None = None,
-    kind: Literal["mse", "l1", "huber", "pseudo_huber"] = "mse",
+    kind: KindName = "mse",
     delta: Coefficient | None = None,
     mask: Any = None,
-    reduction: Literal["mean", "sum", "none"] = "mean",
+    reduction: ReductionName = "mean",
 ) -> Tensor:
     """mean_b w_b * mean_i rho(r), r = pred - c_0*x_0 - c_1*x_1 - ..., and its gradient of pred in the same pass.
 
