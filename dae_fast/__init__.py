@@ -19,6 +19,8 @@ from .ops.parameterisation import EDM
 from .ops.penalties import contraction, kl_sparsity, l1_penalty, sigmoid_contraction
 from .ops.reparameterisation import reparameterise
 from .ops.structured import OffsetNoise, PyramidNoise
+from .ops.targets import dream, target
+from .ops.variational import hybrid_loss, variational_bound
 from .primitives import LevelOp, clamped, residual_loss, weighted_sum
 from .schedule import Schedule, TimedSchedule
 
@@ -49,7 +51,9 @@ __all__ = [
     "convert",
     "corrupt",
     "denoising_loss",
+    "dream",
     "fourier_embedding",
+    "hybrid_loss",
     "info",
     "kl_sparsity",
     "l1_penalty",
@@ -62,12 +66,14 @@ __all__ = [
     "residual_loss",
     "samplers",
     "sigmoid_contraction",
+    "target",
     "timestep_embedding",
     "to_eps",
     "to_score",
     "to_v",
     "to_x0",
     "use_backend",
+    "variational_bound",
     "weighted_sum",
     "weighting",
 ]
