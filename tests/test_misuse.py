@@ -31,7 +31,7 @@ RIGHT = {
         *("levels", "sample", "below", "times", "density", "weighting", "t", "name", "conditioning", "threshold"),
         *("guidance", "net_arguments", "steps", "noise", "pred", "score", "also", "estimate", "clamp_log_var"),
     },
-    "True": {"return_x0_mse", "return_per_sample", "flip", "progress", "denoise", "use_clipped_model_output"},
+    "True": {"return_x0_mse", "return_per_sample", "flip", "progress", "denoise", "use_clipped_model_output", "kl"},
 }
 NEVER = (
     "1j",
