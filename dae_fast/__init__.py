@@ -9,6 +9,7 @@ from .kernels.dispatch import backend_names, use_backend
 from .nn import LevelStatistics
 from .noise import Noise
 from .ops import weighting
+from .ops.brownian import BrownianNoise
 from .ops.conversions import convert, to_eps, to_score, to_v, to_x0
 from .ops.corruption import Masking, SaltAndPepper, corrupt, patch_mask
 from .ops.embedding import fourier_embedding, timestep_embedding
@@ -29,6 +30,7 @@ saved.allow()
 
 __all__ = [
     "EDM",
+    "BrownianNoise",
     "ContinuousSchedule",
     "Level",
     "LevelOp",

@@ -166,6 +166,12 @@ def _ops() -> Iterator[Call]:
     )
     mixture = {"weights": [1.0, 2.0], "means": [[0.0], [1.0]], "stds": [1.0, 1.0]}
     yield Call(df.samplers.GaussianMixture, mixture, "GaussianMixture")
+    path = df.BrownianNoise(N0, 0.0, 3.0)
+    yield Call(df.BrownianNoise, {"noise": N0, "t0": 0.0, "t1": 3.0, "depth": 8}, "BrownianNoise")
+    for name in ("between", "increment"):
+        given = {"t": 2.0, "s": 1.5, "shape": (2, 3), "dtype": torch.float32, "device": "cpu"}
+        yield Call(getattr(path, name), given, name)
+    yield Call(path.fold_in, {"data": 3}, "fold_in")
     yield Call(df.corrupt, {"x": X, "corruption": df.Masking(0.5, N0), "value": 0.0}, "corrupt")
     yield Call(df.Masking, {"p": 0.5, "noise": N0}, "Masking")
     yield Call(df.SaltAndPepper, {"p": 0.5, "noise": N0, "low": 0.0, "high": 1.0, "salt": 0.5}, "SaltAndPepper")
