@@ -11,6 +11,7 @@ from .coefficients import Level
 from .nn import DenoisingLoss, EDMPreconditioner, LevelStatistics
 from .noise import Noise
 from .ops import weighting
+from .ops.brownian import BrownianNoise
 from .ops.corruption import Corruption, Selection
 from .ops.parameterisation import EDM
 from .ops.structured import OffsetNoise, PyramidNoise
@@ -18,6 +19,7 @@ from .schedule import Schedule, TimedSchedule
 
 VALUES: list[Any] = [
     Noise,
+    BrownianNoise,
     Schedule,
     TimedSchedule,
     Level,

@@ -516,7 +516,8 @@ def residual_loss(
 
     pred: (B, ...) fp16/bf16/fp32/fp64      terms: (coefficient, tensor or Noise), as in weighted_sum, of the target
     weight: a float, () or (B,) or of more leading dimensions      kind: rho(r), delta: > 0, as in denoising_loss
-    mask: the elements that count, as in noise_mse      reduction: "mean"; "sum"; "none", one value for each row
+    mask: the elements that count, or their weights, as in noise_mse
+    reduction: "mean"; "sum"; "none", one value for each row
     returns: fp32 (fp64 for fp64) scalar, or for "none" (B,), (B, F) where a coefficient has F for each sample
     Neither the target nor a Noise is stored. One launch for two terms; what is more is summed before. Gradient: of pred
     in the same pass; of terms, coefficients and weights in backward. Raises TypeError or ValueError, naming the term.
@@ -588,15 +589,17 @@ def reduction_of(op: str, pred: Tensor, reduction: str) -> Reduction:
 
 
 def mask_of(op: str, pred: Tensor, mask: Any) -> Mask:
-    """Of pred's shape, expanded without a copy."""
+    """Of pred's shape, expanded without a copy; weights in the dtype of the arithmetic."""
     if mask is None:
         return None
     if not isinstance(mask, Tensor) and hasattr(mask, "_drawn"):
         drawn: Drawn = mask._drawn(op, pred)
         return drawn if drawn.noise._span is None else drawn.on(pred)
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+    if not isinstance(mask, Tensor) or (mask.dtype != torch.bool and mask.dtype not in checks.DTYPES):
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"{op}: mask must be a bool tensor or a corruption, got {got}")
+        raise TypeError(f"{op}: mask must be a bool tensor, weights or a corruption, got {got}")
+    if mask.is_floating_point():
+        mask = mask.to(compute_dtype(pred.dtype))
     if mask.device != pred.device:
         raise ValueError(f"{op}: mask must be on {pred.device} like pred, got {mask.device}")
     if mask.dim() not in (0, pred.dim()):
