@@ -20,6 +20,7 @@ from .ops.penalties import contraction, kl_sparsity, l1_penalty, sigmoid_contrac
 from .ops.reparameterisation import reparameterise
 from .ops.structured import OffsetNoise, PyramidNoise
 from .primitives import LevelOp, clamped, residual_loss, weighted_sum
+from .samplers.stateless import step
 from .schedule import Schedule, TimedSchedule
 
 __version__ = package_version()
@@ -62,6 +63,7 @@ __all__ = [
     "residual_loss",
     "samplers",
     "sigmoid_contraction",
+    "step",
     "timestep_embedding",
     "to_eps",
     "to_score",

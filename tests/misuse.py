@@ -78,9 +78,15 @@ def _samplers() -> Iterator[Call]:
         schedule = options.pop("schedule")
         yield Call(cls, {"schedule": schedule, **options}, cls.op, 1)
         if hasattr(df.samplers, cls.op):
-            loop = {"net_arguments": None, "progress": False, "graph": False, "callback": None}
+            loop = {"net_arguments": None, "progress": False, "graph": False, "gradients": False, "callback": None}
             first = {cls.net_name: net, "x": X, "schedule": schedule, "noise": N0}
             yield Call(getattr(df.samplers, cls.op), {**first, **options, **loop}, cls.op)
+    inpainting = {"sampler": df.samplers.DDIM(S, steps=2), "known": X, "mask": MASK, "noise": N0}
+    yield Call(df.samplers.Inpainting, inpainting, "Inpainting")
+    yield Call(df.samplers.Trajectory, {}, "Trajectory")
+    step = {"x": X, "pred": U, "level": S[4], "next_level": S[1], "noise": N0}
+    own = {"solver": "ddim", "eta": 0.5, "predict": "eps", "clamp": None, "return_x0": False}
+    yield Call(df.step, {**step, **own}, "step")
     last = {"guidance": None, "net_arguments": None, "progress": False, "graph": False}
     yield Call(
         df.samplers.langevin,
@@ -324,6 +330,8 @@ LONG = {"2^70", "10^400"}
 FUNCTIONS = {
     "f",
     "callback",
+    "conditioning",
+    "guidance",
     "net",
     "score",
     "density",

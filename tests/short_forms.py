@@ -48,7 +48,12 @@ from ..schedule import Schedule
 
 
 def imports() -> str:
-    places: dict[str, list[str]] = {"arguments": ["Schedules", "Start"], "base": ["Callback"]}
+    places: dict[str, list[str]] = {
+        "arguments": ["Start"],
+        "levels": ["Conditioning", "Schedules"],
+        "network": ["Guidance"],
+        "base": ["Callback"],
+    }
     for name in SHORT:
         places.setdefault(getattr(df.samplers, name).__module__.split(".")[-1], []).append(name)
     places["arguments"].insert(0, "Network")

@@ -30,8 +30,18 @@ RIGHT = {
         *("target", "perturbation", "out", "level", "weight", "level_weight", "mask", "delta", "log_variance", "clamp"),
         *("levels", "sample", "below", "times", "density", "weighting", "t", "name", "conditioning", "threshold"),
         *("guidance", "net_arguments", "steps", "noise", "pred", "score", "also", "estimate", "callback"),
+        *("from_level", "to_level", "eta"),
     },
-    "True": {"return_x0_mse", "return_per_sample", "flip", "progress", "denoise", "use_clipped_model_output"},
+    "True": {
+        "return_x0",
+        "gradients",
+        "return_x0_mse",
+        "return_per_sample",
+        "flip",
+        "progress",
+        "denoise",
+        "use_clipped_model_output",
+    },
 }
 NEVER = (
     "1j",

@@ -1019,9 +1019,9 @@ def test_a_plan_that_was_made_hides_no_error():
         return network(x, t), other(x, t)
 
     df.samplers.ddim(both, x, schedule, df.Noise(1), steps=3, guidance=1.0)
-    for wrong in (True, "1", [1.0], torch.ones(1)):
+    for wrong in (True, "1", [1.0], torch.ones(1, 1)):
         for _ in range(2):
-            with pytest.raises(ValueError, match="guidance must be None or a finite number"):
+            with pytest.raises(ValueError, match="guidance must be"):
                 df.samplers.ddim(both, x, schedule, df.Noise(1), steps=3, guidance=wrong)
     for _ in range(2):
         with pytest.raises(ValueError, match="predict must be one of"):

@@ -25,6 +25,7 @@ but what it does in Python besides is done at capture alone.
 
 from .ancestral import DDIM, DDPM, EulerAncestral
 from .base import Sampler
+from .callbacks import Inpainting, Trajectory
 from .dpm_solver import DPMSolverPP2M, DPMSolverPP2MSDE
 from .flow import FlowEuler, FlowMidpoint
 from .functions import (
@@ -59,9 +60,11 @@ __all__ = [
     "FlowMidpoint",
     "GaussianMixture",
     "Heun",
+    "Inpainting",
     "PredictorCorrector",
     "ProbabilityFlow",
     "Sampler",
+    "Trajectory",
     "annealed_langevin",
     "ddim",
     "ddpm",

@@ -40,7 +40,7 @@ class DDPM(Sampler):
         """ln var = (1 + v) ln std_large + (1 - v) ln std_small = middle + half_width * v."""
         if self.variance != "learned":
             return None
-        t, s = walk.at, walk.at.to_data()
+        t, s = walk.at, self._after(schedule, walk.at)
         small, large = posterior_std(t, s), forward_variance(t, s).sqrt()
         noisy = small > 0
         middle, half_width = (large * small).log(), (large / small).log()
@@ -82,7 +82,8 @@ class DDPM(Sampler):
         x, history, x0 = super()._advance(i, x, prediction[:-1], None, history, table, wants_x0)
         if self._plan.facts and self._plan.facts[i]:
             # The affine map has one factor a sample; here each element has its own.
-            log_var = torch.addcmul(table[i, -2], table[i, -1], prediction[-1])
+            middle, half_width = table[self._plan.launches.first_row(i), -2:]
+            log_var = torch.addcmul(middle, half_width, prediction[-1])
             x, _ = reparameterise(x, log_var, self._drawn(i, noise))
         return x, history, x0
 
@@ -108,6 +109,9 @@ class DDIM(Sampler):
     def coefficients(self, t: Place, s: Place) -> Step:
         step = implicit_step(s, std=self.eta * posterior_std(t, s))
         return step._replace(raw=not self.use_clipped_model_output)
+
+    def _goes_up(self) -> bool:
+        return self.eta == 0
 
 
 @dataclass(eq=False, repr=False, kw_only=True)

@@ -12,10 +12,10 @@ from ..continuous import ContinuousSchedule
 from ..noise import Noise
 from ..ops.parameterisation import check_name
 from ..schedule import Schedule
+from .levels import SPACINGS
 
 Network = Callable[..., Any]
 Start = Tensor | Sequence[int]
-Schedules = Schedule | ContinuousSchedule
 
 ONE_OF_LEVELS = checks.instance(Schedule, "a Schedule")  # of samplers that take a step for each level
 
@@ -43,6 +43,8 @@ ARGUMENTS: dict[str, checks.Check] = {
     "S_tmin": checks.real("no NaN"),
     "S_tmax": checks.real("no NaN"),
     "S_noise": checks.real("finite and not negative"),
+    "guidance_rescale": checks.real("in [0, 1]"),
+    "spacing": checks.one_of(*SPACINGS),
     "use_clipped_model_output": checks.flag,
     "denoise": checks.flag,
     "progress": checks.flag,

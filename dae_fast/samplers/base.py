@@ -4,26 +4,29 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import KW_ONLY, dataclass, field, fields
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
+from torch.utils.checkpoint import checkpoint
+from typing_extensions import Self
 
 from .. import checks
 from .._torch import outside_modes
+from ..coefficients import Level
 from ..kernels.spec import compute_dtype
 from ..noise import Noise
 from ..ops.conversions import Bounds
 from ..ops.parameterisation import Parameterisation
 from ..routing import fast_map
 from ..schedule import Schedule
-from .arguments import ARGUMENTS, Network, Schedules, Start, looked_at
+from .arguments import ARGUMENTS, Network, Start, looked_at
 from .launch import Launches
-from .levels import Levels, Told, grid, model_times, walked
-from .network import OUTPUT, bound, call_model, guidance_scale, model_time, outputs
+from .levels import Conditioning, Levels, Route, Schedules, Told, grid, model_times, walked
+from .network import OUTPUT, Guidance, bound, call_model, guidance_scales, model_time, outputs
 from .running import progressed, rounded, run
 from .start import check_start, device_of_start, draw_start, warn_of_signal
 from .steps import Place, Step
@@ -82,7 +85,9 @@ class More(NamedTuple):
 
 
 def planned(walk: Walk, launches: Launches, one_launch: bool, more: More | None = None) -> Plan:
-    table = launches.table if more is None else torch.cat((launches.table, more.columns), 1)
+    table = launches.table
+    if more is not None:
+        table = torch.cat((table, more.columns.repeat_interleave(launches.batch or 1, 0)), 1)
     tags = walk.tags or walk.levels
     quick = None
     if launches.is_plain and one_launch:
@@ -130,7 +135,8 @@ class Base:
     predict: Parameterisation = "eps"
     clamp: Bounds | None = None
     threshold: float | None = None
-    guidance: float | None = None
+    guidance: Guidance = None
+    guidance_rescale: float = 0.0
     history: tuple[Tensor, ...] = field(init=False, default=())
 
     def __post_init__(self) -> None:
@@ -151,9 +157,12 @@ class Base:
         """Made once for equal options."""
         options = tuple(v if not isinstance(v, list) else tuple(v) for v in self._options().values())
         key = type(self), *options, *map(type, options)
-        # What cannot be a key is wrong, or a tensor: the plan says so.
-        if is_compiling() or not all(isinstance(v, Hashable) and not isinstance(v, Tensor) for v in options):
-            return self._make_plan()
+        # What cannot be a key is wrong: the plan says so. A tensor or a function may give something else next time.
+        if is_compiling() or not all(
+            isinstance(v, Hashable) and not (isinstance(v, Tensor) or callable(v)) for v in options
+        ):
+            with outside_modes():
+                return self._make_plan()
         if key not in _plans:
             with outside_modes():
                 made = self._make_plan()
@@ -167,9 +176,8 @@ class Base:
         raise NotImplementedError
 
     def _launches(self, walk: Walk) -> Launches:
-        g = guidance_scale(self.op, self.guidance)
-        guidance = None if g is None else torch.full_like(walk.at.alpha, g)
-        return Launches(self.op, walk.at, walk.step, self.predict, self._clip, guidance, walk.keeps)
+        g = guidance_scales(self.op, self.guidance, walk.told)
+        return Launches(self.op, walk.at, walk.step, self.predict, self._clip, g, walk.keeps, self.guidance_rescale)
 
     def _options(self) -> dict[str, Any]:
         """As they were given."""
@@ -238,6 +246,7 @@ class Base:
         elif noise is not None:
             checks.like(self.op, "noise", noise, "x", x)
             noise = noise.to(x.dtype)
+        self._check_batch(x)
         history = self.history if i else ()
         if len(history) < self._plan.launches.looks[i].reads:
             raise ValueError(
@@ -245,6 +254,11 @@ class Base:
             )
         x, self.history, x0 = self._advance(i, x, prediction, noise, history, self._table(x), return_x0)
         return (x, x0) if return_x0 else x
+
+    def _check_batch(self, x: Tensor) -> None:
+        B = self._plan.launches.batch
+        if B is not None and x.shape[0] != B:
+            raise ValueError(f"{self.op}: guidance must have shape ({x.shape[0]},), one for each sample, got ({B},)")
 
     def _quick(self, i: int, x: Tensor, pred: Any, noise: Any) -> Any:
         """A plain step, straight to the core; None for anything else, which is then checked."""
@@ -344,6 +358,7 @@ class Base:
         net_arguments: Mapping[str, Any] | None = None,
         progress: bool = False,
         graph: bool = False,
+        gradients: bool = False,
         callback: Callback | None = None,
     ) -> Tensor:
         """The loop: net(x, t) and a step for every look.
@@ -355,25 +370,29 @@ class Base:
         net_arguments: {name: value}, class labels say, which net is handed by name at every look; with graph bind them
             to the network instead (functools.partial), and keep that
         progress: show a bar      graph: replay the loop as a CUDA graph
+        gradients: make the result differentiable with respect to x and what the network learns. Of each look x and
+            what is kept are stored, no noise; the network runs again in backward (checkpointed). Not with graph
         callback(i, t, x, x0): called after look i, at which the network was told t, with x and the x0 estimate, which
             the same launch makes; a tensor that it returns goes on as x. Not with graph
         returns: like x_T: worked out in fp32 (fp64 for fp64) and rounded once, so that what is beyond 65504 is infinite
-            in fp16, which is warned of on the CPU. Without gradients; `history` is left alone
+            in fp16, which is warned of on the CPU. `history` is left alone
         Raises ValueError for a shape mismatch.
         """
         op = self.op
         progress, graph = checks.flag(op, "progress", progress), checks.flag(op, "graph", graph)
+        gradients = checks.flag(op, "gradients", gradients)
         net = bound(op, net, net_arguments, graph)
         checks.function(op, self.net_name, net)
         if callback is not None:
             checks.function(op, "callback", callback)
-            if graph:
-                raise ValueError(f"{op}: graph=True runs the loop without Python: leave out callback")
-        with torch.no_grad():
+        if graph and (gradients or callback is not None):
+            raise ValueError(f"{op}: graph=True runs the loop without Python: leave out callback and gradients")
+        with torch.set_grad_enabled(gradients):
             if not isinstance(x, Tensor):
                 x = self.start(x, noise, device=device_of_start(op, graph))
             check_start(op, x, noise)
-            loop = partial(self._loop, net, x.dtype, progress, callback)
+            self._check_batch(x)
+            loop = partial(self._loop, partial(self._looked, net, x.dtype, callback is not None), progress, callback)
             options = self.op, self._clip, self._plan.told, self._plan.launches.looks, self._extra()
             return run(op, net, loop, x, noise, self._plan.table, options, progress, graph)
 
@@ -381,22 +400,36 @@ class Base:
         """What the loop depends on besides the table, the launches and what the network is told."""
         return ()
 
-    def _loop(
+    def _looked(
         self,
         net: Network,
         dtype: torch.dtype,
+        wants_x0: bool,
+        i: int,
+        x: Tensor,
+        history: tuple[Tensor, ...],
+        noise: Noise,
+        table: Tensor,
+    ) -> tuple[Tensor, tuple[Tensor, ...], Any]:
+        """Look i and its step, a function of its arguments alone."""
+        x = self._before_look(i, x, noise, table)
+        prediction = self._read(call_model(net, dtype, x, self._plan.told[i]), x)
+        return self._advance(i, x, prediction, noise, history, table, wants_x0)
+
+    def _loop(
+        self,
+        looked: Callable[..., Any],
         progress: bool,
         callback: Callback | None,
         x: Tensor,
         noise: Noise,
         table: Tensor,
     ) -> Tensor:
-        told = self._plan.told
+        if torch.is_grad_enabled():
+            looked = partial(checkpoint, looked, use_reentrant=False)
         history: tuple[Tensor, ...] = ()
-        for i in progressed(range(len(told)), progress, self.op):
-            x = self._before_look(i, x, noise, table)
-            prediction = self._read(call_model(net, dtype, x, told[i]), x)
-            x, history, x0 = self._advance(i, x, prediction, noise, history, table, callback is not None)
+        for i in progressed(range(len(self._plan.told)), progress, self.op):
+            x, history, x0 = looked(i, x, history, noise, table)
             if callback is not None:
                 x = self._called_back(callback, i, x, x0)
         return x
@@ -417,16 +450,25 @@ class Sampler(Base):
     """A sampler over levels of a schedule, with one look by the network at each.
 
     schedule: Schedule, or a ContinuousSchedule, which stands for its levels discretise(steps)
-    steps: in [1, T], evenly spaced levels, the noisiest first; None is all
-    levels: instead of steps, one's own, decreasing; a start of a shape is of the first. Read, the level of each look
+    steps: in [1, T], levels from the noisiest down; None is all
+    levels: instead of steps, one's own, decreasing; a start of a shape is of the first. A deterministic sampler may go
+        up too (inversion), to `to_level`. Read, the level of each look
+    spacing: of `steps` levels: "linspace", "leading" and "trailing" in index, as diffusers' timestep_spacing (leading
+        without its offset); "karras" (rho = 7) and "exponential" in sigma/alpha, the nearest levels
+    from_level: the first level, T - 1 unless given, of an image that is noised to there, say
+    to_level: where the last step ends, a level instead of the data
     predict: what net predicts, "eps", "x0", "v", "score", "flow" or an EDM
     conditioning: what net is told of a level: "level", t int64; "time", that of ContinuousSchedule.discretise; or
-        "sigma", where alpha = 1 (Schedule.karras); both fp32 (fp64 for fp64). None: the time where there is one
+        "sigma", where alpha = 1 (Schedule.karras); "log_snr", 2 log(alpha/sigma); or a function of
+        (alpha, sigma), float64 (L,) of L looks; all fp32 (fp64 for fp64). None: the time where there is one
     clamp: c or (low, high), the limits of the x0 estimate in every step
     threshold: dynamic thresholding instead, the quantile (0.995) of a sample's |x0 estimate| that becomes 1
         where it is more (Saharia et al. 2022, section 2.3)
     guidance: g, for a net that returns (conditional, unconditional): the prediction is u + g*(c - u), g = 1
-        being the conditional one (Ho and Salimans 2022)
+        being the conditional one (Ho and Salimans 2022). A number; a sequence, one for each look; a function g(i, t) of
+        the look and what the network is told; or a tensor (B,), one for each sample, read once
+    guidance_rescale: phi in [0, 1], how far the prediction gets the conditional one's standard deviation in each sample
+        (Lin et al. 2024, section 3.4), in passes of their own
     Raises ValueError for a level from which `predict` gives no step: eps where alpha = 0 (predict v there).
     """
 
@@ -435,7 +477,10 @@ class Sampler(Base):
     _levels: ClassVar[Any]  # as they were given
     steps: int | None = None
     levels: Levels = Levels()  # noqa: RUF009
-    conditioning: str | None = None
+    spacing: str = "linspace"
+    from_level: int | None = None
+    to_level: int | None = None
+    conditioning: Conditioning = None
 
     def coefficients(self, t: Place, s: Place) -> Step:
         """Of the steps from t to s, alpha and sigma (L,) of L levels and of what comes after each."""
@@ -444,14 +489,52 @@ class Sampler(Base):
     def walk(self, schedule: Schedule) -> Walk:
         chosen = self._grid(schedule)
         at = Place(schedule.alpha[chosen], schedule.sigma[chosen])
-        return Walk(tuple(chosen), at, self._told(schedule, chosen), self.coefficients(at, at.to_data()), self.keeps)
+        step = self.coefficients(at, self._after(schedule, at))
+        return Walk(tuple(chosen), at, self._told(schedule, chosen), step, self.keeps)
+
+    def inverted(self) -> Self:
+        """The sampler that takes the same levels from the last up to the first, where a deterministic one came from.
+
+        What it starts from, the data, stands for x at the last level. DDIM inversion (Song, Meng and Ermon 2021).
+        """
+        schedule = walked(self.op, self.schedule, self._looks(), self._levels)
+        first, *others = dict.fromkeys(self.levels)
+        return replace(
+            self,
+            schedule=schedule,
+            steps=None,
+            levels=others[::-1],
+            spacing="linspace",
+            from_level=None,
+            to_level=first,
+        )
+
+    def reached(self) -> list[Level]:
+        """Where each look's step leads."""
+        schedule = walked(self.op, self.schedule, self._looks(), self._levels)
+        ends = (
+            [1.0, 0.0] if self.to_level is None else [float(c[self.to_level]) for c in (schedule.alpha, schedule.sigma)]
+        )
+        later = list(self.levels[1:])
+        pairs = zip(schedule.alpha[later].tolist(), schedule.sigma[later].tolist(), strict=True)
+        return [Level(alpha, sigma) for alpha, sigma in (*pairs, ends)]
+
+    def _goes_up(self) -> bool:
+        """Whether it is deterministic, and so may raise x to noisier levels."""
+        return False
+
+    def _after(self, schedule: Schedule, at: Place) -> Place:
+        """Of what comes after each level."""
+        end = self.to_level
+        return at.to_data() if end is None else at.to_level(float(schedule.alpha[end]), float(schedule.sigma[end]))
 
     def _looks(self) -> int | None:
         """How many levels `steps` of them have."""
         return self.steps
 
     def _grid(self, schedule: Schedule) -> list[int]:
-        return grid(self.op, schedule, self._looks(), self._levels, self.last)
+        route = Route(self._looks(), self._levels, self.spacing, self.from_level, self.to_level)
+        return grid(self.op, schedule, route, self.last, self._goes_up())
 
     def _told(self, schedule: Schedule, levels: list[int]) -> Told:
         return model_times(self.op, schedule, levels, self.conditioning)
@@ -461,7 +544,7 @@ class Sampler(Base):
         walk = self.walk(schedule)
         walk = walk._replace(where=f"level {walk.levels[0]} of {schedule}")
         plan = planned(walk, self._launches(walk), self._is_one_launch(), self._more(schedule, walk))
-        schedule._require_finite(self.op, plan.table, walk.levels)
+        schedule._require_finite(self.op, plan.table, [t for t in walk.levels for _ in range(plan.launches.batch or 1)])
         return plan
 
     def _more(self, schedule: Schedule, walk: Walk) -> More | None:

@@ -29,6 +29,9 @@ class DPMSolverPP2M(Sampler):
     def coefficients(self, t: Place, s: Place) -> Step:
         return second_order(t, s)
 
+    def _goes_up(self) -> bool:
+        return True
+
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class DPMSolverPP2MSDE(Sampler):
@@ -61,7 +64,7 @@ def second_order(t: Place, s: Place, eta: float = 0.0) -> Step:
     decay = torch.where(s.sigma > 0, t.alpha / s.alpha * shrunk, 0.0)  # e^-h
     h = -decay.log()
     before = torch.cat((h.new_zeros(1), h[:-1]))
-    slope = torch.where((before > 0) & h.isfinite(), h / (2 * before), 0.0)  # 1/2r
+    slope = torch.where((before * h > 0) & h.isfinite(), h / (2 * before), 0.0)  # 1/2r
     of_D = s.alpha * (1 - decay ** (1 + eta))
     return Step(
         x=shrunk * decay**eta,

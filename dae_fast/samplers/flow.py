@@ -36,6 +36,9 @@ class FlowEuler(Sampler):
     def coefficients(self, t: Place, s: Place) -> Step:
         return implicit_step(s)
 
+    def _goes_up(self) -> bool:
+        return True
+
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class FlowMidpoint(Sampler):
@@ -54,6 +57,9 @@ class FlowMidpoint(Sampler):
     steps: int | None = 25
     predict: Parameterisation = "flow"
 
+    def _goes_up(self) -> bool:
+        return True
+
     def _looks(self) -> int | None:
         return None if self.steps is None else 2 * self.steps
 
@@ -66,7 +72,7 @@ class FlowMidpoint(Sampler):
                 f"{self.op}: levels must be an even number, a start and a middle for each step, got {chosen}"
             )
         at, N = Place(schedule.alpha[chosen], schedule.sigma[chosen]), len(chosen) // 2
-        t, m, s = at.at(slice(0, None, 2)), at.at(slice(1, None, 2)), at.to_data().at(slice(1, None, 2))
+        t, m, s = at.at(slice(0, None, 2)), at.at(slice(1, None, 2)), self._after(schedule, at).at(slice(1, None, 2))
         steps_of_both = implicit_step(m), corrected_step("flow", t, m, s)
         step = in_order(steps_of_both, [k for i in range(N) for k in (i, N + i)])
         return Walk(tuple(chosen), at, self._told(schedule, chosen), step, "x", (True, False) * N)

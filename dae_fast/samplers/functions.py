@@ -14,11 +14,13 @@ from ..ops.conversions import Bounds
 from ..ops.parameterisation import Parameterisation
 from ..schedule import Schedule
 from .ancestral import DDIM, DDPM, EulerAncestral
-from .arguments import Network, Schedules, Start
+from .arguments import Network, Start
 from .base import Callback
 from .dpm_solver import DPMSolverPP2M, DPMSolverPP2MSDE
 from .flow import FlowEuler, FlowMidpoint
 from .langevin import AnnealedLangevin
+from .levels import Conditioning, Schedules
+from .network import Guidance
 from .ode import Euler, Heun
 from .predictor_corrector import PredictorCorrector
 from .probability_flow import ProbabilityFlow
@@ -33,14 +35,19 @@ def ddpm(
     predict: Parameterisation = "eps",
     clamp: Bounds | None = None,
     threshold: float | None = None,
-    guidance: float | None = None,
+    guidance: Guidance = None,
+    guidance_rescale: float = 0.0,
     steps: int | None = None,
     levels: Sequence[int] | None = None,
-    conditioning: str | None = None,
+    spacing: str = "linspace",
+    from_level: int | None = None,
+    to_level: int | None = None,
+    conditioning: Conditioning = None,
     variance: str = "small",
     net_arguments: Mapping[str, Any] | None = None,
     progress: bool = False,
     graph: bool = False,
+    gradients: bool = False,
     callback: Callback | None = None,
 ) -> Tensor:
     """Ancestral sampling, one step per level unless `steps` or `levels` says otherwise.
@@ -54,8 +61,12 @@ def ddpm(
         clamp=clamp,
         threshold=threshold,
         guidance=guidance,
+        guidance_rescale=guidance_rescale,
         steps=steps,
         levels=levels,
+        spacing=spacing,
+        from_level=from_level,
+        to_level=to_level,
         conditioning=conditioning,
         variance=variance,
     )
@@ -66,6 +77,7 @@ def ddpm(
         net_arguments=net_arguments,
         progress=progress,
         graph=graph,
+        gradients=gradients,
         callback=callback,
     )
 
@@ -79,15 +91,20 @@ def ddim(
     predict: Parameterisation = "eps",
     clamp: Bounds | None = None,
     threshold: float | None = None,
-    guidance: float | None = None,
+    guidance: Guidance = None,
+    guidance_rescale: float = 0.0,
     steps: int | None = 50,
     levels: Sequence[int] | None = None,
-    conditioning: str | None = None,
+    spacing: str = "linspace",
+    from_level: int | None = None,
+    to_level: int | None = None,
+    conditioning: Conditioning = None,
     eta: float = 0.0,
     use_clipped_model_output: bool = False,
     net_arguments: Mapping[str, Any] | None = None,
     progress: bool = False,
     graph: bool = False,
+    gradients: bool = False,
     callback: Callback | None = None,
 ) -> Tensor:
     """Denoising diffusion implicit sampling.
@@ -101,8 +118,12 @@ def ddim(
         clamp=clamp,
         threshold=threshold,
         guidance=guidance,
+        guidance_rescale=guidance_rescale,
         steps=steps,
         levels=levels,
+        spacing=spacing,
+        from_level=from_level,
+        to_level=to_level,
         conditioning=conditioning,
         eta=eta,
         use_clipped_model_output=use_clipped_model_output,
@@ -114,6 +135,7 @@ def ddim(
         net_arguments=net_arguments,
         progress=progress,
         graph=graph,
+        gradients=gradients,
         callback=callback,
     )
 
@@ -127,15 +149,20 @@ def euler_ancestral(
     predict: Parameterisation = "eps",
     clamp: Bounds | None = None,
     threshold: float | None = None,
-    guidance: float | None = None,
+    guidance: Guidance = None,
+    guidance_rescale: float = 0.0,
     steps: int | None = 50,
     levels: Sequence[int] | None = None,
-    conditioning: str | None = None,
+    spacing: str = "linspace",
+    from_level: int | None = None,
+    to_level: int | None = None,
+    conditioning: Conditioning = None,
     eta: float = 1.0,
     noise_scale: float = 1.0,
     net_arguments: Mapping[str, Any] | None = None,
     progress: bool = False,
     graph: bool = False,
+    gradients: bool = False,
     callback: Callback | None = None,
 ) -> Tensor:
     """Euler ancestral sampling: an Euler step in (x/alpha, sigma/alpha) to sigma_down, then noise of sigma_up.
@@ -149,8 +176,12 @@ def euler_ancestral(
         clamp=clamp,
         threshold=threshold,
         guidance=guidance,
+        guidance_rescale=guidance_rescale,
         steps=steps,
         levels=levels,
+        spacing=spacing,
+        from_level=from_level,
+        to_level=to_level,
         conditioning=conditioning,
         eta=eta,
         noise_scale=noise_scale,
@@ -162,6 +193,7 @@ def euler_ancestral(
         net_arguments=net_arguments,
         progress=progress,
         graph=graph,
+        gradients=gradients,
         callback=callback,
     )
 
@@ -175,13 +207,18 @@ def dpm_solver_pp_2m(
     predict: Parameterisation = "eps",
     clamp: Bounds | None = None,
     threshold: float | None = None,
-    guidance: float | None = None,
+    guidance: Guidance = None,
+    guidance_rescale: float = 0.0,
     steps: int | None = 20,
     levels: Sequence[int] | None = None,
-    conditioning: str | None = None,
+    spacing: str = "linspace",
+    from_level: int | None = None,
+    to_level: int | None = None,
+    conditioning: Conditioning = None,
     net_arguments: Mapping[str, Any] | None = None,
     progress: bool = False,
     graph: bool = False,
+    gradients: bool = False,
     callback: Callback | None = None,
 ) -> Tensor:
     """DPM-Solver++ 2M: the probability-flow ODE to second order at one look by the network a step.
@@ -195,8 +232,12 @@ def dpm_solver_pp_2m(
         clamp=clamp,
         threshold=threshold,
         guidance=guidance,
+        guidance_rescale=guidance_rescale,
         steps=steps,
         levels=levels,
+        spacing=spacing,
+        from_level=from_level,
+        to_level=to_level,
         conditioning=conditioning,
     )
     return sampler.sample(
@@ -206,6 +247,7 @@ def dpm_solver_pp_2m(
         net_arguments=net_arguments,
         progress=progress,
         graph=graph,
+        gradients=gradients,
         callback=callback,
     )
 
@@ -219,14 +261,19 @@ def dpm_solver_pp_2m_sde(
     predict: Parameterisation = "eps",
     clamp: Bounds | None = None,
     threshold: float | None = None,
-    guidance: float | None = None,
+    guidance: Guidance = None,
+    guidance_rescale: float = 0.0,
     steps: int | None = 20,
     levels: Sequence[int] | None = None,
-    conditioning: str | None = None,
+    spacing: str = "linspace",
+    from_level: int | None = None,
+    to_level: int | None = None,
+    conditioning: Conditioning = None,
     eta: float = 1.0,
     net_arguments: Mapping[str, Any] | None = None,
     progress: bool = False,
     graph: bool = False,
+    gradients: bool = False,
     callback: Callback | None = None,
 ) -> Tensor:
     """SDE-DPM-Solver++ 2M: the reverse SDE, its linear part and its noise exactly, the x0 estimate to second order.
@@ -240,8 +287,12 @@ def dpm_solver_pp_2m_sde(
         clamp=clamp,
         threshold=threshold,
         guidance=guidance,
+        guidance_rescale=guidance_rescale,
         steps=steps,
         levels=levels,
+        spacing=spacing,
+        from_level=from_level,
+        to_level=to_level,
         conditioning=conditioning,
         eta=eta,
     )
@@ -252,6 +303,7 @@ def dpm_solver_pp_2m_sde(
         net_arguments=net_arguments,
         progress=progress,
         graph=graph,
+        gradients=gradients,
         callback=callback,
     )
 
@@ -265,13 +317,18 @@ def flow_euler(
     predict: Parameterisation = "flow",
     clamp: Bounds | None = None,
     threshold: float | None = None,
-    guidance: float | None = None,
+    guidance: Guidance = None,
+    guidance_rescale: float = 0.0,
     steps: int | None = 50,
     levels: Sequence[int] | None = None,
-    conditioning: str | None = None,
+    spacing: str = "linspace",
+    from_level: int | None = None,
+    to_level: int | None = None,
+    conditioning: Conditioning = None,
     net_arguments: Mapping[str, Any] | None = None,
     progress: bool = False,
     graph: bool = False,
+    gradients: bool = False,
     callback: Callback | None = None,
 ) -> Tensor:
     """Euler steps x' + (tau_s - tau_t) * u, u = eps - x0 the velocity; net predicts u unless `predict` says otherwise.
@@ -285,8 +342,12 @@ def flow_euler(
         clamp=clamp,
         threshold=threshold,
         guidance=guidance,
+        guidance_rescale=guidance_rescale,
         steps=steps,
         levels=levels,
+        spacing=spacing,
+        from_level=from_level,
+        to_level=to_level,
         conditioning=conditioning,
     )
     return sampler.sample(
@@ -296,6 +357,7 @@ def flow_euler(
         net_arguments=net_arguments,
         progress=progress,
         graph=graph,
+        gradients=gradients,
         callback=callback,
     )
 
@@ -309,13 +371,18 @@ def flow_midpoint(
     predict: Parameterisation = "flow",
     clamp: Bounds | None = None,
     threshold: float | None = None,
-    guidance: float | None = None,
+    guidance: Guidance = None,
+    guidance_rescale: float = 0.0,
     steps: int | None = 25,
     levels: Sequence[int] | None = None,
-    conditioning: str | None = None,
+    spacing: str = "linspace",
+    from_level: int | None = None,
+    to_level: int | None = None,
+    conditioning: Conditioning = None,
     net_arguments: Mapping[str, Any] | None = None,
     progress: bool = False,
     graph: bool = False,
+    gradients: bool = False,
     callback: Callback | None = None,
 ) -> Tensor:
     """Midpoint steps: x' + (tau_s - tau_t) * u, u the velocity at the level in the middle, where an Euler step leads.
@@ -329,8 +396,12 @@ def flow_midpoint(
         clamp=clamp,
         threshold=threshold,
         guidance=guidance,
+        guidance_rescale=guidance_rescale,
         steps=steps,
         levels=levels,
+        spacing=spacing,
+        from_level=from_level,
+        to_level=to_level,
         conditioning=conditioning,
     )
     return sampler.sample(
@@ -340,6 +411,7 @@ def flow_midpoint(
         net_arguments=net_arguments,
         progress=progress,
         graph=graph,
+        gradients=gradients,
         callback=callback,
     )
 
@@ -353,16 +425,21 @@ def annealed_langevin(
     predict: Parameterisation = "score",
     clamp: Bounds | None = None,
     threshold: float | None = None,
-    guidance: float | None = None,
+    guidance: Guidance = None,
+    guidance_rescale: float = 0.0,
     steps: int | None = None,
     levels: Sequence[int] | None = None,
-    conditioning: str | None = None,
+    spacing: str = "linspace",
+    from_level: int | None = None,
+    to_level: int | None = None,
+    conditioning: Conditioning = None,
     step_size: float = 2e-05,
     steps_per_level: int = 100,
     denoise: bool = True,
     net_arguments: Mapping[str, Any] | None = None,
     progress: bool = False,
     graph: bool = False,
+    gradients: bool = False,
     callback: Callback | None = None,
 ) -> Tensor:
     """NCSN sampling: Langevin at each level from the noisiest down, h_t = step_size/2 * (sigma_t/sigma_0)^2.
@@ -376,8 +453,12 @@ def annealed_langevin(
         clamp=clamp,
         threshold=threshold,
         guidance=guidance,
+        guidance_rescale=guidance_rescale,
         steps=steps,
         levels=levels,
+        spacing=spacing,
+        from_level=from_level,
+        to_level=to_level,
         conditioning=conditioning,
         step_size=step_size,
         steps_per_level=steps_per_level,
@@ -390,6 +471,7 @@ def annealed_langevin(
         net_arguments=net_arguments,
         progress=progress,
         graph=graph,
+        gradients=gradients,
         callback=callback,
     )
 
@@ -403,13 +485,18 @@ def euler(
     predict: Parameterisation = "eps",
     clamp: Bounds | None = None,
     threshold: float | None = None,
-    guidance: float | None = None,
+    guidance: Guidance = None,
+    guidance_rescale: float = 0.0,
     steps: int | None = 50,
     levels: Sequence[int] | None = None,
-    conditioning: str | None = None,
+    spacing: str = "linspace",
+    from_level: int | None = None,
+    to_level: int | None = None,
+    conditioning: Conditioning = None,
     net_arguments: Mapping[str, Any] | None = None,
     progress: bool = False,
     graph: bool = False,
+    gradients: bool = False,
     callback: Callback | None = None,
 ) -> Tensor:
     """Euler steps x' + (sigma'_s - sigma'_t) * eps in x' = x/alpha and sigma' = sigma/alpha: DDIM with eta = 0.
@@ -423,8 +510,12 @@ def euler(
         clamp=clamp,
         threshold=threshold,
         guidance=guidance,
+        guidance_rescale=guidance_rescale,
         steps=steps,
         levels=levels,
+        spacing=spacing,
+        from_level=from_level,
+        to_level=to_level,
         conditioning=conditioning,
     )
     return sampler.sample(
@@ -434,6 +525,7 @@ def euler(
         net_arguments=net_arguments,
         progress=progress,
         graph=graph,
+        gradients=gradients,
         callback=callback,
     )
 
@@ -447,10 +539,14 @@ def heun(
     predict: Parameterisation = "eps",
     clamp: Bounds | None = None,
     threshold: float | None = None,
-    guidance: float | None = None,
+    guidance: Guidance = None,
+    guidance_rescale: float = 0.0,
     steps: int | None = 18,
     levels: Sequence[int] | None = None,
-    conditioning: str | None = None,
+    spacing: str = "linspace",
+    from_level: int | None = None,
+    to_level: int | None = None,
+    conditioning: Conditioning = None,
     S_churn: float = 0.0,
     S_tmin: float = 0.0,
     S_tmax: float = math.inf,
@@ -458,6 +554,7 @@ def heun(
     net_arguments: Mapping[str, Any] | None = None,
     progress: bool = False,
     graph: bool = False,
+    gradients: bool = False,
     callback: Callback | None = None,
 ) -> Tensor:
     """EDM's sampler: Euler steps as in Euler, each corrected by the slope where it leads (the last one is not).
@@ -471,8 +568,12 @@ def heun(
         clamp=clamp,
         threshold=threshold,
         guidance=guidance,
+        guidance_rescale=guidance_rescale,
         steps=steps,
         levels=levels,
+        spacing=spacing,
+        from_level=from_level,
+        to_level=to_level,
         conditioning=conditioning,
         S_churn=S_churn,
         S_tmin=S_tmin,
@@ -486,6 +587,7 @@ def heun(
         net_arguments=net_arguments,
         progress=progress,
         graph=graph,
+        gradients=gradients,
         callback=callback,
     )
 
@@ -499,10 +601,14 @@ def predictor_corrector(
     predict: Parameterisation = "eps",
     clamp: Bounds | None = None,
     threshold: float | None = None,
-    guidance: float | None = None,
+    guidance: Guidance = None,
+    guidance_rescale: float = 0.0,
     steps: int | None = None,
     levels: Sequence[int] | None = None,
-    conditioning: str | None = None,
+    spacing: str = "linspace",
+    from_level: int | None = None,
+    to_level: int | None = None,
+    conditioning: Conditioning = None,
     predictor: str = "reverse_diffusion",
     corrector_steps: int = 1,
     snr: float = 0.16,
@@ -510,6 +616,7 @@ def predictor_corrector(
     net_arguments: Mapping[str, Any] | None = None,
     progress: bool = False,
     graph: bool = False,
+    gradients: bool = False,
     callback: Callback | None = None,
 ) -> Tensor:
     """Song et al. 2021: from each level a predictor's step, and at the next `corrector_steps` of Langevin.
@@ -523,8 +630,12 @@ def predictor_corrector(
         clamp=clamp,
         threshold=threshold,
         guidance=guidance,
+        guidance_rescale=guidance_rescale,
         steps=steps,
         levels=levels,
+        spacing=spacing,
+        from_level=from_level,
+        to_level=to_level,
         conditioning=conditioning,
         predictor=predictor,
         corrector_steps=corrector_steps,
@@ -538,6 +649,7 @@ def predictor_corrector(
         net_arguments=net_arguments,
         progress=progress,
         graph=graph,
+        gradients=gradients,
         callback=callback,
     )
 
@@ -551,7 +663,8 @@ def probability_flow(
     predict: Parameterisation = "score",
     clamp: Bounds | None = None,
     threshold: float | None = None,
-    guidance: float | None = None,
+    guidance: Guidance = None,
+    guidance_rescale: float = 0.0,
     steps: int = 50,
     times: Tensor | Sequence[float] | None = None,
     method: str = "heun",
@@ -559,6 +672,7 @@ def probability_flow(
     net_arguments: Mapping[str, Any] | None = None,
     progress: bool = False,
     graph: bool = False,
+    gradients: bool = False,
     callback: Callback | None = None,
 ) -> Tensor:
     """dx/dt = f(t)*x - g(t)^2/2 * score(x, t) from t_max down, f the schedule's drift and g its diffusion.
@@ -572,6 +686,7 @@ def probability_flow(
         clamp=clamp,
         threshold=threshold,
         guidance=guidance,
+        guidance_rescale=guidance_rescale,
         steps=steps,
         times=times,
         method=method,
@@ -584,5 +699,6 @@ def probability_flow(
         net_arguments=net_arguments,
         progress=progress,
         graph=graph,
+        gradients=gradients,
         callback=callback,
     )

@@ -130,6 +130,10 @@ class AnnealedLangevin(Sampler):
             raise ValueError(
                 f"{self.op}: schedule must be variance exploding with sigma > 0 (Schedule.geometric), got {schedule}"
             )
+        if self.to_level is not None:
+            raise ValueError(
+                f"{self.op}: to_level must be None, as it moves at its levels, not between; end `levels` there"
+            )
         chosen, K = self._grid(schedule), self.steps_per_level
         levels = [t for t in chosen for _ in range(K)] + [chosen[-1]] * self.denoise
         tags = [t * K + k for t in chosen for k in range(K)] + [0] * self.denoise

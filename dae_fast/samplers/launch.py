@@ -12,7 +12,7 @@ from ..kernels.spec import ABSENT, Coefficients, Map, map_of
 from ..noise import Noise
 from ..ops.parameterisation import Parameterisation, conversion
 from ..primitives.sums import affine
-from .network import GUIDED, cfg_combine
+from .network import GUIDED, cfg_combine, rescaled
 from .steps import Place, Step
 from .x0_clip import X0Clip, thresholded
 
@@ -54,7 +54,8 @@ class Launches:
 
     at: where x_t is at each look
     guidance: (L,), or (L, B) for samples with their own; the prediction is g*c + (1 - g)*u of a conditional c and an
-        unconditional u (Ho and Salimans 2022), both read by the launch while it has room: else combined before it
+        unconditional u (Ho and Salimans 2022), both read by the launch while it has room: else combined before it,
+        as where it is rescaled by `rescale`
     table: (L, K) float64, or (L*B, K)
     Where x0_hat is not limited its coefficients are multiplied into those of x and the prediction: none is made.
     """
@@ -68,6 +69,7 @@ class Launches:
         clip: X0Clip,
         guidance: Tensor | None = None,
         keeps: str = "",
+        rescale: float = 0.0,
     ) -> None:
         self.op, self.clip, self.keeps, self.bounds = op, clip, keeps, clip.bounds
         self.parts = () if guidance is None else GUIDED
@@ -76,7 +78,8 @@ class Launches:
         self._columns = columns = _folded(at, step, predict, clip.bounds is not None, keeps)
         self.noisy: list[bool] = (columns["noise"] != 0).tolist()
         streams = [self._streams(i, guidance is not None) for i in range(len(at.alpha))]
-        self.combines = any(len(s) > 3 for s in streams)
+        self.rescale = rescale if guidance is not None else 0.0
+        self.combines = self.rescale != 0 or any(len(s) > 3 for s in streams)
         if guidance is not None:
             g = guidance if guidance.dim() == 2 else guidance[:, None]
             for name in ("y", "a_y", "k_y", "m_y", "raw"):
@@ -156,6 +159,10 @@ class Launches:
     def rows(self, table: Tensor, i: int) -> Rows:
         return (table, i) if self.batch is None else (table[i * self.batch : (i + 1) * self.batch], None)
 
+    def first_row(self, i: int) -> int:
+        """Of look i, whose rows differ in guidance alone."""
+        return i * (self.batch or 1)
+
     def __call__(
         self,
         table: Tensor,
@@ -182,7 +189,7 @@ class Launches:
             return affine(spec, (x, p, z, w), noise, rows, self.bounds)
         row = rows[0] if rows[1] is None else table[i : i + 1]
         of_x0 = map_of(self.op, (0, 1, ABSENT, ABSENT if u is None else 2))
-        (x0_hat,) = affine(of_x0, (x, p, None, u), None, Coefficients(row, None))
+        (x0_hat,) = affine(of_x0, (x, p, None, u), None, Coefficients(row[:, :3].contiguous(), None))
         row = thresholded(row, x0_hat, self.clip.quantile)
         return affine(spec, (x, p, z, w), noise, Coefficients(row, None), self.bounds)
 
@@ -193,7 +200,8 @@ class Launches:
         row, first = self.rows(table, i)
         row = row if first is None else row[first : first + 1]
         g = self._place["g"]  # beside 1 - g
-        return cfg_combine(self.op, row[:, g : g + 2], prediction)
+        made = cfg_combine(self.op, row[:, g : g + 2].contiguous(), prediction)
+        return rescaled(made, prediction[0], self.rescale) if self.rescale else made
 
 
 def _of_estimate(name: str, bounds: object) -> bool:
@@ -201,7 +209,7 @@ def _of_estimate(name: str, bounds: object) -> bool:
     return bounds is not None and name in ("y", "k_y", "m_y")
 
 
-def _times(column: Tensor | None, factor: Tensor) -> Tensor:
+def times(column: Tensor | None, factor: Tensor) -> Tensor:
     """0 where the column is 0, whatever the factor."""
     return torch.zeros_like(factor) if column is None else torch.where(column == 0, 0.0, column * factor)
 
@@ -214,18 +222,18 @@ def _folded(at: Place, step: Step, predict: Parameterisation, clips: bool, keeps
     x, noise = (zero if c is None else c for c in (step.x, step.noise))
     columns: dict[str, Tensor] = {}
     if not clips:
-        columns["x"] = x + _times(step.x0, of_x0[0]) + _times(step.eps, of_eps[0])
-        columns["y"] = _times(step.x0, of_x0[1]) + _times(step.eps, of_eps[1])
+        columns["x"] = x + times(step.x0, of_x0[0]) + times(step.eps, of_eps[0])
+        columns["y"] = times(step.x0, of_x0[1]) + times(step.eps, of_eps[1])
         kept = of_x0 if keeps == "x0" else of_eps
         shown = of_x0
     else:
         columns |= {"a_x": of_x0[0], "a_y": of_x0[1], "a_y_u": zero}
         if step.raw:
-            columns["x"], columns["y"] = x + _times(step.eps, of_eps[0]), _times(step.x0, zero + 1)
-            columns["raw"] = _times(step.eps, of_eps[1])
+            columns["x"], columns["y"] = x + times(step.eps, of_eps[0]), times(step.x0, zero + 1)
+            columns["raw"] = times(step.eps, of_eps[1])
         else:
-            columns["x"] = x + _times(step.eps, 1 / at.sigma)
-            columns["y"] = _times(step.x0, zero + 1) - _times(step.eps, at.alpha / at.sigma)
+            columns["x"] = x + times(step.eps, 1 / at.sigma)
+            columns["y"] = times(step.x0, zero + 1) - times(step.eps, at.alpha / at.sigma)
         kept = (zero, zero + 1) if keeps == "x0" else (1 / at.sigma, -at.alpha / at.sigma)
         shown = (zero, zero + 1)
     if keeps in ("x0", "eps"):

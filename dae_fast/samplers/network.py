@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -58,12 +58,40 @@ def outputs(op: str, made: Any, x: Tensor, parts: tuple[str, ...], what: str) ->
     return tuple(value.to(x.dtype) for value in made)
 
 
-def guidance_scale(op: str, guidance: float | None) -> float | None:
+Guidance = float | Tensor | Sequence[float] | Callable[[int, float], float] | None
+
+
+def guidance_scale(op: str, guidance: Any) -> float | None:
+    """A finite number or None."""
     if guidance is None:
         return None
     if not checks.is_number(guidance) or abs(guidance) > 1e300 or not math.isfinite(guidance):
         raise ValueError(f"{op}: guidance must be None or a finite number, got {guidance!r}")
     return float(guidance)
+
+
+def guidance_scales(op: str, guidance: Guidance, told: Sequence[float]) -> Tensor | None:
+    """(L,) for looks at which the network is told `told`; (L, B) for one of each sample; float64 on the host."""
+    if isinstance(guidance, Tensor):
+        g = checks.float64(op, "guidance", guidance)
+        if g.dim() > 1 or not g.numel() or not bool(g.isfinite().all()):
+            raise ValueError(f"{op}: guidance must be finite and have shape (B,), got {tuple(g.shape)}")
+        return g.expand(len(told)) if g.numel() == 1 else g.expand(len(told), -1)
+    if callable(guidance):
+        guidance = [guidance(i, t) for i, t in enumerate(told)]
+    if isinstance(guidance, (list, tuple)):
+        if len(guidance) != len(told):
+            raise ValueError(f"{op}: guidance must be one, or {len(told)}, one for each look, got {len(guidance)}")
+        return torch.tensor([guidance_scale(op, math.nan if g is None else g) for g in guidance], dtype=torch.float64)
+    one = guidance_scale(op, guidance)
+    return None if one is None else torch.full((len(told),), one, dtype=torch.float64)
+
+
+def rescaled(combined: Tensor, conditional: Tensor, phi: float) -> Tensor:
+    """Towards the conditional prediction's standard deviation in each sample, by phi (Lin et al. 2024, section 3.4)."""
+    dims = list(range(1, combined.dim()))
+    ratio = conditional.std(dims, keepdim=True) / combined.std(dims, keepdim=True)
+    return combined * torch.lerp(torch.ones_like(ratio), ratio, phi)
 
 
 def cfg_combine(op: str, row: Tensor, prediction: Sequence[Tensor]) -> Tensor:

@@ -33,6 +33,9 @@ class Euler(Sampler):
     def coefficients(self, t: Place, s: Place) -> Step:
         return implicit_step(s)
 
+    def _goes_up(self) -> bool:
+        return True
+
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class Heun(Sampler):
@@ -59,13 +62,14 @@ class Heun(Sampler):
             raise ValueError(f"{self.op}: S_churn needs conditioning='sigma', as it leads between the levels")
         chosen = self._grid(schedule)
         level, N = Place(schedule.alpha[chosen], schedule.sigma[chosen]), len(chosen)
-        t, s = Place(level.alpha, self._raised(level.sigma, N)), level.to_data()
+        t, s = Place(level.alpha, self._raised(level.sigma, N)), self._after(schedule, level)
         schedule._require_finite(self.op, (t.sigma / t.alpha)[:, None], chosen)
         corrects = (s.sigma > 0).tolist()
         order = [k for i in range(N) for k in ((i, N + i) if corrects[i] else (i,))]
-        told = self._told(schedule, chosen)
-        at_start = tuple(t.sigma.tolist()) if self.conditioning == "sigma" else told
-        levels, both = [*chosen, *chosen[1:]], (*at_start, *told[1:])
+        stops = chosen if self.to_level is None else [*chosen, self.to_level]
+        told = self._told(schedule, stops)
+        at_start = tuple(t.sigma.tolist()) if self.conditioning == "sigma" else told[:N]
+        levels, both = [*chosen, *stops[1:]], (*at_start, *told[1:])
         return Walk(
             tuple(levels[k] for k in order),
             Place(torch.cat((t.alpha, s.alpha)), torch.cat((t.sigma, s.sigma))).at(order),
@@ -74,6 +78,9 @@ class Heun(Sampler):
             "x",
             tuple(k < N and corrects[k] for k in order),
         )
+
+    def _goes_up(self) -> bool:
+        return self.S_churn == 0
 
     def _raised(self, sigma: Tensor, N: int) -> Tensor:
         gamma = min(self.S_churn / N, math.sqrt(2) - 1)
@@ -96,4 +103,4 @@ class Heun(Sampler):
         width = table.shape[1]
         raising = map_of(self.op, (width - 2, ABSENT, width - 1, ABSENT))
         fresh = noise.fold_in(self._plan.tags[i])
-        return affine(raising, (x, None, None, None), fresh, (table, i))[0]
+        return affine(raising, (x, None, None, None), fresh, (table, self._plan.launches.first_row(i)))[0]

@@ -74,7 +74,7 @@ class PredictorCorrector(Sampler):
             tuple(chosen[k] for k in places),
             level.at(places),
             tuple(told[k] for k in places),
-            in_order((self.coefficients(level, level.to_data()), to_eps), order),
+            in_order((self.coefficients(level, self._after(schedule, level)), to_eps), order),
             tags=tuple(tags),
         )
 
@@ -92,7 +92,7 @@ class PredictorCorrector(Sampler):
         corrects = [i for i in range(len(walk.levels)) if self._corrects(i)]
         predictors = [i for i in range(len(walk.levels)) if not self._corrects(i)]
         level = walk.at.at(predictors)
-        f = (level.alpha / level.to_data().alpha)[1:].repeat_interleave(self.corrector_steps)
+        f = (level.alpha / self._after(schedule, level).alpha)[1:].repeat_interleave(self.corrector_steps)
         at = walk.at.at(corrects)
         kind = self.predict if self._clip == X0Clip() else "eps"
         q_x, q_p = (torch.as_tensor(c, dtype=torch.float64).expand_as(at.alpha) for c in conversion(kind, "score")(*at))
@@ -126,7 +126,8 @@ class PredictorCorrector(Sampler):
             (pred,) = launches(table, i, x, prediction, None)
         else:
             pred = launches.combined(table, i, prediction)
-        return self._langevin(x, pred, self._drawn(i, noise), table[i : i + 1, -6:]), (), x0
+        row = launches.first_row(i)
+        return self._langevin(x, pred, self._drawn(i, noise), table[row : row + 1, -6:]), (), x0
 
     def _langevin(self, x: Tensor, pred: Tensor, noise: Noise | Tensor, row: Tensor) -> Tensor:
         """x + h * score + sqrt(2h) z, score = q_x * x + q_p * pred and h = scale * |z|^2 / |score / q_p|^2.

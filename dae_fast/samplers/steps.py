@@ -71,8 +71,8 @@ def forward_variance(t: Place, s: Place) -> Tensor:
 
 
 def posterior_std(t: Place, s: Place) -> Tensor:
-    """Of q(x_s | x_t, x0); 0 to a level without noise."""
-    return forward_variance(t, s).sqrt() * torch.where(s.sigma > 0, s.sigma / t.sigma, 0.0)
+    """Of q(x_s | x_t, x0); 0 to or from a level without noise, and to a noisier one."""
+    return forward_variance(t, s).sqrt() * torch.where((s.sigma > 0) & (t.sigma > 0), s.sigma / t.sigma, 0.0)
 
 
 def implicit_step(s: Place, std: Tensor | float = 0.0, noise: Tensor | None = None) -> Step:
