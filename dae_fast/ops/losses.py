@@ -467,7 +467,7 @@ def _rows(
         delta.to(compute) if isinstance(delta, Tensor) else torch.full((), delta, dtype=compute, device=pred.device)
     )
     column = column.reshape(-1, 1)
-    B = max(table.shape[0], column.shape[0])
+    (B,) = torch.broadcast_shapes(table.shape[:1], column.shape[:1])
     table = table.expand(B, -1)
     return Coefficients(torch.cat((table[:, :3], column.expand(B, -1), table[:, 3:]), 1), None)
 
