@@ -166,6 +166,7 @@ def _ops() -> Iterator[Call]:
     )
     mixture = {"weights": [1.0, 2.0], "means": [[0.0], [1.0]], "stds": [1.0, 1.0]}
     yield Call(df.samplers.GaussianMixture, mixture, "GaussianMixture")
+    yield Call(df.samplers.DoubleWell, {"height": 2.0, "b": 1.0}, "DoubleWell")
     step = {"x": X, "score": X, "step_size": 0.1, "noise": N0, "temperature": 1.0}
     yield Call(df.sgld_step, {**step, "preconditioner": None}, "sgld_step")
     yield Call(df.underdamped_step, {**step, "v": X, "friction": 1.0}, "underdamped_step")

@@ -504,6 +504,11 @@ static void chain(const ChainArgs& a, int64_t unit_begin, int64_t unit_end) {
     for (int64_t step = 0; step < a.steps; ++step) {
       noise.key = fold_in(a.noise.key, static_cast<uint64_t>(step));
       generate<ToNormal>(noise, unit, z);
+      if (!a.components) {
+        for (int64_t i = 0; i < unit.count(); ++i)
+          states[i] = affine(1.0f, states[i], a.step, double_well(states[i], a.slope, a.square), a.spread, z[i]);
+        continue;
+      }
       for (int64_t r = 0; r < unit.rows; ++r) {
         alignas(64) float x[kWidth] = {}, by[kWidth], next_by[kWidth];
         float* const state = states + r * a.D;

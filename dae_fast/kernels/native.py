@@ -249,6 +249,13 @@ def chain(
     _core.chain(x, means, precisions, log_weights, step, spread, steps, noise, out)
 
 
+def well_chain(
+    x: Tensor, slope: float, square: float, step: float, spread: float, steps: int, noise: Noise, out: Tensor
+) -> None:
+    """The same of a double well in each element, whose score is slope * x * (x^2 - square)."""
+    _core.well_chain(x, slope, square, step, spread, steps, noise, out)
+
+
 def row_dots(g: Tensor, inputs: Inputs, noise: Noise | None) -> Tensor:
     """(B, 3) fp64: the sums over each row of g*x, g*y and g*z."""
     g, x, y, z = _walkable(g, *inputs[:3])

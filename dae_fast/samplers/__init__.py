@@ -15,6 +15,7 @@ but what it does in Python besides is done at capture alone.
 """
 
 from .ancestral import ddim, ddpm, euler_ancestral
+from .double_well import DoubleWell
 from .dpm_solver import dpm_solver_pp_2m, dpm_solver_pp_2m_sde
 from .flow import flow_euler, flow_midpoint
 from .langevin import annealed_langevin, langevin
@@ -24,6 +25,7 @@ from .predictor_corrector import predictor_corrector
 from .probability_flow import probability_flow
 
 __all__ = [
+    "DoubleWell",
     "GaussianMixture",
     "annealed_langevin",
     "ddim",
