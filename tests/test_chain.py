@@ -18,6 +18,7 @@ from dae_fast.kernels import native
 from dae_fast.samplers import DoubleWell, GaussianMixture, langevin
 
 from . import cuda_on_cpu, cuda_sass
+from .conftest import BACKENDS
 from .exact import Mixture
 
 NOISE = df.Noise(11).fold_in(2)
@@ -174,6 +175,20 @@ def test_cuda_has_the_cpus_bits(cuda_on_cpu_library: Path, D: int, K: int) -> No
     wanted = chained(score, x)
     with cuda_on_cpu.running(cuda_on_cpu_library):
         assert torch.equal(chained(score, x), wanted)
+
+
+@needs_native
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton's interpreter")
+@pytest.mark.parametrize("K", [0, 1, 4])
+@pytest.mark.parametrize("D", [3, 33, 128])
+def test_triton_has_the_chain(D: int, K: int) -> None:
+    """The native one's, but for the order of a mixture's sums; tests/triton_ptx.py compares what it compiles to."""
+    score, x = mixture(K, D) if K else double_well(D), starts(19, D)
+    ids = df.Noise(5, sample=torch.arange(19) + 7).fold_in(1)
+    for noise in (NOISE, ids, NOISE.to("cpu")):
+        wanted = chained(score, x, noise)
+        with df.use_backend("triton"):
+            torch.testing.assert_close(chained(score, x, noise), wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.skipif(build_error("cuda") is not None, reason=f"no CUDA library: {build_error('cuda')}")
