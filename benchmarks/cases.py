@@ -179,7 +179,7 @@ STRIKES = df.Masking(0.25, df.Noise(11))
 
 def _struck(inputs: Inputs, g: torch.Generator) -> None:
     with df.use_backend(None):  # on the CPU, whatever backend the op itself is to have
-        inputs["struck"] = STRIKES.mask(inputs["pred"].shape)
+        inputs["masked"] = STRIKES.mask(inputs["pred"].shape)
 
 
 def _masked_mse(i: Inputs, eps: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -221,9 +221,9 @@ def _min_snr(i: Inputs, eps: Tensor) -> Tensor:
 
 
 def _x0_where_struck(i: Inputs, _: Tensor) -> Tensor:
-    struck = i["struck"]
-    square = torch.where(struck, (i["pred"] - i["x0"]) ** 2, 0).reshape(struck.shape[0], -1)
-    return (square.sum(1) / struck.reshape(struck.shape[0], -1).sum(1).clamp(min=1)).mean()
+    masked = i["masked"]
+    square = torch.where(masked, (i["pred"] - i["x0"]) ** 2, 0).reshape(masked.shape[0], -1)
+    return (square.sum(1) / masked.reshape(masked.shape[0], -1).sum(1).clamp(min=1)).mean()
 
 
 def _loss(**options: Any) -> Callable[[Inputs], Tensor]:
@@ -388,7 +388,7 @@ CASES = [
     Case(
         "noise_mse-drawn",
         lambda i: df.noise_mse(i["pred"], i["noise"], mask=STRIKES),
-        lambda i, eps: _masked_mse(i, eps, i["struck"]),
+        lambda i, eps: _masked_mse(i, eps, i["masked"]),
         ("pred",),
         ("pred",),
         loss=True,
@@ -580,7 +580,7 @@ CASES = [
         extra=_after_the_first,
     ),
     Case(
-        "denoising_loss-struck",
+        "denoising_loss-masked",
         lambda i: df.denoising_loss(i["pred"], i["x0"], None, None, predict="x0", mask=STRIKES),
         _x0_where_struck,
         ("pred", "x0"),

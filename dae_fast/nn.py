@@ -15,20 +15,19 @@ from ._torch import gathered
 from .checks import Array, can_read, like, samples
 from .coefficients import Formula, Level, gather
 from .continuous import ContinuousSchedule, Density
-from .kernels.spec import compute_dtype
+from .kernels.spec import KindName, compute_dtype
 from .noise import Noise, noise_for
 from .ops.conversions import to_x0
 from .ops.losses import (
     AnyNoise,
     Delta,
-    KindName,
     LossColumns,
     Selecting,
     against_target,
     check_level_weight,
+    fast_against_target,
     formula_of,
     loss_weight,
-    plain_against_target,
     product,
 )
 from .ops.noising import add_noise
@@ -228,7 +227,7 @@ class DenoisingLoss(torch.nn.Module):
     ) -> Summed:
         op = "DenoisingLoss"
         if mask is None and delta is None:
-            summed = plain_against_target(op, pred, x0, noise, level, columns, weight, "mean", kind)
+            summed = fast_against_target(op, pred, x0, noise, level, columns, weight, "mean", kind)
             if summed is not None:
                 return summed
         chosen, how = mask_of(op, pred, mask), reduction_of(op, pred, "mean")

@@ -12,7 +12,7 @@ from .nn import DenoisingLoss, EDMPreconditioner, LevelStatistics
 from .noise import Noise
 from .ops import weighting
 from .ops.brownian import BrownianNoise
-from .ops.corruption import Masking, SaltAndPepper, Selection
+from .ops.corruption import Corruption, Selection
 from .ops.parameterisation import EDM
 from .ops.structured import OffsetNoise, PyramidNoise
 from .schedule import Schedule, TimedSchedule
@@ -27,8 +27,7 @@ VALUES: list[Any] = [
     DenoisingLoss,
     EDMPreconditioner,
     LevelStatistics,
-    Masking,
-    SaltAndPepper,
+    *Corruption.__subclasses__(),
     Selection,
     OffsetNoise,
     PyramidNoise,

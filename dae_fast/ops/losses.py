@@ -14,12 +14,23 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 
 from ..checks import as_number, can_read, flag, like, per_sample, promote, samples
 from ..coefficients import Formula, Level, gather, is_one, leading, level_for, stack_rows, value_at
-from ..kernels import spec as specs
-from ..kernels.spec import ABSENT, Kind, Loss, Residual, Rows, compute_dtype, loss_of
+from ..kernels.spec import (
+    ABSENT,
+    Coefficients,
+    Kind,
+    KindName,
+    Loss,
+    Reduction,
+    ReductionName,
+    Residual,
+    compute_dtype,
+    loss_of,
+    rows_at,
+)
 from ..noise import Noise, noise_for
 from ..primitives import in_rows, kind_of, loss_of_rows, mask_of, reduction_of, weighted_sum
 from ..primitives.masks import Drawn, Mask, kept_elements
-from ..primitives.residuals import Summed, Weighed, plain_residual_loss
+from ..primitives.residuals import Summed, Weighed, fast_residual_loss
 from ..routing import beside
 from ..schedule import Schedule
 from .noising import operands
@@ -29,14 +40,12 @@ from .weighting import Weight, Weighting, by_errors, weight_for
 
 __all__ = ["denoising_loss", "noise_mse"]
 
-Reduction = Literal["mean", "sum", "none"]
 Normalise = Literal["sum", "count"]
-KindName = Literal["mse", "l1", "huber", "pseudo_huber"]
 Delta = float | Callable[[Tensor, Tensor], Any]
 AnyNoise = Noise | Tensor | StructuredNoise
 MINUS_TARGET = (1.0, -1.0, -1.0)  # a table's row for pred - y, pred - z and pred - noise
 AGAINST_NOISE = (ABSENT, 2, ABSENT, ABSENT, ABSENT, ABSENT)  # columns of a loss in it
-SUMMED: dict[str, specs.Reduction] = {"mean": specs.Reduction.mean, "sum": specs.Reduction.sum}
+SUMMED: dict[str, Reduction] = {"mean": Reduction.mean, "sum": Reduction.sum}
 _NOISE_MSE = {name: loss_of("noise_mse", Kind.mse, how, AGAINST_NOISE) for name, how in SUMMED.items()}
 
 
@@ -50,7 +59,7 @@ def _is_sum(normalise: Any) -> bool:
 
 
 class Selecting(Protocol):
-    """A corruption, or what it struck or kept: elements that are drawn, not stored."""
+    """A corruption, or what it masked or left visible: elements that are drawn, not stored."""
 
     def _drawn(self, op: str, x: Tensor) -> Drawn: ...
 
@@ -65,7 +74,7 @@ def noise_mse(
     level_weight: Tensor | None = None,
     mask: Tensor | Selecting | None = None,
     normalise: Normalise = "sum",
-    reduction: Reduction = "mean",
+    reduction: ReductionName = "mean",
     return_x0_mse: Literal[False] = False,
 ) -> Tensor: ...
 @overload
@@ -78,7 +87,7 @@ def noise_mse(
     level_weight: Tensor | None = None,
     mask: Tensor | Selecting | None = None,
     normalise: Normalise = "sum",
-    reduction: Reduction = "mean",
+    reduction: ReductionName = "mean",
     return_x0_mse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 def noise_mse(
@@ -90,7 +99,7 @@ def noise_mse(
     level_weight: Tensor | None = None,
     mask: Tensor | Selecting | None = None,
     normalise: Normalise = "sum",
-    reduction: Reduction = "mean",
+    reduction: ReductionName = "mean",
     return_x0_mse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """mean_b w_b * mse_b, mse_b = mean((pred_b - eps_b)^2): the simple loss, and its gradient in one pass.
@@ -99,7 +108,7 @@ def noise_mse(
     weight: (B,), or (B, F) for each frame, multiplies each one's mean before the mean over the batch
     level_weight: (T,) a weight per level, looked up at level = schedule[t]; multiplies with `weight`
     mask: bool, broadcastable to pred and of as many dimensions: the elements that count; mse_b is over those (0 if
-            there are none). Or a Masking or SaltAndPepper, or its .struck or .kept, whose elements are drawn again
+            there are none). Or a Masking or SaltAndPepper, or its .masked or .visible, whose elements are drawn again
             and never stored. Or floating, how much each element counts, at least 0: a launch more, and torch's
             arithmetic, in which 0 times a NaN is NaN; with gradient
     normalise: what mse_b of a mask m is divided by: "sum", sum(m_b), the elements that count; "count", all of them
@@ -117,7 +126,7 @@ def noise_mse(
     alone = level is None and level_weight is None and mask is None and return_x0_mse is False and _is_sum(normalise)
     if how is not None and alone and (weight is None or type(weight) is Tensor):
         tensor, generated = _either(noise)
-        done = plain_residual_loss(how, (pred, None, tensor, generated), MINUS_TARGET, None, weight)
+        done = fast_residual_loss(how, (pred, None, tensor, generated), MINUS_TARGET, None, weight)
         if done is not None:
             return done[0]
     by = reduction_of(op, pred, reduction)
@@ -155,7 +164,7 @@ def denoising_loss(
     delta: Delta | None = None,
     mask: Tensor | Selecting | None = None,
     normalise: Normalise = "sum",
-    reduction: Reduction = "mean",
+    reduction: ReductionName = "mean",
     log_variance: Tensor | None = None,
     return_per_sample: Literal[False] = False,
 ) -> Tensor: ...
@@ -172,7 +181,7 @@ def denoising_loss(
     delta: Delta | None = None,
     mask: Tensor | Selecting | None = None,
     normalise: Normalise = "sum",
-    reduction: Reduction = "mean",
+    reduction: ReductionName = "mean",
     log_variance: Tensor | None = None,
     return_per_sample: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
@@ -188,7 +197,7 @@ def denoising_loss(
     delta: Delta | None = None,
     mask: Tensor | Selecting | None = None,
     normalise: Normalise = "sum",
-    reduction: Reduction = "mean",
+    reduction: ReductionName = "mean",
     log_variance: Tensor | None = None,
     return_per_sample: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -228,7 +237,7 @@ def denoising_loss(
     weighting, w = weight_for(op, weight, level, pred, predict)
     alone = log_variance is None and delta is None and return_per_sample is False and _is_sum(normalise)
     if mask is None and alone and not is_compiling():
-        known = _plain_loss(op, predict, weighting, _name(kind), _name(reduction))
+        known = _fast_loss(op, predict, weighting, _name(kind), _name(reduction))
         done = None if known is None else _run_plain(known, pred, x0, noise, level, w)
         if done is not None:
             return done[0]
@@ -282,7 +291,7 @@ class LossColumns:
         same = self.predict in CONSTANT and self.weighting is None and not self.errors
         return _row_of(self)(1.0, 1.0) if same else None
 
-    def loss(self, op: str, kind: Kind, reduction: specs.Reduction) -> Loss:
+    def loss(self, op: str, kind: Kind, reduction: Reduction) -> Loss:
         """Its columns, a kind's delta coming after the first three."""
         names = self.names if not kind.has_delta else (*self.names[:3], "delta", *self.names[3:])
 
@@ -324,7 +333,7 @@ class _Plain:
 
     __slots__ = ("formula", "loss", "needs_noise", "row")
 
-    def __init__(self, op: str, columns: LossColumns, kind: Kind, reduction: specs.Reduction) -> None:
+    def __init__(self, op: str, columns: LossColumns, kind: Kind, reduction: Reduction) -> None:
         self.loss, self.row, self.formula = columns.loss(op, kind, reduction), columns.row, formula_of(columns)
         self.needs_noise = self.loss.columns[1] != ABSENT
 
@@ -338,7 +347,7 @@ def _plain(op: str, columns: LossColumns, kind: str, reduction: str) -> _Plain |
 
 
 @lru_cache(maxsize=128)
-def _plain_loss(
+def _fast_loss(
     op: str, predict: Parameterisation, weighting: Weighting | None, kind: str, reduction: str
 ) -> _Plain | None:
     return _plain(op, LossColumns(predict, weighting), kind, reduction)
@@ -349,7 +358,7 @@ def _name(argument: Any) -> str:
     return argument if isinstance(argument, str) else ""
 
 
-def plain_against_target(
+def fast_against_target(
     op: str,
     pred: Tensor,
     x0: Tensor,
@@ -391,7 +400,7 @@ def _run_plain(
         level._check(known.loss.op, pred)
         if level._dims() > 1:
             return None
-    return plain_residual_loss(known.loss, (pred, x0, z, generated), source, known.formula, weight)
+    return fast_residual_loss(known.loss, (pred, x0, z, generated), source, known.formula, weight)
 
 
 def against_target(
@@ -403,7 +412,7 @@ def against_target(
     columns: LossColumns,
     weight: Tensor | None,
     mask: Mask,
-    reduction: specs.Reduction,
+    reduction: Reduction,
     kind: str = "mse",
     delta: Delta | None = None,
 ) -> Weighed:
@@ -437,7 +446,9 @@ def against_target(
     return loss_of_rows(fixed, Residual(pred, y, z, generated, mask), rows, weight, dims)
 
 
-def _rows(op: str, pred: Tensor, level: Level | None, columns: LossColumns, delta: float | Tensor | None) -> Rows:
+def _rows(
+    op: str, pred: Tensor, level: Level | None, columns: LossColumns, delta: float | Tensor | None
+) -> Coefficients:
     """What a residual reads, with delta as its fourth column where it is given."""
     compute, row = compute_dtype(pred.dtype), columns.row
     if row is not None:
@@ -458,15 +469,15 @@ def _rows(op: str, pred: Tensor, level: Level | None, columns: LossColumns, delt
     column = column.reshape(-1, 1)
     B = max(table.shape[0], column.shape[0])
     table = table.expand(B, -1)
-    return Rows(torch.cat((table[:, :3], column.expand(B, -1), table[:, 3:]), 1), None)
+    return Coefficients(torch.cat((table[:, :3], column.expand(B, -1), table[:, 3:]), 1), None)
 
 
-def _for_each(rows: Rows, times: int) -> Rows:
+def _for_each(rows: Coefficients, times: int) -> Coefficients:
     """The coefficients of each row, for `times` rows: a weight of each frame at a level of the whole sample."""
     if rows.t is not None:
-        return Rows(rows.table, rows.t.repeat_interleave(times))
+        return Coefficients(rows.table, rows.t.repeat_interleave(times))
     table = rows.tensor
-    return rows if table is None or table.shape[0] == 1 else Rows(table.repeat_interleave(times, 0), None)
+    return rows if table is None or table.shape[0] == 1 else Coefficients(table.repeat_interleave(times, 0), None)
 
 
 def _penalty(
@@ -513,7 +524,7 @@ def loss_weight(
     check_level_weight(op, level._schedule, level_weight)
     level._check(op, pred)
     flat = t if isinstance(t, int) else t.reshape(-1)
-    looked_up = gather(op, specs.rows_at(level_weight[:, None], flat), pred)[:, 0]
+    looked_up = gather(op, rows_at(level_weight[:, None], flat), pred)[:, 0]
     shape = pred.shape[: level._dims()]
     looked_up = looked_up.expand(shape) if looked_up.shape[0] == 1 else looked_up.reshape(shape)
     return product(weight, looked_up)
@@ -534,13 +545,13 @@ def over_all(
     level: Level | None,
     mask: Mask,
     normalise: str,
-    reduction: specs.Reduction,
+    reduction: Reduction,
     weight: Tensor | None,
 ) -> Tensor | None:
     """The weight of each sample or row with which its mean over the mask becomes that over all its elements."""
     if not isinstance(normalise, str) or normalise not in ("sum", "count"):
         raise ValueError(f"{op}: normalise must be 'sum' or 'count', got {normalise!r}")
-    if normalise == "sum" or mask is None or reduction is specs.Reduction.sum:
+    if normalise == "sum" or mask is None or reduction is Reduction.sum:
         return weight
     dims = max(1 if level is None else level._dims(), leading(weight))
     rows = in_rows(pred, dims)

@@ -14,9 +14,9 @@ from .. import checks
 from ..checks import can_read, like, samples
 from ..coefficients import Formula, Level, gather, level_for, stack_rows
 from ..kernels.reference import exponential_rest
-from ..kernels.spec import ABSENT, Kind, Residual, compute_dtype, loss_of
+from ..kernels.spec import ABSENT, Kind, ReductionName, Residual, compute_dtype, loss_of
 from ..primitives import LevelOp, loss_of_rows, reduction_of
-from .losses import AnyNoise, Reduction, denoising_loss
+from .losses import AnyNoise, denoising_loss
 from .noising import operands
 from .parameterisation import Parameterisation, check_name, conversion, mix
 from .targets import shares
@@ -39,7 +39,7 @@ def variational_bound(
     *,
     predict: Parameterisation = "eps",
     variance: Variance = "range",
-    reduction: Reduction = "mean",
+    reduction: ReductionName = "mean",
 ) -> Tensor:
     """mean_b L_b / (N ln 2), L = KL(q(x_s|x_t, x0) || p(x_s|x_t)), and -log p(x0|x_0) at level 0: bits an element.
 

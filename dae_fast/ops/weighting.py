@@ -21,7 +21,7 @@ from torch import Tensor
 from ..checks import per_sample
 from ..coefficients import Formula, Level, changing, gather, is_one, value_at
 from ..schedule import finite_numbers
-from .parameterisation import Coefficients, Parameterisation, check_name, error_ratio, errors
+from .parameterisation import OfLevel, Parameterisation, check_name, error_ratio, errors
 
 __all__ = [
     "EDM",
@@ -269,7 +269,7 @@ def _steps(alpha: Tensor, sigma: Tensor) -> tuple[Tensor]:
 _LIKELIHOOD = Formula("likelihood", ("weight",), _steps)
 
 
-def by_errors(weighting: Weighting, predict: Parameterisation) -> Coefficients:
+def by_errors(weighting: Weighting, predict: Parameterisation) -> OfLevel:
     """Its column of a loss's table."""
 
     def weight(alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -293,7 +293,7 @@ def _made_error(of: Parameterisation, predict: Parameterisation) -> Formula:
 _kept_error = lru_cache(maxsize=64)(_made_error)
 
 
-def _in_float64(function: Function) -> Coefficients:
+def _in_float64(function: Function) -> OfLevel:
     """One column; numbers are made tensors, which divide by 0 to infinity where floats raise."""
 
     def coefficients(alpha: Any, sigma: Any) -> tuple[Any]:

@@ -16,14 +16,14 @@ from ..coefficients import gather
 from ..kernels import reference
 from ..kernels.dispatch import kernels
 from ..kernels.reference import row_of
-from ..kernels.spec import ABSENT, Kind, Loss, Residual, Rows, map_of
+from ..kernels.spec import ABSENT, Coefficients, Kind, Loss, Residual, map_of
 from ..routing import Route, route
 from .sums import affine, row_dots, widened
 
 COLUMNS = (0, 1, 2, ABSENT)  # of the table (1, n1, n2): r = 1*pred + n1*y + n2*z
 
 
-def sample_means(spec: Loss, operands: Residual, rows: Rows) -> Tensor:
+def sample_means(spec: Loss, operands: Residual, rows: Coefficients) -> Tensor:
     """(B,) as residuals.sample_means, where the mask is floating: 0 for a sample whose weights add up to 0."""
     pred, y, z, noise, weights = operands
     r = affine(map_of(spec.op, COLUMNS), (widened(pred), widened(y), widened(z), None), noise, rows)[0]

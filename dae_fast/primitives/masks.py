@@ -16,19 +16,19 @@ from . import elementwise
 class Drawn(NamedTuple):
     """A mask that is words of a noise stream, made in the kernel: what a corruption strikes, or leaves.
 
-    thresholds: int64 (1 or B, 2); struck are the elements whose word is below the second.
+    thresholds: int64 (1 or B, 2); masked are the elements whose word is below the second.
     """
 
     noise: Noise
     thresholds: Tensor
-    kept: bool  # counts what is left
+    visible: bool  # counts what is left
 
     def on(self, x: Tensor) -> Tensor:
         """As a bool tensor like x."""
         if (mesh := on_mesh(x)) is not None:
             return mesh.drawn(self, x)
         below = self.noise.bits(x.shape, device=x.device) < row_of(on_device(self.thresholds, x.device), 1, x)
-        return ~below if self.kept else below
+        return ~below if self.visible else below
 
 
 Mask = Tensor | Drawn | None
@@ -49,7 +49,7 @@ class FlatMask(NamedTuple):
         if not isinstance(mask, Drawn):
             return cls(mask)
         key, sample, first_sample, *_ = mask.noise._flat()
-        return cls(None, key, sample, first_sample, mask.thresholds, mask.kept)
+        return cls(None, key, sample, first_sample, mask.thresholds, mask.visible)
 
     def whole(self) -> Mask:
         noise = FlatNoise(self.key, self.sample, self.first_sample).whole()
