@@ -410,7 +410,7 @@ def summed_twice(
     """As summed, of two outputs: `uses` says which of the row's coefficients an input has in each."""
     noise = next((k for k, value in enumerate(given) if type(value) is Noise), -1)
     if not is_compiling() and (spec := _kept_plan(op, uses, None, noise, True)) is not None:
-        done = plain_map(spec.core, given, row, None, None, None)
+        done = fast_map(spec.core, given, row, None, None, None)
         if done is not None:
             return done
     return _sum(op, _Parsed(names, given, tuple(("a coefficient", c) for c in row), uses, None, None), True, None)
