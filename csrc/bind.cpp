@@ -211,6 +211,22 @@ void well_chain(const py::object& x, float slope, float square, float step, floa
   run_chain(x, noise, out, a);
 }
 
+// out: (B, D) fp32, contiguous; at most kMaxTerms nodes, with a weight each.
+void normal_sum(const py::object& noise, const std::vector<uint64_t>& nodes, const std::vector<float>& weights,
+                const py::object& out) {
+  const View view(out.ptr());
+  NormalSumArgs a{};
+  a.B = view.size(0), a.D = view.size(1);
+  a.out = numbers(out);
+  a.noise = read_noise(noise.ptr(), false, a.D);
+  if (nodes.size() > kMaxTerms || nodes.size() != weights.size()) throw std::invalid_argument("normal_sum: terms");
+  a.terms = static_cast<int>(nodes.size());
+  std::copy(nodes.begin(), nodes.end(), a.nodes);
+  std::copy(weights.begin(), weights.end(), a.weights);
+  const Queue q = queue_of(out.ptr());
+  run(q, Batch{a.B, a.D, 0, nullptr, Dtype::f32}, &Api::normal_sum, a, q);
+}
+
 // out: (B, D) int64 words, scaled to [0, below).
 void bits(const py::object& noise, bool raw, uint64_t below, const py::object& out) {
   const Operands operands(out.ptr(), {out.ptr()}, true);
@@ -299,6 +315,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("bits", &bits);
   m.def("chain", &chain);
   m.def("well_chain", &well_chain);
+  m.def("normal_sum", &normal_sum);
   m.def("fold_in", &fold_in_key);
   m.def("fold_in_tensor", &fold_in_tensor);
   m.def("scratch_doubles", &scratch_doubles);

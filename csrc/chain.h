@@ -31,4 +31,16 @@ DAE_FN int chain_lanes(int64_t D) {
   return lanes;
 }
 
+constexpr int kMaxTerms = 128;
+
+// A weighted sum of normals, in fp32, from the first term to the last: that of a term is of noise.fold_in(its node).
+struct NormalSumArgs {
+  int64_t B, D;
+  float* out;
+  Noise noise;
+  int terms;
+  uint64_t nodes[kMaxTerms];
+  float weights[kMaxTerms];
+};
+
 }  // namespace dae

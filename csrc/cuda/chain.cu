@@ -98,4 +98,40 @@ const char* chain(const ChainArgs& a, Queue queue) {
   }
 }
 
+struct NormalSumParams {
+  NormalSumArgs a;
+  uint32_t zero = 0;  // for pin
+};
+
+// A thread has four elements; it makes each term's key for itself.
+__global__ void __launch_bounds__(kThreads) normal_sum_kernel(const __grid_constant__ NormalSumParams p) {
+  const NormalSumArgs& a = p.a;
+  const int64_t lanes = (a.D + kOfLane - 1) / kOfLane, at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (at >= a.B * lanes) return;
+  const int64_t row = at / lanes, lane = at - row * lanes, first = kOfLane * lane;
+  const Pinned pinned = pin(p.zero);
+  const Key start = a.noise.key_at ? *a.noise.key_at : a.noise.key;
+  Noise noise = a.noise;
+  noise.key_at = nullptr;
+  float sums[kOfLane] = {};
+#pragma unroll 1
+  for (int k = 0; k < a.terms; ++k) {
+    noise.key = fold_in(start, a.nodes[k]);
+    float z[kOfLane];
+    normals(Blocks{row_key(noise, row), static_cast<uint64_t>(lane)}, z, pinned);
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) sums[i] = affine(1.0f, sums[i], a.weights[k], z[i]);
+  }
+#pragma unroll
+  for (int i = 0; i < kOfLane; ++i)
+    if (first + i < a.D) a.out[row * a.D + first + i] = sums[i];
+}
+
+const char* normal_sum(const NormalSumArgs& a, Queue queue) {
+  if (!a.B || !a.D) return nullptr;
+  const int64_t lanes = (a.D + kOfLane - 1) / kOfLane;
+  return launch(static_cast<cudaStream_t>(queue.stream), (a.B * lanes + kThreads - 1) / kThreads, kThreads,
+                normal_sum_kernel, NormalSumParams{a});
+}
+
 }  // namespace dae::cuda
