@@ -69,6 +69,7 @@ class Case:
     loss: bool = False  # a reduction, whose point is its gradient
     sums: tuple[int, ...] = ()  # outputs that are sums over each sample, and so of the compute type
     widens: bool = False  # by launches of its own, which see the compute type
+    launches: str = ""  # what its launches are called in a profile, where it is not what the case is
     # Tensors that must be read and written at the least, forward (and backward, for a loss).
     streams: int = 2
     extra: Callable[[Inputs, torch.Generator], None] = field(default=lambda inputs, g: None)
@@ -275,6 +276,21 @@ def _dream(i: Inputs, eps: Tensor) -> tuple[Tensor, Tensor]:
     of_eps = 1 + sigma - sigma**3
     x_t = alpha * (1 - sigma**3) * x0 + sigma * of_eps * eps - alpha * sigma**2 * of_pred
     return x_t, alpha * of_eps * eps - sigma * (1 + sigma * alpha**2) * x0 - sigma * alpha**2 * of_pred
+
+
+def _preconditioned(i: Inputs, eps: Tensor) -> Tensor:
+    return i["x"] + 0.05 * i["P"] * i["score"] + (0.1 * i["P"]).sqrt() * eps
+
+
+def _positive(inputs: Inputs, g: torch.Generator) -> None:
+    inputs["P"] = inputs["P"].exp()
+
+
+def _baoab(i: Inputs, eps: Tensor) -> tuple[Tensor, Tensor]:
+    c = math.exp(-0.05)
+    w = i["v"] + 0.05 * i["score"]
+    v = c * w + math.sqrt(1 - c * c) * eps
+    return i["x"] + 0.025 * w + 0.025 * v, v
 
 
 def _after_the_first(inputs: Inputs, g: torch.Generator) -> None:
@@ -512,6 +528,25 @@ CASES = [
         ("pred",),
         loss=True,
         streams=3,
+    ),
+    Case(
+        "underdamped_step",
+        lambda i: df.underdamped_step(i["x"], i["v"], i["score"], 0.05, i["noise"]),
+        _baoab,
+        ("x", "v", "score"),
+        ("x", "v", "score"),
+        streams=5,
+    ),
+    Case(
+        "sgld_step",
+        lambda i: df.sgld_step(i["x"], i["score"], 0.05, i["noise"], preconditioner=i["P"]),
+        _preconditioned,
+        ("x", "score", "P"),
+        ("x", "score", "P"),
+        widens=True,
+        launches="reparameterise",
+        streams=4,
+        extra=_positive,
     ),
     Case("target-v", lambda i: df.target(i["x0"], i["noise"], i["level"], "v"), _v_target, ("x0",), ("x0",)),
     Case(

@@ -15,6 +15,7 @@ from .ops.corruption import Masking, SaltAndPepper, corrupt, patch_mask
 from .ops.embedding import fourier_embedding, timestep_embedding
 from .ops.langevin import langevin_step
 from .ops.losses import denoising_loss, noise_mse
+from .ops.mcmc import mala_step, sgld_step, underdamped_step
 from .ops.noising import add_noise
 from .ops.parameterisation import EDM
 from .ops.penalties import contraction, kl_sparsity, l1_penalty, sigmoid_contraction
@@ -61,6 +62,7 @@ __all__ = [
     "kl_sparsity",
     "l1_penalty",
     "langevin_step",
+    "mala_step",
     "nn",
     "noise_mse",
     "noise_version",
@@ -68,6 +70,7 @@ __all__ = [
     "reparameterise",
     "residual_loss",
     "samplers",
+    "sgld_step",
     "sigmoid_contraction",
     "step",
     "target",
@@ -76,6 +79,7 @@ __all__ = [
     "to_score",
     "to_v",
     "to_x0",
+    "underdamped_step",
     "use_backend",
     "variational_bound",
     "weighted_sum",

@@ -152,6 +152,12 @@ def _ops() -> Iterator[Call]:
     )
     mixture = {"weights": [1.0, 2.0], "means": [[0.0], [1.0]], "stds": [1.0, 1.0]}
     yield Call(df.samplers.GaussianMixture, mixture, "GaussianMixture")
+    yield Call(df.samplers.DoubleWell, {"height": 2.0, "b": 1.0}, "DoubleWell")
+    step = {"x": X, "score": X, "step_size": 0.1, "noise": N0, "temperature": 1.0}
+    yield Call(df.sgld_step, {**step, "preconditioner": None}, "sgld_step")
+    yield Call(df.underdamped_step, {**step, "v": X, "friction": 1.0}, "underdamped_step")
+    chain = {"target": lambda y: (y.sum((1, 2)), y), "x": X, "log_prob": WEIGHT, "score": X, "step_size": 0.1}
+    yield Call(df.mala_step, {**chain, "noise": N0}, "mala_step")
     path = df.BrownianNoise(N0, 0.0, 3.0)
     yield Call(df.BrownianNoise, {"noise": N0, "t0": 0.0, "t1": 3.0, "depth": 8}, "BrownianNoise")
     for name in ("between", "increment"):
@@ -341,6 +347,7 @@ COUNTS = {"steps", "steps_per_level", "corrector_steps", "samples", "levels", "T
 LONG = {"2^70", "10^400"}
 # A class may be called too; what it raises is its own.
 FUNCTIONS = {
+    "target",
     "f",
     "callback",
     "conditioning",

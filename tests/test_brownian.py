@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 import dae_fast as df
+
+from . import cuda_on_cpu
 
 NOISE = df.Noise(3)
 PATH = df.BrownianNoise(NOISE, -1.0, 3.0)
@@ -47,6 +50,22 @@ def test_values_are_those_of_the_tree(backend: str) -> None:
         assert torch.equal(path.between(t, 0.0, SHAPE), -path.between(0.0, t, SHAPE))
     found = path.increment(0.75, 0.25, SHAPE, dtype=torch.float64)
     torch.testing.assert_close(found, (quarter - last) / 0.5**0.5)
+
+
+@pytest.mark.parametrize("gpu_code", [False, True], ids=["cpu", "cuda on cpu"])
+@pytest.mark.skipif("native" not in df.backend_names(), reason="needs the native backend")
+def test_one_launch_has_the_bits_of_a_launch_a_normal(request: pytest.FixtureRequest, gpu_code: bool) -> None:
+    place = request.getfixturevalue("cuda_on_cpu_library") if gpu_code else None
+    for shape in ((3, 2, 5), (2, 1300), (1, 7), (40, 1)):
+        ids = df.Noise(3, sample=torch.arange(shape[0]) + 9)
+        for noise in (NOISE, ids, ids.to("cpu")):
+            path, total = df.BrownianNoise(noise, 0.0, 1.0), torch.zeros(shape)
+            stream = noise.fold_in(0x77696E72)
+            for node, c in path._moved("between", 0.9, 0.3)[0].items():
+                total = df.weighted_sum((1.0, total), (c, stream.fold_in(node)))
+            with cuda_on_cpu.running(place) if place else nullcontext():
+                assert torch.equal(path.between(0.9, 0.3, shape), total)
+                assert not path.between(0.3, 0.3, shape).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

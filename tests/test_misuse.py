@@ -41,6 +41,7 @@ RIGHT = {
             "clamp_log_var",
             "callback",
         ),
+        "preconditioner",
         *("from_level", "to_level", "eta"),
     },
     "True": {

@@ -13,7 +13,6 @@ from torch.compiler import is_dynamo_compiling
 from .. import checks
 from ..checks import can_read, like, samples
 from ..coefficients import Formula, Level, gather, level_for, stack_rows
-from ..kernels.reference import exponential_rest
 from ..kernels.spec import ABSENT, Kind, ReductionName, Residual, compute_dtype, loss_of
 from ..primitives import LevelOp, loss_of_rows, reduction_of
 from .losses import AnyNoise, denoising_loss
@@ -73,12 +72,13 @@ def variational_bound(
     difference = (_made if is_dynamo_compiling() else _kept)(predict, *shared)
     away = difference.run(level, tuple(t for t in (pred, x0, y, eps) if t is not None))
     small, middle, half_width, share = _columns(op, level, pred)
-    log_variance = v if variance == "log" else middle + half_width * v
-    nats = 0.5 * (exponential_rest(small - log_variance) + (share * away).square() * (-log_variance).exp())
+    log_variance = v if variance == "log" else torch.addcmul(middle, half_width, v)
+    ratio = small - log_variance
+    nats = torch.addcmul(torch.expm1(ratio) - ratio, (share * away).square(), torch.exp(-log_variance)) * 0.5
     at_data = _at_data(level, pred)
     if at_data is not None:
         nats = torch.where(at_data, -_log_likelihood(x0, away, log_variance), nats)
-    summed = loss_of(op, Kind.l1, how, _COLUMNS)  # none is negative
+    summed = loss_of(op, Kind.l1, how, _COLUMNS)  # none is negative but by rounding
     rows = stack_rows(op, (1.0, 0.0, 0.0), nats, nats.dtype)
     return loss_of_rows(summed, Residual(nats, None, None, None), rows, None, 1)[0] / math.log(2)
 

@@ -404,6 +404,18 @@ def summed(op: str, names: tuple[str, ...], given: tuple[Any, ...], row: tuple[A
     return _sum(op, parsed, False, out)
 
 
+def summed_twice(
+    op: str, names: tuple[str, ...], given: tuple[Any, ...], row: tuple[Any, ...], uses: tuple[Use, ...]
+) -> tuple[Tensor, Tensor]:
+    """As summed, of two outputs: `uses` says which of the row's coefficients an input has in each."""
+    noise = next((k for k, value in enumerate(given) if type(value) is Noise), -1)
+    if not is_compiling() and (spec := _kept_plan(op, uses, None, noise, True)) is not None:
+        done = fast_map(spec.core, given, row, None, None, None)
+        if done is not None:
+            return done
+    return _sum(op, _Parsed(names, given, tuple(("a coefficient", c) for c in row), uses, None, None), True, None)
+
+
 def _each_its_column(count: int) -> tuple[Use, ...]:
     return _COLUMN_EACH[:count]
 

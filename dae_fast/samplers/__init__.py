@@ -26,6 +26,7 @@ but what it does in Python besides is done at capture alone.
 from .ancestral import DDIM, DDPM, EulerAncestral
 from .base import Sampler
 from .callbacks import Inpainting, Trajectory
+from .double_well import DoubleWell
 from .dpm_solver import DPMSolverPP2M, DPMSolverPP2MSDE
 from .flow import FlowEuler, FlowMidpoint
 from .functions import (
@@ -54,6 +55,7 @@ __all__ = [
     "AnnealedLangevin",
     "DPMSolverPP2M",
     "DPMSolverPP2MSDE",
+    "DoubleWell",
     "Euler",
     "EulerAncestral",
     "FlowEuler",
