@@ -301,5 +301,5 @@ PYBIND11_MODULE(_core, m) {
   m.def("nvtx_listens", &nvtx::listens);
   m.def("nvtx_push", &nvtx::push);
   m.def("nvtx_pop", &nvtx::pop);
-  add_plain(m.ptr());
+  add_fast_calls(m.ptr());
 }

@@ -33,7 +33,7 @@ struct TorchState {
   }
 };
 
-// Who launches a device's plain calls: True, this module; a Python module with plain_map and plain_loss; None: there
+// Who launches a device's plain calls: True, this module; a Python module with fast_map and fast_loss; None: there
 // are none.
 PyObject *g_on_cpu = Py_True, *g_on_gpu = Py_True;
 // What makes plain calls of a weighted sum differentiable: dae_fast/primitives/sums.py's.
@@ -98,7 +98,7 @@ const MapObject& as_map(PyObject* object) {
 
 // What every plain call reads; each step says whether the call is still plain. A Python attribute of a tensor takes 40 to
 // 90 ns to read.
-class PlainCall {
+class FastCall {
  protected:
   bool read_first(PyObject* x) {
     if (x == Py_None || !nothing_around(TorchState::get())) return false;
@@ -370,10 +370,10 @@ class PlainCall {
 // input, or None; the source is then a Level. given: the op's inputs in its order, tensors and at most a Noise; source
 // and key as in read_source; bounds: None or (low, high). The result is a new tensor, or two; with gradients where one is
 // wanted; or `out`.
-class PlainMap : PlainCall {
+class FastMap : FastCall {
  public:
   static constexpr Py_ssize_t kArguments = 6;
-  static constexpr const char* kName = "plain_map";
+  static constexpr const char* kName = "fast_map";
 
   PyObject* run(PyObject* const* a) {
     PyObject* const chosen = PyTuple_CheckExact(a[0]) ? map_of_level_op(a[0], a[1], a[2]) : a[0];
@@ -431,7 +431,7 @@ class PlainMap : PlainCall {
       }
       const Owned made(make_outputs(map, into, args));
       const Owned outs(map.outputs == 1 ? PyTuple_Pack(1, made.get()) : Py_NewRef(made.get()));
-      launch_elsewhere(names().plain_map, map.owner, inputs.get(), noise, rows.get(), bounds, outs.get());
+      launch_elsewhere(names().fast_map, map.owner, inputs.get(), noise, rows.get(), bounds, outs.get());
       return Py_NewRef(made.get());
     }
     const Owned made(make_outputs(map, into, args));
@@ -462,10 +462,10 @@ class PlainMap : PlainCall {
 // (loss, pred, y, z, noise, source, key, weight, scratch): the loss of pred against y and z or noise, without a mask;
 // weight: None or (B,). The result is (loss, its gradient or None if pred wants none, `also` or None without its
 // columns, the table, its rows). scratch(device, doubles) is what a GPU's reduction needs.
-class PlainLoss : PlainCall {
+class FastLoss : FastCall {
  public:
   static constexpr Py_ssize_t kArguments = 9;
-  static constexpr const char* kName = "plain_loss";
+  static constexpr const char* kName = "fast_loss";
 
   PyObject* run(PyObject* const* a) {
     const LossObject& spec = loss_of(a[0]);
@@ -509,7 +509,7 @@ class PlainLoss : PlainCall {
       if (!table_) return Py_NewRef(Py_None);
       const Owned operands(PyTuple_Pack(4, pred, y, z, noise)), rows(PyTuple_Pack(2, table_, index()));
       const Owned results(PyTuple_Pack(3, loss.get(), grad.get(), also.get()));
-      launch_elsewhere(names().plain_loss, spec.owner, operands.get(), rows.get(), weight, results.get());
+      launch_elsewhere(names().fast_loss, spec.owner, operands.get(), rows.get(), weight, results.get());
     } else {
       of_loss.reduction = static_cast<Reduction>(spec.reduction);
       of_loss.loss = address(loss.get());
@@ -677,12 +677,12 @@ PyMethodDef method(const char* name, PyObject* (*function)(PyObject*, PyObject* 
 }
 
 template <class Call>
-PyMethodDef plain_method() {
+PyMethodDef fast_method() {
   return method(Call::kName, plain<Call>, "None where the call is not plain: gradients, strides, modes, or bad input.");
 }
 
-PyObject* use_plain(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  if (count != 2) return PyErr_Format(PyExc_TypeError, "use_plain takes 2 arguments");
+PyObject* use_fast(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 2) return PyErr_Format(PyExc_TypeError, "use_fast takes 2 arguments");
   PyObject** const launchers[] = {&g_on_cpu, &g_on_gpu};
   for (int k = 0; k < 2; ++k) *launchers[k] = Py_NewRef(arguments[k]);  // modules, which stay
   Py_RETURN_NONE;
@@ -694,9 +694,9 @@ PyObject* use_gradients(PyObject*, PyObject* function) {
 }
 
 PyMethodDef g_methods[] = {
-    plain_method<PlainMap>(),
-    plain_method<PlainLoss>(),
-    method("use_plain", use_plain, "Who launches plain calls on the CPU, and on a GPU."),
+    fast_method<FastMap>(),
+    fast_method<FastLoss>(),
+    method("use_fast", use_fast, "Who launches plain calls on the CPU, and on a GPU."),
     {"use_gradients", use_gradients, METH_O, "What is called for plain calls of the affine map that want gradients."},
     {"is_one", is_one, METH_O, "Whether a plain number in the CPU's memory is 1."},
     method("all_within", all_within, "Whether a plain tensor's values on the CPU lie within bounds."),
@@ -770,7 +770,7 @@ int64_t bad_level(const Table& t, int64_t B) {
   return -1;
 }
 
-void add_plain(PyObject* module) {
+void add_fast_calls(PyObject* module) {
   if (PyModule_AddFunctions(module, g_methods)) throw PythonError();
   for (PyTypeObject* type : {&g_map_type, &g_loss_type})
     if (PyModule_AddType(module, type)) throw PythonError();

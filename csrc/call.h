@@ -43,7 +43,7 @@ Table read_table(PyObject* table, PyObject* index, bool for_gpu);
 // The first row whose level lies outside the table, or -1. Reads the index: on the CPU only.
 int64_t bad_level(const Table& table, int64_t B);
 
-// Adds plain_map and plain_loss, what they take, and who launches them to the module.
-void add_plain(PyObject* module);
+// Adds fast_map and fast_loss, what they take, and who launches them to the module.
+void add_fast_calls(PyObject* module);
 
 }  // namespace dae

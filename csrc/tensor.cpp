@@ -48,7 +48,7 @@ const Names& names() {
       intern("dtype"),  intern("shape"),   intern("device"),      intern("requires_grad"), intern("is_neg"),
       intern("_seed"),  intern("_offset"), intern("_key_tensor"), intern("_sample"),       intern("_first_sample"), intern("_span"),
       intern("_schedule"), intern("_t"), intern("_tables"), intern("_alpha"), intern("_sigma"), intern("_columns"),
-      intern("plain_map"), intern("plain_loss")};
+      intern("fast_map"), intern("fast_loss")};
   return known;
 }
 

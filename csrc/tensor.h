@@ -47,7 +47,7 @@ struct Names {
   PyObject *seed, *offset, *key_tensor, *sample, *first_sample, *span;  // of a Noise
   PyObject *schedule, *t, *tables, *alpha, *sigma;                // of a Level and its Schedule
   PyObject* columns;                                              // of a LevelOp
-  PyObject *plain_map, *plain_loss;                              // of a backend in Python
+  PyObject *fast_map, *fast_loss;                              // of a backend in Python
 };
 const Names& names();
 

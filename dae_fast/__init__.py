@@ -9,6 +9,7 @@ from .kernels.dispatch import backend_names, use_backend
 from .nn import LevelStatistics
 from .noise import Noise
 from .ops import weighting
+from .ops.brownian import BrownianNoise
 from .ops.conversions import convert, to_eps, to_score, to_v, to_x0
 from .ops.corruption import Masking, SaltAndPepper, corrupt, patch_mask
 from .ops.embedding import fourier_embedding, timestep_embedding
@@ -19,6 +20,8 @@ from .ops.parameterisation import EDM
 from .ops.penalties import contraction, kl_sparsity, l1_penalty, sigmoid_contraction
 from .ops.reparameterisation import reparameterise
 from .ops.structured import OffsetNoise, PyramidNoise
+from .ops.targets import dream, target
+from .ops.variational import hybrid_loss, variational_bound
 from .primitives import LevelOp, clamped, residual_loss, weighted_sum
 from .schedule import Schedule, TimedSchedule
 
@@ -27,6 +30,7 @@ saved.allow()
 
 __all__ = [
     "EDM",
+    "BrownianNoise",
     "ContinuousSchedule",
     "Level",
     "LevelOp",
@@ -49,7 +53,9 @@ __all__ = [
     "convert",
     "corrupt",
     "denoising_loss",
+    "dream",
     "fourier_embedding",
+    "hybrid_loss",
     "info",
     "kl_sparsity",
     "l1_penalty",
@@ -62,12 +68,14 @@ __all__ = [
     "residual_loss",
     "samplers",
     "sigmoid_contraction",
+    "target",
     "timestep_embedding",
     "to_eps",
     "to_score",
     "to_v",
     "to_x0",
     "use_backend",
+    "variational_bound",
     "weighted_sum",
     "weighting",
 ]

@@ -55,10 +55,10 @@ __all__ = [
     "is_dtensor",
     "is_wrapped",
     "jit_tracing",
-    "kept",
     "outside_modes",
     "profiling",
     "register_autograd",
+    "saveable",
     "unwrap_dead_wrappers",
 ]
 
@@ -90,7 +90,7 @@ def gathered(value: Any) -> Any:
     return value.full_tensor() if is_dtensor(value) else value
 
 
-def kept(value: Tensor) -> Tensor:
+def saveable(value: Tensor) -> Tensor:
     """An index, key or ids that backward can read, plain: one made in inference mode autograd would not save."""
     if not is_compiling() and value.is_inference() and not torch.is_inference_mode_enabled():
         return value.clone()

@@ -18,7 +18,7 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 from ._torch import fake_mode, gathered, outside_modes
 from .checks import DTYPES, Array, as_number, as_tensor, can_read, check_per_sample
 from .kernels import dispatch, reference
-from .kernels.spec import Rows, constant_rows, rows_at
+from .kernels.spec import Coefficients, constant_rows, rows_at
 
 if TYPE_CHECKING:
     from .schedule import Schedule
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Level"]
 
 Function = Callable[[Any, Any], Any]
-Place = tuple["Formula", torch.dtype, torch.device]  # of a table in a schedule's cache
+TableKey = tuple["Formula", torch.dtype, torch.device]  # of a table in a schedule's cache
 TABLES = 64  # kept by one schedule; the oldest goes first
 
 _native = dispatch.module("native")
@@ -103,7 +103,7 @@ class Formula:
             found = keep(schedule._tables, (self, dtype, device), self.build(schedule, dtype, device, op or self.op))
         return found
 
-    def rows(self, level: Level, x: Tensor, dtype: torch.dtype, op: str = "") -> Rows:
+    def rows(self, level: Level, x: Tensor, dtype: torch.dtype, op: str = "") -> Coefficients:
         """Of batch x; a level of several dimensions has a row for each of its entries. op: who asks."""
         op = op or self.op
         if is_dynamo_compiling() and not self.key and level.t is not None:
@@ -114,10 +114,10 @@ class Formula:
             t = level._t
             if not isinstance(t, Tensor):
                 return rows_at(table, t)
-            return Rows(table, (t.reshape(1).expand(x.shape[0]) if is_one(t) else t.reshape(-1)).contiguous())
+            return Coefficients(table, (t.reshape(1).expand(x.shape[0]) if is_one(t) else t.reshape(-1)).contiguous())
         return self._rows_by_hand(level, x, dtype, op)
 
-    def _rows_by_hand(self, level: Level, x: Tensor, dtype: torch.dtype, op: str) -> Rows:
+    def _rows_by_hand(self, level: Level, x: Tensor, dtype: torch.dtype, op: str) -> Coefficients:
         alpha, sigma = level._alpha, level._sigma
         if not isinstance(alpha, Tensor) and not isinstance(sigma, Tensor):
             try:
@@ -135,7 +135,7 @@ class Formula:
                 a, s = (float(v.reshape(-1)[b if v.numel() > 1 else 0]) for v in pair)
                 raise ValueError(singular(op, f"sample {b}, alpha = {a}, sigma = {s}"))
             return rows
-        return Rows(torch.where(torch.isinf(rows.table), torch.nan, rows.table), None)
+        return Coefficients(torch.where(torch.isinf(rows.table), torch.nan, rows.table), None)
 
 
 def keep(tables: dict[Any, Any], key: Any, made: Any) -> Any:
@@ -150,7 +150,7 @@ def formula_of(key: str) -> Formula:
     return _FORMULAS[key]
 
 
-def stack_rows(op: str, columns: tuple[Any, ...], x: Tensor, dtype: torch.dtype) -> Rows:
+def stack_rows(op: str, columns: tuple[Any, ...], x: Tensor, dtype: torch.dtype) -> Coefficients:
     """Rows from columns that are floats or tensors (), (B,) or of more leading dimensions, worked out in float64 on
     x's device."""
     if not any(isinstance(c, Tensor) for c in columns) and not is_compiling():
@@ -160,22 +160,22 @@ def stack_rows(op: str, columns: tuple[Any, ...], x: Tensor, dtype: torch.dtype)
     wide = [c.double() if isinstance(c, Tensor) else one * c for c in columns]
     dims = leading(*wide)
     wide = [c.reshape(*c.shape, *[1] * (dims - c.dim())) if 0 < c.dim() < dims else c for c in wide]
-    return Rows(torch.stack(torch.broadcast_tensors(*wide), -1).reshape(-1, len(columns)).to(dtype), None)
+    return Coefficients(torch.stack(torch.broadcast_tensors(*wide), -1).reshape(-1, len(columns)).to(dtype), None)
 
 
-def seen(rows: Rows) -> Rows:
+def traced(rows: Coefficients) -> Coefficients:
     """As a FakeTensorMode around the call sees them: it takes no real tensor, and a cached table is one."""
     if is_compiling() or type(rows.table) is not Tensor or fake_mode() is None:
         return rows
     with outside_modes():
         values, dtype, device = rows.table.tolist(), rows.table.dtype, rows.table.device
-    return Rows(torch.tensor(values, dtype=dtype, device=device), rows.t)
+    return Coefficients(torch.tensor(values, dtype=dtype, device=device), rows.t)
 
 
-def gather(op: str, rows: Rows, x: Tensor) -> Tensor:
+def gather(op: str, rows: Coefficients, x: Tensor) -> Tensor:
     """(1 or B, K) on x's device, for torch's own arithmetic."""
     dense = rows.dense(op, torch.float64 if x.dtype == torch.float64 else torch.float32)
-    return reference.coefficients(*seen(dense), op, x)
+    return reference.coefficients(*traced(dense), op, x)
 
 
 class Level:
@@ -281,7 +281,7 @@ PAIR = Formula("Level", ("alpha", "sigma"), lambda alpha, sigma: (alpha, sigma))
 def alpha_sigma(op: str, level: Level, x: Tensor) -> tuple[Tensor, Tensor]:
     """float64 on x's device, () or one for each row of batch x."""
     rows = PAIR.rows(level, x, torch.float64, op)
-    pairs = reference.coefficients(*seen(rows), op, x)
+    pairs = reference.coefficients(*traced(rows), op, x)
     if rows.t is None and pairs.shape[0] == 1:
         pairs = pairs[0]
     alpha, sigma = pairs.unbind(-1)

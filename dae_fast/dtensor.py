@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 
-from .kernels.spec import Bounds, Inputs, Loss, Map, Residual, Rows
+from .kernels.spec import Bounds, Coefficients, Inputs, Loss, Map, Residual
 from .noise import Noise, fill, to_signed
 from .primitives import residuals, sums
 from .primitives.masks import Drawn, kept_elements
@@ -102,11 +102,11 @@ class Layout:
         )
         return found
 
-    def rows(self, rows: Rows) -> Rows:
+    def rows(self, rows: Coefficients) -> Coefficients:
         """Of the local samples."""
         if isinstance(rows.table, tuple):
             return rows
-        return Rows(self.local(rows.table, 1 if rows.t is None else 0), self.local(rows.t, 1))
+        return Coefficients(self.local(rows.table, 1 if rows.t is None else 0), self.local(rows.t, 1))
 
     def noise(self, noise: Noise | None) -> Noise | None:
         """The noise of the local samples, the same as if they were not cut."""
@@ -135,7 +135,7 @@ class Layout:
             return self.local(mask)
         noise = self.noise(mask.noise)
         assert noise is not None
-        return Drawn(noise, self.local(mask.thresholds, 1), mask.kept)
+        return Drawn(noise, self.local(mask.thresholds, 1), mask.visible)
 
 
 class Pieces(Noise):
@@ -173,7 +173,7 @@ def _runs(shape: Sequence[int], box: Box) -> list[tuple[int, int]]:
 
 
 def affine(
-    spec: Map, inputs: Inputs, noise: Noise | Tensor | None, rows: Rows, bounds: Bounds | None
+    spec: Map, inputs: Inputs, noise: Noise | Tensor | None, rows: Coefficients, bounds: Bounds | None
 ) -> tuple[Tensor, ...]:
     """sums.affine of DTensors."""
     stored = noise if isinstance(noise, Tensor) else None
@@ -184,7 +184,7 @@ def affine(
     return tuple(layout.joined(t, layout.shape) for t in made)
 
 
-def sample_means(spec: Loss, operands: Residual, rows: Rows) -> Tensor:
+def sample_means(spec: Loss, operands: Residual, rows: Coefficients) -> Tensor:
     """residuals.sample_means of DTensors: of a cut sample, each part's share of its mean."""
     pred, y, z, noise, mask = operands
     layout = Layout(spec.op, pred, y, z, mask if isinstance(mask, Tensor) else None)
@@ -199,7 +199,8 @@ def sample_means(spec: Loss, operands: Residual, rows: Rows) -> Tensor:
         kept = kept_elements(part, chosen)
         if isinstance(kept, Tensor):
             kept = kept.to(means.dtype)
-            whole = layout.local(layout.joined(kept, shape, place), 1).clamp(min=1)
+            whole = layout.local(layout.joined(kept, shape, place), 1)
+            whole = torch.where(whole > 0, whole, 1)
         else:
             whole = max(math.prod(layout.shape[1:]), 1)
         means = means * (kept / whole)

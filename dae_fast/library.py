@@ -16,7 +16,7 @@ from torch.library import Library
 from ._torch import register_autograd, unwrap_dead_wrappers
 from .kernels import reference
 from .kernels.dispatch import kernels_of
-from .kernels.spec import ABSENT, Kind, Reduction, Residual, Rows, Wanted, compute_dtype, loss_of, map_of
+from .kernels.spec import ABSENT, Coefficients, Kind, Reduction, Residual, Wanted, compute_dtype, loss_of, map_of
 from .noise import FlatNoise, Noise
 from .ops.reparameterisation import gradients as gaussian_gradients
 from .primitives.batching import rule
@@ -61,7 +61,12 @@ def _noise(key: Tensor | None, sample: Tensor | None, *rest: int) -> Noise | Non
 def _affine_arguments(x: Any, y: Any, z: Any, w: Any, v: Any, table: Any, index: Any, *rest: Any) -> tuple[Any, ...]:
     """As a backend's affine takes them."""
     *noise, columns, op = rest
-    return map_of(op, tuple(columns)), (x, y, z, w), _noise(*noise) if v is None else v, Rows(*_dense(table, index))
+    return (
+        map_of(op, tuple(columns)),
+        (x, y, z, w),
+        _noise(*noise) if v is None else v,
+        Coefficients(*_dense(table, index)),
+    )
 
 
 def _affine2(*args: Any) -> Any:
@@ -81,7 +86,7 @@ def _residual_arguments(pred: Any, y: Any, z: Any, table: Any, index: Any, *rest
     mask_key, mask_sample, thresholds = _dense(mask_key, mask_sample, thresholds)
     mask = FlatMask(stored, mask_key, mask_sample, first, thresholds, keeps).whole()
     spec = loss_of(op, Kind(kind), Reduction.none, (*columns, ABSENT, ABSENT, ABSENT))
-    return spec, Residual(pred, y, z, _noise(*noise), mask), Rows(*_dense(table, index))
+    return spec, Residual(pred, y, z, _noise(*noise), mask), Coefficients(*_dense(table, index))
 
 
 def _sample_means(*args: Any) -> Tensor:
@@ -168,7 +173,7 @@ def _affine_in_torch(x: Any, y: Any, z: Any, w: Any, v: Any, table: Any, index: 
     spec, _, noise, _ = _affine_arguments(x, y, z, w, v, table, index, *rest)
     eps = _filled(noise, x) if isinstance(noise, Noise) else noise
     inputs = (x, y, z, w) if spec.fifth or eps is None else (x, y, eps, w)
-    return reference.affine(spec, inputs, eps if spec.fifth else None, Rows(table, index))
+    return reference.affine(spec, inputs, eps if spec.fifth else None, Coefficients(table, index))
 
 
 def _means_in_torch(*args: Any) -> Tensor:
@@ -216,7 +221,7 @@ def _backward_affine(ctx: Any, *grads: Tensor | None) -> Any:
     *place, columns, op = ctx.rest
     noise: Any = FlatNoise(key, sample, *place).whole() if v is None else v
     spec = map_of(op, tuple(columns))
-    found = affine_gradients(ctx.needs_input_grad[1:], grads, spec, (x, y, z, w), noise, Rows(table, index))
+    found = affine_gradients(ctx.needs_input_grad[1:], grads, spec, (x, y, z, w), noise, Coefficients(table, index))
     return (None, *found, *[None] * 8)
 
 
@@ -231,7 +236,7 @@ def _backward_means(ctx: Any, upstream: Tensor) -> Any:
         ctx.saved_tensors
     )
     first, keeps, (*place, kind, columns, op) = ctx.rest
-    noise, rows = FlatNoise(key, sample, *place).whole(), Rows(table, index)
+    noise, rows = FlatNoise(key, sample, *place).whole(), Coefficients(table, index)
     mask = FlatMask(stored, mask_key, mask_sample, first, thresholds, keeps).whole()
     spec = loss_of(op, Kind(kind), Reduction.none, (*columns, ABSENT, ABSENT, ABSENT))
     operands = Residual(pred, y, z, noise, mask)

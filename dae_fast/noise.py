@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from ._torch import kept
+from ._torch import saveable
 from .checks import Array, like
 from .kernels import dispatch, reference
 from .kernels.dispatch import kernels
@@ -103,7 +103,7 @@ class Noise:
                 raise ValueError(
                     f"Noise: a key tensor must be int64 of shape (2,), got {seed.dtype} of {tuple(seed.shape)}"
                 )
-            self._key_tensor = kept(seed).contiguous()
+            self._key_tensor = saveable(seed).contiguous()
         elif isinstance(seed, tuple):
             if len(seed) != 2:
                 raise ValueError(f"Noise: a key must be (seed, offset), got {len(seed)} of them")
@@ -122,7 +122,7 @@ class Noise:
                 raise ValueError(f"Noise: sample must be an int64 tensor (B,), got {got}")
             if first_sample != 0:
                 raise ValueError("Noise: give sample or first_sample, not both")
-        self._sample = None if sample is None else kept(sample).contiguous()
+        self._sample = None if sample is None else saveable(sample).contiguous()
         if type(first_sample) is not int:
             first_sample = _index("Noise: first_sample must be an int", first_sample)
         self._first_sample = to_signed(first_sample)

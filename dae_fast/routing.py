@@ -21,8 +21,8 @@ def _no_core(*_: Any) -> None:
 # A plain call, straight from Python's objects to the kernel: the result, or None for everything else. Guard it with
 # torch.compiler.is_compiling(), which cannot look inside.
 _native = dispatch.module("native")
-plain_map: Any = _no_core if _native is None else _native.plain_map
-plain_loss: Any = _no_core if _native is None else _native.plain_loss
+fast_map: Any = _no_core if _native is None else _native.fast_map
+fast_loss: Any = _no_core if _native is None else _native.fast_loss
 is_one: Any = _no_core if _native is None else _native.is_one
 
 

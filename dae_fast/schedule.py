@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from . import checks
-from ._torch import constant_result, kept
+from ._torch import constant_result, saveable
 from .checks import Array
-from .coefficients import PAIR, Formula, Level, Place, formula_of, keep, singular
+from .coefficients import PAIR, Formula, Level, TableKey, formula_of, keep, singular
 from .kernels import reference
 from .noise import Noise
 
@@ -61,7 +61,7 @@ class Schedule:
         self.sigma: Tensor = s.detach().to("cpu", torch.float64, copy=True)
         self._times: Tensor | None = None if given is None else given.detach().to("cpu", torch.float64, copy=True)
         self._name = name
-        self._tables: dict[Place, Tensor] = {}
+        self._tables: dict[TableKey, Tensor] = {}
         self._traced = SimpleNamespace()
         self._of_times = None if self._times is None else _formula_of_times(self._times)
         _check_order(name, self.alpha, self.sigma)
@@ -266,7 +266,7 @@ class Schedule:
         if isinstance(t, Tensor):
             if t.dtype not in (torch.int64, torch.int32):
                 raise TypeError(f"{self._name}: t must be int32 or int64, got {t.dtype}")
-            return Level._of(self, kept(t))
+            return Level._of(self, saveable(t))
         if isinstance(t, numbers.Integral) and not isinstance(t, bool):
             level = int(t)
             if not 0 <= level < len(self):

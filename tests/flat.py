@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dae_fast.kernels.spec import ABSENT, Kind, Reduction, Residual, Rows, Wanted, loss_of, map_of
+from dae_fast.kernels.spec import ABSENT, Coefficients, Kind, Reduction, Residual, Wanted, loss_of, map_of
 from dae_fast.primitives import residuals as losses
 from dae_fast.primitives import sums as primitive
 
@@ -56,7 +56,7 @@ class Flat:
         out: Any = None,
     ) -> tuple[Tensor, ...]:
         spec, bounds = _map(op, columns, clamp)
-        return self._module.affine(spec, (x, y, z, w), noise, Rows(table, index), bounds, out)
+        return self._module.affine(spec, (x, y, z, w), noise, Coefficients(table, index), bounds, out)
 
     def residual(
         self,
@@ -80,7 +80,7 @@ class Flat:
     ) -> Any:
         spec = _loss(op, kind, reduction, columns)
         wanted = Wanted(want_loss, want_grad, weight, also, upstream, made)
-        return self._module.residual(spec, Residual(pred, y, z, noise, mask), Rows(table, index), wanted)
+        return self._module.residual(spec, Residual(pred, y, z, noise, mask), Coefficients(table, index), wanted)
 
     def row_dots(self, g: Tensor, x: Any, y: Any, z: Any, noise: Any) -> Tensor:
         return self._module.row_dots(g, (x, y, z, None), noise)
@@ -111,7 +111,7 @@ def sums_of(
     from dae_fast.kernels import reference
 
     spec = _loss(op, kind, 0, columns)
-    return reference.residual_sums(spec, Residual(pred, y, z, noise, mask), Rows(table, index))
+    return reference.residual_sums(spec, Residual(pred, y, z, noise, mask), Coefficients(table, index))
 
 
 def affine(

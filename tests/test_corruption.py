@@ -1,4 +1,4 @@
-"""Corruptions: what is struck, how many, with which bits; gradients; masks of losses; patch masks."""
+"""Corruptions: what is masked, how many, with which bits; gradients; masks of losses; patch masks."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def within_binomial(count: int, n: int, p: float) -> bool:
 
 class TestWhatIsStruck:
     def test_the_words_below_the_threshold(self, backend: str) -> None:
-        """The contract: anybody can say what is struck from the words of the stream."""
+        """The contract: anybody can say what is masked from the words of the stream."""
         words = NOISE.fold_in(MASK_TAG).bits((5, 333))
         for p in (0.0, 2.0**-32, 0.1, 0.5, 1 - 2.0**-32, 1.0):
             assert torch.equal(df.Masking(p, NOISE).mask((5, 333)), words < round(p * 2**32))
@@ -59,16 +59,16 @@ class TestWhatIsStruck:
     def test_fraction(self, p: float) -> None:
         """Binomial over everything, and over each row and column."""
         B, D = 500, 2000
-        struck = df.Masking(p, NOISE).mask((B, D))
-        assert within_binomial(int(struck.sum()), B * D, p)
+        masked = df.Masking(p, NOISE).mask((B, D))
+        assert within_binomial(int(masked.sum()), B * D, p)
         for d, n in ((0, B), (1, D)):
             low, high = stats.binom.ppf([SURE / 4000, 1 - SURE / 4000], n, p)
-            counts = struck.sum(d)
+            counts = masked.sum(d)
             assert ((counts >= low) & (counts <= high)).all()
 
     def test_fraction_of_each_sample(self) -> None:
-        struck = df.Masking(PER_SAMPLE, NOISE).mask((5, 100, 1000)).flatten(1).sum(1)
-        for count, p in zip(struck.tolist(), PER_SAMPLE.tolist(), strict=True):
+        masked = df.Masking(PER_SAMPLE, NOISE).mask((5, 100, 1000)).flatten(1).sum(1)
+        for count, p in zip(masked.tolist(), PER_SAMPLE.tolist(), strict=True):
             assert within_binomial(count, 100_000, p)
 
     @pytest.mark.parametrize("salt", [0.0, 0.25, 0.5, 1.0])
@@ -81,9 +81,9 @@ class TestWhatIsStruck:
 
     def test_salt_and_pepper_strikes_what_masking_strikes(self, backend: str) -> None:
         x = torch.full((7, 99), 0.5)
-        struck = df.Masking(0.4, NOISE).mask(x.shape)
-        assert torch.equal(df.corrupt(x, df.SaltAndPepper(0.4, NOISE)) != 0.5, struck)
-        assert torch.equal(df.SaltAndPepper(0.4, NOISE).mask(x.shape), struck)
+        masked = df.Masking(0.4, NOISE).mask(x.shape)
+        assert torch.equal(df.corrupt(x, df.SaltAndPepper(0.4, NOISE)) != 0.5, masked)
+        assert torch.equal(df.SaltAndPepper(0.4, NOISE).mask(x.shape), masked)
 
     def test_not_the_words_of_the_normals(self) -> None:
         """Struck or not, the normals of the same noise are standard: their words are others."""
@@ -136,10 +136,10 @@ class TestCorrupt:
     def test_values_and_what_is_left(self, backend: str) -> None:
         x = torch.randn(8, 3, 7, 5)
         masking = df.Masking(PER_SAMPLE.repeat(2)[:8], NOISE)
-        struck = masking.mask(x.shape)
-        assert torch.equal(df.corrupt(x, masking), torch.where(struck, 0, x))
-        assert torch.equal(df.corrupt(x, masking, -0.7), torch.where(struck, -0.7, x))
-        assert torch.equal(df.corrupt(x, masking, float("inf")), torch.where(struck, float("inf"), x))
+        masked = masking.mask(x.shape)
+        assert torch.equal(df.corrupt(x, masking), torch.where(masked, 0, x))
+        assert torch.equal(df.corrupt(x, masking, -0.7), torch.where(masked, -0.7, x))
+        assert torch.equal(df.corrupt(x, masking, float("inf")), torch.where(masked, float("inf"), x))
 
     def test_what_is_struck_is_not_read(self, backend: str) -> None:
         x = torch.randn(6, 100)
@@ -158,10 +158,10 @@ class TestCorrupt:
         g = torch.randn(6, 4, 9, requires_grad=True)
         corruption = KINDS[kind](NOISE)
         (gradient,) = torch.autograd.grad(df.corrupt(x, corruption), x, g, create_graph=True)
-        struck = corruption.mask(x.shape)
-        assert torch.equal(gradient, torch.where(struck, 0, g))
+        masked = corruption.mask(x.shape)
+        assert torch.equal(gradient, torch.where(masked, 0, g))
         (second,) = torch.autograd.grad(gradient.square().sum(), g)
-        assert torch.equal(second, torch.where(struck, 0, 2 * g))
+        assert torch.equal(second, torch.where(masked, 0, 2 * g))
 
     def test_gradcheck(self, backend: str) -> None:
         x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
@@ -196,12 +196,12 @@ class TestMasksOfLosses:
         return residual_loss("op", pred, None, None, NOISE, rows, None, mask, "mean")[:2]
 
     def test_selections(self, backend: str) -> None:
-        """The struck, the kept, in each of their spellings, as a mask in memory."""
+        """The masked, the kept, in each of their spellings, as a mask in memory."""
         masking = df.Masking(PER_SAMPLE, NOISE)
         pred = torch.randn(5, 3, 41)
-        struck = masking.mask(pred.shape)
-        spellings = ((masking, struck), (masking.struck, struck), (~masking.kept, struck), (~(~masking), struck))
-        for selection, mask in (*spellings, (masking.kept, ~struck), (~masking, ~struck)):
+        masked = masking.mask(pred.shape)
+        spellings = ((masking, masked), (masking.masked, masked), (~masking.visible, masked), (~(~masking), masked))
+        for selection, mask in (*spellings, (masking.visible, ~masked), (~masking, ~masked)):
             drawn = selection._drawn("op", pred)
             assert torch.equal(drawn.on(pred), mask)
             if backend == "reference":
@@ -290,7 +290,7 @@ class TestMasksOfTracedLosses:
 
     def loss(self, pred: Tensor, noise: df.Noise, p: float | Tensor, *, kept: bool = False) -> Tensor:
         masking = df.Masking(p, noise)
-        mask = masking.kept if kept else masking
+        mask = masking.visible if kept else masking
         return df.denoising_loss(pred, torch.zeros_like(pred), None, None, predict="x0", mask=mask)
 
     @pytest.mark.parametrize("kept", [False, True])

@@ -202,7 +202,7 @@ def test_rows_of_many_turns(same_bits, dtype: torch.dtype, layout) -> None:
 @shapes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("mask_name", ["all", "tensor", "struck, each sample at its own rate"])
+@pytest.mark.parametrize("mask_name", ["all", "tensor", "masked, each sample at its own rate"])
 def test_residual_gradients_have_the_cpus_bits(
     same_bits, mask_name: str, kind: str, dtype: torch.dtype, shape: tuple[int, ...], layout
 ) -> None:

@@ -268,7 +268,7 @@ def test_drawn_masks(backend, predict, reduction):
     pred, x0 = randn(*SHAPE), randn(*SHAPE, seed=2)
     for drawn, stored in (
         (corruption, corruption.mask(SHAPE)),
-        (corruption.struck, corruption.mask(SHAPE)),
+        (corruption.masked, corruption.mask(SHAPE)),
         (~corruption, ~corruption.mask(SHAPE)),
     ):
         found = []

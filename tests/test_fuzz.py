@@ -296,12 +296,12 @@ def test_corruption(data):
     p, salt = data.draw(st.floats(0, 1)), data.draw(st.floats(0, 1))
     with df.use_backend(data.draw(machines())):
         corruption = df.SaltAndPepper(p, noise, low=-2.0, high=3.0, salt=salt)
-        got, struck = df.corrupt(x, corruption), corruption.mask(shape)
+        got, masked = df.corrupt(x, corruption), corruption.mask(shape)
     with np.errstate(over="ignore"):
         key = formulas.fold(np.uint64(seed), np.uint64(offset), np.uint64(0x6D61736B))
     w = formulas.words(int(key[0]), int(key[1]), ids, math.prod(shape[1:])).reshape(shape).astype(np.float64)
     below, pepper = w < math.floor(p * 2.0**32 + 0.5), w < math.floor((1 - salt) * p * 2.0**32 + 0.5)
-    assert np.array_equal(struck.numpy(), below)
+    assert np.array_equal(masked.numpy(), below)
     assert np.array_equal(wide(got), np.where(pepper, -2.0, np.where(below, 3.0, wide(x))))
 
 

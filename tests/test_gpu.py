@@ -352,8 +352,8 @@ class TestGraphs:
         x, noise = torch.randn(FLAT, device=DEVICE), df.Noise(0)
 
         def call() -> tuple[Tensor, ...]:
-            struck = df.corrupt(x, df.Masking(0.25, noise))
-            return df.noise_mse(x, noise), df.langevin_step(x, x, 0.1, noise), struck
+            masked = df.corrupt(x, df.Masking(0.25, noise))
+            return df.noise_mse(x, noise), df.langevin_step(x, x, 0.1, noise), masked
 
         wanted = call()
         graph = torch.cuda.CUDAGraph()
@@ -440,7 +440,7 @@ def test_numbers_that_change_do_not_synchronise(backend: str) -> None:
 
 # Cases of more than one launch.
 MORE = (
-    *("noise_mse-mask", "noise_mse-drawn", "denoising_loss-struck"),  # a mask must be counted first
+    *("noise_mse-mask", "noise_mse-drawn", "denoising_loss-masked"),  # a mask must be counted first
     *("langevin_step-per-sample", "denoising_loss-pseudo_huber"),  # coefficients worked out by torch
     "add_noise-perturbed",  # noise twice
 )

@@ -29,9 +29,9 @@ RIGHT = {
     "None": {
         *("target", "perturbation", "out", "level", "weight", "level_weight", "mask", "delta", "log_variance", "clamp"),
         *("levels", "sample", "below", "times", "density", "weighting", "t", "name", "conditioning", "threshold"),
-        *("guidance", "net_arguments", "steps", "noise", "pred", "score", "also", "estimate"),
+        *("guidance", "net_arguments", "steps", "noise", "pred", "score", "also", "estimate", "clamp_log_var"),
     },
-    "True": {"return_x0_mse", "return_per_sample", "flip", "progress", "denoise", "use_clipped_model_output"},
+    "True": {"return_x0_mse", "return_per_sample", "flip", "progress", "denoise", "use_clipped_model_output", "kl"},
 }
 NEVER = (
     "1j",

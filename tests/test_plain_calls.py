@@ -12,9 +12,9 @@ from torch import Tensor
 import dae_fast as df
 from benchmarks.cases import DTYPES
 from dae_fast import primitives
-from dae_fast.kernels.spec import Rows, map_of
+from dae_fast.kernels.spec import Coefficients, map_of
 from dae_fast.primitives import residuals, sums
-from dae_fast.routing import plain_map
+from dae_fast.routing import fast_map
 
 from .conftest import BACKENDS
 from .flat import affine as flat_affine
@@ -54,14 +54,14 @@ FORMS = {"each its level": LEVELS, "int32 levels": LEVELS.int(), "one level": 7}
 
 
 class Spy:
-    """plain_loss and plain_map, counted; or refusing, also to what the general way makes of a call."""
+    """fast_loss and fast_map, counted; or refusing, also to what the general way makes of a call."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.taken = 0
         self.refuses = False
-        monkeypatch.setattr(residuals, "plain_loss", self._around(residuals.plain_loss))
-        monkeypatch.setattr(primitives, "plain_map", self._around(plain_map))
-        monkeypatch.setattr(sums, "plain_map", self._around(plain_map, inside=True))
+        monkeypatch.setattr(residuals, "fast_loss", self._around(residuals.fast_loss))
+        monkeypatch.setattr(primitives, "fast_map", self._around(fast_map))
+        monkeypatch.setattr(sums, "fast_map", self._around(fast_map, inside=True))
 
     def _around(self, original: Call, inside: bool = False) -> Call:
         def call(*arguments: Any) -> Any:
@@ -241,16 +241,16 @@ def test_steps(
     given = [t if wanted_at(columns, clamp, k) else unwanted for k, t in enumerate((x, y, z, w))]
     inner, bounds = (None, None) if clamp is None else (tuple(clamp[:3]), tuple(clamp[3:]))
     spec = map_of("convert", columns, inner)
-    made = plain_map(spec.core, (*given[:3], given[3], noise), table, 2, bounds, None)
-    monkeypatch.setattr(sums, "plain_map", lambda *_: None)
-    general = flat_affine("op", *given[:3], noise, Rows(table[2:3], None), columns, clamp, given[3])
+    made = fast_map(spec.core, (*given[:3], given[3], noise), table, 2, bounds, None)
+    monkeypatch.setattr(sums, "fast_map", lambda *_: None)
+    general = flat_affine("op", *given[:3], noise, Coefficients(table[2:3], None), columns, clamp, given[3])
     made = made if isinstance(made, tuple) else (made,)
     assert len(made) == len(general) == len(columns) // 4
     for ours, theirs in zip(made, general, strict=True):
         assert torch.isfinite(ours).all()
         assert torch.equal(ours, theirs)
     strided = torch.randn(4, 8, generator=g).to(compute)[:, 1:]
-    assert plain_map(spec.core, (*given[:3], given[3], noise), strided, 2, bounds, None) is None
+    assert fast_map(spec.core, (*given[:3], given[3], noise), strided, 2, bounds, None) is None
 
 
 def wanted_at(columns: tuple[int, ...], clamp: Any, k: int) -> bool:

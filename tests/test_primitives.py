@@ -15,7 +15,7 @@ from torch import Tensor
 import dae_fast as df
 from benchmarks.cases import DTYPES
 from dae_fast.kernels import reference
-from dae_fast.kernels.spec import Kind, Rows, compute_dtype
+from dae_fast.kernels.spec import Coefficients, Kind, compute_dtype
 from dae_fast.primitives.masks import Drawn
 
 from .conftest import GPU_CODE, module_of
@@ -162,7 +162,7 @@ def mapped(
 ) -> tuple[Tensor, ...]:
     columns, clamp, fresh = GRADIENTS[pattern]
     third, noise = (None, NOISE) if fresh else (z, None)
-    return affine("op", x, y, third, noise, Rows(table, t), columns, clamp, w)
+    return affine("op", x, y, third, noise, Coefficients(table, t), columns, clamp, w)
 
 
 @pytest.mark.parametrize("levels", LEVELS)
@@ -227,7 +227,9 @@ def test_gradients_at_the_bounds_are_torchs(backend: str, lo: float, hi: float, 
     y = torch.cat((one, *beside)).repeat(1, 5)[:, :139].requires_grad_()
     table = torch.ones(1, 1, dtype=dtype)
     for upstream in (torch.arange(139, dtype=dtype)[None] - 50, torch.full_like(y, math.inf), y.detach()):
-        (out,) = affine("op", y.detach(), y, None, None, Rows(table, None), (-1, 0, -1, -1), (-1, 0, -1, lo, hi))
+        (out,) = affine(
+            "op", y.detach(), y, None, None, Coefficients(table, None), (-1, 0, -1, -1), (-1, 0, -1, lo, hi)
+        )
         got = torch.autograd.grad(out, y, upstream)
         want = torch.autograd.grad(y.clamp(lo, hi), y, upstream)
         torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
@@ -239,7 +241,7 @@ def test_half_types_have_gradients_where_the_forward_does_not_clamp(backend: str
     x = torch.where(randn((3, 70), dtype, 0) > 0, 1, -1).to(dtype).requires_grad_()
     y = (0.1 * randn((3, 70), torch.float64, 1)).to(dtype).requires_grad_()
     table = torch.tensor([[1.0, 2.0**-6]])
-    (out,) = affine("op", x, y, None, None, Rows(table, None), (-1, 0, -1, -1), (0, 1, -1, -1.0, 1.0))
+    (out,) = affine("op", x, y, None, None, Coefficients(table, None), (-1, 0, -1, -1), (0, 1, -1, -1.0, 1.0))
     estimate = (x.double() + y.double() / 64).detach()
     inside = estimate.abs() <= 1
     assert (inside != (estimate.to(dtype).abs() <= 1)).any()
@@ -257,9 +259,9 @@ def masks(shape: tuple[int, ...]) -> dict[str, Tensor | Drawn | None]:
     return {
         "all": None,
         "tensor": torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.5,
-        "struck": Drawn(df.Noise(8), some, False),
+        "masked": Drawn(df.Noise(8), some, False),
         "left": Drawn(df.Noise(8, first_sample=3), some, True),
-        "struck, each sample at its own rate": Drawn(df.Noise(8), each, False),
+        "masked, each sample at its own rate": Drawn(df.Noise(8), each, False),
         "none": Drawn(df.Noise(8), torch.zeros(1, 2, dtype=torch.int64), False),
     }
 
@@ -303,9 +305,19 @@ def test_residual(backend: str, mask_name: str, kind: str, shape: tuple[int, ...
 WEIGHED_SHAPES = ((9, 5), (70, 3, 8), (3, 9001), (131, 2500))
 
 
-@pytest.mark.parametrize("shape", WEIGHED_SHAPES, ids=str)
-@pytest.mark.parametrize("index", [None, torch.int64, torch.int32], ids=["rows", "levels", "int32 levels"])
-@pytest.mark.parametrize("options", ["alone", "weight and mask", "sum", "one row", "bf16", "fp64"])
+WEIGHED_INDICES = {"rows": None, "levels": torch.int64, "int32 levels": torch.int32}
+WEIGHED_OPTIONS = ("alone", "weight and mask", "sum", "one row", "bf16", "fp64")
+
+
+# Each option with each shape, and each index with each of both.
+@pytest.mark.parametrize(
+    ("shape", "index", "options"),
+    [
+        pytest.param(shape, list(WEIGHED_INDICES.values())[(i + j) % 3], options, id=f"{options}-{shape}")
+        for i, options in enumerate(WEIGHED_OPTIONS)
+        for j, shape in enumerate(WEIGHED_SHAPES)
+    ],
+)
 def test_residual_weighing(backend: str, options: str, index: torch.dtype | None, shape: tuple[int, ...]) -> None:
     """One more factor of the weight and two further means, read from the table when the loss is summed."""
     if backend == "reference":
@@ -396,7 +408,7 @@ def test_residual_of_nan_and_of_nothing(backend: str, kind: str) -> None:
 
 @settings
 def test_corrupt(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Exactly the reference's elements, in any layout; what is struck is not read."""
+    """Exactly the reference's elements, in any layout; what is masked is not read."""
     x = randn(shape, dtype, 0)
     each = (torch.rand(shape[0], 2, generator=torch.Generator().manual_seed(3)).sort(1).values.double() * 2**32).long()
     for thresholds in (torch.tensor([[2**30, 2**31]]), torch.tensor([[0, 0]]), torch.tensor([[2**32, 2**32]]), each):

@@ -82,7 +82,7 @@ X = torch.linspace(-1, 1, 6).reshape(2, 3)
         C.laplace(),
         df.EDM(0.4),
         df.Masking(0.5, N0),
-        df.Masking(torch.tensor([0.1, 0.9]), N0).kept,
+        df.Masking(torch.tensor([0.1, 0.9]), N0).visible,
         df.SaltAndPepper(0.5, N0, salt=0.2),
         df.OffsetNoise(N0),
         df.PyramidNoise(N0),

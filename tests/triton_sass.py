@@ -1,7 +1,7 @@
 """The Triton kernels' machine code, compiled without a GPU.
 
 `python -m tests.triton_sass [sm_80 sm_90 sm_100]` prints the instructions of each streaming loop;
-`--json` what test_triton.py asserts, from a process of its own: here the interpreter must be off.
+`--json [--all]` what test_triton_code.py asserts, from a process of its own: here the interpreter must be off.
 
 The calls are the ops' own; only the launch is replaced, by one that keeps what would have been launched.
 """
@@ -126,7 +126,7 @@ def _variants() -> dict[str, Callable[[], Any]]:
     whole = torch.empty(1024, 2**14)  # a row to a program, uncut
     thin = torch.empty(64, 64, 8, 8, dtype=torch.bool).to(memory_format=torch.channels_last)[:, :32]
     one, weight = torch.ones(()), torch.ones(64, dtype=torch.float64)
-    struck, left = Drawn(NOISE, THRESHOLDS[:1], False), Drawn(in_memory, THRESHOLDS, True)
+    masked, left = Drawn(NOISE, THRESHOLDS[:1], False), Drawn(in_memory, THRESHOLDS, True)
 
     mean = None, 1, True, True  # of a loss: no weight, its reduction, with its gradient
 
@@ -180,13 +180,13 @@ def _variants() -> dict[str, Callable[[], Any]]:
         "weighed odd rows": lambda: weighed(odd, f32, weight=weight),
         "weighed fp64": lambda: weighed(x.double(), f64),
         "penalties of rows of 2": lambda: residual(short, left, *mean, kind=PSEUDO_HUBER),
-        "penalties of odd rows": lambda: residual(odd, struck, *mean, kind=KINDS.index("huber")),
+        "penalties of odd rows": lambda: residual(odd, masked, *mean, kind=KINDS.index("huber")),
         "penalties of channels_last": lambda: residual(last, left, *mean, kind=KINDS.index("l1")),
         "pseudo_huber in fp64": lambda: of_fp64(PSEUDO_HUBER),
         "huber in fp64": lambda: of_fp64(KINDS.index("huber")),
         "sum with drawn mask": lambda: residual(half, left, weight, 2, True, True),
         "loss of whole rows": lambda: weighed(whole, f32, torch.empty(whole.shape, dtype=torch.bool), weight),
-        "count of a drawn mask": lambda: backend._count_drawn(LONG, choice(struck), False, x.device),
+        "count of a drawn mask": lambda: backend._count_drawn(LONG, choice(masked), False, x.device),
         "count of short rows": lambda: backend._count_drawn((64, 2), choice(left), True, x.device, one),
         "count of a mask": lambda: backend._count_stored(torch.empty(whole.shape, dtype=torch.bool)),
         "count of an expanded mask": lambda: backend._count_stored(mask, one),
@@ -218,6 +218,20 @@ TESTED = [
     *((case, torch.bfloat16, arch) for case in _TYPICAL for arch in ("sm_80", "sm_100")),
     (_TYPICAL[0], torch.float16, "sm_90"),
 ]
+
+
+# Of `make test`: every case in one type, each other type and architecture once, and what runs the least like the cases.
+QUICK = [
+    *((case, torch.float32, "sm_90") for case in CASES),
+    *((_TYPICAL[0], dtype, "sm_90") for dtype in (torch.bfloat16, torch.float16, torch.float64)),
+    *((_TYPICAL[2], torch.bfloat16, arch) for arch in ("sm_80", "sm_90", "sm_100")),
+]
+QUICK_ON_AMD = ("add_noise", "noise_mse", "pseudo_huber")
+QUICK_VARIANTS = (
+    *("bf16 rows of 785", "channels_last", "video", "key and samples in memory", "loss of rows of 2", "sum with mask"),
+    *("loss of one row", "means", "gradient made again", "weighed odd rows", "huber in fp64", "count of a mask"),
+    *("corrupted channels_last", "row_dots of channels_last", "levels", "fold_in of a tensor"),
+)
 
 
 @dataclass(frozen=True)
@@ -377,7 +391,8 @@ def roundings(case: Case) -> list[str]:
 
 
 def main() -> None:
-    if sys.argv[1:] == ["--json"]:
+    if sys.argv[1:2] == ["--json"]:
+        everything = sys.argv[2:] == ["--all"]
         made = [
             {
                 "case": f"{case.name} {dtype} {arch}",
@@ -386,10 +401,11 @@ def main() -> None:
                 "most": case.most * (2 if dtype == torch.float64 else 1),
                 **asdict(code(case, dtype, NVIDIA[arch])),
             }
-            for case, dtype, arch in TESTED
+            for case, dtype, arch in (TESTED if everything else QUICK)
         ]
-        scratch = {case.name: amd_scratch(case) for case in CASES if case.name in ON_AMD}
-        stacks = {name: stack_of(call) for name, call in VARIANTS.items()}
+        on_amd, variants = (ON_AMD, VARIANTS) if everything else (QUICK_ON_AMD, QUICK_VARIANTS)
+        scratch = {case.name: amd_scratch(case) for case in CASES if case.name in on_amd}
+        stacks = {name: stack_of(VARIANTS[name]) for name in variants}
         print(
             json.dumps(
                 {

@@ -413,8 +413,8 @@ static void corrupt_units(const CorruptArgs& a, int64_t unit_begin, int64_t unit
       const int64_t row = unit.row + r, first = a.choice.threshold(row, 0), second = a.choice.threshold(row, 1);
 #pragma GCC ivdep
       for (int64_t i = at; i < at + unit.length; ++i) {
-        const R kept = widen(x[i]), struck = words[i] < first ? low : high;
-        narrow(words[i] < second ? struck : kept, out[i]);
+        const R own = widen(x[i]), replaced = words[i] < first ? low : high;
+        narrow(words[i] < second ? replaced : own, out[i]);
       }
     }
     write<T>(a.batch, a.out, unit, out);

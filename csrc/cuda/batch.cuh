@@ -226,7 +226,7 @@ struct Strided {
           at_ += i * s_->common.strides[d];
         });
     }
-    __device__ __forceinline__ int64_t look_up(const Way& way) const {
+    __device__ __forceinline__ int64_t offset_of(const Way& way) const {
       const Place at = place_of(*cut_, *unit_, g);
       int64_t found = (unit_->row + at.row) * way.batch;
       if (s_->grouped) s_->locate(at.group, [&](int d, int64_t i) { found += i * way.strides[d]; });
@@ -234,7 +234,7 @@ struct Strided {
     }
     template <class Element, class Each>
     __device__ __forceinline__ void for_each(int k, Each each) const {
-      Element* from = static_cast<Element*>(s_->data[k]) + (s_->alike[k] ? at_ : look_up(s_->ways[k]));
+      Element* from = static_cast<Element*>(s_->data[k]) + (s_->alike[k] ? at_ : offset_of(s_->ways[k]));
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         if (s_->grouped) {

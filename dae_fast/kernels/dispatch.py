@@ -153,11 +153,11 @@ def _choose_launchers() -> None:
     """Tells the native core, which recognises plain calls on every device, what launches them there."""
     native, _ = _loaded.get("native", (None, ""))
     if native is not None:
-        native.use_plain(*(_launcher(torch.device(kind)) for kind in ("cpu", "cuda")))
+        native.use_fast(*(_launcher(torch.device(kind)) for kind in ("cpu", "cuda")))
 
 
 def _launcher(device: torch.device) -> Any:
-    """As csrc/plain.cpp takes it: True, the core itself; a backend; None: no call is plain."""
+    """As csrc/call.cpp takes it: True, the core itself; a backend; None: no call is plain."""
     name = _forced or _default.get(device.type, "reference")
     if name == "native":
         return True

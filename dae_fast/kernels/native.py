@@ -19,12 +19,12 @@ from .scratch import workspace
 from .spec import (
     ABSENT,
     Bounds,
+    Coefficients,
     Found,
     Inputs,
     Loss,
     Map,
     Residual,
-    Rows,
     Wanted,
     compute_dtype,
     constant_rows,
@@ -54,7 +54,7 @@ max_threads = _core.max_threads
 philox4x32_10 = _core.philox4x32_10
 all_within = _core.all_within
 is_one = _core.is_one
-use_plain = _core.use_plain
+use_fast = _core.use_fast
 use_gradients = _core.use_gradients
 nvtx_built = _core.nvtx_built
 
@@ -114,7 +114,7 @@ def _rows(x: Tensor) -> tuple[int, int]:
     return B, x.numel() // B if B else 0
 
 
-def _walkable(*tensors: Tensor | None) -> tuple[Any, ...]:
+def _dense(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Copies where strides are more than a GPU's kernels walk: 8 dimensions and 2^31 elements to a row."""
     first = next((t for t in tensors if t is not None), None)
     if first is None or (first.dim() <= 9 and _rows(first)[1] < 2**31):
@@ -123,15 +123,15 @@ def _walkable(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 
 # A plain call of a weighted sum, from Python's objects to the kernel in one step; None where it is not plain.
-plain_map = _core.plain_map
+fast_map = _core.fast_map
 
 
-def plain_loss(
+def fast_loss(
     core: Any, operands: tuple[Any, ...], source: Any, key: Any, weight: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Any, Tensor | int | None] | None:
     """(loss, gradient of pred or None, also or None, table, t) of a plain call on (pred, y, z, noise); else None."""
     pred, y, z, noise = operands
-    return _core.plain_loss(core, pred, y, z, noise, source, key, weight, workspace)
+    return _core.fast_loss(core, pred, y, z, noise, source, key, weight, workspace)
 
 
 def _scratch(x: Tensor, columns: int = 1) -> tuple[Tensor | None, Tensor | None]:
@@ -145,17 +145,17 @@ def affine(
     spec: Map,
     inputs: Inputs,
     noise: Noise | Tensor | None,
-    rows: Rows,
+    rows: Coefficients,
     bounds: Bounds | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """As reference.affine, in one pass. `out` is written instead of a new tensor; it may be an input."""
-    x, *others, v = _walkable(*inputs, noise if isinstance(noise, Tensor) else None)
+    x, *others, v = _dense(*inputs, noise if isinstance(noise, Tensor) else None)
     last = noise if v is None else v
     if out is None:
         assert x is not None
         out = torch.empty_like(x)
-    elif _walkable(out)[0] is not out:
+    elif _dense(out)[0] is not out:
         return (out.copy_(affine(spec, inputs, noise, rows, bounds)[0]),)
     table, index = rows.dense(spec.op, compute_dtype(out.dtype))
     out2 = torch.empty_like(out) if spec.outputs == 2 else None
@@ -165,7 +165,7 @@ def affine(
     return (out,) if out2 is None else (out, out2)
 
 
-def residual(spec: Loss, operands: Residual, rows: Rows, wanted: Wanted) -> Found:
+def residual(spec: Loss, operands: Residual, rows: Coefficients, wanted: Wanted) -> Found:
     """One pass over pred: the unweighted mean of each sample, the weighted loss, its gradient.
 
     With an upstream gradient only the gradient, times upstream, is made.
@@ -173,7 +173,7 @@ def residual(spec: Loss, operands: Residual, rows: Rows, wanted: Wanted) -> Foun
     pred, y, z, noise, mask = operands
     in_memory = mask if isinstance(mask, Tensor) else None
     drawn: tuple[Any, Any, bool] = (None, None, False) if mask is None or in_memory is not None else tuple(mask)
-    pred, y, z, in_memory = _walkable(pred, y, z, in_memory)
+    pred, y, z, in_memory = _dense(pred, y, z, in_memory)
     compute, device = compute_dtype(pred.dtype), pred.device
     table, index = rows.dense(spec.op, compute)
     again = wanted.upstream is not None  # for a gradient alone
@@ -199,7 +199,7 @@ def residual(spec: Loss, operands: Residual, rows: Rows, wanted: Wanted) -> Foun
 
 def corrupt(x: Tensor, noise: Noise, thresholds: Tensor, values: Bounds) -> Tensor:
     """As reference.corrupt, in one pass."""
-    (x,) = _walkable(x)
+    (x,) = _dense(x)
     out = torch.empty_like(x)
     _core.corrupt(x, noise, thresholds, *values, out)
     return out
@@ -207,7 +207,7 @@ def corrupt(x: Tensor, noise: Noise, thresholds: Tensor, values: Bounds) -> Tens
 
 def gaussian(mu: Tensor, log_var: Tensor, eps: Tensor | None, noise: Noise | None) -> tuple[Tensor, Tensor]:
     """As reference.gaussian, in one pass."""
-    mu, log_var, eps = _walkable(mu, log_var, eps)
+    mu, log_var, eps = _dense(mu, log_var, eps)
     z = torch.empty_like(mu)
     kl = torch.empty(mu.shape[0], dtype=compute_dtype(mu.dtype), device=mu.device)
     _core.gaussian(mu, log_var, eps, noise, z, kl, *_scratch(mu, 1))
@@ -223,7 +223,7 @@ def gaussian_grad(
     kl_grad: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of mu and log_var, in one pass. kl_grad: (B,) of the compute type."""
-    mu, log_var, eps, z_grad = _walkable(mu, log_var, eps, z_grad)
+    mu, log_var, eps, z_grad = _dense(mu, log_var, eps, z_grad)
     mu_grad, log_var_grad = torch.empty_like(mu), torch.empty_like(log_var)
     kl_grad = None if kl_grad is None else kl_grad.contiguous()
     _core.gaussian_grad(mu, log_var, eps, noise, z_grad, kl_grad, mu_grad, log_var_grad)
@@ -251,7 +251,7 @@ def chain(
 
 def row_dots(g: Tensor, inputs: Inputs, noise: Noise | None) -> Tensor:
     """(B, 3) fp64: the sums over each row of g*x, g*y and g*z."""
-    g, x, y, z = _walkable(g, *inputs[:3])
+    g, x, y, z = _dense(g, *inputs[:3])
     out = torch.empty(g.shape[0], 3, dtype=torch.float64, device=g.device)
     _core.row_dots(g, x, y, z, noise, out, *_scratch(g, 3))
     return out

@@ -18,6 +18,7 @@ from .spec import (
     ABSENT,
     NOISE,
     Bounds,
+    Coefficients,
     Found,
     Inputs,
     Kind,
@@ -25,7 +26,6 @@ from .spec import (
     Map,
     Reduction,
     Residual,
-    Rows,
     Wanted,
     Z,
     compute_dtype,
@@ -152,7 +152,7 @@ def affine(
     spec: Map,
     inputs: Inputs,
     noise: Noise | Tensor | None,
-    rows: Rows,
+    rows: Coefficients,
     bounds: Bounds | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
@@ -183,7 +183,7 @@ def affine(
     return tuple(outputs) if out is None else (out.copy_(outputs[0]),)
 
 
-def residual(spec: Loss, operands: Residual, rows: Rows, wanted: Wanted) -> Found:
+def residual(spec: Loss, operands: Residual, rows: Coefficients, wanted: Wanted) -> Found:
     """The means of rho(pred + n1*y + n2*z) over each sample's kept elements, the loss, the gradient of pred."""
     pred = operands.pred
     with torch.set_grad_enabled(wanted.grad or torch.is_grad_enabled()):
@@ -213,7 +213,7 @@ def residual(spec: Loss, operands: Residual, rows: Rows, wanted: Wanted) -> Foun
     return Found(means.detach() if wanted.grad else means, loss.detach() if wanted.grad else loss, grad)
 
 
-def residual_sums(spec: Loss, operands: Residual, rows: Rows) -> tuple[Tensor, Tensor]:
+def residual_sums(spec: Loss, operands: Residual, rows: Coefficients) -> tuple[Tensor, Tensor]:
     """(B,) sums of rho(r) over each sample's kept elements, and how many those are."""
     pred, y, z, noise, mask = operands
     dtype = compute_dtype(pred.dtype)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -35,12 +35,18 @@ class Kind(IntEnum):
         return self in (Kind.huber, Kind.pseudo_huber)
 
 
+KindName = Literal["mse", "l1", "huber", "pseudo_huber"]
+
+
 class Reduction(IntEnum):
     """What becomes of the samples' losses. As in csrc/args.h."""
 
     none = 0
     mean = 1
     sum = 2
+
+
+ReductionName = Literal["none", "mean", "sum"]
 
 
 # By name; not __members__, through which Dynamo of torch 2.11 does not see.
@@ -61,7 +67,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-class Rows(NamedTuple):
+class Coefficients(NamedTuple):
     """Coefficients of a batch: row b is table[t[b]], or without t table[b], or table[0] when there is one.
 
     table: a tuple is one row of floats, which becomes a tensor where a kernel wants one.
@@ -70,7 +76,7 @@ class Rows(NamedTuple):
     table: Any
     t: Tensor | None
 
-    def dense(self, op: str, dtype: torch.dtype) -> Rows:
+    def dense(self, op: str, dtype: torch.dtype) -> Coefficients:
         """With a table that is a tensor."""
         return constant_rows(op, self.table, dtype) if isinstance(self.table, tuple) else self
 
@@ -79,28 +85,28 @@ class Rows(NamedTuple):
         return None if isinstance(self.table, tuple) else self.table
 
 
-def rows_at(table: Any, t: Tensor | int | None) -> Rows:
+def rows_at(table: Any, t: Tensor | int | None) -> Coefficients:
     """With an int, that row for all samples."""
     if not isinstance(t, int):
-        return Rows(table, t)
+        return Coefficients(table, t)
     if (
         not is_compiling() and dispatch_modes() and type(table) is Tensor
     ):  # a cached one, which a FakeTensorMode would not take
         with outside_modes():
-            return Rows(table[t : t + 1], None)
-    return Rows(table[t : t + 1], None)
+            return Coefficients(table[t : t + 1], None)
+    return Coefficients(table[t : t + 1], None)
 
 
 @lru_cache(maxsize=64)
-def _constant_rows(columns: tuple[float, ...], dtype: torch.dtype) -> Rows:
+def _constant_rows(columns: tuple[float, ...], dtype: torch.dtype) -> Coefficients:
     with outside_modes():
         table = torch.tensor([columns], dtype=torch.float64, device="cpu").to(dtype)
         if not table.isfinite().all():
             raise ValueError(f"coefficients must be finite in {dtype}, got {columns}")
-        return Rows(table, None)
+        return Coefficients(table, None)
 
 
-def constant_rows(op: str, columns: tuple[float, ...], dtype: torch.dtype) -> Rows:
+def constant_rows(op: str, columns: tuple[float, ...], dtype: torch.dtype) -> Coefficients:
     """One row of floats; not for what torch.compile traces.
 
     In host memory, whatever the samples' device: a launch takes it along, so that nothing is copied to a GPU, and a
@@ -261,12 +267,12 @@ class Backend(Protocol):
         spec: Map,
         inputs: Inputs,
         noise: Noise | Tensor | None,
-        rows: Rows,
+        rows: Coefficients,
         bounds: Bounds | None = None,
         out: Tensor | None = None,
     ) -> tuple[Tensor, ...]: ...
 
-    def residual(self, spec: Loss, operands: Residual, rows: Rows, wanted: Wanted) -> Found: ...
+    def residual(self, spec: Loss, operands: Residual, rows: Coefficients, wanted: Wanted) -> Found: ...
 
     def row_dots(self, g: Tensor, inputs: Inputs, noise: Noise | None) -> Tensor: ...
 

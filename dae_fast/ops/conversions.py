@@ -11,7 +11,7 @@ from torch.compiler import is_dynamo_compiling
 from ..checks import is_number, like, number, promote, samples
 from ..coefficients import Level, level_for
 from ..primitives import ESTIMATE, LevelOp
-from .parameterisation import EDM, MIXES, Coefficients, Parameterisation, check_name, conversion
+from .parameterisation import EDM, MIXES, OfLevel, Parameterisation, check_name, conversion
 
 __all__ = ["convert", "to_eps", "to_score", "to_v", "to_x0"]
 
@@ -119,7 +119,7 @@ def _made(op: str, predict: Parameterisation, to: Parameterisation, clamped: boo
     return LevelOp(op, _named(conversion(predict, to), names and {predict, to} == {"eps", "score"}))
 
 
-def _named(coefficients: Coefficients, without_x_t: bool) -> Any:
+def _named(coefficients: OfLevel, without_x_t: bool) -> Any:
     def by_name(alpha: Any, sigma: Any) -> dict[str, Any]:
         of_x_t, of_pred = coefficients(alpha, sigma)
         return {"x_t": None if without_x_t else of_x_t, "pred": of_pred}

@@ -1,6 +1,6 @@
 """Masking noise, salt-and-pepper and patch masks: corruptions that are values, drawn again wherever they are wanted.
 
-An element is struck when its word of the noise's stream, under a tag of its own, is below a threshold: a comparison
+An element is masked when its word of the noise's stream, under a tag of its own, is below a threshold: a comparison
 of integers, so that every device, dtype and layout strikes the same elements.
 """
 
@@ -18,24 +18,24 @@ from torch.compiler import is_compiling
 from .. import checks
 from .._torch import DirectFunction, batchable
 from ..checks import as_number, can_read, check_per_sample, samples
-from ..coefficients import changing, seen, stack_rows
+from ..coefficients import changing, stack_rows, traced
 from ..kernels import reference
 from ..kernels.dispatch import kernels
-from ..kernels.spec import on_device
+from ..kernels.spec import Bounds, on_device
 from ..noise import Noise
 from ..primitives.masks import Drawn
 from ..routing import Route, on_mesh, route, wants_grad
 
 __all__ = ["Masking", "PatchMask", "SaltAndPepper", "corrupt", "patch_mask"]
 
-# Streams of their own, so that what is struck does not depend on the normals of the same noise.
+# Streams of their own, so that what is masked does not depend on the normals of the same noise.
 MASK_TAG = 0x6D61736B  # "mask"
 PATCH_TAG = 0x7061746368  # "patch"
-USUAL = (0.0, 0.0), (0.0, 1.0)  # what struck elements become by default
+USUAL = (0.0, 0.0), (0.0, 1.0)  # what masked elements become by default
 
 
 class Corruption:
-    """What Masking and SaltAndPepper share: which elements are struck, each with probability p."""
+    """What Masking and SaltAndPepper share: which elements are masked, each with probability p."""
 
     __slots__ = ("_noise", "_p")
 
@@ -47,31 +47,35 @@ class Corruption:
         self._noise = noise.fold_in(MASK_TAG)
 
     @property
-    def struck(self) -> Selection:
+    def masked(self) -> Selection:
         """For a loss's mask=: the elements that were replaced count."""
-        return Selection(self, kept=False)
+        return Selection(self, visible=False)
 
     @property
-    def kept(self) -> Selection:
+    def visible(self) -> Selection:
         """For a loss's mask=: the elements that were left as they are count. The same as ~corruption."""
-        return Selection(self, kept=True)
+        return Selection(self, visible=True)
 
     def __invert__(self) -> Selection:
-        return self.kept
+        return self.visible
 
     def mask(self, shape: Sequence[int], *, device: torch.device | str = "cpu") -> Tensor:
-        """A bool tensor of `shape` (B, ...), True where an element is struck, for code that needs one stored."""
+        """A bool tensor of `shape` (B, ...), True where an element is masked, for code that needs one stored."""
         op = f"{type(self).__name__}.mask"
         like = torch.empty((), device=checks.device(op, device)).expand(checks.shape(op, shape))
         return self._drawn(op, like).on(like)
 
     def _drawn(self, op: str, x: Tensor) -> Drawn:
-        """As a loss on x takes it: the struck elements count."""
-        return self.struck._drawn(op, x)
+        """As a loss on x takes it: the masked elements count."""
+        return self.masked._drawn(op, x)
 
     def _shares(self) -> tuple[float, float]:
-        """Of the struck elements: those that become `low`, and all."""
+        """Of the masked elements: those that become `low`, and all."""
         return 1.0, 1.0
+
+    def _low_high(self, value: float) -> Bounds:
+        """What they become, given corrupt's `value`."""
+        return value, value
 
     def _thresholds(self, op: str, x: Tensor) -> Tensor:
         """int64 (1 or B, 2) on x's device: p * 2^32, to the nearest integer, of each of the shares."""
@@ -79,17 +83,17 @@ class Corruption:
         p = check_per_sample(op, f"{type(self).__name__}'s p", self._p, x)
         p = p.double() if isinstance(p, Tensor) else p
         columns = tuple(share * p * 2.0**32 + 0.5 for share in self._shares())
-        return seen(stack_rows(op, columns, x, torch.int64)).table  # int64: what follows the point is cut off
+        return traced(stack_rows(op, columns, x, torch.int64)).table  # int64: what follows the point is cut off
 
 
 class Masking(Corruption):
-    """Masking noise: each element is struck with probability p, on its own. A value; no mask is stored.
+    """Masking noise: each element is masked with probability p, on its own. A value; no mask is stored.
 
     p: float, or a tensor () or (B,), in [0, 1]: 0 strikes nothing, 1 everything
-    noise: Noise; the words under its MASK_TAG decide: element i of row b is struck when word i is below p * 2^32
+    noise: Noise; the words under its MASK_TAG decide: element i of row b is masked when word i is below p * 2^32
 
-    corrupt(x, masking) puts a value in the place of what is struck. A loss takes masking.struck (or masking) and
-    masking.kept (or ~masking) as its mask=, and so counts these elements alone. How many are struck is binomial:
+    corrupt(x, masking) puts a value in the place of what is masked. A loss takes masking.masked (or masking) and
+    masking.visible (or ~masking) as its mask=, and so counts these elements alone. How many are masked is binomial:
     p * n expected. Raises TypeError, or ValueError for p outside [0, 1] (looked at on the CPU alone).
     Vincent et al. 2008.
     """
@@ -101,10 +105,10 @@ class Masking(Corruption):
 
 
 class SaltAndPepper(Corruption):
-    """Each element is struck with probability p, and becomes `high` (salt) or `low` (pepper). A value.
+    """Each element is masked with probability p, and becomes `high` (salt) or `low` (pepper). A value.
 
     p, noise: as of Masking, with which it strikes the same elements      low, high: float
-    salt: in [0, 1], the share of the struck elements that become `high`
+    salt: in [0, 1], the share of the masked elements that become `high`
     Used, and raises, as Masking. Vincent et al. 2010, section 5.2.
     """
 
@@ -123,44 +127,45 @@ class SaltAndPepper(Corruption):
     def _shares(self) -> tuple[float, float]:
         return 1.0 - self._salt, 1.0
 
+    def _low_high(self, value: float) -> Bounds:
+        if value != 0.0:
+            raise ValueError(f"corrupt: value is for a Masking; SaltAndPepper has low and high, got value={value}")
+        return self._low, self._high
+
     def __repr__(self) -> str:
         return f"SaltAndPepper(p={self._p}, noise={self._noise}, low={self._low}, high={self._high}, salt={self._salt})"
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The elements that a loss counts: those that a corruption struck, or those that it kept. No tensor."""
+    """The elements that a loss counts: those that a corruption masked, or left visible. No tensor."""
 
     corruption: Corruption
-    kept: bool
+    visible: bool
 
     def __invert__(self) -> Selection:
-        return Selection(self.corruption, not self.kept)
+        return Selection(self.corruption, not self.visible)
 
     def _drawn(self, op: str, x: Tensor) -> Drawn:
         """As residual_loss takes it, for the samples x."""
-        return Drawn(self.corruption._noise, self.corruption._thresholds(op, x), self.kept)
+        return Drawn(self.corruption._noise, self.corruption._thresholds(op, x), self.visible)
 
 
-def corrupt(x: Tensor, corruption: Masking | SaltAndPepper, value: float = 0.0) -> Tensor:
-    """x with its struck elements replaced: by `value`, or by the low and high of a SaltAndPepper.
+def corrupt(x: Tensor, corruption: Corruption, value: float = 0.0) -> Tensor:
+    """x with its masked elements replaced: by `value`, or by the low and high of a SaltAndPepper.
 
     x: (B, ...) fp16/bf16/fp32/fp64      corruption: Masking or SaltAndPepper
     value: float, of a Masking alone      returns: like x
-    Reads x once, and nothing of it where it is struck (a NaN there is gone); writes once; no mask is stored.
-    Gradient: that of the output where x is kept, 0 where it is struck, by the same kernel.
+    Reads x once, and nothing of it where it is masked (a NaN there is gone); writes once; no mask is stored.
+    Gradient: that of the output where x is kept, 0 where it is masked, by the same kernel.
     Raises ValueError when p or the noise's sample ids do not fit the batch, or for a value with SaltAndPepper.
     Vincent et al. 2008.
     """
     op = "corrupt"
     samples(op, "x", x)
-    low = high = as_number(op, "value", value)
-    if isinstance(corruption, SaltAndPepper):
-        if value != 0.0:
-            raise ValueError(f"{op}: value is for a Masking; SaltAndPepper has low and high, got value={value}")
-        low, high = corruption._low, corruption._high
-    elif not isinstance(corruption, Masking):
+    if not isinstance(corruption, Corruption):
         raise TypeError(f"{op}: corruption must be a Masking or a SaltAndPepper, got {type(corruption).__name__}")
+    low, high = corruption._low_high(as_number(op, "value", value))
     return _replaced(op, x, corruption._noise, corruption._thresholds(op, x), low, high)
 
 

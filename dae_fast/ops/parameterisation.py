@@ -16,7 +16,7 @@ from ..schedule import finite_numbers
 
 __all__ = ["EDM"]
 
-Coefficients = Callable[[Any, Any], tuple[Any, ...]]  # of (alpha, sigma)
+OfLevel = Callable[[Any, Any], tuple[Any, ...]]  # of (alpha, sigma)
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def mix(predict: Parameterisation, alpha: Any, sigma: Any) -> tuple[Any, Any]:
     return predict.mix(alpha, sigma) if isinstance(predict, EDM) else MIXES[predict](alpha, sigma)
 
 
-def conversion(predict: Parameterisation, to: Parameterisation) -> Coefficients:
+def conversion(predict: Parameterisation, to: Parameterisation) -> OfLevel:
     """(a, b) with to = a*x_t + b*prediction, finite wherever the prediction determines the result."""
 
     def coefficients(alpha: Any, sigma: Any) -> tuple[Any, Any]:
@@ -98,7 +98,7 @@ def conversion(predict: Parameterisation, to: Parameterisation) -> Coefficients:
     return coefficients
 
 
-def error_ratio(predict: Parameterisation, to: Parameterisation) -> Coefficients:
+def error_ratio(predict: Parameterisation, to: Parameterisation) -> OfLevel:
     """(k,) with mean squared error of `to` = k * that of the prediction: the square of b above."""
 
     def coefficients(alpha: Any, sigma: Any) -> tuple[Any]:
@@ -108,7 +108,7 @@ def error_ratio(predict: Parameterisation, to: Parameterisation) -> Coefficients
     return coefficients
 
 
-def errors(predict: Parameterisation) -> Coefficients:
+def errors(predict: Parameterisation) -> OfLevel:
     """Squared errors of eps and of x0 for each unit of the prediction's. The first over the second is the SNR."""
 
     def coefficients(alpha: Any, sigma: Any) -> tuple[Any, ...]:

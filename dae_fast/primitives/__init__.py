@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, Generic, Literal, NamedTuple, TypeVar, overload
+from typing import Any, Generic, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -24,11 +24,13 @@ from ..kernels.spec import (
     NOISE,
     REDUCTIONS,
     Bounds,
+    Coefficients,
     Kind,
+    KindName,
     Map,
     Reduction,
+    ReductionName,
     Residual,
-    Rows,
     W,
     X,
     Y,
@@ -38,7 +40,7 @@ from ..kernels.spec import (
     map_of,
 )
 from ..noise import Noise
-from ..routing import on_mesh, plain_map, wants_grad
+from ..routing import fast_map, on_mesh, wants_grad
 from .masks import Drawn, Mask
 from .memory import check_out
 from .residuals import Weighed
@@ -212,7 +214,7 @@ class LevelOp(Generic[Made]):
     ) -> Made:
         """As a call, the inputs in their order."""
         if not is_compiling():
-            done = plain_map(self._cores, given, level, self.formula, bounds, out)
+            done = fast_map(self._cores, given, level, self.formula, bounds, out)
             if done is not None:
                 if out is not None:
                     written(out)
@@ -223,7 +225,7 @@ class LevelOp(Generic[Made]):
         if spec is None:
             raise ValueError(f"{self.name}: at most five inputs fit one launch, got {len(given)}")
 
-        def rows() -> Rows:
+        def rows() -> Coefficients:
             return self.formula.rows(level, x, compute_dtype(x.dtype))
 
         return launched(spec, self.inputs, given, rows, level._dims(), bounds, out)
@@ -269,7 +271,7 @@ def launched(
     spec: Map,
     names: Sequence[str],
     given: tuple[Any, ...],
-    rows: Callable[[], Rows],
+    rows: Callable[[], Coefficients],
     dims: int,
     bounds: Bounds | None,
     out: Tensor | None,
@@ -370,7 +372,7 @@ def weighted_sum(*terms: Term, also: Sequence[Coefficient] | None = None, out: T
             spec = _simple_plan(len(given), noise, also is not None) if fits else None
             if spec is not None:
                 row = tuple(coefficients) if also is None else (*coefficients, *also)
-                done = plain_map(spec.core, tuple(given), row, None, None, out)
+                done = fast_map(spec.core, tuple(given), row, None, None, out)
                 if done is not None:
                     if out is not None:
                         written(out)
@@ -393,7 +395,7 @@ def summed(op: str, names: tuple[str, ...], given: tuple[Any, ...], row: tuple[A
             noise = k
     if not is_compiling():
         spec = _kept_plan_of(op, len(given), noise)
-        done = None if spec is None else plain_map(spec.core, given, row, None, None, out)
+        done = None if spec is None else fast_map(spec.core, given, row, None, None, out)
         if done is not None:
             if out is not None:
                 written(out)
@@ -471,7 +473,7 @@ def _sum(op: str, parsed: _Parsed, also: bool, out: Tensor | None) -> Any:
     noise = next((k for k, value in enumerate(given) if isinstance(value, Noise)), -1)
     spec = plan(op, parsed.uses, parsed.estimate, noise, also)
 
-    def rows() -> Rows:
+    def rows() -> Coefficients:
         return stack_rows(op, tuple(coefficients), x, compute_dtype(x.dtype))
 
     if spec is not None:
@@ -505,16 +507,17 @@ def residual_loss(
     pred: Tensor,
     *terms: Term,
     weight: Tensor | float | None = None,
-    kind: Literal["mse", "l1", "huber", "pseudo_huber"] = "mse",
+    kind: KindName = "mse",
     delta: Coefficient | None = None,
     mask: Any = None,
-    reduction: Literal["mean", "sum", "none"] = "mean",
+    reduction: ReductionName = "mean",
 ) -> Tensor:
     """mean_b w_b * mean_i rho(r), r = pred - c_0*x_0 - c_1*x_1 - ..., and its gradient of pred in the same pass.
 
     pred: (B, ...) fp16/bf16/fp32/fp64      terms: (coefficient, tensor or Noise), as in weighted_sum, of the target
     weight: a float, () or (B,) or of more leading dimensions      kind: rho(r), delta: > 0, as in denoising_loss
-    mask: the elements that count, as in noise_mse      reduction: "mean"; "sum"; "none", one value for each row
+    mask: the elements that count, or their weights, as in noise_mse
+    reduction: "mean"; "sum"; "none", one value for each row
     returns: fp32 (fp64 for fp64) scalar, or for "none" (B,), (B, F) where a coefficient has F for each sample
     Neither the target nor a Noise is stored. One launch for two terms; what is more is summed before. Gradient: of pred
     in the same pass; of terms, coefficients and weights in backward. Raises TypeError or ValueError, naming the term.
@@ -586,15 +589,17 @@ def reduction_of(op: str, pred: Tensor, reduction: str) -> Reduction:
 
 
 def mask_of(op: str, pred: Tensor, mask: Any) -> Mask:
-    """Of pred's shape, expanded without a copy."""
+    """Of pred's shape, expanded without a copy; weights in the dtype of the arithmetic."""
     if mask is None:
         return None
     if not isinstance(mask, Tensor) and hasattr(mask, "_drawn"):
         drawn: Drawn = mask._drawn(op, pred)
         return drawn if drawn.noise._span is None else drawn.on(pred)
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+    if not isinstance(mask, Tensor) or (mask.dtype != torch.bool and mask.dtype not in checks.DTYPES):
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"{op}: mask must be a bool tensor or a corruption, got {got}")
+        raise TypeError(f"{op}: mask must be a bool tensor, weights or a corruption, got {got}")
+    if mask.is_floating_point():
+        mask = mask.to(compute_dtype(pred.dtype))
     if mask.device != pred.device:
         raise ValueError(f"{op}: mask must be on {pred.device} like pred, got {mask.device}")
     if mask.dim() not in (0, pred.dim()):
@@ -609,7 +614,7 @@ def mask_of(op: str, pred: Tensor, mask: Any) -> Mask:
         raise ValueError(f"{op}: mask must be broadcastable to {tuple(pred.shape)}, got {tuple(mask.shape)}") from None
 
 
-def loss_of_rows(spec: Any, operands: Residual, rows: Rows, weight: Tensor | None, dims: int) -> Weighed:
+def loss_of_rows(spec: Any, operands: Residual, rows: Coefficients, weight: Tensor | None, dims: int) -> Weighed:
     """A checked loss; its values of rows get their dimensions back. weight: () or (B,), or of the rows' dimensions."""
     pred, y, z, noise, mask = operands
     if (mesh := on_mesh(pred, y, z)) is not None:

@@ -13,32 +13,43 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .._torch import DirectFunction, batchable
-from ..coefficients import gather, seen
+from ..coefficients import gather, traced
 from ..kernels import reference
 from ..kernels.dispatch import kernels
 from ..kernels.reference import row_of
-from ..kernels.spec import ABSENT, Loss, Reduction, Residual, Rows, Wanted, compute_dtype, loss_of, map_of, rows_at
+from ..kernels.spec import (
+    ABSENT,
+    Coefficients,
+    Loss,
+    Reduction,
+    Residual,
+    Wanted,
+    compute_dtype,
+    loss_of,
+    map_of,
+    rows_at,
+)
 from ..noise import FlatNoise, Noise
-from ..routing import Route, beside, is_one, on_mesh, plain_loss, route, wants_grad
-from .masks import Drawn, FlatMask, kept_elements, tensors_of
+from ..routing import Route, beside, fast_loss, is_one, on_mesh, route, wants_grad
+from . import elementwise
+from .elementwise import COLUMNS
+from .masks import Drawn, FlatMask, has_weights, kept_elements, tensors_of
 from .sums import Gradients, affine, row_dots, widened
-
-COLUMNS = (0, 1, 2, ABSENT)  # a table holds (1, n1, n2): r = 1*pred + n1*y + n2*z; then rho's delta where it has one
 
 Summed = tuple[Tensor, Tensor | None]  # the loss, and `also`
 Weighed = tuple[Tensor, Tensor, Tensor | None]  # the loss, the samples' means, `also`
 
 
-def plain_residual_loss(
+def fast_residual_loss(
     spec: Loss, operands: tuple[Any, Any, Any, Noise | None], source: Any, key: Any, weight: Tensor | None = None
 ) -> Summed | None:
     """The loss of a plain call that is summed, without mask; None where residual_loss has to look.
 
-    operands: pred, y, z, noise      source, key: as of plain_loss
+    operands: pred, y, z, noise      source, key: as of fast_loss
     """
     if is_compiling():
         return None
-    made = plain_loss(spec.core, operands, source, key, weight)
+    made = fast_loss(spec.core, operands, source, key, weight)
     if made is None:
         return None
     loss, grad, also, table, t = made
@@ -48,7 +59,7 @@ def plain_residual_loss(
 
 
 def _keep_gradient(
-    spec: Loss, operands: Residual, rows: Rows, weight: Tensor | None, made: Any, means: Tensor | None
+    spec: Loss, operands: Residual, rows: Coefficients, weight: Tensor | None, made: Any, means: Tensor | None
 ) -> Tensor:
     """The loss, whose gradient of pred was made with it."""
     pred, y, z, noise, mask = operands
@@ -67,7 +78,7 @@ def _read_again(noise: Noise | None, mask: Any) -> list[Tensor | None]:
     return [t for stream in streams if stream is not None for t in (stream._key_tensor, stream._sample)]
 
 
-def residual_loss(spec: Loss, operands: Residual, rows: Rows, weight: Tensor | None) -> Weighed:
+def residual_loss(spec: Loss, operands: Residual, rows: Coefficients, weight: Tensor | None) -> Weighed:
     """(loss, mean of rho(r) of each sample without weight or gradient, `also` (2,) or None without its columns).
 
     weight: (B,). mask: True where an element counts; the mean is over those. delta, and what else is read from the
@@ -80,7 +91,8 @@ def residual_loss(spec: Loss, operands: Residual, rows: Rows, weight: Tensor | N
         return residual_loss(spec, _filled(operands), rows, weight)
     also = pred.new_empty(2, dtype=compute_dtype(pred.dtype)) if spec.has_also else None
     assert summed or also is None, "further means are those of a loss that is summed"
-    if mesh is None and route(op, pred, y, z, rows.tensor, weight, *tensors_of(mask)) is Route.DIRECT:
+    direct = mesh is None and not has_weights(mask)
+    if direct and route(op, pred, y, z, rows.tensor, weight, *tensors_of(mask)) is Route.DIRECT:
         if not wants_grad(pred, y, z, rows.tensor, weight):
             wanted = Wanted(loss=summed, weight=weight, also=also)
             means, loss, _ = kernels(pred, op).residual(spec, operands, rows, wanted)
@@ -112,12 +124,17 @@ def _filled(operands: Residual) -> Residual:
     return Residual(pred.to(dtype), None if y is None else y.to(dtype), eps, None, mask)
 
 
-def sample_means(spec: Loss, operands: Residual, rows: Rows) -> Tensor:
-    """(B,) mean of rho(r) over each sample's kept elements (0 if none); the gradient is made in backward."""
+def sample_means(spec: Loss, operands: Residual, rows: Coefficients) -> Tensor:
+    """(B,) mean of rho(r) over each sample's kept elements (0 if none); the gradient is made in backward.
+
+    A floating mask holds weights of the elements.
+    """
     pred, y, z, noise, mask = operands
     spec = loss_of(spec.op, spec.kind, Reduction.none, (*spec.columns[:3], *[ABSENT] * 3))
     if (mesh := on_mesh(pred, y, z, mask)) is not None:
         return mesh.sample_means(spec, operands, rows)
+    if has_weights(mask):
+        return elementwise.sample_means(spec, operands, rows)
     if noise is not None and not noise._whole_blocks(math.prod(pred.shape[1:])):
         operands = _filled(operands)
         pred, y, z, noise, mask = operands
@@ -127,14 +144,14 @@ def sample_means(spec: Loss, operands: Residual, rows: Rows) -> Tensor:
     if way is Route.REFERENCE:
         sums, kept = reference.residual_sums(spec, operands, rows)
         return sums / kept.clamp(min=1)
-    table, index = seen(rows.dense(spec.op, compute_dtype(pred.dtype)))
+    table, index = traced(rows.dense(spec.op, compute_dtype(pred.dtype)))
     flat = FlatNoise() if noise is None else noise._flat()
     return torch.ops.dae_fast.sample_means(
         pred, y, z, table, index, *FlatMask.of(mask), *flat, int(spec.kind), spec.columns[:3], spec.op
     )
 
 
-def _weighted(spec: Loss, means: Tensor, weight: Tensor | None, rows: Rows) -> Tensor:
+def _weighted(spec: Loss, means: Tensor, weight: Tensor | None, rows: Coefficients) -> Tensor:
     """Torch's own arithmetic."""
     if weight is not None:
         means = means * beside(weight.to(means.dtype), means)
@@ -142,13 +159,13 @@ def _weighted(spec: Loss, means: Tensor, weight: Tensor | None, rows: Rows) -> T
     return means if factor is None else means * beside(factor, means)
 
 
-def _factor(spec: Loss, rows: Rows, x: Tensor) -> Tensor | None:
+def _factor(spec: Loss, rows: Coefficients, x: Tensor) -> Tensor | None:
     """(B,) or (1,), a constant."""
     column = spec.columns[3]
     return None if column == ABSENT else gather(spec.op, rows, x).detach()[:, column]
 
 
-def _pred_gradient(spec: Loss, upstream: Tensor, operands: Residual, rows: Rows) -> Tensor:
+def _pred_gradient(spec: Loss, upstream: Tensor, operands: Residual, rows: Coefficients) -> Tensor:
     """upstream[b] / kept[b] * rho'(r), upstream (B,) being the gradient of the sample means."""
     pred, y, z, noise, mask = operands
     way = route(spec.op, pred, y, z, upstream)
@@ -158,7 +175,7 @@ def _pred_gradient(spec: Loss, upstream: Tensor, operands: Residual, rows: Rows)
         assert grad is not None
         return grad
     if way is Route.DISPATCHER and not torch.is_grad_enabled():
-        table, index = seen(rows.dense(spec.op, compute_dtype(pred.dtype)))
+        table, index = traced(rows.dense(spec.op, compute_dtype(pred.dtype)))
         flat = FlatNoise() if noise is None else noise._flat()
         return torch.ops.dae_fast.residual_grad(
             upstream, pred, y, z, table, index, *FlatMask.of(mask), *flat, int(spec.kind), spec.columns[:3], spec.op
@@ -166,7 +183,7 @@ def _pred_gradient(spec: Loss, upstream: Tensor, operands: Residual, rows: Rows)
     return pred_gradient_in_torch(spec, upstream, operands, rows)
 
 
-def pred_gradient_in_torch(spec: Loss, upstream: Tensor, operands: Residual, rows: Rows) -> Tensor:
+def pred_gradient_in_torch(spec: Loss, upstream: Tensor, operands: Residual, rows: Coefficients) -> Tensor:
     """Differentiable in turn, for double backward and transforms: torch's arithmetic around a fused r."""
     pred, y, z, noise, mask = operands
     if isinstance(mask, Drawn):
@@ -182,7 +199,7 @@ def pred_gradient_in_torch(spec: Loss, upstream: Tensor, operands: Residual, row
     return (scale.reshape(-1, *[1] * (pred.dim() - 1)) * slope).to(pred.dtype)
 
 
-def gradients(needs: Any, spec: Loss, upstream: Tensor, operands: Residual, rows: Rows) -> Gradients:
+def gradients(needs: Any, spec: Loss, upstream: Tensor, operands: Residual, rows: Coefficients) -> Gradients:
     """Of pred, y, z and the table, from the gradient (B,) of the sample means."""
     dtype = operands.pred.dtype
     if any(needs[1:4]):  # which are made of pred's, that would overflow in fp16 where they do not
@@ -218,7 +235,7 @@ class _SampleMeans(DirectFunction):
         ctx.save_for_backward(pred, y, z, table if isinstance(table, Tensor) else None, index, stored, *read)
         ctx.rest = spec, noise, mask if isinstance(mask, Drawn) else None, table if isinstance(table, tuple) else None
         operands = Residual(pred, y, z, noise, mask)
-        means = kernels(pred, spec.op).residual(spec, operands, Rows(table, index), Wanted()).means
+        means = kernels(pred, spec.op).residual(spec, operands, Coefficients(table, index), Wanted()).means
         assert means is not None
         return means
 
@@ -227,7 +244,7 @@ class _SampleMeans(DirectFunction):
     def backward(ctx: Any, upstream: Tensor) -> Any:
         pred, y, z, table, index, mask, *_ = ctx.saved_tensors
         spec, noise, drawn, row = ctx.rest
-        operands, rows = Residual(pred, y, z, noise, drawn or mask), Rows(table if row is None else row, index)
+        operands, rows = Residual(pred, y, z, noise, drawn or mask), Coefficients(table if row is None else row, index)
         return (*gradients(ctx.needs_input_grad, spec, upstream, operands, rows), None)
 
 
@@ -253,7 +270,7 @@ class _Loss(DirectFunction):
         pred, weight, grad, y, z, index, mask, means, *_ = ctx.saved_tensors
         spec, noise, table, drawn = ctx.call
         operands = Residual(pred, y, z, noise, drawn if isinstance(drawn, Drawn) else mask)
-        rows = Rows(table, index)
+        rows = Coefficients(table, index)
         nothing = (None,) * 3
         if grad is not None and ctx.given_away:
             grad = None  # what it was given to may have changed it

@@ -16,19 +16,19 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .._torch import DirectFunction, batchable, outside_modes
-from ..coefficients import changing, seen
+from ..coefficients import changing, traced
 from ..kernels import dispatch, reference
 from ..kernels.dispatch import kernels
-from ..kernels.spec import ABSENT, Bounds, Inputs, Map, Rows, compute_dtype, map_of, rows_at
+from ..kernels.spec import ABSENT, Bounds, Coefficients, Inputs, Map, compute_dtype, map_of, rows_at
 from ..noise import FlatNoise, Noise
-from ..routing import Route, on_mesh, plain_map, route, wants_grad
+from ..routing import Route, fast_map, on_mesh, route, wants_grad
 
-At = tuple[Any, Any]  # as Rows; or a table and the number of the one row for all samples
+At = tuple[Any, Any]  # as Coefficients; or a table and the number of the one row for all samples
 Columns = tuple[int, ...]  # of the table: c0, c1, c2, c3 of the output, then those of a second one
 
 
 def affine(
-    spec: Map, inputs: Inputs, noise: Noise | Tensor | None, rows: Rows | At, bounds: Bounds | None = None
+    spec: Map, inputs: Inputs, noise: Noise | Tensor | None, rows: Coefficients | At, bounds: Bounds | None = None
 ) -> tuple[Tensor, ...]:
     """The outputs of a map with ALL_SLOTS. inputs: one shape, dtype and device; z or noise or neither.
 
@@ -37,7 +37,7 @@ def affine(
     """
     if not is_compiling():
         table, t = rows
-        made = plain_map(spec.core, (*inputs, noise), table, t, bounds, None)
+        made = fast_map(spec.core, (*inputs, noise), table, t, bounds, None)
         if made is not None:
             return made if spec.outputs > 1 else (made,)
     x, rows = inputs[0], rows_at(*rows)
@@ -57,7 +57,7 @@ def affine(
     if spec.inner is not None:
         assert bounds is not None
         return _clamped_by_torch(spec, inputs, noise, rows, bounds)
-    table, index = seen(rows.dense(spec.op, compute_dtype(x.dtype)))
+    table, index = traced(rows.dense(spec.op, compute_dtype(x.dtype)))
     flat = noise._flat() if isinstance(noise, Noise) else FlatNoise()
     if spec.outputs == 1:
         return (torch.ops.dae_fast.affine(*inputs, v, table, index, *flat, spec.all_columns, spec.op),)
@@ -65,7 +65,12 @@ def affine(
 
 
 def affine_into(
-    spec: Map, out: Tensor, inputs: Inputs, noise: Noise | Tensor | None, rows: Rows, bounds: Bounds | None = None
+    spec: Map,
+    out: Tensor,
+    inputs: Inputs,
+    noise: Noise | Tensor | None,
+    rows: Coefficients,
+    bounds: Bounds | None = None,
 ) -> Tensor:
     """The same with one output, written to `out`, which may be an input. No gradient."""
     x = inputs[0]
@@ -86,7 +91,7 @@ def written(out: Tensor) -> None:
 
 
 def _with_filled_noise(
-    spec: Map, inputs: Inputs, noise: Noise, rows: Rows, bounds: Bounds | None
+    spec: Map, inputs: Inputs, noise: Noise, rows: Coefficients, bounds: Bounds | None
 ) -> tuple[Tensor, ...]:
     """Rows that do not begin with a block: the noise is filled, and all of it computed as wide as in a kernel."""
     x, y, z, w = inputs
@@ -101,7 +106,7 @@ def _with_filled_noise(
 
 
 def _clamped_by_torch(
-    spec: Map, inputs: Inputs, noise: Noise | Tensor | None, rows: Rows, bounds: Bounds
+    spec: Map, inputs: Inputs, noise: Noise | Tensor | None, rows: Coefficients, bounds: Bounds
 ) -> tuple[Tensor, ...]:
     """Where a call is traced or transformed the clamp is torch's own, between two fused passes in the compute type:
     rounded to half in between, it would clamp other elements."""
@@ -133,7 +138,7 @@ def gradients(
     spec: Map,
     inputs: Inputs,
     noise: Noise | Tensor | None,
-    rows: Rows,
+    rows: Coefficients,
     bounds: Bounds | None = None,
 ) -> Gradients:
     """Of x, y, z, w, a tensor as `noise`, and the table; `needs` says which.
@@ -150,7 +155,7 @@ def gradients(
     return [*_input_gradients(needs, given, rows, spec.op), of_table]
 
 
-def _input_gradients(needs: Sequence[bool], given: Given, rows: Rows, op: str) -> Gradients:
+def _input_gradients(needs: Sequence[bool], given: Given, rows: Coefficients, op: str) -> Gradients:
     """Of the five streams, from one to three gradients.
 
     d x = c0 * g, and so on: affine maps of the output gradients, two inputs to a pass.
@@ -173,7 +178,7 @@ def _clamped_gradients(
     spec: Map,
     inputs: Inputs,
     noise: Noise | Tensor | None,
-    rows: Rows,
+    rows: Coefficients,
     bounds: Bounds,
 ) -> Gradients:
     """The estimate counts as one more output, the only one that reads y. All in the compute type."""
@@ -190,7 +195,7 @@ def _clamped_gradients(
     return [*found, of_outer + _table_gradient(inner, (x, y, None, w), None, rows, estimate)]
 
 
-def _estimate_gradient(given: Given, inputs: Inputs, rows: Rows, estimate: Map, bounds: Bounds) -> Tensor:
+def _estimate_gradient(given: Given, inputs: Inputs, rows: Coefficients, estimate: Map, bounds: Bounds) -> Tensor:
     """0 outside the bounds and for NaN, as torch.clamp's: lo <= estimate <= hi decides.
 
     Without a bool tensor: on a CPU torch.where takes ten times as long for one as all of this.
@@ -226,7 +231,9 @@ def _open_interval(lo: float, hi: float, dtype: torch.dtype) -> tuple[float, flo
     return low, high, None if lo == -math.inf else -math.inf, None if hi == math.inf else math.inf
 
 
-def _table_gradient(given: Given, inputs: Inputs, noise: Noise | Tensor | None, rows: Rows, spec: Map) -> Tensor:
+def _table_gradient(
+    given: Given, inputs: Inputs, noise: Noise | Tensor | None, rows: Coefficients, spec: Map
+) -> Tensor:
     """Sums over each sample of output gradient times input, gathered to the table's rows."""
     table, index = rows
     B = given[0][0].shape[0]
@@ -296,7 +303,7 @@ class _Affine(DirectFunction):
         table, index, *read = ctx.saved_tensors
         noise, spec, bounds, row, count = ctx.rest
         x, y, z, w, v = read[:5] if count else (None,) * 5
-        rows, noise = Rows(table if row is None else row, index), noise if v is None else v
+        rows, noise = Coefficients(table if row is None else row, index), noise if v is None else v
         return (*gradients(ctx.needs_input_grad, grads, spec, (x, y, z, w), noise, rows, bounds), None)
 
 

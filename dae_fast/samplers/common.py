@@ -20,7 +20,7 @@ from .._torch import outside_modes
 from ..checks import can_read, like, samples
 from ..continuous import ContinuousSchedule
 from ..graphs import replayed, start_device
-from ..kernels.spec import ABSENT, Map, Rows, compute_dtype, map_of
+from ..kernels.spec import ABSENT, Coefficients, Map, compute_dtype, map_of
 from ..noise import Noise, noise_for
 from ..ops.conversions import Bounds, bounds
 from ..ops.parameterisation import Parameterisation, check_name
@@ -245,7 +245,7 @@ def mixed(op: str, row: Tensor, prediction: Sequence[Tensor]) -> Tensor:
     first, *second = prediction
     if not second:
         return first
-    return affine(map_of(op, (0, 1, ABSENT, ABSENT)), (first, second[0], None, None), None, Rows(row, None))[0]
+    return affine(map_of(op, (0, 1, ABSENT, ABSENT)), (first, second[0], None, None), None, Coefficients(row, None))[0]
 
 
 class Limits(NamedTuple):
@@ -336,9 +336,9 @@ class Update:
         if quantile is None:
             return affine(spec, inputs, noise, (table, i), self._bounds)
         row, of_u = table[i : i + 1], 2 if u else ABSENT
-        (x0_hat,) = affine(map_of(self.op, (0, 1, ABSENT, of_u)), (x, p, None, w), None, Rows(row, None))
+        (x0_hat,) = affine(map_of(self.op, (0, 1, ABSENT, of_u)), (x, p, None, w), None, Coefficients(row, None))
         row = _thresholded(row, x0_hat, quantile)
-        return affine(spec, inputs, noise, Rows(row, None), self._bounds)
+        return affine(spec, inputs, noise, Coefficients(row, None), self._bounds)
 
 
 def planned(make: Callable[..., Plan]) -> Callable[..., Plan]:

@@ -13,7 +13,7 @@ from .. import checks
 from ..checks import can_read, check_per_sample
 from ..coefficients import stack_rows
 from ..graphs import replayed
-from ..kernels.spec import ABSENT, Rows, compute_dtype, map_of
+from ..kernels.spec import ABSENT, Coefficients, compute_dtype, map_of
 from ..noise import Noise
 from ..ops.parameterisation import Parameterisation
 from ..primitives.sums import affine
@@ -145,7 +145,7 @@ def annealed_langevin(
             c, *u = look(x, told[t], parts)
             fresh = noise.fold_in(t * steps_per_level + k) if row == t else None
             spec = map_of(op, (0, 1, ABSENT if fresh is None else 2, 3 if u else ABSENT))
-            (x,) = affine(spec, (x, c, None, u[0] if u else None), fresh, Rows(table, row))  # type: ignore[arg-type]
+            (x,) = affine(spec, (x, c, None, u[0] if u else None), fresh, Coefficients(table, row))  # type: ignore[arg-type]
         return x
 
     options = (*told, steps_per_level, denoise, guidance)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..continuous import ContinuousSchedule
-from ..kernels.spec import ABSENT, Rows, map_of
+from ..kernels.spec import ABSENT, Coefficients, map_of
 from ..noise import Noise
 from ..ops.conversions import Bounds
 from ..ops.parameterisation import Parameterisation
@@ -117,7 +117,7 @@ def heun(
         for i, t in enumerate(progressed(chosen, progress, op)):
             if is_raised[i]:
                 # A launch of its own: the network must see the raised x, and the step before has no place for noise.
-                (x,) = affine(raising, (x, None, None, None), noise.fold_in(t), Rows(table, i))  # type: ignore[arg-type]
+                (x,) = affine(raising, (x, None, None, None), noise.fold_in(t), Coefficients(table, i))  # type: ignore[arg-type]
             (ahead,) = update(table, i, x, look(x, at_start[i], update.parts))
             if corrects[i]:
                 prediction = look(ahead, told[i + 1], update.parts)

@@ -12,10 +12,10 @@ from torch import Tensor
 from .. import checks
 from ..coefficients import stack_rows
 from ..continuous import ContinuousSchedule
-from ..kernels.spec import ABSENT, Residual, Rows, compute_dtype, loss_of, map_of
+from ..kernels.spec import ABSENT, Coefficients, Residual, compute_dtype, loss_of, map_of
 from ..noise import Noise
 from ..ops.conversions import Bounds
-from ..ops.parameterisation import Coefficients, Parameterisation, conversion
+from ..ops.parameterisation import OfLevel, Parameterisation, conversion
 from ..primitives.residuals import sample_means
 from ..primitives.sums import affine
 from ..schedule import Schedule
@@ -132,7 +132,7 @@ def _langevin(op: str, x: Tensor, pred: Tensor, noise: Noise, row: Tensor, reads
     row: (1, 6), 1, q_x/q_p, -1, scale, q_x and q_p: the first three weigh the residuals pred + q_x/q_p * x and 0 - z,
     whose mean squares are the two norms over the number of elements.
     """
-    weights = Rows(row[:, :3], None)
+    weights = Coefficients(row[:, :3], None)
     zero = x.new_zeros(()).expand(x.shape)
     of_noise = sample_means(loss_of(op), Residual(zero, None, None, noise), weights).double()
     of_score = sample_means(loss_of(op), Residual(pred, x if reads_x else None, None, None), weights).double()
@@ -157,7 +157,7 @@ def _reverse_diffusion(alpha_t: Tensor, sigma_t: Tensor, alpha_s: Tensor, sigma_
     return torch.where(sigma_s[:, None] > 0, step, torch.stack((zero, alpha_s, zero), -1))
 
 
-def _columns(coefficients: Coefficients, alpha: Tensor, sigma: Tensor) -> Tensor:
+def _columns(coefficients: OfLevel, alpha: Tensor, sigma: Tensor) -> Tensor:
     """(steps, 3) from those of x and a second tensor; none of the noise."""
     of_x, of_second = (torch.as_tensor(c, dtype=alpha.dtype).expand_as(alpha) for c in coefficients(alpha, sigma))
     return torch.stack((of_x, of_second, torch.zeros_like(alpha)), -1)

@@ -21,6 +21,7 @@ from ..scratch import workspace
 from ..spec import (
     ABSENT,
     Bounds,
+    Coefficients,
     Found,
     Inputs,
     Kind,
@@ -28,7 +29,6 @@ from ..spec import (
     Map,
     Reduction,
     Residual,
-    Rows,
     Wanted,
     compute_dtype,
     on_device,
@@ -379,7 +379,7 @@ def _affine_call(
     return _Call(kernels.affine_kernel, device, grid, (dtype, absent, index, _types_of(layout)), runtime, constexprs)
 
 
-def plain_map(
+def fast_map(
     aligned: bool,
     shape: tuple[int, int],
     dtype: torch.dtype,
@@ -400,7 +400,7 @@ def affine(
     spec: Map,
     inputs: Inputs,
     noise: Noise | Tensor | None,
-    rows: Rows,
+    rows: Coefficients,
     bounds: Bounds | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
@@ -434,7 +434,7 @@ def _run_affine(
     dtype: torch.dtype,
     operands: Operands,
     noise: Noise | None,
-    rows: Rows,
+    rows: Coefficients,
 ) -> None:
     """operands: x, y, z, w, v, out and a second or None."""
     x, y, z, w, v, out, second = operands
@@ -522,7 +522,7 @@ def _residual_call(
     return _Call(kernels.residual_kernel, device, grid, types, runtime, spec, parts)
 
 
-def residual(spec: Loss, operands: Residual, rows: Rows, wanted: Wanted) -> Found:
+def residual(spec: Loss, operands: Residual, rows: Coefficients, wanted: Wanted) -> Found:
     """One pass over pred: the unweighted mean of each sample, the weighted loss, its gradient.
 
     The kernel reads an upstream gradient. A gradient that was made before is left as it is when upstream is 1 and made
@@ -554,7 +554,7 @@ def residual(spec: Loss, operands: Residual, rows: Rows, wanted: Wanted) -> Foun
     choice, keeps, kept = _NO_CHOICE, False, None
     unless_one = None if made is None else upstream
     if drawn is not None:
-        choice, keeps = _choice(drawn.noise, drawn.thresholds, device), drawn.kept
+        choice, keeps = _choice(drawn.noise, drawn.thresholds, device), drawn.visible
         kept = _count_drawn(shape, choice, keeps, device, unless_one)
     elif lying[3] is not None:
         kept = _count_stored(lying[3], unless_one)
@@ -567,7 +567,7 @@ def residual(spec: Loss, operands: Residual, rows: Rows, wanted: Wanted) -> Foun
     return Found(means, loss, grad)
 
 
-def plain_loss(
+def fast_loss(
     aligned: bool,
     shape: tuple[int, int],
     dtype: torch.dtype,
@@ -577,7 +577,7 @@ def plain_loss(
     weight: Tensor | None,
     results: Operands,
 ) -> None:
-    """For csrc/call.cpp, as plain_map. operands: pred, y, z, noise; results: loss, gradient, also."""
+    """For csrc/call.cpp, as fast_map. operands: pred, y, z, noise; results: loss, gradient, also."""
     (pred, y, z, noise), (loss, grad, also) = operands, results
     table, index = rows_at(*rows).dense(spec.op, compute_dtype(dtype))
     table = _on(pred.device, table)

@@ -18,6 +18,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..spec import Kind
+
 PHILOX_M0 = tl.constexpr(0xD2511F53)
 PHILOX_M1 = tl.constexpr(0xCD9E8D57)
 PHILOX_W0 = tl.constexpr(0x9E3779B9)
@@ -34,11 +36,11 @@ REDUCE_NONE = tl.constexpr(0)
 REDUCE_MEAN = tl.constexpr(1)
 REDUCE_SUM = tl.constexpr(2)
 
-# What a residual costs: its place in reference.KINDS.
-MSE = tl.constexpr(0)
-L1 = tl.constexpr(1)
-HUBER = tl.constexpr(2)
-PSEUDO_HUBER = tl.constexpr(3)
+# What a residual costs.
+MSE = tl.constexpr(int(Kind.mse))
+L1 = tl.constexpr(int(Kind.l1))
+HUBER = tl.constexpr(int(Kind.huber))
+PSEUDO_HUBER = tl.constexpr(int(Kind.pseudo_huber))
 
 # The interpreter truncates fp32 to bf16, where every GPU rounds to nearest.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -266,8 +268,8 @@ def counted(
     V: tl.constexpr,
 ):
     """(ROWS, LANES * V): what a drawn mask has of lanes `first`..., the elements that it strikes or (KEEPS) leaves."""
-    struck = below(words(seed, offset, first, sizes, ROWS, LANES, V), second)
-    return ~struck if KEEPS else struck
+    masked = below(words(seed, offset, first, sizes, ROWS, LANES, V), second)
+    return ~masked if KEEPS else masked
 
 
 @triton.jit
@@ -419,6 +421,7 @@ def add_penalty(total, r, delta, KIND: tl.constexpr):
         size = tl.abs(r)
         return total + tl.where(size > delta, delta * (size - 0.5 * delta), 0.5 * (r * r))
     else:
+        tl.static_assert(KIND == PSEUDO_HUBER)
         bent = clamp(r, -STRAIGHT, STRAIGHT)  # signed, for one root to serve the slope too
         root = square_root(mul_add(bent, bent, delta * delta))
         return total + 2.0 * delta * (divide(bent * bent, root + delta) + (tl.abs(r) - tl.abs(bent)))
@@ -434,6 +437,7 @@ def half_slope(r, delta, KIND: tl.constexpr):
     elif KIND == HUBER:
         return 0.5 * clamp(r, -delta, delta)
     else:
+        tl.static_assert(KIND == PSEUDO_HUBER)
         bent = clamp(r, -STRAIGHT, STRAIGHT)
         return delta * divide(bent, square_root(mul_add(bent, bent, delta * delta)))
 
@@ -598,7 +602,7 @@ def residual_kernel(
     thresholds,
     threshold_step,
     sums,
-    ticket,
+    counter,
     per_sample,
     loss,
     also,
@@ -635,7 +639,7 @@ def residual_kernel(
     two whose products with the samples' means are averaged in `also` (None without them), and an absent one.
     thresholds: (1 or B, 2) where the mask is drawn, else None; threshold_step: from row to row.
     kept: (B,) int64, the elements that count, or None for all (factor then holds 1 / D).
-    Each program leaves its sums in `sums`; the one that draws the last ticket adds them, in one order
+    Each program leaves its sums in `sums`; the last to come to `counter` adds them, in one order
     whoever comes last. per_sample None: no sums are wanted; loss None: no loss.
     MADE: grad holds the gradient for an upstream of 1. FINAL_ROWS: where rows are cut, of how many samples the last
     program adds the sums side by side; 0 where a program has whole rows.
@@ -707,7 +711,7 @@ def residual_kernel(
                     for k in tl.static_range(2):
                         weighed = sum_of_rows(mean * further[k + 1], existing, ROWS)
                         tl.store(sums + (k + 1) * programs + row0 // ROWS, weighed)
-                if last_to_finish(ticket, programs):
+                if last_to_finish(counter, programs):
                     write_loss(loss, add_parts(sums, programs), B, REDUCTION)
                     if also is not None:
                         for k in tl.static_range(2):
@@ -715,7 +719,7 @@ def residual_kernel(
         else:
             tiles = tl.num_programs(0)
             tl.store(sums + row * tiles + tl.program_id(0), mine, mask=existing)
-            if last_to_finish(ticket, tl.cdiv(B, ROWS) * tiles):
+            if last_to_finish(counter, tl.cdiv(B, ROWS) * tiles):
                 finish_tiles(
                     sums,
                     tiles,
@@ -766,14 +770,14 @@ def sum_of_rows(values, existing, ROWS: tl.constexpr):
 
 
 @triton.jit
-def last_to_finish(ticket, programs):
+def last_to_finish(counter, programs):
     """Whether all other programs have left their sums. The count starts again for the next launch."""
-    # This program's sums are written before its ticket is drawn. On AMD GPUs, too, the barrier is a fence of the
-    # work-group for global memory; the ticket's acq_rel passes all its threads' writes on to the device.
+    # This program's sums are written before it counts itself. On AMD GPUs, too, the barrier is a fence of the
+    # work-group for global memory; the addition's acq_rel passes all its threads' writes on to the device.
     tl.debug_barrier()
-    last = tl.atomic_add(ticket, 1, sem="acq_rel") == programs - 1
+    last = tl.atomic_add(counter, 1, sem="acq_rel") == programs - 1
     if last:
-        tl.store(ticket, 0)
+        tl.store(counter, 0)
     return last
 
 
