@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -115,6 +116,24 @@ def test_text_to_image(lines: dict, prediction: str, options: dict) -> None:
 
     def ours(model, x0, u, noise):
         return lines["text_to_image_loss"](model, x0, timesteps(u), noise, prediction, **options)
+
+    trains_alike(theirs, ours)
+
+
+def test_dream(lines: dict) -> None:
+    def theirs(model, x0, u, noise):
+        t, eps = timesteps(u), noise.normal(SHAPE)
+
+        def unet(x, t, _):
+            return SimpleNamespace(sample=model(x, t))
+
+        noisy, target = upstreams.compute_dream_and_update_latents(
+            unet, scheduler, t, eps, scheduler.add_noise(x0, eps, t), eps, None, 2.0
+        )
+        return F.mse_loss(model(noisy, t).float(), target.float())
+
+    def ours(model, x0, u, noise):
+        return lines["dream_loss"](model, x0, timesteps(u), noise, detail_preservation=2.0)
 
     trains_alike(theirs, ours)
 

@@ -22,7 +22,8 @@ SAMPLES, BATCH, EPOCHS = 24, 8, 2
 STEPS = EPOCHS * SAMPLES // BATCH
 STOP = 4  # steps before a restart, in the middle of the second epoch
 OBJECTIVE = df.nn.DenoisingLoss(df.Schedule.cosine(100), predict="v", weighting="min_snr")
-CASES = ("ddp", "ddp accumulated", "fsdp", "restarted")
+CASES = ("ddp", "ddp accumulated", "fsdp", "restarted", "sequence")
+TOKENS = 8  # of the samples that are cut along the sequence
 
 
 class Network(torch.nn.Module):
@@ -32,11 +33,11 @@ class Network(torch.nn.Module):
         self.layers = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.SiLU(), torch.nn.Linear(32, 16)).double()
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.layers(x + t[:, None] / 100)
+        return self.layers(x + t.view(-1, *[1] * (x.dim() - 1)) / 100)
 
 
-def data() -> Tensor:
-    return torch.randn(SAMPLES, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+def data(*shape: int) -> Tensor:
+    return torch.randn(SAMPLES, *shape, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
 def batch(step: int) -> tuple[int, Tensor]:
@@ -51,6 +52,15 @@ def loss_of(net: Any, noise: df.Noise, step: int, part: slice) -> Tensor:
     epoch, ids = batch(step)
     own = ids[part].contiguous()
     loss: Tensor = OBJECTIVE(net, data()[own], df.Noise(noise.key, sample=own).fold_in(epoch))["loss"]
+    return loss
+
+
+def sequence_loss(net: Any, step: int, rank: int, world: int) -> Tensor:
+    """Of the rank's tokens of every sample of the batch."""
+    epoch, ids = batch(step)
+    size = TOKENS // world
+    noise = df.Noise(5, sample=ids, first_element=rank * size * 16).fold_in(epoch)
+    loss: Tensor = OBJECTIVE(net, data(TOKENS)[ids, rank * size : (rank + 1) * size], noise)["loss"]
     return loss
 
 
@@ -86,6 +96,12 @@ def run(case: str, folder: Path, rank: int, world: int) -> dict[str, Tensor]:
         train(net, optimizer, noise, steps, rank, world)
         return {name: p.full_tensor() for name, p in net.state_dict().items()}
     net, optimizer = made(DistributedDataParallel(Network()))
+    if case == "sequence":
+        for step in steps:
+            sequence_loss(net, step, rank, world).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return dict(net.module.state_dict())
     if case != "restarted":
         train(net, optimizer, noise, steps, rank, world, micro=2 if "accumulated" in case else 1)
         return dict(net.module.state_dict())
@@ -131,30 +147,52 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def plain() -> dict[str, Tensor]:
-    net, optimizer = made(Network())
-    for step in range(STEPS):
-        loss_of(net, df.Noise(5), step, slice(None)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return net.state_dict()
+def plain() -> dict[str, dict[str, Tensor]]:
+    """The weights of a plain loop over whole batches, of rows and of sequences."""
+    weights = {}
+    for kind in ("rows", "sequence"):
+        net, optimizer = made(Network())
+        for step in range(STEPS):
+            loss = (
+                sequence_loss(net, step, 0, 1) if kind == "sequence" else loss_of(net, df.Noise(5), step, slice(None))
+            )
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        weights[kind] = net.state_dict()
+    return weights
 
 
 @pytest.mark.parametrize("world", [1, 4])
 @pytest.mark.parametrize("case", CASES)
-def test_a_world_ends_in_the_plain_weights(case: str, world: int, folder: Path, plain: dict[str, Tensor]) -> None:
+def test_a_world_ends_in_the_plain_weights(case: str, world: int, folder: Path, plain: dict) -> None:
     weights = torch.load(folder / f"{case}-{world}.pt")
     start = Network().state_dict()
-    for name, wanted in plain.items():
+    for name, wanted in plain["sequence" if case == "sequence" else "rows"].items():
         torch.testing.assert_close(weights[name], wanted, rtol=1e-9, atol=1e-11)
         assert (wanted - start[name]).abs().max() > 1e-3
 
 
-def test_other_noise_ends_elsewhere(plain: dict[str, Tensor]) -> None:
+def test_four_ranks_are_followed_by_one(folder: Path, plain: dict) -> None:
+    """From the checkpoint of four, without a process group."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    net, optimizer = made(Network())
+    model, optim = get_state_dict(net, optimizer)
+    loaded = {"model": model, "optimizer": optim, "noise": df.Noise(0).state_dict(), "step": 0}
+    checkpoint.load(loaded, checkpoint_id=folder / "checkpoint-4", no_dist=True)
+    set_state_dict(net, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+    train(net, optimizer, df.Noise.from_state_dict(loaded["noise"]), range(loaded["step"], STEPS), 0, 1)
+    for name, wanted in plain["rows"].items():
+        torch.testing.assert_close(net.state_dict()[name], wanted, rtol=1e-9, atol=1e-11)
+
+
+def test_other_noise_ends_elsewhere(plain: dict) -> None:
     """As it would were ranks to draw the same noise, or a restart other noise."""
     net, optimizer = made(Network())
     train(net, optimizer, df.Noise(6), range(STEPS), 0, 1)
-    assert (net.state_dict()["layers.0.weight"] - plain["layers.0.weight"]).abs().max() > 1e-3
+    assert (net.state_dict()["layers.0.weight"] - plain["rows"]["layers.0.weight"]).abs().max() > 1e-3
 
 
 if __name__ == "__main__":
