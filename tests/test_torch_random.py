@@ -67,7 +67,7 @@ def test_torch_draws_the_same() -> None:
     noise = from_key(random.fold_in(random.key(42), 3))
     assert noise == df.Noise(42).fold_in(3)
     assert torch.equal(to_key(noise), random.fold_in(random.key(42), 3))
-    theirs = random.normal(sample_keys(noise, 6), (6, 10_000))
+    theirs = random.normal(sample_keys(noise, 6)[:, None], (6, 10_000))
     apart = (noise.normal((6, 10_000)) - theirs).abs()
     assert apart.max() < 2e-5
     assert (apart < 1.5e-6).double().mean() > 0.9998

@@ -36,7 +36,7 @@ def to_key(noise: Noise) -> Tensor:
 
 
 def sample_keys(noise: Noise, samples: int) -> Tensor:
-    """(B, 2) uint64, a key of each sample: torch.func._random.normal(keys, (B, D)) is noise.normal((B, D)).
+    """(B, 2) uint64, a key of each sample: torch.func._random.normal(keys[:, None], (B, D)) is noise.normal((B, D)).
 
     Within torch's rounding of ln u: 2e-5, below 1.5e-6 in all but 0.01 % of values. The keys are on the CPU; a noise
     that has its key or ids in a GPU's memory is waited for. Raises ValueError where its first element does not begin a
