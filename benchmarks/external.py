@@ -18,12 +18,9 @@ import torch
 from torch import Tensor
 
 import dae_fast as df
-from dae_fast.kernels.reference import compute_dtype
 from dae_fast.ops.structured import OFFSET_TAG
-from dae_fast.samplers.common import Limits, Update
-from dae_fast.samplers.tables import reverse_table
 
-from .cases import DTYPES, NORMAL, SCHEDULE, TABLES, Case, Inputs, Law, Result, alpha_sigma, noised
+from .cases import NORMAL, SCHEDULE, TABLES, Case, Inputs, Law, Result, alpha_sigma, noised
 
 if TYPE_CHECKING:
     from .peers import Setting, Tensors
@@ -70,16 +67,22 @@ def _noise_alone(i: Inputs) -> Tensor:
     return i["noise"].normal(x0.shape, dtype=x0.dtype, device=x0.device)
 
 
-def _sampler_step(op: str, eta: float, clamp: float, guidance: float | None = None) -> Call:
+def _sampler_step(eta: float, clamp: float, guidance: float | None = None) -> Call:
     """One turn of a sampler's loop, the network's output (outputs, under guidance) being given."""
-    table = reverse_table(op, SCHEDULE, [STEP_LEVEL, STEP_LEVEL - 1], "eps", eta, False)[:1]
-    update = Update(op, table[:, 3:], table[:, :3], guidance=guidance, limits=Limits(-clamp, clamp))
-    tables = {dtype: update.table.to(compute_dtype(dtype)) for dtype in DTYPES}
+    sampler = df.samplers.DDIM(
+        SCHEDULE,
+        levels=[STEP_LEVEL, STEP_LEVEL - 1],
+        eta=eta,
+        clamp=None if clamp == math.inf else clamp,
+        use_clipped_model_output=True,
+        guidance=guidance,
+    )
+    launches = sampler._plan.launches
 
     def step(i: Inputs) -> Tensor:
         x = i["x"]
         prediction = (i["pred"],) if guidance is None else (i["pred"], i["unconditional"])
-        return update(tables[x.dtype], 0, x, prediction, noise=i.get("noise"))[0]
+        return launches(sampler._table(x), 0, x, prediction, i.get("noise"))[0]
 
     return step
 
@@ -153,17 +156,17 @@ def _network(x_t: Tensor, pred: Tensor) -> Tensor:
 
 CASES = (
     Case("normal-fresh", _noise_alone, lambda i, eps: eps, ("x0",), (), streams=1),
-    Case("ddpm_step-fresh", _sampler_step("ddpm", 1.0, 1.0), _plain_ddpm, ("x", "pred"), (), streams=3),
+    Case("ddpm_step-fresh", _sampler_step(1.0, 1.0), _plain_ddpm, ("x", "pred"), (), streams=3),
     Case(
         "guided_step-fresh",
-        _sampler_step("ddpm", 1.0, 1.0, GUIDANCE),
+        _sampler_step(1.0, 1.0, GUIDANCE),
         _plain_guided,
         ("x", "pred", "unconditional"),
         (),
         streams=4,
     ),
     Case("add_noise-offset", _offset, noised, ("x0",), ("x0",), law=WITH_OFFSET),
-    Case("ddim_step", _sampler_step("ddim", 0.0, math.inf), _plain_ddim, ("x", "pred"), (), fresh=False, streams=3),
+    Case("ddim_step", _sampler_step(0.0, math.inf), _plain_ddim, ("x", "pred"), (), fresh=False, streams=3),
     Case("objective-fresh", _objective, _plain_objective, ("pred", "x0"), ("pred",), loss=True, streams=3),
 )
 

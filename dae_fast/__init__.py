@@ -23,6 +23,7 @@ from .ops.structured import OffsetNoise, PyramidNoise
 from .ops.targets import dream, target
 from .ops.variational import hybrid_loss, variational_bound
 from .primitives import LevelOp, clamped, residual_loss, weighted_sum
+from .samplers.stateless import step
 from .schedule import Schedule, TimedSchedule
 
 __version__ = package_version()
@@ -68,6 +69,7 @@ __all__ = [
     "residual_loss",
     "samplers",
     "sigmoid_contraction",
+    "step",
     "target",
     "timestep_embedding",
     "to_eps",

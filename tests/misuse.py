@@ -5,6 +5,7 @@ A call is a function and arguments that are right; each argument in turn is each
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -52,60 +53,45 @@ def pair(x: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return 0.5 * x, 0.3 * x
 
 
+# Of the samplers, what their defaults are not.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "ddim": {"eta": 0.5},
+    "heun": {"S_tmax": 1.0},
+    "predictor_corrector": {"predictor": "ancestral", "snr": 0.1, "steps": 3},
+    "probability_flow": {"schedule": C, "method": "euler"},
+    "annealed_langevin": {"schedule": VE, "step_size": 1e-3, "steps_per_level": 2},
+}
+
+
+def sampler_classes() -> list[Any]:
+    found = (getattr(df.samplers, name) for name in df.samplers.__all__)
+    return [c for c in found if hasattr(c, "op") and c is not df.samplers.Sampler]
+
+
 def _samplers() -> Iterator[Call]:
-    common = {"net": net, "x": X, "schedule": S, "noise": N0}
-    steps = {"steps": 3, "levels": None}
-    shared = {
-        "predict": "eps",
-        "conditioning": None,
-        "clamp": None,
-        "threshold": None,
-        "guidance": None,
-        "net_arguments": None,
-        "progress": False,
-        "graph": False,
-    }
-    own = {
-        "ddpm": {"variance": "small"},
-        "ddim": {**steps, "eta": 0.5, "use_clipped_model_output": False},
-        "euler": steps,
-        "euler_ancestral": {**steps, "eta": 1.0, "noise_scale": 1.0},
-        "heun": {**steps, "S_churn": 0.0, "S_tmin": 0.0, "S_tmax": 1.0, "S_noise": 1.0},
-        "dpm_solver_pp_2m": steps,
-        "dpm_solver_pp_2m_sde": {**steps, "eta": 1.0},
-        "flow_euler": steps,
-        "flow_midpoint": steps,
-        "predictor_corrector": {**steps, "predictor": "ancestral", "corrector_steps": 1, "snr": 0.1, "norm": "sample"},
-    }
-    for name, options in own.items():
-        yield Call(getattr(df.samplers, name), {**common, **options, **shared}, name)
-    flow = {k: v for k, v in shared.items() if k != "conditioning"}
-    yield Call(
-        df.samplers.probability_flow,
-        {**common, "schedule": C, "steps": 3, "times": None, "method": "euler", "denoise": True, **flow},
-        "probability_flow",
-    )
+    """Each class and its short form."""
+    for cls in sampler_classes():
+        options = {n: p.default for n, p in inspect.signature(cls).parameters.items() if n != "schedule"}
+        if options.get("steps"):
+            options["steps"] = 3
+        options |= {"schedule": S, **OPTIONS.get(cls.op, {})}
+        schedule = options.pop("schedule")
+        yield Call(cls, {"schedule": schedule, **options}, cls.op, 1)
+        if hasattr(df.samplers, cls.op):
+            loop = {"net_arguments": None, "progress": False, "graph": False, "gradients": False, "callback": None}
+            first = {cls.net_name: net, "x": X, "schedule": schedule, "noise": N0}
+            yield Call(getattr(df.samplers, cls.op), {**first, **options, **loop}, cls.op)
+    inpainting = {"sampler": df.samplers.DDIM(S, steps=2), "known": X, "mask": MASK, "noise": N0}
+    yield Call(df.samplers.Inpainting, inpainting, "Inpainting")
+    yield Call(df.samplers.Trajectory, {}, "Trajectory")
+    step = {"x": X, "pred": U, "level": S[4], "next_level": S[1], "noise": N0}
+    own = {"solver": "ddim", "eta": 0.5, "predict": "eps", "clamp": None, "return_x0": False}
+    yield Call(df.step, {**step, **own}, "step")
     last = {"guidance": None, "net_arguments": None, "progress": False, "graph": False}
     yield Call(
         df.samplers.langevin,
         {"score": torch.neg, "x": X, "step_size": 0.1, "steps": 2, "noise": N0, "noise_scale": 1.0, **last},
         "langevin",
-    )
-    yield Call(
-        df.samplers.annealed_langevin,
-        {
-            "score": net,
-            "x": X,
-            "schedule": VE,
-            "noise": N0,
-            "step_size": 1e-3,
-            "steps_per_level": 2,
-            "denoise": True,
-            "predict": "score",
-            "conditioning": None,
-            **last,
-        },
-        "annealed_langevin",
     )
 
 
@@ -356,6 +342,9 @@ LONG = {"2^70", "10^400"}
 # A class may be called too; what it raises is its own.
 FUNCTIONS = {
     "f",
+    "callback",
+    "conditioning",
+    "guidance",
     "net",
     "score",
     "density",

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import dae_fast as df
-from dae_fast.samplers.common import START_TAG
+from dae_fast.samplers.start import START_TAG
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "csrc", "dae_fast", "benchmarks")

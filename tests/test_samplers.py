@@ -15,7 +15,6 @@ import torch
 import dae_fast as df
 from dae_fast.samplers import (
     annealed_langevin,
-    common,
     ddim,
     ddpm,
     euler,
@@ -24,8 +23,10 @@ from dae_fast.samplers import (
     flow_midpoint,
     heun,
     langevin,
+    launch,
     probability_flow,
 )
+from dae_fast.samplers.x0_clip import quantile_of_samples
 
 FOUR = 4.0
 START = 0x7374617274  # the tag of a start's noise
@@ -300,10 +301,7 @@ def test_guidance_is_the_combined_network(backend, name, g):
 
 @pytest.mark.parametrize("name", LIMITED)
 def test_one_launch_for_each_look(name, monkeypatch):
-    """Whatever is folded in; a threshold needs the estimate first, and churn raises x before the look.
-
-    A limited ddim step reads the prediction twice, and under guidance combines it first.
-    """
+    """Whatever is folded in; a threshold needs the estimate first, and churn raises x before the look."""
     looks, launches = [], []
 
     def net(x, t):
@@ -318,13 +316,12 @@ def test_one_launch_for_each_look(name, monkeypatch):
 
         return call
 
-    monkeypatch.setattr(common, "affine", counted(common.affine))
+    monkeypatch.setattr(launch, "affine", counted(launch.affine))
     GUIDED[name](net, start(2, 3), guidance=2.0, clamp=1.0)
-    first = len(looks) if name == "ddim" else 0
-    assert len(launches) == first + len(looks) > 0
+    assert len(launches) == len(looks) > 0
     looks.clear(), launches.clear()
     GUIDED[name](net, start(2, 3), guidance=2.0, threshold=0.9)
-    assert len(launches) == first + 2 * len(looks) > 0
+    assert len(launches) == 2 * len(looks) > 0
 
 
 # Dynamic thresholding.
@@ -372,7 +369,7 @@ def test_quantiles(dtype):
         x = start(*shape, dtype=dtype).abs()
         for q in (1e-3, 0.25, 0.5, 0.9, 0.995, 1.0):
             wanted = torch.quantile(x.double().reshape(shape[0], -1), q, 1)
-            got = common.quantile_of_samples(x, q)
+            got = quantile_of_samples(x, q)
             assert got.shape == shape[:1]
             torch.testing.assert_close(got.double(), wanted, rtol=2 * ulp, atol=2 * ulp)
 
@@ -980,13 +977,13 @@ def test_levels_without_noise_pass():
 
 
 def test_plans_are_made_once_for_equal_arguments(monkeypatch):
-    made, original = [], common.reverse_table
+    made, original = [], df.samplers.DDIM.coefficients
 
     def counted(*args):
         made.append(args)
         return original(*args)
 
-    monkeypatch.setattr(common, "reverse_table", counted)
+    monkeypatch.setattr(df.samplers.DDIM, "coefficients", counted)
     schedule, x = df.Schedule.linear(30), start(2, 3)
 
     def run(schedule=schedule, **options):
@@ -994,14 +991,16 @@ def test_plans_are_made_once_for_equal_arguments(monkeypatch):
 
     first = run()
     assert torch.equal(run(), first)
-    assert torch.equal(run(levels=[29, 22, 14, 7, 0]), first)
     assert len(made) == 1
-    for k, options in enumerate(({"eta": 0.5}, {"clamp": 0.1}, {"predict": "v"}, {"steps": 4}), 2):
+    assert torch.equal(run(levels=[29, 22, 14, 7, 0]), first)
+    assert len(made) == 2
+    for k, options in enumerate(({"eta": 0.5}, {"clamp": 0.1}, {"predict": "v"}, {"steps": 4}), 3):
         assert not torch.equal(run(**options), first)
         assert len(made) == k
     assert torch.equal(run(df.Schedule.linear(30)), first)  # another object may hold other levels
-    assert len(made) == 6
+    assert len(made) == 7
     assert torch.equal(run(), first)
+    assert len(made) == 7
 
 
 def test_plans_are_plain_tensors_whatever_is_around():
@@ -1020,9 +1019,9 @@ def test_a_plan_that_was_made_hides_no_error():
         return network(x, t), other(x, t)
 
     df.samplers.ddim(both, x, schedule, df.Noise(1), steps=3, guidance=1.0)
-    for wrong in (True, "1", [1.0], torch.ones(1)):
+    for wrong in (True, "1", [1.0], torch.ones(1, 1)):
         for _ in range(2):
-            with pytest.raises(ValueError, match="guidance must be None or a finite number"):
+            with pytest.raises(ValueError, match="guidance must be"):
                 df.samplers.ddim(both, x, schedule, df.Noise(1), steps=3, guidance=wrong)
     for _ in range(2):
         with pytest.raises(ValueError, match="predict must be one of"):

@@ -1,6 +1,15 @@
-"""Samplers: each one flat loop around the fused step. One Noise makes the whole run reproducible.
+"""Samplers: each an object with levels and a step, whose loop is `sample`. One Noise makes the whole run reproducible.
 
-They run without gradients and leave a start given as a tensor as it is. The network is handed x in the
+    ddim = df.samplers.DDIM(schedule, steps=50, predict="v", clamp=1.0)
+    x = ddim.start((8, 3, 32, 32), noise)
+    for i, t in enumerate(ddim.model_times(x)):     # callbacks, inpainting, guidance of one's own go here
+        x = ddim.step(i, x, net(x, t), noise)       # one launch; return_x0=True gives (x, x0)
+    x = ddim.sample(net, (8, 3, 32, 32), noise)     # the same loop, closed
+
+A file of a method has its paper's coefficients, in float64, and no more; base.py has the rest once. The functions
+(df.samplers.ddim and so on) are the short form, an object made, sampled from and thrown away.
+
+`sample` runs without gradients and leaves a start given as a tensor as it is. The network is handed x in the
 start's dtype, and so is the caller; between the steps x and the estimates are kept in the dtype of the
 arithmetic, fp32 for fp16 and bf16, in which many small steps would be lost. Each x that a network is handed
 is a tensor of its own. Row b of the result depends on the noise's id of sample b alone, so a batch sampled
@@ -14,17 +23,48 @@ for the device (.item(), copies from or to the host); parameters updated in plac
 but what it does in Python besides is done at capture alone.
 """
 
-from .ancestral import ddim, ddpm, euler_ancestral
-from .dpm_solver import dpm_solver_pp_2m, dpm_solver_pp_2m_sde
-from .flow import flow_euler, flow_midpoint
-from .langevin import annealed_langevin, langevin
+from .ancestral import DDIM, DDPM, EulerAncestral
+from .base import Sampler
+from .callbacks import Inpainting, Trajectory
+from .dpm_solver import DPMSolverPP2M, DPMSolverPP2MSDE
+from .flow import FlowEuler, FlowMidpoint
+from .functions import (
+    annealed_langevin,
+    ddim,
+    ddpm,
+    dpm_solver_pp_2m,
+    dpm_solver_pp_2m_sde,
+    euler,
+    euler_ancestral,
+    flow_euler,
+    flow_midpoint,
+    heun,
+    predictor_corrector,
+    probability_flow,
+)
+from .langevin import AnnealedLangevin, langevin
 from .mixture import GaussianMixture
-from .ode import euler, heun
-from .predictor_corrector import predictor_corrector
-from .probability_flow import probability_flow
+from .ode import Euler, Heun
+from .predictor_corrector import PredictorCorrector
+from .probability_flow import ProbabilityFlow
 
 __all__ = [
+    "DDIM",
+    "DDPM",
+    "AnnealedLangevin",
+    "DPMSolverPP2M",
+    "DPMSolverPP2MSDE",
+    "Euler",
+    "EulerAncestral",
+    "FlowEuler",
+    "FlowMidpoint",
     "GaussianMixture",
+    "Heun",
+    "Inpainting",
+    "PredictorCorrector",
+    "ProbabilityFlow",
+    "Sampler",
+    "Trajectory",
     "annealed_langevin",
     "ddim",
     "ddpm",

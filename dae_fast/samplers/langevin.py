@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,14 +13,18 @@ from .. import checks
 from ..checks import can_read, check_per_sample
 from ..coefficients import stack_rows
 from ..graphs import replayed
-from ..kernels.spec import ABSENT, Coefficients, compute_dtype, map_of
+from ..kernels.spec import ABSENT, compute_dtype, map_of
 from ..noise import Noise
 from ..ops.parameterisation import Parameterisation
 from ..primitives.sums import affine
 from ..schedule import Schedule
-from .common import ONE_OF_LEVELS, Look, Network, check_start, checked, conditions, guided, progressed, run, sampler
+from .arguments import ONE_OF_LEVELS
+from .base import Sampler, Walk
 from .mixture import GaussianMixture
-from .tables import estimate
+from .network import GUIDED, bound, guidance_scale, outputs
+from .running import progressed
+from .start import check_start
+from .steps import Place, Step
 
 SCORE = "the score"
 
@@ -30,7 +34,16 @@ def _per_sample(op: str, name: str, value: Any) -> None:
         checks.number(op, name, value)
 
 
-@sampler(step_size=_per_sample, noise_scale=_per_sample, steps=checks.whole(0))
+@torch.no_grad()
+@checks.arguments(
+    score=checks.function,
+    noise=checks.instance(Noise, "a Noise"),
+    step_size=_per_sample,
+    noise_scale=_per_sample,
+    steps=checks.whole(0),
+    progress=checks.flag,
+    graph=checks.flag,
+)
 def langevin(
     score: Callable[[Tensor], Any],
     x: Tensor,
@@ -57,18 +70,19 @@ def langevin(
     """
     op = "langevin"
     check_start(op, x, noise)
+    score = bound(op, score, net_arguments, graph)
     step_size = check_per_sample(op, "step_size", step_size, x)
     noise_scale = check_per_sample(op, "noise_scale", noise_scale, x)
     readable = not isinstance(step_size, Tensor) or can_read(step_size)
     if readable and not bool(torch.as_tensor(step_size >= 0).all()):
         raise ValueError(f"{op}: step_size must not be negative, got {float(torch.as_tensor(step_size).min())}")
-    parts = guided(op, guidance)
+    g = guidance_scale(op, guidance)
     tensors = isinstance(step_size, Tensor) or isinstance(noise_scale, Tensor)
     if isinstance(score, GaussianMixture) and guidance is None and not progress and not tensors:
         moved = score.chain(x, float(step_size), float(noise_scale * (2 * step_size) ** 0.5), steps, noise)
         if moved is not None:
             return moved
-    g = 1.0 if guidance is None else float(guidance)
+    parts, g = ((), 1.0) if g is None else (GUIDED, g)
     dtype, compute = x.dtype, compute_dtype(x.dtype)
 
     def chain(x: Tensor, noise: Noise, step_size: float | Tensor, noise_scale: float | Tensor) -> Tensor:
@@ -76,7 +90,7 @@ def langevin(
         rows = stack_rows(op, (1.0, g * h, scale * (2 * h) ** 0.5, (1 - g) * h), x, compute)
         x = x.to(compute, copy=True)
         for k in progressed(range(steps), progress, op):
-            c, *u = checked(op, score(x if dtype == compute else x.to(dtype)), x, parts, SCORE)
+            c, *u = outputs(op, score(x if dtype == compute else x.to(dtype)), x, parts, SCORE)
             of_u, w = (3, u[0]) if u else (ABSENT, None)
             (x,) = affine(map_of(op, (0, 1, 2, of_u)), (x, c, None, w), noise.fold_in(k), rows)
         return x.to(dtype)
@@ -88,65 +102,45 @@ def langevin(
     return replayed(op, score, chain, x, noise, progress, arguments=given, options=(steps, guidance))
 
 
-@sampler(schedule=ONE_OF_LEVELS)
-def annealed_langevin(
-    score: Network,
-    x: Tensor,
-    schedule: Schedule,
-    noise: Noise,
-    *,
-    step_size: float = 2e-5,
-    steps_per_level: int = 100,
-    denoise: bool = True,
-    predict: Parameterisation = "score",
-    conditioning: str | None = None,
-    guidance: float | None = None,
-    net_arguments: Mapping[str, Any] | None = None,
-    progress: bool = False,
-    graph: bool = False,
-) -> Tensor:
+@dataclass(eq=False, repr=False, kw_only=True)
+class AnnealedLangevin(Sampler):
     """NCSN sampling: Langevin at each level from the noisiest down, h_t = step_size/2 * (sigma_t/sigma_0)^2.
 
-    score(x, t): the score at levels t (B,), or what `predict` says, like x      x: (B, ...) the starts
-    conditioning: as in ddpm
     schedule: variance exploding, Schedule.geometric      step_size: the paper's epsilon
-    noise: Noise; step k of level t uses noise.fold_in(t*steps_per_level + k)
-    denoise: end with Tweedie's step x + sigma_0^2 * score      guidance: as in langevin
-    progress: show a bar      graph: replay the loop as a CUDA graph; x must be on a CUDA device
-    returns: like x. Raises ValueError for a schedule with alpha != 1 or sigma = 0, or a negative step size.
-    Song and Ermon 2019, algorithm 1; the last step is Jolicoeur-Martineau et al. 2021.
+    steps_per_level: >= 1, so many looks at each level, which `levels` have, as they are read
+    denoise: end with Tweedie's step x + sigma_0^2 * score
+    noise: step k of level t uses noise.fold_in(t*steps_per_level + k)
+    Other arguments as in Sampler. Raises ValueError for a schedule with alpha != 1 or sigma = 0, or a negative step
+    size. Song and Ermon 2019, algorithm 1; the last step is Jolicoeur-Martineau et al. 2021.
     """
-    op = "annealed_langevin"
-    check_start(op, x, noise)
-    if not (bool((schedule.alpha == 1).all()) and bool((schedule.sigma > 0).all())):
-        raise ValueError(
-            f"{op}: schedule must be variance exploding with sigma > 0 (Schedule.geometric), got {schedule}"
-        )
-    if not 0 <= step_size < math.inf:
-        raise ValueError(f"{op}: step_size must be finite and not negative, got {step_size}")
-    parts = guided(op, guidance)
-    g = 1.0 if guidance is None else float(guidance)
-    h = 0.5 * step_size * (schedule.sigma / schedule.sigma[0]).square()
-    # One row for each level, and the last for Tweedie's step.
-    size = torch.cat((h, schedule.sigma[:1].square()))
-    spread = torch.cat(((2 * h).sqrt(), h.new_zeros(1)))
-    at = [*range(len(schedule)), 0]
-    of_x, of_prediction = estimate(op, predict, schedule.alpha[at], schedule.sigma[at], "score").unbind(1)
-    slope = size * of_prediction
-    table = torch.stack((1 + size * of_x, g * slope, spread, (1 - g) * slope), -1)
-    plan = [(t, t, k) for t in reversed(range(len(schedule))) for k in range(steps_per_level)]  # level, row, step
-    if denoise:
-        plan.append((0, len(schedule), steps_per_level))
 
-    told = conditions(op, schedule, list(range(len(schedule))), conditioning)
+    op: ClassVar[str] = "annealed_langevin"
+    checks: ClassVar = {"schedule": ONE_OF_LEVELS, "step_size": checks.real("finite and not negative")}
+    net_name: ClassVar[str] = "score"
+    what: ClassVar[str] = SCORE
 
-    def descend(look: Look, x: Tensor, noise: Noise, table: Tensor) -> Tensor:
-        for t, row, k in progressed(plan, progress, op):
-            c, *u = look(x, told[t], parts)
-            fresh = noise.fold_in(t * steps_per_level + k) if row == t else None
-            spec = map_of(op, (0, 1, ABSENT if fresh is None else 2, 3 if u else ABSENT))
-            (x,) = affine(spec, (x, c, None, u[0] if u else None), fresh, Coefficients(table, row))  # type: ignore[arg-type]
-        return x
+    schedule: Schedule = field(kw_only=False)
+    step_size: float = 2e-5
+    steps_per_level: int = 100
+    denoise: bool = True
+    predict: Parameterisation = "score"
 
-    options = (*told, steps_per_level, denoise, guidance)
-    return run(op, score, descend, x, noise, table, options, progress, graph, SCORE)
+    def walk(self, schedule: Schedule) -> Walk:
+        if not (bool((schedule.alpha == 1).all()) and bool((schedule.sigma > 0).all())):
+            raise ValueError(
+                f"{self.op}: schedule must be variance exploding with sigma > 0 (Schedule.geometric), got {schedule}"
+            )
+        if self.to_level is not None:
+            raise ValueError(
+                f"{self.op}: to_level must be None, as it moves at its levels, not between; end `levels` there"
+            )
+        chosen, K = self._grid(schedule), self.steps_per_level
+        levels = [t for t in chosen for _ in range(K)] + [chosen[-1]] * self.denoise
+        tags = [t * K + k for t in chosen for k in range(K)] + [0] * self.denoise
+        at = Place(schedule.alpha[levels], schedule.sigma[levels])
+        h = 0.5 * self.step_size * (at.sigma / schedule.sigma[chosen[-1]]).square()
+        spread = (2 * h).sqrt()
+        if self.denoise:
+            h[-1], spread[-1] = at.sigma[-1].square(), 0.0
+        step = Step(x=torch.ones_like(h), eps=-h / at.sigma, noise=spread)  # score = -eps_hat/sigma
+        return Walk(tuple(levels), at, self._told(schedule, levels), step, tags=tuple(tags))

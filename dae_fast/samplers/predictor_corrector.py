@@ -2,72 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .. import checks
 from ..coefficients import stack_rows
-from ..continuous import ContinuousSchedule
 from ..kernels.spec import ABSENT, Coefficients, Residual, compute_dtype, loss_of, map_of
 from ..noise import Noise
-from ..ops.conversions import Bounds
-from ..ops.parameterisation import OfLevel, Parameterisation, conversion
+from ..ops.parameterisation import conversion
 from ..primitives.residuals import sample_means
 from ..primitives.sums import affine
 from ..schedule import Schedule
-from .common import (
-    Limits,
-    Look,
-    Network,
-    Update,
-    begin,
-    conditions,
-    grid,
-    limits,
-    mix,
-    mixed,
-    progressed,
-    run,
-    sampler,
-    stepped,
-)
-from .tables import estimate, following, reverse
+from .base import More, Sampler, Walk
+from .steps import Place, Step, forward_variance, implicit_step, in_order, posterior_std
+from .x0_clip import X0Clip
 
 PREDICTORS = "reverse_diffusion", "ancestral"
 NORMS = "sample", "batch"
 
 
-@sampler(predictor=checks.one_of(*PREDICTORS), norm=checks.one_of(*NORMS))
-def predictor_corrector(
-    net: Network,
-    x: Tensor | Sequence[int],
-    schedule: Schedule | ContinuousSchedule,
-    noise: Noise,
-    *,
-    steps: int | None = None,
-    levels: Sequence[int] | None = None,
-    predictor: str = "reverse_diffusion",
-    corrector_steps: int = 1,
-    snr: float = 0.16,
-    norm: str = "sample",
-    predict: Parameterisation = "eps",
-    conditioning: str | None = None,
-    clamp: Bounds | None = None,
-    threshold: float | None = None,
-    guidance: float | None = None,
-    net_arguments: Mapping[str, Any] | None = None,
-    progress: bool = False,
-    graph: bool = False,
-) -> Tensor:
+@dataclass(eq=False, repr=False, kw_only=True)
+class PredictorCorrector(Sampler):
     """Song et al. 2021: from each level a predictor's step, and at the next `corrector_steps` of Langevin.
 
-    steps: None is one per level
+    steps: None is one per level; `levels`, as they are read, have the correctors' looks before the predictor's
     predictor: from t to s, with f = alpha_t/alpha_s and v = sigma_t^2 - f^2 sigma_s^2, "reverse_diffusion",
-        (2 - f) x + v * score + sqrt(v) z, or "ancestral", ddpm's step with its small variance
+        (2 - f) x + v * score + sqrt(v) z, or "ancestral", DDPM's step with its small variance
     corrector_steps: >= 0, each x + h * score + sqrt(2h) z with h = 2 f^2 (snr * |z| / |score|)^2, f that of the
         predictor's next step: f^2 is the paper's alpha_i, 1 - beta_i of a variance-preserving schedule and 1 of a
         variance-exploding one
@@ -75,89 +38,122 @@ def predictor_corrector(
     norm: "sample" takes |z| and |score| of each sample, so that what it becomes depends on its own noise alone,
         however the batch is cut; "batch" takes their means over the batch, as the paper's code does, which suits
         samples of few elements: there one sample's |z| says little, and h varies with it
-    noise: Noise; the predictor from level t uses noise.fold_in(t), corrector k at level t
+    noise: the predictor from level t uses noise.fold_in(t), corrector k at level t
         noise.fold_in(T + 1 + t * corrector_steps + k)
-    Other arguments, the result and the errors as in ddim and ddpm. The last predictor's step is x0_hat.
+    Other arguments and the errors as in Sampler. The last predictor's step is x0_hat.
     |z| comes from a pass that makes the noise again and reads nothing, |score| from one over the prediction; h stays
     on the device. Where the score vanishes h is 0. Under guidance the corrector combines the predictions, and with
     limits of x0 it makes the limited eps, in a launch of its own. Algorithms 2 to 5; the step size: appendix G.
     """
-    op = "predictor_corrector"
-    schedule = stepped(op, schedule, steps, levels)
-    chosen = grid(op, schedule, len(schedule) if steps is None else steps, levels)
-    told = conditions(op, schedule, chosen, conditioning)
-    limit = limits(op, clamp, threshold)
-    alpha, sigma = schedule.alpha[chosen], schedule.sigma[chosen]
-    alpha_s, sigma_s = following(alpha, sigma)
-    step = _reverse_diffusion if predictor == "reverse_diffusion" else partial(reverse, eta=1.0)
-    of_x0 = estimate(op, predict, alpha, sigma)
-    predicting = Update(op, of_x0, step(alpha, sigma, alpha_s, sigma_s), guidance=guidance, limits=limit)
-    # There is no corrector at the first level, which may be pure noise.
-    f, alpha, sigma, of_x0 = (alpha / alpha_s)[1:], alpha[1:], sigma[1:], of_x0[1:]
-    limited = limit != Limits()
-    kind = "eps" if limited else predict
-    to_eps = Update(op, of_x0, _columns(conversion("x0", "eps"), alpha, sigma), guidance=guidance, limits=limit)
-    q_x, q_p = _columns(conversion(kind, "score"), alpha, sigma)[:, :2].unbind(1)
-    one = torch.ones_like(q_x)
-    sizes = torch.stack((one, q_x / q_p, -one, 2 * (f * snr / q_p).square(), q_x, q_p), 1)
-    correcting = torch.cat((to_eps.table, sizes, mix(guidance, f)), 1)
-    table = torch.cat((predicting.table, torch.nn.functional.pad(correcting, (0, 0, 1, 0))), 1)
-    schedule._require_finite(op, table, chosen)
-    reads_x = bool((q_x != 0).any())
 
-    def loop(look: Look, x: Tensor, noise: Noise, table: Tensor) -> Tensor:
-        parts = table.split([predicting.table.shape[1], correcting.shape[1]], 1)
-        of_predictor, of_corrector = (part.contiguous() for part in parts)
-        for i, t in enumerate(progressed(chosen, progress, op)):
-            for k in range(corrector_steps if i else 0):
-                prediction = look(x, told[i], predicting.parts)
-                if limited:
-                    (pred,) = to_eps(of_corrector[1:], i - 1, x, prediction)
-                else:
-                    pred = mixed(op, of_corrector[i : i + 1, -2:], prediction)
-                fresh = noise.fold_in(len(schedule) + 1 + t * corrector_steps + k)
-                x = _langevin(op, x, pred, fresh, of_corrector[i : i + 1, -8:-2], reads_x, norm)
-            prediction = look(x, told[i], predicting.parts)
-            (x,) = predicting(of_predictor, i, x, prediction, noise=noise.fold_in(t))
-        return x
+    op: ClassVar[str] = "predictor_corrector"
+    checks: ClassVar = {"predictor": checks.one_of(*PREDICTORS), "norm": checks.one_of(*NORMS)}
 
-    x = begin(op, x, schedule, noise, chosen, graph)
-    options = (*chosen, *told, predicting.options, corrector_steps, norm, reads_x)
-    return run(op, net, loop, x, noise, table, options, progress, graph)
+    predictor: str = "reverse_diffusion"
+    corrector_steps: int = 1
+    snr: float = 0.16
+    norm: str = "sample"
+
+    def coefficients(self, t: Place, s: Place) -> Step:
+        return (
+            reverse_diffusion(t, s) if self.predictor == "reverse_diffusion" else implicit_step(s, posterior_std(t, s))
+        )
+
+    def walk(self, schedule: Schedule) -> Walk:
+        chosen, K, T = self._grid(schedule), self.corrector_steps, len(schedule)
+        N, level = len(chosen), Place(schedule.alpha[chosen], schedule.sigma[chosen])
+        # There is no corrector at the first level, which may be pure noise.
+        order = [0, *(k for i in range(1, N) for k in (*[N + i] * K, i))]
+        places = [k % N for k in order]
+        to_eps = Step(eps=torch.ones(N, dtype=torch.float64))
+        tags = [chosen[0]]
+        for t in chosen[1:]:
+            tags += [*(T + 1 + t * K + k for k in range(K)), t]
+        told = self._told(schedule, chosen)
+        return Walk(
+            tuple(chosen[k] for k in places),
+            level.at(places),
+            tuple(told[k] for k in places),
+            in_order((self.coefficients(level, self._after(schedule, level)), to_eps), order),
+            tags=tuple(tags),
+        )
+
+    def _corrects(self, i: int) -> bool:
+        K = self.corrector_steps
+        return i > 0 and (i - 1) % (K + 1) < K
+
+    def _is_one_launch(self) -> bool:
+        return self.corrector_steps == 0
+
+    def _more(self, schedule: Schedule, walk: Walk) -> More | None:
+        """Of the correctors 1, q_x/q_p, -1, 2 (f snr / q_p)^2, q_x and q_p, score = q_x * x + q_p * what is read."""
+        if not self.corrector_steps:
+            return None
+        corrects = [i for i in range(len(walk.levels)) if self._corrects(i)]
+        predictors = [i for i in range(len(walk.levels)) if not self._corrects(i)]
+        level = walk.at.at(predictors)
+        f = (level.alpha / self._after(schedule, level).alpha)[1:].repeat_interleave(self.corrector_steps)
+        at = walk.at.at(corrects)
+        kind = self.predict if self._clip == X0Clip() else "eps"
+        q_x, q_p = (torch.as_tensor(c, dtype=torch.float64).expand_as(at.alpha) for c in conversion(kind, "score")(*at))
+        one = torch.ones_like(at.alpha)
+        sizes = torch.stack((one, q_x / q_p, -one, 2 * (f * self.snr / q_p).square(), q_x, q_p), 1)
+        made = sizes.new_zeros(len(walk.levels), 6)
+        made[corrects] = sizes
+        return More(made, [bool((q_x != 0).any())])
+
+    def _extra(self) -> object:
+        return self.corrector_steps, self.norm, self._reads_x()
+
+    def _reads_x(self) -> bool:
+        return bool(self._plan.facts and self._plan.facts[0])
+
+    def _advance(
+        self,
+        i: int,
+        x: Tensor,
+        prediction: tuple[Tensor, ...],
+        noise: Any,
+        history: tuple[Tensor, ...],
+        table: Tensor,
+        wants_x0: bool = False,
+    ) -> tuple[Tensor, tuple[Tensor, ...], Any]:
+        if not self._corrects(i):
+            return super()._advance(i, x, prediction, noise, history, table, wants_x0)
+        launches = self._plan.launches
+        x0 = launches(table, i, x, prediction, None, (), "x0")[1] if wants_x0 else None
+        if launches.bounds is not None:
+            (pred,) = launches(table, i, x, prediction, None)
+        else:
+            pred = launches.combined(table, i, prediction)
+        row = launches.first_row(i)
+        return self._langevin(x, pred, self._drawn(i, noise), table[row : row + 1, -6:]), (), x0
+
+    def _langevin(self, x: Tensor, pred: Tensor, noise: Noise | Tensor, row: Tensor) -> Tensor:
+        """x + h * score + sqrt(2h) z, score = q_x * x + q_p * pred and h = scale * |z|^2 / |score / q_p|^2.
+
+        row: (1, 6): the first three weigh the residuals pred + q_x/q_p * x and 0 - z, whose mean squares are the two
+        norms over the number of elements.
+        """
+        op, weights = self.op, Coefficients(row[:, :3], None)
+        z, drawn = (noise, None) if isinstance(noise, Tensor) else (None, noise)
+        zero = x.new_zeros(()).expand(x.shape)
+        of_noise = sample_means(loss_of(op), Residual(zero, None, z, drawn), weights).double()
+        of_score = sample_means(
+            loss_of(op), Residual(pred, x if self._reads_x() else None, None, None), weights
+        ).double()
+        if self.norm == "batch":
+            of_noise, of_score = (square.sqrt().mean().square() for square in (of_noise, of_score))
+        scale, q_x, q_p = row[0, 3:].double().unbind()
+        h = torch.where(of_score > 0, scale * of_noise / of_score, 0.0)
+        rows = stack_rows(op, (1 + h * q_x, h * q_p, (2 * h).sqrt()), x, compute_dtype(x.dtype))
+        return affine(map_of(op, (0, 1, 2, ABSENT)), (x, pred, z, None), drawn, rows)[0]
 
 
-def _langevin(op: str, x: Tensor, pred: Tensor, noise: Noise, row: Tensor, reads_x: bool, norm: str) -> Tensor:
-    """x + h * score + sqrt(2h) z, score = q_x * x + q_p * pred and h = scale * |z|^2 / |score / q_p|^2.
-
-    row: (1, 6), 1, q_x/q_p, -1, scale, q_x and q_p: the first three weigh the residuals pred + q_x/q_p * x and 0 - z,
-    whose mean squares are the two norms over the number of elements.
-    """
-    weights = Coefficients(row[:, :3], None)
-    zero = x.new_zeros(()).expand(x.shape)
-    of_noise = sample_means(loss_of(op), Residual(zero, None, None, noise), weights).double()
-    of_score = sample_means(loss_of(op), Residual(pred, x if reads_x else None, None, None), weights).double()
-    if norm == "batch":
-        of_noise, of_score = (square.sqrt().mean().square() for square in (of_noise, of_score))
-    scale, q_x, q_p = row[0, 3:].double().unbind()
-    h = torch.where(of_score > 0, scale * of_noise / of_score, 0.0)
-    rows = stack_rows(op, (1 + h * q_x, h * q_p, (2 * h).sqrt()), x, compute_dtype(x.dtype))
-    return affine(map_of(op, (0, 1, 2, ABSENT)), (x, pred, None, None), noise, rows)[0]
-
-
-def _reverse_diffusion(alpha_t: Tensor, sigma_t: Tensor, alpha_s: Tensor, sigma_s: Tensor) -> Tensor:
-    """(steps, 3), as `reverse`: (2 - f) x_t + v * score + sqrt(v) z, score = (alpha_t * x0_hat - x_t) / sigma_t^2.
-
-    To a level without noise the step is x0_hat itself.
-    """
-    f = alpha_t / alpha_s
-    v = (sigma_t.square() - (f * sigma_s).square()).clamp(min=0)
-    share = v / sigma_t.square()
-    step = torch.stack((2 - f - share, alpha_t * share, v.sqrt()), -1)
-    zero = torch.zeros_like(alpha_s)
-    return torch.where(sigma_s[:, None] > 0, step, torch.stack((zero, alpha_s, zero), -1))
-
-
-def _columns(coefficients: OfLevel, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """(steps, 3) from those of x and a second tensor; none of the noise."""
-    of_x, of_second = (torch.as_tensor(c, dtype=alpha.dtype).expand_as(alpha) for c in coefficients(alpha, sigma))
-    return torch.stack((of_x, of_second, torch.zeros_like(alpha)), -1)
+def reverse_diffusion(t: Place, s: Place) -> Step:
+    """(2 - f) x_t + v * score + sqrt(v) z, score = -eps_hat/sigma_t; to a level without noise x0_hat itself."""
+    f, v = t.alpha / s.alpha, forward_variance(t, s)
+    noisy = s.sigma > 0
+    columns = (2 - f, -v / t.sigma, v.sqrt())
+    x, eps, noise = (torch.where(noisy, c, 0.0) for c in columns)
+    return Step(x, torch.where(noisy, 0.0, s.alpha), eps, noise)

@@ -2,126 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .. import checks
 from ..continuous import ContinuousSchedule
-from ..noise import Noise
-from ..ops.conversions import Bounds
 from ..ops.parameterisation import Parameterisation
-from .common import Limits, Look, Network, Update, check_start, draw_start, limits, planned, progressed, run, sampler
-from .tables import estimate
+from .base import Base, Plan, Walk, planned
+from .steps import Place, Step, in_order
 
 
-@sampler(
-    schedule=checks.instance(ContinuousSchedule, "a ContinuousSchedule"),
-    method=checks.one_of("euler", "heun"),
-    steps=checks.whole(1),
-)
-def probability_flow(
-    net: Network,
-    x: Tensor | Sequence[int],
-    schedule: ContinuousSchedule,
-    noise: Noise,
-    *,
-    steps: int = 50,
-    times: Tensor | Sequence[float] | None = None,
-    method: str = "heun",
-    denoise: bool = True,
-    predict: Parameterisation = "score",
-    clamp: Bounds | None = None,
-    threshold: float | None = None,
-    guidance: float | None = None,
-    net_arguments: Mapping[str, Any] | None = None,
-    progress: bool = False,
-    graph: bool = False,
-) -> Tensor:
+@dataclass(eq=False, repr=False, kw_only=True)
+class ProbabilityFlow(Base):
     """dx/dt = f(t)*x - g(t)^2/2 * score(x, t) from t_max down, f the schedule's drift and g its diffusion.
 
-    net(x, t): the score (or what `predict` says), like x, at times t (B,) fp32 (fp64 for fp64)
-    x: (B, ...) fp16/bf16/fp32/fp64 at the first time, or a shape: then noise.fold_in(START_TAG).normal(shape),
-       fp32 on the CPU (with graph on the current CUDA device), times sigma unless alpha^2 + sigma^2 = 1 there
-    noise: makes the start when x is a shape; the steps are deterministic
+    net(x, t) gives the score (or what `predict` says) at times t (B,) fp32 (fp64 for fp64); a start of a shape is pure
+    noise at the first time; the steps are deterministic.
     steps: >= 1, over the times of schedule.discretise(steps + 1)
     times: instead of steps, one's own, two or more, decreasing
     method: "euler", of first order, or "heun", of second with two looks by the network
     denoise: end with Tweedie's estimate of x0 at the last time (one look more), else with x there
-    Other arguments as in ddpm; progress counts the steps      returns: like x
-    Raises ValueError for a shape mismatch, or a time where f, g or the score of the prediction is not finite:
+    Other arguments as in Sampler.
+    Raises ValueError for a time where f, g or the score of the prediction is not finite:
     alpha = 0 (ContinuousSchedule.flow(), cosine() and laplace() at t = 1; start below it) or sigma = 0.
     Song et al. 2021, eq. 13.
     """
-    op = "probability_flow"
-    down: tuple[float, ...] | None = None
-    if times is not None:
-        chosen = checks.float64(op, "times", times)
-        if chosen.dim() != 1 or len(chosen) < 2 or not bool((chosen[1:] < chosen[:-1]).all()):
-            raise ValueError(f"{op}: times must be two or more and decrease, got {times}")
-        down = tuple(chosen.tolist())
-    limit = limits(op, clamp, threshold)
-    update, told, start = _flow(op, schedule, steps, down, method, denoise, predict, guidance, limit)
-    N = len(told) - 1
 
-    def loop(look: Look, x: Tensor, noise: Noise, table: Tensor) -> Tensor:
-        for i in progressed(range(N), progress, op):
-            (ahead,) = update(table, i, x, look(x, told[i], update.parts))
-            if method == "euler":
-                x = ahead
-            else:
-                prediction = look(ahead, told[i + 1], update.parts)
-                (x,) = update(table, N + i, ahead, prediction, z=x)
-        if denoise:
-            (x,) = update(table, len(table) - 1, x, look(x, told[-1], update.parts))
-        return x
+    op: ClassVar[str] = "probability_flow"
+    checks: ClassVar = {
+        "schedule": checks.instance(ContinuousSchedule, "a ContinuousSchedule"),
+        "method": checks.one_of("euler", "heun"),
+        "steps": checks.whole(1),
+    }
 
-    if not isinstance(x, Tensor):
-        x = draw_start(op, x, noise, *start, graph)
-    check_start(op, x, noise)
-    return run(op, net, loop, x, noise, update.table, (*told, method, denoise, update.options), progress, graph)
+    schedule: ContinuousSchedule = field(kw_only=False)
+    steps: int = 50
+    times: Tensor | Sequence[float] | None = None
+    method: str = "heun"
+    denoise: bool = True
+    predict: Parameterisation = "score"
 
+    def _make_plan(self) -> Plan:
+        if self.times is None:
+            levels = self.schedule.discretise(self.steps + 1)
+        else:
+            chosen = checks.float64(self.op, "times", self.times)
+            if chosen.dim() != 1 or len(chosen) < 2 or not bool((chosen[1:] < chosen[:-1]).all()):
+                raise ValueError(f"{self.op}: times must be two or more and decrease, got {self.times}")
+            levels = self.schedule.discretise(times=chosen.flip(0))
+        t, alpha, sigma = (c.flip(0) for c in (levels.times, levels.alpha, levels.sigma))
+        N = len(t) - 1
+        order = [k for i in range(N) for k in ((i,) if self.method == "euler" else (i, N + i))]
+        order += [2 * N] if self.denoise else []
+        places = [*range(N), *range(1, N + 1), N]
+        looks = [places[k] for k in order]
+        holds = tuple(k < N and self.method == "heun" for k in order)
+        step = in_order(self._steps(t, sigma), order)
+        walk = Walk(
+            (), Place(alpha[looks], sigma[looks]), tuple(t[looks].tolist()), step, "x", holds, tags=(0,) * len(looks)
+        )
+        plan = planned(walk, self._launches(walk), True)
+        levels._require_finite(self.op, plan.table, [N - k for k in looks])
+        return plan
 
-@planned
-def _flow(
-    op: str,
-    schedule: ContinuousSchedule,
-    steps: int,
-    times: tuple[float, ...] | None,
-    method: str,
-    denoise: bool,
-    predict: Parameterisation,
-    guidance: float | None,
-    limit: Limits,
-) -> tuple[Update, list[float], tuple[float, float]]:
-    """The Euler steps, the corrections of Heun's, the last estimate; the times; alpha and sigma of the start."""
-    if times is None:
-        levels = schedule.discretise(steps + 1)
-    else:
-        levels = schedule.discretise(times=torch.tensor(times, dtype=torch.float64, device="cpu").flip(0))
-    t, alpha, sigma = (c.flip(0) for c in (levels.times, levels.alpha, levels.sigma))
-    N = len(t) - 1
-    f, half_square = schedule.drift(t), schedule.diffusion(t).square() / 2
-    read = limit.read_as(predict)
-    # F(x, t) = slope_x * x + slope_y * y, y what is read.
-    score_x, score_y = estimate(op, read, alpha, sigma, "score").unbind(1)
-    slope_x, slope_y, h = f - half_square * score_x, -half_square * score_y, t[1:] - t[:-1]
-    none, half = torch.zeros_like(h), torch.full_like(h, 0.5)
-    # x_m = x + h*F(x, t), x_s = (x + x_m)/2 + h/2 * F(x_m, s), which does not read F(x, t) again; and x0_hat.
-    ahead = torch.stack((1 + h * slope_x[:-1], h * slope_y[:-1], none), -1)
-    corrected = torch.stack((half + h / 2 * slope_x[1:], h / 2 * slope_y[1:], half), -1)
-    x0_hat = torch.nn.functional.pad(estimate(op, read, alpha, sigma), (0, 1))
-    y = estimate(op, predict, alpha, sigma, read)
-    places, rows = list(range(N, -1, -1)), [(y[:-1], ahead)]
-    at = places[:-1]
-    if method == "heun":
-        rows.append((y[1:], corrected))
-        at += places[1:]
-    if denoise:
-        rows.append((y[-1:], x0_hat[-1:]))
-        at += places[-1:]
-    update = Update(op, *(torch.cat(part) for part in zip(*rows, strict=True)), guidance=guidance, limits=limit)
-    levels._require_finite(op, update.table, at)
-    return update, t.tolist(), (float(alpha[0]), float(sigma[0]))
+    def _steps(self, t: Tensor, sigma: Tensor) -> tuple[Step, Step, Step]:
+        """x_m = x + h*F(x, t); x_s = (x + x_m)/2 + h/2 * F(x_m, s), which does not read F(x, t) again; and x0_hat.
+
+        F(x, t) = f*x + g^2/(2 sigma) * eps_hat, score = -eps_hat/sigma
+        """
+        of_x = self.schedule.drift(t)
+        of_eps = self.schedule.diffusion(t).square() / (2 * sigma)
+        h = t[1:] - t[:-1]
+        half = torch.full_like(h, 0.5)
+        ahead = Step(x=1 + h * of_x[:-1], eps=h * of_eps[:-1])
+        corrected = Step(x=half + h / 2 * of_x[1:], eps=h / 2 * of_eps[1:], before=(half,))
+        return ahead, corrected, Step(x0=t.new_ones(1))

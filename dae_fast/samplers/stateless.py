@@ -1,0 +1,165 @@
+"""One step between any two levels, for loops that own their levels."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from .._torch import outside_modes
+from ..checks import can_read
+from ..coefficients import Level, alpha_sigma, level_for, singular
+from ..noise import Noise
+from ..ops.conversions import Bounds, bounds
+from ..ops.parameterisation import Parameterisation, check_name
+from ..primitives import clamped, weighted_sum
+from .launch import estimate, times
+from .steps import Place, posterior_std
+
+__all__ = ["step"]
+
+ETA = {"ddim": 0.0, "ddpm": 1.0, "euler": 0.0, "euler_ancestral": 1.0}  # unless given
+MOST = {"ddim": 1.0, "ddpm": 1.0, "euler": 0.0, "euler_ancestral": math.inf}
+
+
+class _Row(NamedTuple):
+    """x_s = x*x + y*y + z*z, y the prediction, or the limited x0_hat = a_x*x + a_p*pred."""
+
+    x: Any
+    y: Any
+    z: Any
+    a_x: Any
+    a_p: Any
+
+
+@overload
+def step(
+    x: Tensor,
+    pred: Tensor,
+    level: Level,
+    next_level: Level,
+    noise: Noise | Tensor | None = None,
+    *,
+    solver: str = "ddim",
+    eta: float | None = None,
+    predict: Parameterisation = "eps",
+    clamp: Bounds | None = None,
+    return_x0: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def step(
+    x: Tensor,
+    pred: Tensor,
+    level: Level,
+    next_level: Level,
+    noise: Noise | Tensor | None = None,
+    *,
+    solver: str = "ddim",
+    eta: float | None = None,
+    predict: Parameterisation = "eps",
+    clamp: Bounds | None = None,
+    return_x0: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+def step(
+    x: Tensor,
+    pred: Tensor,
+    level: Level,
+    next_level: Level,
+    noise: Noise | Tensor | None = None,
+    *,
+    solver: str = "ddim",
+    eta: float | None = None,
+    predict: Parameterisation = "eps",
+    clamp: Bounds | None = None,
+    return_x0: bool = False,
+) -> Any:
+    """x_s = alpha_s * x0_hat + sqrt(sigma_s^2 - std^2) * eps_hat + std * z, from x at `level` to `next_level`.
+
+    x: (B, ...) fp16/bf16/fp32/fp64      pred: like x, what `predict` says
+    level, next_level: Levels, of all samples, of each, or of each frame, the one or the other the noisier;
+        Level(1.0, 0.0) is the data. Up, where next_level is the noisier, std is 0
+    noise: a Noise or a tensor like x, taken as it is; wanted where eta > 0
+    solver: "ddim", eta in [0, 1], 0 unless given; "ddpm", eta 1; "euler", eta 0, which "flow" paths are as well;
+        "euler_ancestral", eta >= 0, 1 unless given: std = min(eta * that of the posterior, sigma_s)
+    clamp: c or (low, high), the limits of x0_hat; eps_hat is then that of the limited one
+    return_x0: also x0_hat      returns: like x, or (x, x0_hat), in one launch
+    Numbers as levels cost no tensor arithmetic. Gradient: of x, pred and the noise, and of levels that are tensors.
+    Raises ValueError on a mismatch, or a level where x0_hat or eps_hat is not finite, TypeError without a noise.
+    Song, Meng and Ermon 2021, eq. 12.
+    """
+    op = "step"
+    checks.one_of(*ETA)(op, "solver", solver)
+    check_name(op, "predict", predict)
+    level_for(op, level)
+    if not isinstance(next_level, Level):
+        raise TypeError(f"{op}: next_level must be a Level, got {checks.kind_of(next_level)}")
+    size = ETA[solver] if eta is None else checks.number(op, "eta", eta, "finite and not negative")
+    if size > MOST[solver] or (solver == "ddpm" and size != 1):
+        raise ValueError(
+            f"{op}: eta of {solver!r} must be {'1' if solver == 'ddpm' else f'at most {MOST[solver]}'}, got {eta}"
+        )
+    checks.samples(op, "x", x)
+    checks.like(op, "pred", pred, "x", x)
+    if noise is None and size:
+        raise TypeError(f"{op}: noise must be a Noise or a tensor like x, got None")
+    if noise is not None and not isinstance(noise, Noise):
+        checks.like(op, "noise", noise, "x", x)
+    return_x0 = checks.flag(op, "return_x0", return_x0)
+    row = _row_of(op, x, (level, next_level), (predict, size, clamp is not None))
+    noisy = [(row.z, noise)] if size else []
+    y: Any = pred
+    also = [row.a_x, row.a_p]
+    if clamp is not None:
+        low, high = bounds(op, clamp)
+        y, also = clamped((row.a_x, x), (row.a_p, pred), low=low, high=high), [0.0, 1.0]
+    terms = [(row.x, x), (row.y, y), *noisy]
+    return weighted_sum(*terms, also=[*also, *[0.0] * len(noisy)]) if return_x0 else weighted_sum(*terms)
+
+
+Options = tuple[Parameterisation, float, bool]  # predict, eta, whether x0_hat is limited
+
+
+def _row_of(op: str, x: Tensor, levels: tuple[Level, Level], options: Options) -> _Row:
+    pairs = [(level.alpha, level.sigma) for level in levels if not isinstance(level.t, Tensor)]
+    if len(pairs) == 2 and not any(isinstance(v, Tensor) for pair in pairs for v in pair):
+        return _row_of_numbers(op, pairs[0], pairs[1], options)
+    dims = max(level._dims() for level in levels)
+    t, s = (Place(*(_leading(v, level._dims(), dims, x) for v in alpha_sigma(op, level, x))) for level in levels)
+    row = _row(t, s, options)
+    table = torch.stack(torch.broadcast_tensors(*row), -1).detach()
+    if can_read(table) and not bool(table.isfinite().all()):
+        place = tuple((~table.isfinite().all(-1)).nonzero()[0].tolist())
+        raise ValueError(singular(op, f"sample {place or 0}, a level of {levels}"))
+    return row
+
+
+def _leading(value: Tensor, own: int, dims: int, x: Tensor) -> Tensor:
+    """A level's alpha or sigma, () or of its rows, broadcastable to x's first `dims` dimensions."""
+    if not value.dim():
+        return value
+    return value.reshape(*x.shape[:own], *[1] * (dims - own)) if value.numel() > 1 else value.reshape(())
+
+
+@lru_cache(maxsize=1024)
+def _row_of_numbers(op: str, t: tuple[float, float], s: tuple[float, float], options: Options) -> _Row:
+    with outside_modes():
+        at, after = (Place(*torch.tensor(pair, dtype=torch.float64, device="cpu")) for pair in (t, s))
+        row = _Row(*(float(c) for c in _row(at, after, options)))
+    if not all(map(math.isfinite, row)):
+        raise ValueError(singular(op, f"alpha = {t[0]}, sigma = {t[1]}"))
+    return row
+
+
+def _row(t: Place, s: Place, options: Options) -> _Row:
+    predict, eta, clips = options
+    std = torch.minimum(eta * posterior_std(t, s), s.sigma) if eta else torch.zeros_like(s.sigma + t.sigma)
+    keep = (s.sigma.square() - std.square()).clamp(min=0).sqrt()
+    (a_x, a_p), (b_x, b_p) = estimate(predict, t, "x0"), estimate(predict, t, "eps")
+    if clips:
+        x = times(keep, 1 / t.sigma)
+        return _Row(x, s.alpha - x * t.alpha, std, a_x, a_p)
+    return _Row(s.alpha * a_x + times(keep, b_x), s.alpha * a_p + times(keep, b_p), std, a_x, a_p)
