@@ -12,7 +12,12 @@ import dae_fast as df
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = ("index.md", "migration.md", "guide.md", "api.md", "scale.md")
-OTHERS = {"diffusers.md": ("diffusers",)}  # pages about what need not be installed
+# Pages about what need not be installed.
+OTHERS = {
+    "diffusers.md": ("diffusers",),
+    "trainers.md": ("transformers", "accelerate", "lightning"),
+    "clients.md": ("denoising_diffusion_pytorch", "k_diffusion"),
+}
 
 
 def blocks(page: str) -> list[str]:
