@@ -27,7 +27,7 @@ from .ancestral import DDIM, DDPM, EulerAncestral
 from .base import Sampler
 from .callbacks import Inpainting, Trajectory
 from .dpm_solver import DPMSolverPP2M, DPMSolverPP2MSDE
-from .flow import FlowEuler, FlowMidpoint
+from .flow import FlowEuler, FlowMidpoint, FlowSDE
 from .functions import (
     annealed_langevin,
     ddim,
@@ -58,6 +58,7 @@ __all__ = [
     "EulerAncestral",
     "FlowEuler",
     "FlowMidpoint",
+    "FlowSDE",
     "GaussianMixture",
     "Heun",
     "Inpainting",
