@@ -56,6 +56,7 @@ def pair(x: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 # Of the samplers, what their defaults are not.
 OPTIONS: dict[str, dict[str, Any]] = {
     "ddim": {"eta": 0.5},
+    "flow_sde": {"schedule": df.Schedule.flow(6)},
     "heun": {"S_tmax": 1.0},
     "predictor_corrector": {"predictor": "ancestral", "snr": 0.1, "steps": 3},
     "probability_flow": {"schedule": C, "method": "euler"},

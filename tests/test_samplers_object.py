@@ -17,7 +17,7 @@ from .test_samplers import network, start
 
 S = df.Schedule.linear(12, 0.005, 0.4)
 NOISE = df.Noise(3)
-FEW = {"flow_midpoint": 4, "probability_flow": 4}
+FEW = {"flow_midpoint": 4, "flow_sde": 4, "probability_flow": 4}
 
 
 def made(cls, **options):

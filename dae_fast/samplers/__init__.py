@@ -28,7 +28,7 @@ from .base import Sampler
 from .callbacks import Inpainting, Trajectory
 from .double_well import DoubleWell
 from .dpm_solver import DPMSolverPP2M, DPMSolverPP2MSDE
-from .flow import FlowEuler, FlowMidpoint
+from .flow import FlowEuler, FlowMidpoint, FlowSDE
 from .functions import (
     annealed_langevin,
     ddim,
@@ -60,6 +60,7 @@ __all__ = [
     "EulerAncestral",
     "FlowEuler",
     "FlowMidpoint",
+    "FlowSDE",
     "GaussianMixture",
     "Heun",
     "Inpainting",

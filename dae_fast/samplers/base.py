@@ -24,6 +24,7 @@ from ..ops.parameterisation import Parameterisation
 from ..routing import fast_map
 from ..schedule import Schedule
 from .arguments import ARGUMENTS, Network, Start, looked_at
+from .density import REDUCTIONS, Density
 from .launch import Launches
 from .levels import Conditioning, Levels, Route, Schedules, Told, grid, model_times, walked
 from .network import OUTPUT, Guidance, bound, call_model, guidance_scales, model_time, outputs
@@ -95,7 +96,7 @@ def planned(walk: Walk, launches: Launches, one_launch: bool, more: More | None 
         keeps = [HOLDS if held else kept for held in walk.holds or [False] * len(tags)]
         quick = [
             (
-                look.map("kept" if kept else "none").core,
+                look.map("kept" if kept else "x").core,
                 launches.bounds,
                 look.z,
                 look.w,
@@ -151,6 +152,7 @@ class Base:
     def _prepare(self) -> None:
         self._clip = x0_clip(self.op, self.clamp, self.threshold)
         self._plan = self._planned()
+        self._density = Density(self._plan.launches)
         self._tables: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def _planned(self) -> Plan:
@@ -222,8 +224,39 @@ class Base:
     def step(
         self, i: int, x: Tensor, pred: Any, noise: Noise | Tensor | None = None, *, return_x0: Literal[True]
     ) -> tuple[Tensor, Tensor]: ...
+    @overload
     def step(
-        self, i: int, x: Tensor, pred: Any, noise: Noise | Tensor | None = None, *, return_x0: bool = False
+        self,
+        i: int,
+        x: Tensor,
+        pred: Any,
+        noise: Noise | Tensor | None = None,
+        *,
+        return_log_prob: Literal[True],
+        reduction: str = "mean",
+    ) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def step(
+        self,
+        i: int,
+        x: Tensor,
+        pred: Any,
+        noise: Noise | Tensor | None = None,
+        *,
+        return_x0: Literal[True],
+        return_log_prob: Literal[True],
+        reduction: str = "mean",
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    def step(
+        self,
+        i: int,
+        x: Tensor,
+        pred: Any,
+        noise: Noise | Tensor | None = None,
+        *,
+        return_x0: bool = False,
+        return_log_prob: bool = False,
+        reduction: str = "mean",
     ) -> Any:
         """x after look i of `levels`, from x there and what the network returned: one launch.
 
@@ -231,10 +264,13 @@ class Base:
         x: (B, ...) fp16/bf16/fp32/fp64, in a half-precision loop best kept in fp32
         pred: like x, or under guidance a tuple (conditional, unconditional), whatever the dtype
         noise: a Noise, of which the look takes noise.fold_in(its level), or one tensor like x for this look
-        return_x0: the x0 estimate, limited as the options say, too      returns: like x
+        return_x0: the x0 estimate, limited as the options say, too
+        return_log_prob, reduction: log_prob(i, x, the result, pred), too, of a step that adds noise
+        returns: like x, or a tuple of it and what is asked for besides, in this order
         Gradient: of x and pred. Raises ValueError or TypeError on a mismatch, or where noise is wanted and missing.
         """
-        if type(x) is Tensor and type(pred) is Tensor and not return_x0 and not is_compiling():
+        quick = not (return_x0 or return_log_prob)
+        if quick and type(x) is Tensor and type(pred) is Tensor and not is_compiling():
             done = self._quick(i, x, pred, noise)
             if done is not None:
                 return done
@@ -252,8 +288,38 @@ class Base:
             raise ValueError(
                 f"{self.op}: step {i} reads what the steps before it keep, and they were not taken: start at i=0"
             )
-        x, self.history, x0 = self._advance(i, x, prediction, noise, history, self._table(x), return_x0)
-        return (x, x0) if return_x0 else x
+        x_s, self.history, x0 = self._advance(i, x, prediction, noise, history, self._table(x), return_x0)
+        if quick:
+            return x_s
+        more = (x0,) if return_x0 else ()
+        return (x_s, *more, self._log_prob(i, x, x_s, prediction, reduction)) if return_log_prob else (x_s, *more)
+
+    def log_prob(self, i: int, x_t: Tensor, x_s: Tensor, pred: Any, *, reduction: str = "mean") -> Tensor:
+        """log p(x_s | x_t) of step i where it led from x_t to x_s: log N(x_s; mean(x_t, pred), std^2).
+
+        i: of a step that adds noise      x_t, x_s: (B, ...), as they were stored, whatever the dtype
+        pred: what the network returns now, as in `step`
+        reduction: over a sample's elements, "mean" (Flow-GRPO, DDPO) or "sum" (the density)
+        returns: (B,) fp32 (fp64 for fp64)
+        One pass where the mean is an affine map of x_t and pred, which then gives the gradient of pred too; two under
+        guidance or limits of x0. Of the same stored tensors and predictions it is what `step` gave, bit for bit, so the
+        ratio exp(log_prob - old) is 1 exactly, however the batch is split (in fp64 on a GPU: of the same batch).
+        Gradient: of pred, x_t and x_s. Raises ValueError for a step without
+        noise or of another density. Black et al. 2024 (DDPO), eq. 6; Liu et al. 2025 (Flow-GRPO).
+        """
+        i = checks.integer(self.op, "i", i, 0, len(self._plan.told) - 1)
+        checks.samples(self.op, "x_t", x_t)
+        checks.like(self.op, "x_s", x_s, "x_t", x_t)
+        self._check_batch(x_t)
+        return self._log_prob(i, x_t, x_s.to(x_t.dtype), self._read(pred, x_t), reduction)
+
+    def _log_prob(self, i: int, x_t: Tensor, x_s: Tensor, prediction: tuple[Tensor, ...], reduction: str) -> Tensor:
+        look = self._plan.launches.looks[i]
+        checks.one_of(*REDUCTIONS)(self.op, "reduction", reduction)
+        if not self._is_one_launch() or look.reads or not look.noisy:
+            why = "adds no noise" if not look.noisy else "is no Gaussian of x_t and the prediction alone"
+            raise ValueError(f"{self.op}: step {i} has no density: it {why}")
+        return self._density(self._table(x_t), i, x_t, x_s, prediction, reduction)
 
     def _check_batch(self, x: Tensor) -> None:
         B = self._plan.launches.batch

@@ -5,8 +5,11 @@ With Schedule.flow x' is x and tau the time of the flow, from 1, noise, to 0, da
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
+
+import torch
 
 from .. import checks
 from ..ops.parameterisation import Parameterisation
@@ -38,6 +41,54 @@ class FlowEuler(Sampler):
 
     def _goes_up(self) -> bool:
         return True
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class FlowSDE(Sampler):
+    """Stochastic steps of a flow, alpha = 1 - t and sigma = t, with a density: for policy gradients (`log_prob`).
+
+    form: "sde", g = eta * sqrt(t/(1 - t)) (Flow-GRPO); "constant", g = eta (DanceGRPO): with dt = t_s - t < 0,
+        x + (u + g^2/2t * eps_hat) dt + g sqrt(-dt) z; or "cps", coefficients preserving:
+        (1 - t_s) x0_hat + t_s cos(eta pi/2) eps_hat + t_s sin(eta pi/2) z, of which the noise has the level's size
+    eta: >= 0, and in [0, 1] for "cps"      schedule: with alpha + sigma = 1, Schedule.flow
+    g at t = 1 is that of the next level. The last step, to the data, is x0_hat and adds no noise.
+    Other arguments and the errors as in FlowEuler. Liu et al. 2025 (Flow-GRPO), eq. 9; Xue et al. 2025 (DanceGRPO);
+    Wang and Yu 2025 (coefficients-preserving sampling).
+    """
+
+    op: ClassVar[str] = "flow_sde"
+    checks: ClassVar = {
+        "form": checks.one_of("sde", "constant", "cps"),
+        "eta": checks.real("finite and not negative"),
+    }
+    last: ClassVar[int] = -1
+
+    steps: int | None = 50
+    form: str = "sde"
+    eta: float = 0.7
+    predict: Parameterisation = "flow"
+
+    def walk(self, schedule: Schedule) -> Walk:
+        if not bool(((schedule.alpha + schedule.sigma - 1).abs() < 1e-9).all()):
+            raise ValueError(f"{self.op}: schedule must have alpha + sigma = 1 (Schedule.flow), got {schedule}")
+        if self.form == "cps" and self.eta > 1:
+            raise ValueError(f"{self.op}: eta must be in [0, 1] for form='cps', got {self.eta}")
+        return super().walk(schedule)
+
+    def coefficients(self, t: Place, s: Place) -> Step:
+        if self.form == "cps":
+            return implicit_step(s, std=s.sigma * math.sin(self.eta * math.pi / 2))
+        dt, g = s.sigma - t.sigma, torch.full_like(t.sigma, self.eta)
+        if self.form == "sde":
+            g = self.eta * (t.sigma / torch.where(t.sigma < 1, 1 - t.sigma, 1 - s.sigma)).sqrt()
+        noisy = s.sigma > 0
+        g = torch.where(noisy, g, 0.0)
+        return Step(
+            x=torch.ones_like(dt),
+            x0=-dt,
+            eps=dt * (1 + g.square() / (2 * t.sigma)),
+            noise=g * (-dt).clamp(min=0).sqrt(),
+        )
 
 
 @dataclass(eq=False, repr=False, kw_only=True)

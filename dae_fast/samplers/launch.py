@@ -18,18 +18,18 @@ from .x0_clip import X0Clip, thresholded
 
 RowAt = tuple[Tensor, "int | None"]  # a table and the number of the row for all samples, or a row of each sample
 NOTHING, NOISE, RAW, UNCONDITIONAL, KEPT = range(5)  # what is read besides x and the prediction; KEPT + k: b_(k + 1)
-SECOND = "none", "kept", "x0"  # second output
+OUTPUTS = "x", "kept", "x0", "mean"  # x_s; x_s and what is kept; x_s and the x0 estimate; x_s without its noise
 
 
 class Look(NamedTuple):
     """The launch of one look.
 
-    maps: by second output      z, w, v: what those tensors are, v a fifth stream
+    maps: by OUTPUTS      z, w, v: what those tensors are, v a fifth stream
     five: whether there is one, which is the noise where the look adds some beside two tensors; else the noise is z
     noisy: whether it reads noise      reads: how many of those kept it needs
     """
 
-    maps: tuple[Map | None, Map | None, Map | None]
+    maps: tuple[Map | None, ...]
     z: int
     w: int
     v: int
@@ -37,8 +37,8 @@ class Look(NamedTuple):
     noisy: bool
     reads: int
 
-    def map(self, second: str) -> Map:
-        found = self.maps[SECOND.index(second)]
+    def map(self, outputs: str) -> Map:
+        found = self.maps[OUTPUTS.index(outputs)]
         assert found is not None
         return found
 
@@ -124,7 +124,7 @@ class Launches:
         guided = bool(self.parts) and not self.combines
         z, w, v = slots
         return Look(
-            (self._map(slots, guided, "none"), self._map(slots, guided, "kept"), self._map(slots, guided, "x0")),
+            tuple(self._map(slots, guided, outputs) for outputs in OUTPUTS),
             NOTHING if z == NOISE else z,
             w,
             NOTHING if v == NOISE else v,
@@ -133,28 +133,39 @@ class Launches:
             max((s - KEPT + 1 for s in streams if s >= KEPT), default=0),
         )
 
-    def _map(self, slots: list[int], guided: bool, second: str) -> Map | None:
-        if second == "kept" and self.keeps not in ("x0", "eps"):
+    def _map(self, slots: list[int], guided: bool, outputs: str) -> Map | None:
+        if outputs == "kept" and self.keeps not in ("x0", "eps"):
             return None
+        if outputs == "mean":
+            slots = [NOTHING if s == NOISE else s for s in slots]
         place = self._place
         inner = None if self.bounds is None else (place["a_x"], place["a_y"], place["a_y_u"] if guided else ABSENT)
         names = {NOTHING: "", NOISE: "noise", RAW: "raw", UNCONDITIONAL: "raw_u" if self.bounds else "y_u"}
 
-        outputs = [[place["x"], place["y"], *(place.get(names.get(s, f"before{s - KEPT}"), ABSENT) for s in slots)]]
-        if second != "none":
-            head = "k" if second == "kept" else "m"
+        made = [[place["x"], place["y"], *(place.get(names.get(s, f"before{s - KEPT}"), ABSENT) for s in slots)]]
+        if outputs in ("kept", "x0"):
+            head = "k" if outputs == "kept" else "m"
             of_u = ABSENT if self.bounds else place.get(f"{head}_y_u", ABSENT)
-            outputs.append(
+            made.append(
                 [place[f"{head}_x"], place[f"{head}_y"], *(of_u if s == UNCONDITIONAL else ABSENT for s in slots)]
             )
         five = slots[2] != NOTHING
-        flat = [c for output in outputs for c in output[:4]] + [output[4] for output in outputs if five]
+        flat = [c for output in made for c in output[:4]] + [output[4] for output in made if five]
         return map_of(self.op, tuple(flat), inner)
 
     @property
     def is_plain(self) -> bool:
         """Whether every look is a launch of x, one prediction, noise and at most two tensors that were kept."""
         return not (self.parts or self.clip.quantile or any(k.v for k in self.looks))
+
+    def affine_rows(self) -> list[tuple[float, float, float]]:
+        """Of each look what multiplies x, the prediction and the noise, where nothing is limited."""
+        columns = (self._columns[name].tolist() for name in ("x", "y", "noise"))
+        return list(zip(*columns, strict=True))
+
+    def std(self, i: int) -> float:
+        """Of the noise of a look."""
+        return float(self._columns["noise"][i])
 
     def rows(self, table: Tensor, i: int) -> RowAt:
         return (table, i) if self.batch is None else (table[i * self.batch : (i + 1) * self.batch], None)
@@ -171,9 +182,9 @@ class Launches:
         prediction: Sequence[Tensor],
         noise: Noise | Tensor | None,
         kept: tuple[Tensor, ...] = (),
-        second: str = "none",
+        outputs: str = "x",
     ) -> tuple[Tensor, ...]:
-        """x_s, and the second output. table: self.table in the dtype of the arithmetic, on x's device."""
+        """`outputs`, of OUTPUTS. table: self.table in the dtype of the arithmetic, on x's device."""
         look, rows = self.looks[i], self.rows(table, i)
         if self.combines:
             prediction = (self.combined(table, i, prediction),)
@@ -184,7 +195,7 @@ class Launches:
             z, noise = noise, None
         if look.v:
             noise = streams[look.v]
-        spec = look.map(second)
+        spec = look.map(outputs)
         if self.clip.quantile is None:
             return affine(spec, (x, p, z, w), noise, rows, self.bounds)
         row = rows[0] if rows[1] is None else table[i : i + 1]
