@@ -30,10 +30,12 @@ RIGHT = {
         *("target", "perturbation", "out", "level", "weight", "level_weight", "mask", "delta", "log_variance", "clamp"),
         *("levels", "sample", "below", "times", "density", "weighting", "t", "name", "conditioning", "threshold"),
         *("guidance", "net_arguments", "steps", "noise", "pred", "score", "also", "estimate", "callback"),
-        *("from_level", "to_level", "eta"),
+        *("from_level", "to_level", "eta", "sigma_data"),
     },
     "True": {
         "return_x0",
+        "exact",
+        "corrected_x",
         "gradients",
         "return_x0_mse",
         "return_per_sample",
