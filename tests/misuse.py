@@ -78,7 +78,7 @@ def _samplers() -> Iterator[Call]:
         options |= {"schedule": S, **OPTIONS.get(cls.op, {})}
         schedule = options.pop("schedule")
         yield Call(cls, {"schedule": schedule, **options}, cls.op, 1)
-        if hasattr(df.samplers, cls.op):
+        if cls.op in df.samplers.__all__:
             loop = {"net_arguments": None, "progress": False, "graph": False, "gradients": False, "callback": None}
             first = {cls.net_name: net, "x": X, "schedule": schedule, "noise": N0}
             yield Call(getattr(df.samplers, cls.op), {**first, **options, **loop}, cls.op)

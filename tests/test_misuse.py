@@ -29,24 +29,12 @@ RIGHT = {
     "None": {
         *("target", "perturbation", "out", "level", "weight", "level_weight", "mask", "delta", "log_variance", "clamp"),
         *("levels", "sample", "below", "times", "density", "weighting", "t", "name", "conditioning", "threshold"),
-        *(
-            "guidance",
-            "net_arguments",
-            "steps",
-            "noise",
-            "pred",
-            "score",
-            "also",
-            "estimate",
-            "clamp_log_var",
-            "callback",
-        ),
-        "preconditioner",
-        *("from_level", "to_level", "eta"),
+        *("guidance", "net_arguments", "steps", "noise", "pred", "score", "also", "estimate", "clamp_log_var"),
+        *("preconditioner", "callback", "from_level", "to_level", "eta", "sigma_data"),
     },
     "True": {
         *("return_x0_mse", "return_per_sample", "flip", "progress", "denoise", "use_clipped_model_output", "kl"),
-        *("return_x0", "gradients"),
+        *("return_x0", "gradients", "exact", "corrected_x"),
     },
 }
 NEVER = (

@@ -138,7 +138,7 @@ def test_one_pass(monkeypatch):
         df.samplers.FlowSDE(FLOW, steps=5, clamp=1.0).log_prob(1, x_t, x_s, pred)
 
 
-@pytest.mark.parametrize("options", [{}, {"form": "constant", "eta": 0.5}, {"form": "cps", "eta": 0.5}])
+@pytest.mark.parametrize("options", [{}, {"form": "constant", "eta": 0.5}])
 def test_a_stochastic_flow_has_the_law_of_the_data(options):
     """The exact velocity of Gaussian data; the error of the first order in the step."""
     law = exact.Gaussian([0.7], [0.4])

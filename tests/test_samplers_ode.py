@@ -418,7 +418,10 @@ def bad(sampler, schedule=KARRAS, net=network, x=X, noise=N0, **options):
         (bad(euler, levels=[9, 5]), r"euler: levels must decrease within \[0, 9\), got \[9, 5\]"),
         (bad(euler, levels=[5, -1]), r"euler: levels must decrease within \[0, 9\), got \[5, -1\]"),
         (bad(euler, levels=[]), r"euler: levels must decrease within \[0, 9\), got \[\]"),
-        (bad(euler, steps=3, conditioning="t"), "euler: conditioning must be 'level', 'time' or 'sigma', got 't'"),
+        (
+            bad(euler, steps=3, conditioning="t"),
+            "euler: conditioning must be 'level', 'time', 'sigma' or 'log_snr', got 't'",
+        ),
         (bad(euler, steps=3, conditioning="time"), "euler: conditioning='time' needs a schedule with times"),
         (
             bad(euler_ancestral, SCHEDULE, steps=3, conditioning="sigma"),

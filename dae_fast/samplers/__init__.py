@@ -26,8 +26,9 @@ but what it does in Python besides is done at capture alone.
 from .ancestral import DDIM, DDPM, EulerAncestral
 from .base import Sampler
 from .callbacks import Inpainting, Trajectory
+from .consistency import LCM, TCD, Consistency
 from .double_well import DoubleWell
-from .dpm_solver import DPMSolverPP2M, DPMSolverPP2MSDE
+from .dpm_solver import DPMSolverPP2M, DPMSolverPP2MSDE, DPMSolverPP3M
 from .flow import FlowEuler, FlowMidpoint, FlowSDE
 from .functions import (
     annealed_langevin,
@@ -45,16 +46,25 @@ from .functions import (
 )
 from .langevin import AnnealedLangevin, langevin
 from .mixture import GaussianMixture
+from .multistep import DEIS, LMS, PLMS
 from .ode import Euler, Heun
 from .predictor_corrector import PredictorCorrector
 from .probability_flow import ProbabilityFlow
+from .unipc import UniPC
 
 __all__ = [
     "DDIM",
     "DDPM",
+    "DEIS",
+    "LCM",
+    "LMS",
+    "PLMS",
+    "TCD",
     "AnnealedLangevin",
+    "Consistency",
     "DPMSolverPP2M",
     "DPMSolverPP2MSDE",
+    "DPMSolverPP3M",
     "DoubleWell",
     "Euler",
     "EulerAncestral",
@@ -68,6 +78,7 @@ __all__ = [
     "ProbabilityFlow",
     "Sampler",
     "Trajectory",
+    "UniPC",
     "annealed_langevin",
     "ddim",
     "ddpm",

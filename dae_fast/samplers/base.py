@@ -56,7 +56,7 @@ class Walk(NamedTuple):
 
 
 HOLDS = -1  # x itself is kept
-Quick = tuple[Any, Any, int, int, "int | None", int, int]  # core, bounds, z, w, tag, reads, keeps
+Quick = tuple[Any, Any, int, int, int, "int | None", int, int]  # core, bounds, z, w, v, tag, reads, keeps
 
 
 class Plan(NamedTuple):
@@ -100,6 +100,7 @@ def planned(walk: Walk, launches: Launches, one_launch: bool, more: More | None 
                 launches.bounds,
                 look.z,
                 look.w,
+                look.v,
                 tag if look.noisy else None,
                 look.reads,
                 keep,
@@ -331,20 +332,20 @@ class Base:
         table, quick = self._tables.get((x.dtype, x.device)), self._plan.quick
         if table is None or quick is None or type(i) is not int or not 0 <= i < len(quick):
             return None
-        core, bounds, z, w, tag, reads, keeps = quick[i]
+        core, bounds, z, w, v, tag, reads, keeps = quick[i]
         if tag is None:
             noise = None
         elif type(noise) is Noise:
             noise = noise.fold_in(tag)
         else:
             return None
-        if not (keeps or z or w):
+        if not (keeps or z or w or v):
             return fast_map(core, (x, pred, None, None, noise), table, i, bounds, None)
         history = self.history
         if len(history) < reads:
             return None
         streams = (None, None, pred, None, *history)
-        made = fast_map(core, (x, pred, streams[z], streams[w], noise), table, i, bounds, None)
+        made = fast_map(core, (x, pred, streams[z], streams[w], streams[v] if v else noise), table, i, bounds, None)
         if made is None:
             return None
         if keeps > 0:
@@ -570,7 +571,7 @@ class Sampler(Base):
             schedule=schedule,
             steps=None,
             levels=others[::-1],
-            spacing="linspace",
+            spacing=type(self).spacing,
             from_level=None,
             to_level=first,
         )
@@ -599,6 +600,8 @@ class Sampler(Base):
         return self.steps
 
     def _grid(self, schedule: Schedule) -> list[int]:
+        if self._levels is not None and self.spacing != type(self).spacing:
+            raise ValueError(f"{self.op}: levels are given as they are: leave out spacing")
         route = Route(self._looks(), self._levels, self.spacing, self.from_level, self.to_level)
         return grid(self.op, schedule, route, self.last, self._goes_up())
 

@@ -50,6 +50,7 @@ class FlowSDE(Sampler):
     form: "sde", g = eta * sqrt(t/(1 - t)) (Flow-GRPO); "constant", g = eta (DanceGRPO): with dt = t_s - t < 0,
         x + (u + g^2/2t * eps_hat) dt + g sqrt(-dt) z; or "cps", coefficients preserving:
         (1 - t_s) x0_hat + t_s cos(eta pi/2) eps_hat + t_s sin(eta pi/2) z, of which the noise has the level's size
+        (how much is added goes by the number of steps: it is no discretisation of one SDE, and its law is its own)
     eta: >= 0, and in [0, 1] for "cps"      schedule: with alpha + sigma = 1, Schedule.flow
     g at t = 1 is that of the next level. The last step, to the data, is x0_hat and adds no noise.
     Other arguments and the errors as in FlowEuler. Liu et al. 2025 (Flow-GRPO), eq. 9; Xue et al. 2025 (DanceGRPO);

@@ -215,6 +215,7 @@ def dpm_solver_pp_2m(
     from_level: int | None = None,
     to_level: int | None = None,
     conditioning: Conditioning = None,
+    solver_type: str = "midpoint",
     net_arguments: Mapping[str, Any] | None = None,
     progress: bool = False,
     graph: bool = False,
@@ -239,6 +240,7 @@ def dpm_solver_pp_2m(
         from_level=from_level,
         to_level=to_level,
         conditioning=conditioning,
+        solver_type=solver_type,
     )
     return sampler.sample(
         net,
@@ -270,6 +272,7 @@ def dpm_solver_pp_2m_sde(
     to_level: int | None = None,
     conditioning: Conditioning = None,
     eta: float = 1.0,
+    solver_type: str = "midpoint",
     net_arguments: Mapping[str, Any] | None = None,
     progress: bool = False,
     graph: bool = False,
@@ -295,6 +298,7 @@ def dpm_solver_pp_2m_sde(
         to_level=to_level,
         conditioning=conditioning,
         eta=eta,
+        solver_type=solver_type,
     )
     return sampler.sample(
         net,
@@ -493,6 +497,10 @@ def euler(
     from_level: int | None = None,
     to_level: int | None = None,
     conditioning: Conditioning = None,
+    S_churn: float = 0.0,
+    S_tmin: float = 0.0,
+    S_tmax: float = math.inf,
+    S_noise: float = 1.0,
     net_arguments: Mapping[str, Any] | None = None,
     progress: bool = False,
     graph: bool = False,
@@ -517,6 +525,10 @@ def euler(
         from_level=from_level,
         to_level=to_level,
         conditioning=conditioning,
+        S_churn=S_churn,
+        S_tmin=S_tmin,
+        S_tmax=S_tmax,
+        S_noise=S_noise,
     )
     return sampler.sample(
         net,

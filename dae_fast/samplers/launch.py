@@ -155,8 +155,8 @@ class Launches:
 
     @property
     def is_plain(self) -> bool:
-        """Whether every look is a launch of x, one prediction, noise and at most two tensors that were kept."""
-        return not (self.parts or self.clip.quantile or any(k.v for k in self.looks))
+        """Whether every look is a launch of x, one prediction, noise and what was kept."""
+        return not (self.parts or self.clip.quantile)
 
     def affine_rows(self) -> list[tuple[float, float, float]]:
         """Of each look what multiplies x, the prediction and the noise, where nothing is limited."""

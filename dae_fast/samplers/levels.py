@@ -61,8 +61,8 @@ def grid(op: str, schedule: Schedule, route: Route, last: int, up: bool) -> list
     T = len(schedule)
     end = -1 if route.to_level is None else checks.integer(op, "to_level", route.to_level, 0, T - 1)
     if route.levels is not None:
-        if route.from_level is not None or route.spacing != "linspace":
-            raise ValueError(f"{op}: levels are given as they are: leave out from_level and spacing")
+        if route.from_level is not None:
+            raise ValueError(f"{op}: levels are given as they are: leave out from_level")
         return _given(op, T, route, up)
     first = T - 1 if route.from_level is None else checks.integer(op, "from_level", route.from_level, 0, T - 1)
     if first <= end:
@@ -86,7 +86,7 @@ def _given(op: str, T: int, route: Route, up: bool) -> list[int]:
     if not chosen or min(whole) < 0 or max(whole) >= T or not (rises or falls):
         raise ValueError(f"{op}: levels must decrease within [0, {T}), got {whole}")
     if rises and route.to_level is None:
-        raise ValueError(f"{op}: levels that increase need to_level, where the last step ends, got {chosen}")
+        raise ValueError(f"{op}: levels must decrease within [0, {T}), got {chosen}; to go up give to_level")
     return chosen
 
 
