@@ -186,6 +186,7 @@ def test_k_diffusion_samplers() -> None:
     page = section("k-diffusion")
     denoiser = page.FusedDenoiser(Network(), sigma_data=0.5)
     schedule, noise, steps = df.Schedule.karras(6, 0.1, 10.0), df.Noise(4), []
+    looks: list[Tensor] = []
     sigmas = torch.cat([schedule.sigma.flip(0), torch.zeros(1, dtype=torch.float64)]).float()
     x = 10 * torch.randn(SHAPE)
 
@@ -200,7 +201,14 @@ def test_k_diffusion_samplers() -> None:
             disable=True,
         )
         one_launch = df.samplers.euler_ancestral(
-            denoiser, x, schedule, noise, steps=6, predict="x0", conditioning="sigma"
+            denoiser,
+            x,
+            schedule,
+            noise,
+            steps=6,
+            predict="x0",
+            conditioning="sigma",
+            callback=lambda i, t, x, x0: looks.append(x0),
         )
         whole, part = (
             page.K.sampling.sample_euler_ancestral(
@@ -214,6 +222,8 @@ def test_k_diffusion_samplers() -> None:
     torch.testing.assert_close(ours, heun, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(part, whole[:2], rtol=1e-5, atol=1e-5)
     assert [s["i"] for s in steps] == list(range(6))
+    for seen, x0 in zip(steps, looks, strict=True):
+        torch.testing.assert_close(x0, seen["denoised"], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("loss", ["edm", "vp", "ve"])
