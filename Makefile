@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: demo test fuzz sanitize bench profile matrix docs prove-gpu prove-cuda prove-triton prove-races gpu-pack gpu-check clean
+.PHONY: demo test test-long fuzz sanitize bench profile matrix docs prove-gpu prove-cuda prove-triton prove-races gpu-pack gpu-check clean
 
 demo: .venv/demo
 	$(BIN)/python examples/train_digits.py
@@ -14,6 +14,11 @@ test: .venv/test
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 	@echo "make test: all checks passed"
+
+# All tests, those too that are dear and show little beside the others: twice as long.
+test-long: .venv/test
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --longer
+	@echo "make test-long: all tests passed"
 
 # Round after round of all its tests, until it finds something, or for as long as FUZZ says: FUZZ="8h", say. What it
 # finds is kept, and tried first.
@@ -57,6 +62,7 @@ prove-gpu: .venv/test
 prove-cuda:
 	$(BIN)/python -m pytest tests/test_cuda.py tests/test_chain.py --ptx
 prove-triton:
+	$(BIN)/python -m pytest tests/test_triton_code.py tests/test_other_compilers.py --longer
 	$(BIN)/python -m tests.triton_ptx
 prove-races:
 	$(BIN)/python -m tests.races

@@ -6,6 +6,7 @@ A case says how to make inputs, how dae_fast is called, and the same maths in pl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,6 +68,8 @@ class Case:
     law: Law = NORMAL  # of the noise that `plain` is given
     loss: bool = False  # a reduction, whose point is its gradient
     sums: tuple[int, ...] = ()  # outputs that are sums over each sample, and so of the compute type
+    widens: bool = False  # by launches of its own, which see the compute type
+    launches: str = ""  # what its launches are called in a profile, where it is not what the case is
     # Tensors that must be read and written at the least, forward (and backward, for a loss).
     streams: int = 2
     extra: Callable[[Inputs, torch.Generator], None] = field(default=lambda inputs, g: None)
@@ -251,6 +254,63 @@ def _step_sizes(inputs: Inputs, g: torch.Generator) -> None:
 
 def _step_size(inputs: Inputs, g: torch.Generator) -> None:
     inputs["step_size"] = 0.05
+
+
+def _element_weights(inputs: Inputs, g: torch.Generator) -> None:
+    inputs["mask"] = torch.rand(inputs["pred"].shape, generator=g)
+
+
+def _weighed_mse(i: Inputs, eps: Tensor) -> Tensor:
+    m, B = i["mask"].to(eps.dtype), len(eps)
+    return ((m * (i["pred"] - eps) ** 2).reshape(B, -1).sum(1) / m.reshape(B, -1).sum(1)).mean()
+
+
+def _v_target(i: Inputs, eps: Tensor) -> Tensor:
+    alpha, sigma = alpha_sigma(i, i["x0"])
+    return alpha * eps - sigma * i["x0"]
+
+
+def _dream(i: Inputs, eps: Tensor) -> tuple[Tensor, Tensor]:
+    """With what x0 and eps have in eps_hat collected: an infinity that cancels is a NaN."""
+    (alpha, sigma), x0, of_pred = alpha_sigma(i, i["x0"]), i["x0"], i["pred"].detach()
+    of_eps = 1 + sigma - sigma**3
+    x_t = alpha * (1 - sigma**3) * x0 + sigma * of_eps * eps - alpha * sigma**2 * of_pred
+    return x_t, alpha * of_eps * eps - sigma * (1 + sigma * alpha**2) * x0 - sigma * alpha**2 * of_pred
+
+
+def _preconditioned(i: Inputs, eps: Tensor) -> Tensor:
+    return i["x"] + 0.05 * i["P"] * i["score"] + (0.1 * i["P"]).sqrt() * eps
+
+
+def _positive(inputs: Inputs, g: torch.Generator) -> None:
+    inputs["P"] = inputs["P"].exp()
+
+
+def _baoab(i: Inputs, eps: Tensor) -> tuple[Tensor, Tensor]:
+    c = math.exp(-0.05)
+    w = i["v"] + 0.05 * i["score"]
+    v = c * w + math.sqrt(1 - c * c) * eps
+    return i["x"] + 0.025 * w + 0.025 * v, v
+
+
+def _after_the_first(inputs: Inputs, g: torch.Generator) -> None:
+    inputs["t"].clamp_(min=1)
+
+
+def _divergence(i: Inputs, eps: Tensor) -> Tensor:
+    """Bits an element, as Nichol and Dhariwal's code has them but for the data's likelihood."""
+    x0, t = i["x0"], i["t"].cpu()
+    alpha, sigma = alpha_sigma(i, x0)
+    before = torch.cat((torch.ones(1), SCHEDULE.alpha_bar[:-1]))
+    posterior = SCHEDULE.betas * (1 - before) / (1 - SCHEDULE.alpha_bar)
+    small, large = (
+        column(v.log()[t].to(x0.device), x0) for v in (torch.cat((posterior[1:2], posterior[1:])), SCHEDULE.betas)
+    )
+    c = column((SCHEDULE.betas * before.sqrt() / (1 - SCHEDULE.alpha_bar))[t].to(x0.device), x0)
+    away = c * sigma / alpha * (eps - i["pred"])
+    log_variance = (small + large) / 2 + (large - small) / 2 * i["v"]
+    ratio = small - log_variance
+    return (0.5 * (ratio.exp() - 1 - ratio + away**2 * (-log_variance).exp())).mean() / math.log(2)
 
 
 def _convert(function: Callable[..., Tensor], **options: Any) -> Callable[[Inputs], Tensor]:
@@ -468,6 +528,56 @@ CASES = [
         ("pred",),
         loss=True,
         streams=3,
+    ),
+    Case(
+        "underdamped_step",
+        lambda i: df.underdamped_step(i["x"], i["v"], i["score"], 0.05, i["noise"]),
+        _baoab,
+        ("x", "v", "score"),
+        ("x", "v", "score"),
+        streams=5,
+    ),
+    Case(
+        "sgld_step",
+        lambda i: df.sgld_step(i["x"], i["score"], 0.05, i["noise"], preconditioner=i["P"]),
+        _preconditioned,
+        ("x", "score", "P"),
+        ("x", "score", "P"),
+        widens=True,
+        launches="reparameterise",
+        streams=4,
+        extra=_positive,
+    ),
+    Case("target-v", lambda i: df.target(i["x0"], i["noise"], i["level"], "v"), _v_target, ("x0",), ("x0",)),
+    Case(
+        "dream-v",
+        lambda i: df.dream(i["x0"], i["noise"], i["pred"], i["level"], predict="v"),
+        _dream,
+        ("x0", "pred"),
+        ("x0",),
+        streams=4,
+    ),
+    Case(
+        "noise_mse-weights",
+        lambda i: df.noise_mse(i["pred"], i["noise"], mask=i["mask"]),
+        _weighed_mse,
+        ("pred",),
+        ("pred",),
+        loss=True,
+        widens=True,
+        streams=3,
+        extra=_element_weights,
+    ),
+    Case(
+        "variational_bound",
+        lambda i: df.variational_bound(i["pred"], i["v"], i["x0"], i["noise"], i["level"]),
+        _divergence,
+        ("pred", "v", "x0"),
+        ("pred", "v"),
+        loss=True,
+        widens=True,
+        streams=5,
+        extra=_after_the_first,
     ),
     Case(
         "denoising_loss-masked",

@@ -45,6 +45,7 @@ struct Api {
   const char* (*devices)(int* count);  // that the library has code for; initialises the driver
   int (*current_device)();
   const char* (*chain)(const ChainArgs&, Queue);
+  const char* (*normal_sum)(const NormalSumArgs&, Queue);
   bool on_host = false;  // computes on tensors in host memory: a build for a CPU, which then gets theirs
 };
 

@@ -181,16 +181,50 @@ void gaussian_grad(const py::object& mu, const py::object& log_var, const py::ob
   run(q, a.batch, &Api::gaussian_grad, a, q);
 }
 
+static float* numbers(const py::object& tensor) { return static_cast<float*>(address(tensor.ptr())); }
+
+static void run_chain(const py::object& x, const py::object& noise, const py::object& out, ChainArgs a) {
+  const View view(x.ptr());
+  a.B = view.size(0), a.D = view.size(1);
+  a.x = numbers(x), a.out = numbers(out);
+  a.noise = read_noise(noise.ptr(), false, a.D);
+  const Queue q = queue_of(x.ptr());
+  run(q, Batch{a.B, a.D, 0, nullptr, Dtype::f32}, &Api::chain, a, q);
+}
+
 // x, out: (B, D) fp32, contiguous; the mixture's tables as ChainArgs has them.
 void chain(const py::object& x, const py::object& means, const py::object& precisions, const py::object& log_weights,
            float step, float spread, int64_t steps, const py::object& noise, const py::object& out) {
-  const View view(x.ptr());
-  const auto numbers = [](const py::object& tensor) { return static_cast<float*>(address(tensor.ptr())); };
-  const ChainArgs a{view.size(0), view.size(1), numbers(x), numbers(out), static_cast<int>(View(means.ptr()).size(0)),
-                    numbers(means), numbers(precisions), numbers(log_weights), step, spread, steps,
-                    read_noise(noise.ptr(), false, view.size(1))};
-  const Queue q = queue_of(x.ptr());
-  run(q, Batch{a.B, a.D, 0, nullptr, Dtype::f32}, &Api::chain, a, q);
+  ChainArgs a{};
+  a.components = static_cast<int>(View(means.ptr()).size(0));
+  a.means = numbers(means), a.precisions = numbers(precisions), a.log_weights = numbers(log_weights);
+  a.step = step, a.spread = spread, a.steps = steps;
+  run_chain(x, noise, out, a);
+}
+
+// The same of a double well.
+void well_chain(const py::object& x, float slope, float square, float step, float spread, int64_t steps,
+                const py::object& noise, const py::object& out) {
+  ChainArgs a{};
+  a.slope = slope, a.square = square;
+  a.step = step, a.spread = spread, a.steps = steps;
+  run_chain(x, noise, out, a);
+}
+
+// out: (B, D) fp32, contiguous; at most kMaxTerms nodes, with a weight each.
+void normal_sum(const py::object& noise, const std::vector<uint64_t>& nodes, const std::vector<float>& weights,
+                const py::object& out) {
+  const View view(out.ptr());
+  NormalSumArgs a{};
+  a.B = view.size(0), a.D = view.size(1);
+  a.out = numbers(out);
+  a.noise = read_noise(noise.ptr(), false, a.D);
+  if (nodes.size() > kMaxTerms || nodes.size() != weights.size()) throw std::invalid_argument("normal_sum: terms");
+  a.terms = static_cast<int>(nodes.size());
+  std::copy(nodes.begin(), nodes.end(), a.nodes);
+  std::copy(weights.begin(), weights.end(), a.weights);
+  const Queue q = queue_of(out.ptr());
+  run(q, Batch{a.B, a.D, 0, nullptr, Dtype::f32}, &Api::normal_sum, a, q);
 }
 
 // out: (B, D) int64 words, scaled to [0, below).
@@ -280,6 +314,8 @@ PYBIND11_MODULE(_core, m) {
   m.def("gaussian_grad", &gaussian_grad);
   m.def("bits", &bits);
   m.def("chain", &chain);
+  m.def("well_chain", &well_chain);
+  m.def("normal_sum", &normal_sum);
   m.def("fold_in", &fold_in_key);
   m.def("fold_in_tensor", &fold_in_tensor);
   m.def("scratch_doubles", &scratch_doubles);

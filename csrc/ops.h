@@ -131,6 +131,8 @@ struct Pull {
   }
 };
 
+DAE_FN float double_well(float x, float slope, float square) { return (x * (x * x - square)) * slope; }
+
 // How much the components seen so far and the next one weigh, relative to the larger of their densities.
 struct Balance {
   float old, next;

@@ -199,7 +199,8 @@ def sample_means(spec: Loss, operands: Residual, rows: Coefficients) -> Tensor:
         kept = kept_elements(part, chosen)
         if isinstance(kept, Tensor):
             kept = kept.to(means.dtype)
-            whole = layout.local(layout.joined(kept, shape, place), 1).clamp(min=1)
+            whole = layout.local(layout.joined(kept, shape, place), 1)
+            whole = torch.where(whole > 0, whole, 1)
         else:
             whole = max(math.prod(layout.shape[1:]), 1)
         means = means * (kept / whole)

@@ -15,12 +15,12 @@ from ._torch import gathered
 from .checks import Array, can_read, like, samples
 from .coefficients import Formula, Level, gather
 from .continuous import ContinuousSchedule, Density
-from .kernels.spec import compute_dtype
+from .kernels.spec import KindName, compute_dtype
 from .noise import Noise, noise_for
+from .ops.conversions import to_x0
 from .ops.losses import (
     AnyNoise,
     Delta,
-    KindName,
     LossColumns,
     Selecting,
     against_target,
@@ -28,6 +28,7 @@ from .ops.losses import (
     fast_against_target,
     formula_of,
     loss_weight,
+    product,
 )
 from .ops.noising import add_noise
 from .ops.parameterisation import EDM, Parameterisation, check_name
@@ -36,6 +37,8 @@ from .ops.weighting import Weight, Weighting, check_weighting, weight_for
 from .primitives import LevelOp, kind_of, mask_of, reduction_of
 from .primitives.residuals import Summed
 from .schedule import Schedule
+
+SELF_TAG = 0x73656C66  # "self"; whether a batch is conditioned on its own estimate
 
 __all__ = ["DenoisingLoss", "EDMPreconditioner", "LevelStatistics"]
 
@@ -49,6 +52,9 @@ class DenoisingLoss(torch.nn.Module):
     level_weight: (T,) a weight for each level of a Schedule, or None; a buffer, so it moves with the module
     kind, delta: the penalty, as denoising_loss's
     density: of a ContinuousSchedule, how its times are drawn instead of by its own
+    self_condition: in [0, 1], how often net sees its own estimate of x0 from a look without gradient as x_self_cond=,
+        like x_t; it is zeros else, and at that look; 0: there is no such argument. The noise's key decides, under
+        SELF_TAG, for the whole batch; a key in memory costs the look always. Chen et al. 2023 have 0.5
 
     loss(net, x0, noise) calls net(x_t, t) and returns {"loss", "noise_mse", "x0_mse"}: the objective,
     with its gradient, and the mean squared errors of the implied noise and x0 estimates, without, all
@@ -72,6 +78,7 @@ class DenoisingLoss(torch.nn.Module):
         kind: KindName = "mse",
         delta: Delta | None = None,
         density: Density | None = None,
+        self_condition: float = 0.0,
     ) -> None:
         super().__init__()
         op = "DenoisingLoss"
@@ -95,6 +102,7 @@ class DenoisingLoss(torch.nn.Module):
             if not isinstance(schedule, ContinuousSchedule):
                 raise ValueError(f"{op}: density needs a ContinuousSchedule, whose times it draws")
             checks.function(op, "density", density)
+        self.self_condition = checks.number(op, "self_condition", self_condition, "in [0, 1]")
         self.schedule = schedule
         self.predict = predict
         self.weighting = weighting
@@ -162,12 +170,14 @@ class DenoisingLoss(torch.nn.Module):
             raise ValueError(f"{op}: t must be on {x0.device} like x0, got {t.device}")
         level = self.schedule[t]
         x_t = add_noise(x0, noise, level)
+        if self.self_condition:
+            net_arguments["x_self_cond"] = self._own_estimate(net, x_t, noise, t, level, net_arguments)
         pred = net(x_t, self._told(t), **net_arguments)
         like(op, "the network's output", pred, "x0", x0)
         w = loss_weight(op, pred, level, weight, self.level_weight)
         _, by_level = weight_for(op, self.weighting, level, pred, self.predict)
         if by_level is not None:
-            w = by_level if w is None else w * by_level
+            w = product(w, by_level)
         if self.kind == "mse":
             loss, errors = self._compared(pred, x0, noise, level, self._columns, w, mask)
         else:
@@ -178,6 +188,30 @@ class DenoisingLoss(torch.nn.Module):
         assert errors is not None
         noise_mse, x0_mse = errors.unbind()
         return {"loss": loss, "noise_mse": noise_mse, "x0_mse": x0_mse}
+
+    def _own_estimate(
+        self,
+        net: Callable[..., Tensor],
+        x_t: Tensor,
+        noise: AnyNoise,
+        t: Tensor,
+        level: Level,
+        net_arguments: dict[str, Any],
+    ) -> Tensor:
+        """x0 as the network sees it without an estimate before, or zeros; without gradient."""
+        op, nothing = "DenoisingLoss", torch.zeros_like(x_t, requires_grad=False)
+        stream = noise._noise if isinstance(noise, StructuredNoise) else noise
+        if not isinstance(stream, Noise):
+            raise ValueError(f"{op}: self_condition needs a Noise, whose key decides, got a tensor")
+        key = stream.fold_in(SELF_TAG).key
+        chosen = (key[0] & 0xFFFF_FFFF) < self.self_condition * 2.0**32
+        if chosen is False:
+            return nothing
+        with torch.no_grad():
+            pred = net(x_t, self._told(t), x_self_cond=nothing, **net_arguments)
+            like(op, "the network's output", pred, "x0", x_t)
+            estimate = to_x0(x_t, pred, level, predict=self.predict).to(x_t.dtype)
+        return estimate if chosen is True else torch.where(chosen.to(x_t.device), estimate, nothing)
 
     @staticmethod
     def _compared(
@@ -206,6 +240,8 @@ class DenoisingLoss(torch.nn.Module):
             parts.append(f"weighting={self.weighting!r}")
         if self.level_weight is not None:
             parts.append(f"level_weight={tuple(self.level_weight.shape)}")
+        if self.self_condition:
+            parts.append(f"self_condition={self.self_condition}")
         if self.kind != "mse":
             parts.append(f"kind={self.kind!r}")
         parts += [f"{name}={value}" for name in ("delta", "density") if (value := getattr(self, name)) is not None]

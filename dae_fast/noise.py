@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from .checks import Array, like
 from .kernels import dispatch, reference
 from .kernels.dispatch import kernels
 from .routing import Route, route
+from .torch_noise import TorchNoise
 
 __all__ = ["Noise"]
 
@@ -178,6 +179,26 @@ class Noise:
             noise._seed, noise._offset = bits.tolist()
             noise._key_tensor = None
         return noise
+
+    @staticmethod
+    def like_torch(
+        seed: int,
+        device_type: Literal["cuda", "cpu"] = "cuda",
+        *,
+        multiprocessors: int = 132,
+        threads_per_multiprocessor: int = 2048,
+    ) -> TorchNoise:
+        """What torch.randn gives with a generator of that device type after manual_seed(seed), on any device.
+
+        multiprocessors, threads_per_multiprocessor: of the GPU whose noise it is, an H100's here (A100: 108, 2048; RTX
+            4090: 128, 1536). Torch launches that many threads at most: tensors of more elements depend on it, others do
+            not
+        noise.normal(shape, dtype=, device=) is the first draw, a tensor, and noise.after(shape) the noise of the next.
+        CUDA's is cuRAND's Philox, within the rounding of a GPU's fast sine (1e-6 or so) and in float32, float16 and
+        bfloat16; the CPU's is torch's Mersenne Twister itself. Such a tensor is what a saved picture's seed means; a
+        Noise is what does not depend on shapes. Raises TypeError or ValueError for other arguments.
+        """
+        return TorchNoise(seed, device_type, multiprocessors, threads_per_multiprocessor)
 
     @property
     def key(self) -> tuple[int, int] | Tensor:

@@ -11,13 +11,15 @@ from .coefficients import Level
 from .nn import DenoisingLoss, EDMPreconditioner, LevelStatistics
 from .noise import Noise
 from .ops import weighting
-from .ops.corruption import Masking, SaltAndPepper, Selection
+from .ops.brownian import BrownianNoise
+from .ops.corruption import Corruption, Selection
 from .ops.parameterisation import EDM
 from .ops.structured import OffsetNoise, PyramidNoise
 from .schedule import Schedule, TimedSchedule
 
 VALUES: list[Any] = [
     Noise,
+    BrownianNoise,
     Schedule,
     TimedSchedule,
     Level,
@@ -25,8 +27,7 @@ VALUES: list[Any] = [
     DenoisingLoss,
     EDMPreconditioner,
     LevelStatistics,
-    Masking,
-    SaltAndPepper,
+    *Corruption.__subclasses__(),
     Selection,
     OffsetNoise,
     PyramidNoise,

@@ -406,4 +406,4 @@ def level_stream(what: str, noise: Noise) -> Noise:
     """What levels are drawn from: words or normals of the key folded with LEVEL_TAG, one row for each sample."""
     if not isinstance(noise, Noise):
         raise TypeError(f"{what}: noise must be a Noise, got {type(noise).__name__}")
-    return noise.fold_in(LEVEL_TAG)
+    return noise._at(0).fold_in(LEVEL_TAG)  # a part of a sample has the level of the whole

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Container, Iterable
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 if os.environ.get("PYTEST_XDIST_WORKER"):
     # Two tests at a time: short parallel loops would wait for one another's threads. Read by libgomp when it loads.
@@ -41,13 +43,26 @@ def module_of(backend: str) -> Flat:
 LONG = ("test_triton_code.py", "test_install.py", "test_examples.py", "test_end_to_end.py", "test_races.py")
 
 
+# Cases that are dear and show what a cheaper one beside them shows too, or nearly: `make test-long` runs them.
+LONGER = pytest.mark.longer
+
+
+def some_longer(cases: Iterable[Any], shown_always: Container[Any]) -> list[Any]:
+    """For parametrize: all of the cases, those that are not named only with --longer."""
+    return [case if case in shown_always else pytest.param(case, marks=LONGER) for case in cases]
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--longer", action="store_true", help="run what is marked so, too")
     parser.addoption("--ptx", action="store_true", help="run the CUDA kernels' PTX where their source is compiled")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # Last what makes a capture fail: torch 2.11 does not clean up after one.
     items.sort(key=lambda item: (item.path.name not in LONG, "gpu_refusal" in item.name))
+    for item in items:
+        if item.get_closest_marker("longer") and not item.config.getoption("--longer"):
+            item.add_marker(pytest.mark.skip(reason="dear; `make test-long` runs it"))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

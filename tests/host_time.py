@@ -37,6 +37,7 @@ static const Api kApi = {
     [](int* count) -> const char* { return *count = 1, nullptr; },
     [] { return CURRENT_DEVICE; },
     [](const ChainArgs&, Queue) -> const char* { return nullptr; },
+    [](const NormalSumArgs&, Queue) -> const char* { return nullptr; },
     true,
 };
 extern "C" const Api* dae_cuda_api() { return &kApi; }

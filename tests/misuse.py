@@ -102,7 +102,7 @@ def _ops() -> Iterator[Call]:
         {"x0": X, "noise": N0, "level": LEVEL, "target": None, "perturbation": None, "out": None},
         "add_noise",
     )
-    loss = {"mask": None, "reduction": "mean"}
+    loss = {"mask": None, "normalise": "sum", "reduction": "mean"}
     yield Call(
         df.noise_mse,
         {"pred": X, "noise": N0, "level": LEVEL, "weight": None, "level_weight": None, **loss, "return_x0_mse": False},
@@ -125,6 +125,11 @@ def _ops() -> Iterator[Call]:
         },
         "denoising_loss",
     )
+    yield Call(df.target, {"x0": X, "noise": N0, "level": LEVEL, "to": "v"}, "target")
+    yield Call(df.dream, {"x0": X, "noise": N0, "pred": X, "level": LEVEL, "predict": "v", "p": 1.0}, "dream")
+    learned = {"pred": X, "v": X, "x0": X, "noise": N0, "level": LEVEL, "predict": "v"}
+    yield Call(df.variational_bound, {**learned, "variance": "range", "reduction": "mean"}, "variational_bound")
+    yield Call(df.hybrid_loss, {**learned, "weight": None, "variance": "range", "bound_weight": 0.1}, "hybrid_loss")
     for name in ("to_x0", "to_eps", "to_score", "to_v"):
         yield Call(getattr(df, name), {"x_t": X, "pred": X, "level": LEVEL, "predict": "v", "clamp": 1.0}, name)
     yield Call(df.convert, {"x_t": X, "pred": X, "level": LEVEL, "predict": "v", "to": "eps", "clamp": 1.0}, "convert")
@@ -135,7 +140,7 @@ def _ops() -> Iterator[Call]:
     )
     yield Call(
         df.residual_loss,
-        {"pred": X, "term": (0.5, X), "weight": None, "kind": "mse", "delta": None, **loss},
+        {"pred": X, "term": (0.5, X), "weight": None, "kind": "mse", "delta": None, "mask": None, "reduction": "mean"},
         "residual_loss",
         2,
     )
@@ -148,12 +153,25 @@ def _ops() -> Iterator[Call]:
     )
     mixture = {"weights": [1.0, 2.0], "means": [[0.0], [1.0]], "stds": [1.0, 1.0]}
     yield Call(df.samplers.GaussianMixture, mixture, "GaussianMixture")
+    yield Call(df.samplers.DoubleWell, {"height": 2.0, "b": 1.0}, "DoubleWell")
+    step = {"x": X, "score": X, "step_size": 0.1, "noise": N0, "temperature": 1.0}
+    yield Call(df.sgld_step, {**step, "preconditioner": None}, "sgld_step")
+    yield Call(df.underdamped_step, {**step, "v": X, "friction": 1.0}, "underdamped_step")
+    chain = {"target": lambda y: (y.sum((1, 2)), y), "x": X, "log_prob": WEIGHT, "score": X, "step_size": 0.1}
+    yield Call(df.mala_step, {**chain, "noise": N0}, "mala_step")
+    path = df.BrownianNoise(N0, 0.0, 3.0)
+    yield Call(df.BrownianNoise, {"noise": N0, "t0": 0.0, "t1": 3.0, "depth": 8}, "BrownianNoise")
+    for name in ("between", "increment"):
+        given = {"t": 2.0, "s": 1.5, "shape": (2, 3), "dtype": torch.float32, "device": "cpu"}
+        yield Call(getattr(path, name), given, name)
+    yield Call(path.fold_in, {"data": 3}, "fold_in")
     yield Call(df.corrupt, {"x": X, "corruption": df.Masking(0.5, N0), "value": 0.0}, "corrupt")
     yield Call(df.Masking, {"p": 0.5, "noise": N0}, "Masking")
     yield Call(df.SaltAndPepper, {"p": 0.5, "noise": N0, "low": 0.0, "high": 1.0, "salt": 0.5}, "SaltAndPepper")
     yield Call(df.Masking(0.5, N0).mask, {"shape": (2, 3), "device": "cpu"}, "mask")
     yield Call(df.patch_mask, {"noise": N0, "B": 2, "patches": 9, "ratio": 0.75, "device": "cpu"}, "patch_mask")
-    yield Call(df.reparameterise, {"mu": X, "log_var": X, "noise": N0}, "reparameterise")
+    latents = {"clamp_log_var": None, "scale": 1.0, "shift": 0.0, "kl": True}
+    yield Call(df.reparameterise, {"mu": X, "log_var": X, "noise": N0, **latents}, "reparameterise")
     yield Call(df.l1_penalty, {"h": X, "reduction": "mean"}, "l1_penalty")
     yield Call(df.kl_sparsity, {"h": U, "rate": 0.05}, "kl_sparsity")
     flat = U.reshape(2, 6)
@@ -249,6 +267,7 @@ def _modules() -> Iterator[Call]:
             "kind": "mse",
             "delta": None,
             "density": None,
+            "self_condition": 0.0,
         },
         "DenoisingLoss",
     )
@@ -329,6 +348,7 @@ COUNTS = {"steps", "steps_per_level", "corrector_steps", "samples", "levels", "T
 LONG = {"2^70", "10^400"}
 # A class may be called too; what it raises is its own.
 FUNCTIONS = {
+    "target",
     "f",
     "callback",
     "conditioning",

@@ -209,9 +209,9 @@ CALLS = {
         r"noise_mse: level_weight must be a tensor of shape \(1000,\), got \(8,\)",
     ),
     "mask type": (
-        lambda: df.noise_mse(X, NOISE, mask=torch.ones(8, 4)),
+        lambda: df.noise_mse(X, NOISE, mask=torch.ones(8, 4, dtype=torch.int64)),
         TypeError,
-        "noise_mse: mask must be a bool tensor or a corruption, got torch.float32",
+        "noise_mse: mask must be a bool tensor, weights or a corruption, got torch.int64",
     ),
     "mask dimensions": (  # would be taken for (C, H, W) where B = C
         lambda: df.noise_mse(X.reshape(2, 2, 4, 2), NOISE, mask=torch.ones(2, 4, 2, dtype=torch.bool)),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +15,10 @@ from torch import Tensor
 import dae_fast as df
 from dae_fast.info import build_error
 from dae_fast.kernels import native
-from dae_fast.samplers import GaussianMixture, langevin
+from dae_fast.samplers import DoubleWell, GaussianMixture, langevin
 
 from . import cuda_on_cpu, cuda_sass
+from .conftest import BACKENDS
 from .exact import Mixture
 
 NOISE = df.Noise(11).fold_in(2)
@@ -33,29 +37,37 @@ def starts(B: int, D: int) -> Tensor:
     return torch.randn(B, D, generator=torch.Generator().manual_seed(D))
 
 
-def stepped(score: GaussianMixture, x: Tensor, noise: df.Noise = NOISE) -> Tensor:
+def stepped(score: Callable[[Tensor], Tensor], x: Tensor, noise: df.Noise = NOISE) -> Tensor:
     """By the loop: a function is not recognised."""
     return langevin(lambda at: score(at), x, 0.05, STEPS, noise, noise_scale=0.9)
 
 
-def chained(score: GaussianMixture, x: Tensor, noise: df.Noise = NOISE) -> Tensor:
+def chained(score: Callable[[Tensor], Tensor], x: Tensor, noise: df.Noise = NOISE) -> Tensor:
     before = x.clone()
     moved = langevin(score, x, 0.05, STEPS, noise, noise_scale=0.9)
     assert torch.equal(x, before) and moved is not x
     return moved
 
 
+def double_well(D: int) -> DoubleWell:
+    """Of any D, and not so steep that a chain leaves it."""
+    return DoubleWell(0.3, 0.9)
+
+
+EXACT = {"one Gaussian": partial(mixture, 1), "double well": double_well}  # whose chains have the loop's bits
+
+
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The steps of each launch of a chain."""
     found: list[int] = []
-    chain = native.chain
 
-    def counted(*args: object) -> None:
-        found.append(int(args[6]))  # type: ignore[call-overload]
+    def counted(chain: Callable[..., None], steps: int, *args: Any) -> None:
+        found.append(int(args[steps]))
         chain(*args)
 
-    monkeypatch.setattr(native, "chain", counted)
+    for name, steps in (("chain", 6), ("well_chain", 5)):
+        monkeypatch.setattr(native, name, partial(counted, getattr(native, name), steps))
     return found
 
 
@@ -91,8 +103,9 @@ class TestScore:
 @needs_native
 class TestChain:
     @pytest.mark.parametrize("D", LENGTHS)
-    def test_of_one_gaussian_has_the_loops_bits(self, launches: list[int], D: int) -> None:
-        score, x = mixture(1, D), starts(67, D)
+    @pytest.mark.parametrize("known", EXACT)
+    def test_has_the_loops_bits(self, launches: list[int], D: int, known: str) -> None:
+        score, x = EXACT[known](D), starts(67, D)
         assert torch.equal(chained(score, x), stepped(score, x))
         assert launches == [STEPS]
 
@@ -136,6 +149,15 @@ class TestChain:
         assert not launches
         assert torch.equal(langevin(score, x, 0.1, 0, NOISE), x)
 
+    def test_a_double_well_settles_at_its_law(self) -> None:
+        """exp(-h (x^2 - b^2)^2), by the moments that quadrature finds; the step's bias is of order h."""
+        x = langevin(DoubleWell(1.0, 0.8), starts(2048, 8), 0.005, 1500, df.Noise(3)).double()
+        grid = torch.linspace(-3, 3, 6001, dtype=torch.float64)
+        density = torch.exp(-((grid.square() - 0.64) ** 2))
+        for power in (1, 2, 4):
+            wanted = float((grid**power * density).sum() / density.sum())
+            assert abs(float(x.pow(power).mean()) - wanted) < 0.03, power
+
     def test_settles_at_its_law(self) -> None:
         """Long chains of a mixture whose law is known; the step's bias is of order h."""
         law = Mixture([0.3, 0.7], [[-1.0, 0.5], [1.0, -0.5]], [[0.6, 0.7], [0.5, 0.8]])
@@ -145,21 +167,35 @@ class TestChain:
 
 
 @needs_native
-@pytest.mark.parametrize("K", [1, 5])
+@pytest.mark.parametrize("K", [0, 1, 5])
 @pytest.mark.parametrize("D", LENGTHS)
 def test_cuda_has_the_cpus_bits(cuda_on_cpu_library: Path, D: int, K: int) -> None:
-    """More rows than a thread block holds, and the last one alone in its own."""
-    score, x = mixture(K, D), starts(257 if D <= 8 else 19, D)
+    """More rows than a thread block holds, and the last one alone in its own. K = 0: a double well."""
+    score, x = mixture(K, D) if K else double_well(D), starts(257 if D <= 8 else 19, D)
     wanted = chained(score, x)
     with cuda_on_cpu.running(cuda_on_cpu_library):
         assert torch.equal(chained(score, x), wanted)
+
+
+@needs_native
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton's interpreter")
+@pytest.mark.parametrize("K", [0, 1, 4])
+@pytest.mark.parametrize("D", [3, 33, 128])
+def test_triton_has_the_chain(D: int, K: int) -> None:
+    """The native one's, but for the order of a mixture's sums; tests/triton_ptx.py compares what it compiles to."""
+    score, x = mixture(K, D) if K else double_well(D), starts(19, D)
+    ids = df.Noise(5, sample=torch.arange(19) + 7).fold_in(1)
+    for noise in (NOISE, ids, NOISE.to("cpu")):
+        wanted = chained(score, x, noise)
+        with df.use_backend("triton"):
+            torch.testing.assert_close(chained(score, x, noise), wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.skipif(build_error("cuda") is not None, reason=f"no CUDA library: {build_error('cuda')}")
 def test_instructions_a_step() -> None:
     """Of a lane's four elements, one Gaussian; the keys, made once for as many steps as a row has lanes, left out."""
     pytest.importorskip("triton", reason="its disassembler is used")
-    (kernel,) = (f for f in cuda_sass.functions("sm_90") if "chain_kernelILb1E" in f.mangled)
+    (kernel,) = (f for f in cuda_sass.functions("sm_90") if "chain_kernelILi1E" in f.mangled)
     branches = [(at, re.search(r"\bBRA.*?0x([0-9a-f]+)", text)) for at, text in kernel.lines]
     loops = [(at - start) // 16 + 1 for at, b in branches if b and (start := int(b[1], 16)) < at]
     assert min(loops) <= 195

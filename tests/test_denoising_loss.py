@@ -427,3 +427,21 @@ def test_weights_of_doubles():
     for reduction in ("mean", "sum", "none"):
         loss = df.denoising_loss(pred, x0.float(), None, level, predict="x0", log_variance=u, reduction=reduction)
         assert loss.dtype == torch.float32
+
+
+def test_a_small_residual_keeps_its_slope(backend: str) -> None:
+    """The pseudo-Huber's is 2 delta r / sqrt(r^2 + delta^2), to a few roundings however small r is."""
+    r = torch.tensor([[3e-7, -2e-4, 0.05, 40.0, 3e19]], requires_grad=True)
+    loss = df.residual_loss(r, kind="pseudo_huber", delta=3.0, reduction="sum")
+    (got,) = torch.autograd.grad(loss, r)
+    wide = r.detach().double()
+    torch.testing.assert_close(got.double(), 6 * wide / torch.hypot(wide, torch.tensor(3.0)), rtol=4e-7, atol=0)
+
+
+@pytest.mark.parametrize("delta", [0.5, torch.full((0,), 0.5)], ids=["a float", "a tensor"])
+def test_an_empty_batch_has_a_delta(backend: str, delta: float | Tensor) -> None:
+    nothing, level = torch.empty(0, 3), df.Level(torch.empty(0), torch.empty(0))
+    loss = df.denoising_loss(nothing, nothing, df.Noise(0), level, kind="huber", delta=0.5, reduction="sum")
+    assert loss == 0
+    if isinstance(delta, Tensor):
+        assert df.residual_loss(nothing, (1.0, nothing), kind="huber", delta=delta, reduction="sum") == 0

@@ -12,14 +12,22 @@ import dae_fast as df
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = ("index.md", "migration.md", "guide.md", "api.md", "scale.md")
+# Pages about what need not be installed.
+OTHERS = {
+    "diffusers.md": ("diffusers",),
+    "trainers.md": ("transformers", "accelerate", "lightning"),
+    "clients.md": ("denoising_diffusion_pytorch", "k_diffusion"),
+}
 
 
 def blocks(page: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", (*PAGES, *OTHERS))
 def test_the_blocks_run(page: str) -> None:
+    for needed in OTHERS.get(page, ()):
+        pytest.importorskip(needed)
     torch.manual_seed(0)
     names: dict[str, object] = {}
     found = blocks(page)
@@ -30,7 +38,7 @@ def test_the_blocks_run(page: str) -> None:
 
 def test_pages_with_blocks_are_run() -> None:
     with_blocks = {path.name for path in DOCS.glob("*.md") if blocks(path.name)}
-    assert with_blocks - {"profiling.md"} == set(PAGES)  # that one's block is a part of a loop
+    assert with_blocks - {"profiling.md"} == {*PAGES, *OTHERS}  # that one's block is a part of a loop
 
 
 def test_the_api_page_has_every_public_name_with_an_example() -> None:

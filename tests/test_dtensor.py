@@ -75,6 +75,7 @@ OPS: dict[str, Op] = {
     "noise_mse of each": lambda x, y, w, cut: df.noise_mse(x, NOISE, weight=w, reduction="none"),
     "masked": lambda x, y, w, cut: df.noise_mse(x, NOISE, mask=cut(y.detach() > 0) if cut is not _whole else y > 0),
     "masked by a plain mask": lambda x, y, w, cut: df.noise_mse(x, NOISE, mask=_x(x.shape, 3) > 0, reduction="sum"),
+    "weighed by element": lambda x, y, w, cut: df.noise_mse(x, NOISE, mask=_x(x.shape, 3).abs()),
     "masked by words": lambda x, y, w, cut: df.noise_mse(x, NOISE, mask=df.Masking(0.4, NOISE)),
     "masked by words, summed": lambda x, y, w, cut: df.noise_mse(
         x, NOISE, mask=df.Masking(0.4, NOISE).visible, reduction="sum"

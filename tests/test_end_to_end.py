@@ -14,6 +14,8 @@ from benchmarks import end_to_end
 from benchmarks.end_to_end import ALONE, EAGER, FUSED, SCHEDULE, TASKS
 from benchmarks.measure import Timing
 
+from .conftest import LONGER
+
 pytest.importorskip("sklearn")
 
 
@@ -78,6 +80,7 @@ def test_every_loop_trains_its_own_copy():
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
 
 
+@LONGER
 def test_compiled_loops_run():
     net, x0 = TASKS[0].network(), TASKS[0].data()
     for name, step in end_to_end.loops(net, x0).items():

@@ -12,6 +12,7 @@ from torch.func import jacrev, vmap
 import dae_fast as df
 
 from . import test_example_family as family
+from .conftest import LONGER
 
 example, expect, figures, run = family.example, family.expect, family.figures, family.run
 NAN = float("nan")
@@ -25,6 +26,7 @@ def test_sparse_runs(tmp_path: Path) -> None:
     assert 80 < figures(output, "(pixels)")[0] < 95
 
 
+@LONGER
 def test_contractive_runs(tmp_path: Path) -> None:
     """The two sides of its formula and the estimates, of networks that are hardly trained."""
     output = run("contractive", tmp_path, steps=60)
@@ -35,6 +37,7 @@ def test_contractive_runs(tmp_path: Path) -> None:
         assert excess == pytest.approx(f, rel=0.05)
 
 
+@LONGER
 def test_vae_runs(tmp_path: Path) -> None:
     output = run("vae", tmp_path, steps=20)
     bounds = [figures(output, str(latent)) for latent in (2, 4, 8)]
@@ -51,6 +54,7 @@ def test_mae_runs(tmp_path: Path) -> None:
     assert max(linear) < min(mean)
 
 
+@LONGER
 def test_multi_scale_runs(tmp_path: Path) -> None:
     output = run("multi_scale", tmp_path, steps=20)
     gaussian, held_out = figures(output, "(Gaussian)"), figures(output, "(held out)")

@@ -14,6 +14,8 @@ import torch
 
 import dae_fast as df
 
+from .conftest import LONGER
+
 pytest.importorskip("sklearn")
 pyplot = pytest.importorskip("matplotlib.pyplot")
 
@@ -53,6 +55,7 @@ def test_mixture_score_runs(tmp_path: Path) -> None:
     assert cosine > linear_cosine
 
 
+@LONGER
 def test_stacked_runs(tmp_path: Path) -> None:
     output = run("stacked", tmp_path, steps=20)
     pixels = figures(output, "pixels")

@@ -15,7 +15,7 @@ LAYERS = (
     ("_torch",),
     ("checks", "profiling"),
     ("kernels",),
-    ("routing",),
+    ("routing", "torch_noise"),
     ("noise",),
     ("info",),
     ("coefficients",),

@@ -620,9 +620,9 @@ def bad(net=lambda x, t: x, x0=X0, noise=EPS, t=LEVELS, **options):
         (bad(x0=[1.0]), TypeError, "DenoisingLoss: x0 must be a tensor, got list"),
         (bad(weight=torch.ones(3)), ValueError, r"weight must be .* shape \(5,\), one per sample, got \(3,\)"),
         (
-            bad(mask=torch.ones(5, 3, 6)),
+            bad(mask=torch.ones(5, 3, 6, dtype=torch.int64)),
             TypeError,
-            "DenoisingLoss: mask must be a bool tensor or a corruption, got torch.float32",
+            "DenoisingLoss: mask must be a bool tensor, weights or a corruption, got torch.int64",
         ),
         (bad(mask=MASK[:2]), ValueError, r"DenoisingLoss: mask must be broadcastable to \(5, 3, 6\), got \(2, 3, 6\)"),
         (bad(x0=X0[:0], noise=EPS[:0], t=LEVELS[:0]), ValueError, "the mean over an empty batch .* is not defined"),

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from . import cuda_on_cpu
+from .conftest import some_longer
 
 HERE = Path(__file__).parent / "other_compilers"
 CLANG = next((found for name in ("clang++-19", "clang++") if (found := shutil.which(name))), None)
@@ -41,12 +42,14 @@ def test_clang_takes_it_for_cuda(part: str) -> None:
     clang(CUDA, part)
 
 
-@pytest.mark.parametrize("part", ["f32", "api", "chain"])  # f64 would need a library's e^x
+@pytest.mark.parametrize(
+    "part", some_longer(["f32", "api", "chain"], ["api", "chain"])
+)  # f64 would need a library's e^x
 def test_clang_compiles_it_for_amd(part: str, tmp_path: Path) -> None:
     """Every kernel, and no register that did not fit but eight of the general map's with any strides."""
     code = tmp_path / "code.s"
     clang([*HIP, "-o", code], part)
     spills = re.findall(r"\.vgpr_spill_count:\s*(\d+)", code.read_text())
-    assert len(spills) == {"f32": 31, "api": 4, "chain": 2}[part]
+    assert len(spills) == {"f32": 33, "api": 4, "chain": 4}[part]
     assert sorted(set(spills)) == (["0", "8"] if part == "f32" else ["0"])
     assert spills.count("8") <= 1

@@ -305,9 +305,19 @@ def test_residual(backend: str, mask_name: str, kind: str, shape: tuple[int, ...
 WEIGHED_SHAPES = ((9, 5), (70, 3, 8), (3, 9001), (131, 2500))
 
 
-@pytest.mark.parametrize("shape", WEIGHED_SHAPES, ids=str)
-@pytest.mark.parametrize("index", [None, torch.int64, torch.int32], ids=["rows", "levels", "int32 levels"])
-@pytest.mark.parametrize("options", ["alone", "weight and mask", "sum", "one row", "bf16", "fp64"])
+WEIGHED_INDICES = {"rows": None, "levels": torch.int64, "int32 levels": torch.int32}
+WEIGHED_OPTIONS = ("alone", "weight and mask", "sum", "one row", "bf16", "fp64")
+
+
+# Each option with each shape, and each index with each of both.
+@pytest.mark.parametrize(
+    ("shape", "index", "options"),
+    [
+        pytest.param(shape, list(WEIGHED_INDICES.values())[(i + j) % 3], options, id=f"{options}-{shape}")
+        for i, options in enumerate(WEIGHED_OPTIONS)
+        for j, shape in enumerate(WEIGHED_SHAPES)
+    ],
+)
 def test_residual_weighing(backend: str, options: str, index: torch.dtype | None, shape: tuple[int, ...]) -> None:
     """One more factor of the weight and two further means, read from the table when the loss is summed."""
     if backend == "reference":

@@ -93,12 +93,12 @@ def tree(lines: list[str]) -> list[tuple[tuple[str, ...], int]]:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_op_is_a_range_with_name_shape_and_dtype(received: list[str], case) -> None:
-    op = case.name.split("-")[0]
+    op = case.launches or case.name.split("-")[0]
     mine = [(names[1:], payload) for names, payload in tree(received) if names[0] == case.name]
     assert mine[0] == ((), 7), "the user's own range is the outermost"
-    name = f"{op} 4x3x8x5 bfloat16"
-    assert mine[1] == ((name,), 960)
-    wide = f"{op} 4x3x8x5 float32"  # a clamp's backward
+    wide = f"{op} 4x3x8x5 float32"  # a clamp's backward too
+    name = wide if case.widens else f"{op} 4x3x8x5 bfloat16"
+    assert mine[1] == ((name,), 1920 if case.widens else 960)
     backward = [names for names, _ in mine if names[:1] == ("backward",)]
     assert set(backward) <= {("backward",), ("backward", name), ("backward", wide)} and len(backward) > 1
 

@@ -230,8 +230,27 @@ def test_compiled_and_vectorised() -> None:
     torch.testing.assert_close(grad, mu)
 
 
+def test_latents_as_a_diffusion_model_takes_them() -> None:
+    """DiagonalGaussianDistribution's clamp and a pipeline's (z - shift) * scale; no gradient beyond the limits."""
+    mu, log_var = (x.double().requires_grad_() for x in inputs((4, 33), torch.float64))
+    limits = {"clamp_log_var": (-0.5, 0.4)}
+    z, kl = df.reparameterise(mu, log_var, NOISE, scale=0.18, shift=0.06, **limits)
+    limited = log_var.clamp(-0.5, 0.4)
+    eps = NOISE.normal(mu.shape, dtype=torch.float64)
+    torch.testing.assert_close(z, (mu + (limited / 2).exp() * eps - 0.06) * 0.18, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(kl, 0.5 * (mu**2 + limited.exp() - 1 - limited).sum(1), rtol=1e-12, atol=0)
+    (grad,) = torch.autograd.grad(z.sum() + kl.sum(), log_var)
+    assert torch.equal(grad == 0, (log_var < -0.5) | (log_var > 0.4))
+    alone = df.reparameterise(mu, log_var, NOISE, scale=0.18, shift=0.06, kl=False, **limits)
+    assert torch.equal(alone, z)
+
+
 def test_bad_input() -> None:
     mu = torch.zeros(4, 3)
+    with pytest.raises(ValueError, match=r"clamp_log_var must be \(low, high\) with low <= high, got \(1, 0\)"):
+        df.reparameterise(mu, mu, NOISE, clamp_log_var=(1, 0))
+    with pytest.raises(TypeError, match=r"reparameterise: clamp_log_var must be a pair \(low, high\), got 3"):
+        df.reparameterise(mu, mu, NOISE, clamp_log_var=3)  # type: ignore[call-overload]
     with pytest.raises(ValueError, match=r"reparameterise: log_var must have shape \(4, 3\), got \(4, 2\)"):
         df.reparameterise(mu, torch.zeros(4, 2), NOISE)
     with pytest.raises(TypeError, match="reparameterise: mu must be float16"):

@@ -728,3 +728,10 @@ def test_on_a_gpu_a_level_out_of_range_is_nan():
     assert x_t.isnan().any(1).tolist() == [False, True, True, False]
     assert S[t].alpha.isnan().tolist() == [False, True, True, False]
     assert S[t].alpha.device.type == "cuda"
+
+
+def test_a_part_of_a_sample_is_drawn_the_level_of_the_whole() -> None:
+    ids = torch.tensor([4, 9, 1])
+    for make in (lambda **part: df.Noise(3, sample=ids, **part), lambda **part: df.Noise(3, first_sample=7, **part)):
+        for schedule in (df.Schedule.linear(1000), df.ContinuousSchedule.edm()):
+            assert torch.equal(schedule.draw(make(first_element=64), 3), schedule.draw(make(), 3))

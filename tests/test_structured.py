@@ -260,3 +260,13 @@ def test_target_of_edm(backend: str) -> None:
     x_t, F = df.add_noise(x0, NOISE, df.Level(1.0, sigma), target=df.EDM(data))
     c_skip, c_out = data**2 / (sigma**2 + data**2), sigma * data / (sigma**2 + data**2) ** 0.5
     torch.testing.assert_close(F, (x0 - c_skip * x_t) / c_out, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", [df.OffsetNoise, df.PyramidNoise])
+def test_a_part_of_a_samples_channels_has_the_noise_of_the_whole(kind: type) -> None:
+    whole = kind(df.Noise(3), 0.5).normal((2, 6, 4, 8))
+    for first in (0, 2, 3):
+        part = kind(df.Noise(3, first_element=first * 32), 0.5).normal((2, 3, 4, 8))
+        torch.testing.assert_close(part, whole[:, first : first + 3], rtol=0.0, atol=1e-6)
+    with pytest.raises(ValueError, match=f"{kind.__name__}: first_element must be a multiple of 32, .*, got 16"):
+        kind(df.Noise(3, first_element=16), 0.5).normal((2, 3, 4, 8))

@@ -84,7 +84,7 @@ class TestAutograd:
             want = torch.autograd.grad(output, values, torch.ones_like(output), retain_graph=True)
             for g, w in zip(got, want, strict=True):
                 assert torch.equal(g, w)
-                assert g.any()
+                assert g.any() or case.name == "underdamped_step"  # its v is no function of x
 
     @pytest.mark.parametrize("way", range(5))
     def test_backward_twice(self, way: int) -> None:

@@ -585,7 +585,7 @@ FINAL_ROWS = (1, 16, 128)
 
 
 @pytest.mark.usefixtures("planned_again")
-@pytest.mark.parametrize("rows, B", [(1, 15), (16, 1), (16, 15), (16, 16), (16, 17), (128, 127), (128, 129)])
+@pytest.mark.parametrize("rows, B", [(1, 15), (16, 1), (16, 15), (16, 16), (16, 17), (128, 129)])
 def test_residual_of_cut_rows(rows: int, B: int, monkeypatch: pytest.MonkeyPatch) -> None:
     cut_rows(monkeypatch, rows)
     pred = randn(B, 300)
@@ -594,7 +594,7 @@ def test_residual_of_cut_rows(rows: int, B: int, monkeypatch: pytest.MonkeyPatch
     check_residual(pred, None, pred, None, table_of(pred.dtype), levels(B), (-1, 1, -1), None, weight)
 
 
-@pytest.mark.parametrize("tiles", (1, 3, 4, 5, 7, 8, 9, 31, 32, 33, 127, 128, 129, 511, 512, 513, 1025))
+@pytest.mark.parametrize("tiles", (1, 3, 4, 5, 8, 31, 33, 127, 128, 129, 513, 1025))
 @pytest.mark.parametrize("rows", FINAL_ROWS)
 def test_tiles_are_added(rows: int, tiles: int) -> None:
     B = rows + 1

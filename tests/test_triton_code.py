@@ -17,10 +17,10 @@ pytest.importorskip("triton")
 
 
 @pytest.fixture(scope="module")
-def compiled() -> Any:
+def compiled(request: pytest.FixtureRequest) -> Any:
     """What triton_sass.py found, in a process without the interpreter that the other tests may have on."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.triton_sass", "--json"]
+    command = [sys.executable, "-m", "tests.triton_sass", "--json", *["--all"] * request.config.getoption("--longer")]
     root = Path(__file__).parents[1]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -29,7 +29,7 @@ def compiled() -> Any:
 
 def test_streaming_loops(compiled: Any) -> None:
     """128-bit loads and stores of every operand; nothing through shared memory or a stack."""
-    assert len(compiled["nvidia"]) >= 48
+    assert len(compiled["nvidia"]) >= 27
     for kernel in compiled["nvidia"]:
         wanted = {
             "wide_loads": kernel["loads"] * kernel["turns"],
@@ -48,12 +48,12 @@ def test_instructions_a_value(compiled: Any) -> None:
 
 
 def test_amd_compiles(compiled: Any) -> None:
-    assert len(compiled["gfx942"]) >= 7
+    assert len(compiled["gfx942"]) >= 3
     assert not any(compiled["gfx942"].values()), "bytes of stack"
 
 
 def test_every_way_compiles(compiled: Any) -> None:
-    assert len(compiled["variants"]) >= 35
+    assert len(compiled["variants"]) >= 12
     assert not any(compiled["variants"].values()), "bytes of stack"
 
 
@@ -78,10 +78,11 @@ def test_a_key_has_one_code(compiled: Any) -> None:
 
 def test_in_the_interpreter() -> None:
     """This backend's own tests, and a minute of the shared ones, where there is no GPU to run them."""
-    ops = "(test_forward or test_gradient) and float32 and not channels_last and not 1.0"
+    few = "noise_mse-fresh or denoising_loss-v or to_eps-clamp or corrupt-salt"
+    ops = f"(test_forward or test_gradient and ({few})) and float32"
     primitives = "9x5 and (float32 or corrupt) or any_layout and float32 or not_read or of_nothing or exponential"
-    weighing = "int32 and (70 or 9001) and (alone or mask)"
-    plain = "test_plain_calls and (one and not tensor or dtypes or objective or memory or misaligned or what or launch)"
+    weighing = "test_residual_weighing and (70 or 9001) and (alone or mask)"
+    plain = "test_plain_calls and (one and losses or dtypes or memory or misaligned or what or launch)"
     wanted = f"test_triton or triton and ({ops} or {primitives} or {weighing} or {plain})"
     files = [f"tests/test_{name}.py" for name in ("triton", "ops", "primitives", "reparameterisation", "plain_calls")]
     done = subprocess.run(

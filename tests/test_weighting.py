@@ -98,6 +98,15 @@ def test_edm_is_that_of_the_paper(sigma_data):
     torch.testing.assert_close(got, torch.ones(T).double(), rtol=1e-12, atol=0)
 
 
+def test_those_of_stable_diffusion_3():
+    """diffusers' compute_loss_weighting_for_sd3, on the flow."""
+    sigmas = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
+    level = df.Level(1 - sigmas, sigmas)
+    bot = 1 - 2 * sigmas + 2 * sigmas**2
+    torch.testing.assert_close(weights("cosmap", level, 19, "flow"), 2 / (torch.pi * bot), rtol=1e-9, atol=0)
+    torch.testing.assert_close(weights("inverse_variance", level, 19, "flow"), sigmas**-2.0, rtol=1e-9, atol=0)
+
+
 def test_soft_min_snr_is_that_of_k_diffusion():
     """On F: (sigma sigma_data)^2 / (sigma^2 + sigma_data^2)^2; and as the paper has it, 1/(sigma^2 + 1/gamma) on x0."""
     sigma, sigma_data = EXPLODING.sigma, 0.5
@@ -166,6 +175,8 @@ ENDS = {
     weighting.P2(1.0, 2.0): ((1, 0, 0), (0, 0, 0)),
     weighting.P2(1.0, 0.5): ((1, 0, 0), (0, None, 0)),
     weighting.EDM(0.5): ((None, 4, 4), (1, None, 1)),
+    weighting.CosMap(): ((None, 2 / torch.pi, 2 / torch.pi), (2 / torch.pi, None, 2 / torch.pi)),
+    weighting.InverseVariance(): ((None, 1, 1), (None, None, None)),
 }
 
 

@@ -96,8 +96,25 @@ def calls(shape: tuple[int, int], dtype: torch.dtype) -> Iterator[tuple[str, Cal
     for name, (tensors, fresh, columns, clamp) in MAPS.items():
         given = x, y if tensors > 1 else None, None, NOISE if fresh else None, table, None, columns, clamp
         yield name, lambda module, given=given: module.affine("op", *given)
+    if dtype == torch.float32 and D <= 128:
+        yield "a chain of one Gaussian", lambda module: (gaussian_chain(module, x),)
+        yield "a chain of a double well", lambda module: (well_chain(module, x),)
     loss = "op", x, None, None, NOISE, table, None, (-1, 1, -1), None, None, 1, True, True
     yield "gradient of a loss", lambda module: (module.residual(*loss)[2],)
+
+
+def gaussian_chain(module: Any, x: Tensor) -> Tensor:
+    """Five steps of a mean and a precision of each element."""
+    out, width = torch.empty_like(x), 4 << max((x.shape[1] - 1) // 4, 0).bit_length()
+    means, precisions = torch.linspace(-1, 1, width)[None], torch.linspace(0.5, 2, width)[None]
+    module.chain(x, means, precisions, torch.zeros(1), 0.1, 0.4, 5, NOISE, out)
+    return out
+
+
+def well_chain(module: Any, x: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    module.well_chain(x, -1.2, 0.8, 0.05, 0.3, 5, NOISE, out)
+    return out
 
 
 def compare(machine: Machine, shapes: Any = SHAPES, dtypes: Any = DTYPES) -> tuple[int, list[str]]:

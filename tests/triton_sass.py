@@ -1,7 +1,7 @@
 """The Triton kernels' machine code, compiled without a GPU.
 
 `python -m tests.triton_sass [sm_80 sm_90 sm_100]` prints the instructions of each streaming loop;
-`--json` what test_triton.py asserts, from a process of its own: here the interpreter must be off.
+`--json [--all]` what test_triton_code.py asserts, from a process of its own: here the interpreter must be off.
 
 The calls are the ops' own; only the launch is replaced, by one that keeps what would have been launched.
 """
@@ -154,7 +154,14 @@ def _variants() -> dict[str, Callable[[], Any]]:
     def choice(mask: Drawn) -> Any:
         return backend._choice(*mask[:2], x.device)
 
+    def chain(K: int) -> Any:
+        tables = torch.empty(K, 32), torch.empty(K, 32), torch.empty(K)
+        return backend.chain(odd[:, :32], *tables, 0.1, 0.2, 9, in_memory, torch.empty(64, 32))
+
     return {
+        "chain of one Gaussian": lambda: chain(1),
+        "chain of a mixture": lambda: chain(3),
+        "chain of a double well": lambda: backend.well_chain(short, -1.0, 1.0, 0.1, 0.2, 9, NOISE, torch.empty(64, 2)),
         "rows of 2": lambda: affine(short),
         "rows of 4097": lambda: affine(odd, odd),
         "bf16 rows of 785": lambda: affine(half),
@@ -218,6 +225,20 @@ TESTED = [
     *((case, torch.bfloat16, arch) for case in _TYPICAL for arch in ("sm_80", "sm_100")),
     (_TYPICAL[0], torch.float16, "sm_90"),
 ]
+
+
+# Of `make test`: every case in one type, each other type and architecture once, and what runs the least like the cases.
+QUICK = [
+    *((case, torch.float32, "sm_90") for case in CASES),
+    *((_TYPICAL[0], dtype, "sm_90") for dtype in (torch.bfloat16, torch.float16, torch.float64)),
+    *((_TYPICAL[2], torch.bfloat16, arch) for arch in ("sm_80", "sm_90", "sm_100")),
+]
+QUICK_ON_AMD = ("add_noise", "noise_mse", "pseudo_huber")
+QUICK_VARIANTS = (
+    *("bf16 rows of 785", "channels_last", "video", "key and samples in memory", "loss of rows of 2", "sum with mask"),
+    *("loss of one row", "means", "gradient made again", "weighed odd rows", "huber in fp64", "count of a mask"),
+    *("corrupted channels_last", "row_dots of channels_last", "levels", "fold_in of a tensor"),
+)
 
 
 @dataclass(frozen=True)
@@ -377,7 +398,8 @@ def roundings(case: Case) -> list[str]:
 
 
 def main() -> None:
-    if sys.argv[1:] == ["--json"]:
+    if sys.argv[1:2] == ["--json"]:
+        everything = sys.argv[2:] == ["--all"]
         made = [
             {
                 "case": f"{case.name} {dtype} {arch}",
@@ -386,10 +408,11 @@ def main() -> None:
                 "most": case.most * (2 if dtype == torch.float64 else 1),
                 **asdict(code(case, dtype, NVIDIA[arch])),
             }
-            for case, dtype, arch in TESTED
+            for case, dtype, arch in (TESTED if everything else QUICK)
         ]
-        scratch = {case.name: amd_scratch(case) for case in CASES if case.name in ON_AMD}
-        stacks = {name: stack_of(call) for name, call in VARIANTS.items()}
+        on_amd, variants = (ON_AMD, VARIANTS) if everything else (QUICK_ON_AMD, QUICK_VARIANTS)
+        scratch = {case.name: amd_scratch(case) for case in CASES if case.name in on_amd}
+        stacks = {name: stack_of(VARIANTS[name]) for name in variants}
         print(
             json.dumps(
                 {

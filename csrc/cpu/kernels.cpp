@@ -504,6 +504,11 @@ static void chain(const ChainArgs& a, int64_t unit_begin, int64_t unit_end) {
     for (int64_t step = 0; step < a.steps; ++step) {
       noise.key = fold_in(a.noise.key, static_cast<uint64_t>(step));
       generate<ToNormal>(noise, unit, z);
+      if (!a.components) {
+        for (int64_t i = 0; i < unit.count(); ++i)
+          states[i] = affine(1.0f, states[i], a.step, double_well(states[i], a.slope, a.square), a.spread, z[i]);
+        continue;
+      }
       for (int64_t r = 0; r < unit.rows; ++r) {
         alignas(64) float x[kWidth] = {}, by[kWidth], next_by[kWidth];
         float* const state = states + r * a.D;
@@ -536,6 +541,21 @@ static void chain(const ChainArgs& a, int64_t unit_begin, int64_t unit_end) {
   });
 }
 
+static void normal_sum(const NormalSumArgs& a, int64_t unit_begin, int64_t unit_end) {
+  const Batch batch{a.B, a.D, 0, nullptr, Dtype::f32};
+  alignas(64) float z[kSegment], sums[kSegment];
+  for_each_unit(batch, unit_begin, unit_end, [&](const Unit& unit, int64_t) {
+    Noise noise = a.noise;
+    for (int64_t i = 0; i < unit.count(); ++i) sums[i] = 0;
+    for (int k = 0; k < a.terms; ++k) {
+      noise.key = fold_in(a.noise.key, a.nodes[k]);
+      generate<ToNormal>(noise, unit, z);
+      for (int64_t i = 0; i < unit.count(); ++i) sums[i] = affine(1.0f, sums[i], a.weights[k], z[i]);
+    }
+    memcpy(a.out + unit.row * a.D + unit.begin, sums, unit.count() * sizeof(float));
+  });
+}
+
 // One switch over the element types for every kernel.
 #define DAE_BY_DTYPE(name, Args)                                                \
   static void name(const Args& a, int64_t unit_begin, int64_t unit_end) {       \
@@ -558,6 +578,6 @@ DAE_BY_DTYPE(gaussian_grad, GaussianGradArgs)
 
 const Kernels DAE_JOIN(kernels_, DAE_ISA) = {DAE_ISA::affine, DAE_ISA::residual, DAE_ISA::row_dots,
                                              DAE_ISA::mask_count, DAE_ISA::corrupt, DAE_ISA::gaussian,
-                                             DAE_ISA::gaussian_grad, DAE_ISA::bits, DAE_ISA::chain};
+                                             DAE_ISA::gaussian_grad, DAE_ISA::bits, DAE_ISA::chain, DAE_ISA::normal_sum};
 
 }  // namespace dae::cpu

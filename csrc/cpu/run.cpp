@@ -167,6 +167,13 @@ const char* chain(const ChainArgs& a, Queue) {
   return nullptr;
 }
 
+const char* normal_sum(const NormalSumArgs& a, Queue) {
+  const double work = static_cast<double>(a.B * a.D) * a.terms * kNsNormal;
+  parallel_for(Cut(a.B, a.D).units, work,
+               [&](int64_t begin, int64_t end) { isa().kernels->normal_sum(a, begin, end); });
+  return nullptr;
+}
+
 const char* devices(int* count) {
   *count = 1;
   return nullptr;
@@ -175,6 +182,7 @@ const char* devices(int* count) {
 }  // namespace
 
 const Api kApi = {affine,        residual, row_dots,    mask_count, corrupt, gaussian,
-                  gaussian_grad, bits,     fold_in_key, devices,    nullptr, chain};
+                  gaussian_grad, bits,     fold_in_key, devices,    nullptr, chain,
+                  normal_sum};
 
 }  // namespace dae::cpu

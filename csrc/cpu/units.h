@@ -47,6 +47,7 @@ struct Kernels {
   void (*gaussian_grad)(const GaussianGradArgs&, int64_t unit_begin, int64_t unit_end);
   void (*bits)(const BitsArgs&, int64_t unit_begin, int64_t unit_end);
   void (*chain)(const ChainArgs&, int64_t unit_begin, int64_t unit_end);
+  void (*normal_sum)(const NormalSumArgs&, int64_t unit_begin, int64_t unit_end);
 };
 
 // One table per instruction set; nullptr where this build has none.

@@ -168,7 +168,7 @@ constexpr bool kOnHost = true;
 
 constexpr Api kApi = {affine,        residual, row_dots,    mask_count, corrupt,       gaussian,
                       gaussian_grad, bits,     fold_in_key, devices,    current_device, chain,
-                      kOnHost};
+                      normal_sum,    kOnHost};
 
 }  // namespace
 

@@ -23,10 +23,11 @@ __device__ __forceinline__ void load_lane(const float* from, float (&v)[kOfLane]
   memcpy(v, &words, sizeof(v));
 }
 
-// One component: its mean and precision stay in registers, and its weight does not matter.
-template <bool kOne>
+// One component: its mean and precision stay in registers, and its weight does not matter. None: a double well.
+template <int kComponents>
 __global__ void __launch_bounds__(kThreads) chain_kernel(const __grid_constant__ ChainParams p) {
   __shared__ uint4 keys[kThreads];
+  constexpr bool kOne = kComponents == 1;
   const ChainArgs& a = p.a;
   const int thread = static_cast<int>(threadIdx.x), lane = thread & (p.lanes - 1), rows = kThreads / p.lanes;
   const int64_t own = static_cast<int64_t>(blockIdx.x) * rows + thread / p.lanes;
@@ -54,6 +55,12 @@ __global__ void __launch_bounds__(kThreads) chain_kernel(const __grid_constant__
     for (int turn = 0; turn < turns; ++turn) {
       float z[kOfLane];
       normals(Blocks{to_key(keys[thread - lane + turn]), static_cast<uint64_t>(lane)}, z, pinned);
+      if (!kComponents) {
+#pragma unroll
+        for (int i = 0; i < kOfLane; ++i)
+          x[i] = affine(1.0f, x[i], a.step, double_well(x[i], a.slope, a.square), a.spread, z[i]);
+        continue;
+      }
       if (!kOne) load_lane(a.means + first, mean), load_lane(a.precisions + first, precision);
       Pull pull(mean, precision, x);
       if (!kOne) {
@@ -84,8 +91,47 @@ const char* chain(const ChainArgs& a, Queue queue) {
   const ChainParams p{a, chain_lanes(a.D)};
   const int64_t rows = kThreads / p.lanes, blocks = (a.B + rows - 1) / rows;
   const auto stream = static_cast<cudaStream_t>(queue.stream);
-  return a.components == 1 ? launch(stream, blocks, kThreads, chain_kernel<true>, p)
-                           : launch(stream, blocks, kThreads, chain_kernel<false>, p);
+  switch (a.components) {
+    case 0: return launch(stream, blocks, kThreads, chain_kernel<0>, p);
+    case 1: return launch(stream, blocks, kThreads, chain_kernel<1>, p);
+    default: return launch(stream, blocks, kThreads, chain_kernel<2>, p);
+  }
+}
+
+struct NormalSumParams {
+  NormalSumArgs a;
+  uint32_t zero = 0;  // for pin
+};
+
+// A thread has four elements; it makes each term's key for itself.
+__global__ void __launch_bounds__(kThreads) normal_sum_kernel(const __grid_constant__ NormalSumParams p) {
+  const NormalSumArgs& a = p.a;
+  const int64_t lanes = (a.D + kOfLane - 1) / kOfLane, at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (at >= a.B * lanes) return;
+  const int64_t row = at / lanes, lane = at - row * lanes, first = kOfLane * lane;
+  const Pinned pinned = pin(p.zero);
+  const Key start = a.noise.key_at ? *a.noise.key_at : a.noise.key;
+  Noise noise = a.noise;
+  noise.key_at = nullptr;
+  float sums[kOfLane] = {};
+#pragma unroll 1
+  for (int k = 0; k < a.terms; ++k) {
+    noise.key = fold_in(start, a.nodes[k]);
+    float z[kOfLane];
+    normals(Blocks{row_key(noise, row), static_cast<uint64_t>(lane)}, z, pinned);
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) sums[i] = affine(1.0f, sums[i], a.weights[k], z[i]);
+  }
+#pragma unroll
+  for (int i = 0; i < kOfLane; ++i)
+    if (first + i < a.D) a.out[row * a.D + first + i] = sums[i];
+}
+
+const char* normal_sum(const NormalSumArgs& a, Queue queue) {
+  if (!a.B || !a.D) return nullptr;
+  const int64_t lanes = (a.D + kOfLane - 1) / kOfLane;
+  return launch(static_cast<cudaStream_t>(queue.stream), (a.B * lanes + kThreads - 1) / kThreads, kThreads,
+                normal_sum_kernel, NormalSumParams{a});
 }
 
 }  // namespace dae::cuda

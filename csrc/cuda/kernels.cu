@@ -207,9 +207,18 @@ __device__ __forceinline__ void finish_loss(const ResidualParams& p, const Unit&
     for (int k = 1; k < kTotals; ++k) static_cast<R*>(p.loss.also)[k - 1] = static_cast<R>(total[k] / count);
 }
 
+template <int N>
+__device__ __forceinline__ R squares(const R (&r)[N]) {
+  R sum = 0;
+#pragma unroll
+  for (int i = 0; i < N; ++i) sum = mul_add(r[i], r[i], sum);
+  return sum;
+}
+
 // The sum of rho over a group's residuals, which become rho'(r) / 2.
 template <Penalty kPenalty, int N>
 __device__ __forceinline__ R penalise(R delta, R (&r)[N]) {
+  if constexpr (kPenalty == Penalty::mse) return squares(r);  // its own half slope
   const Rho<kPenalty, R> rho = {delta};
   R sum = 0;
 #pragma unroll
@@ -221,21 +230,14 @@ __device__ __forceinline__ R penalise(R delta, R (&r)[N]) {
 }
 
 template <int N>
-__device__ __forceinline__ R squares(const R (&r)[N]) {
-  R sum = 0;
-#pragma unroll
-  for (int i = 0; i < N; ++i) sum = mul_add(r[i], r[i], sum);
-  return sum;
-}
-
-template <int N>
 __device__ __forceinline__ R penalise(Penalty penalty, R delta, R (&r)[N]) {
   switch (penalty) {
-    case Penalty::l1: return penalise<Penalty::l1>(delta, r);
-    case Penalty::huber: return penalise<Penalty::huber>(delta, r);
-    case Penalty::pseudo_huber: return penalise<Penalty::pseudo_huber>(delta, r);
-    default: return squares(r);
+#define DAE_CASE(X) \
+  case Penalty::X: return penalise<Penalty::X>(delta, r);
+    DAE_PENALTIES(DAE_CASE)
+#undef DAE_CASE
   }
+  return 0;
 }
 
 // kInputs: of squares, how many of pred, y, z are read, in that order; kMasked: with a mask in memory. kAnyInputs:

@@ -116,6 +116,7 @@ struct Kernels {
 extern const Kernels kernels_f32, kernels_f64, kernels_bf16, kernels_f16;
 
 const char* chain(const ChainArgs&, Queue);
+const char* normal_sum(const NormalSumArgs&, Queue);
 
 // Not <<<>>>: this form is plain C++, so that the tests can compile it for the CPU.
 template <class... Parameters, class... Arguments>

@@ -157,7 +157,7 @@ def _choose_launchers() -> None:
 
 
 def _launcher(device: torch.device) -> Any:
-    """As csrc/plain.cpp takes it: True, the core itself; a backend; None: no call is plain."""
+    """As csrc/call.cpp takes it: True, the core itself; a backend; None: no call is plain."""
     name = _forced or _default.get(device.type, "reference")
     if name == "native":
         return True

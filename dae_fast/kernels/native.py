@@ -249,6 +249,21 @@ def chain(
     _core.chain(x, means, precisions, log_weights, step, spread, steps, noise, out)
 
 
+def well_chain(
+    x: Tensor, slope: float, square: float, step: float, spread: float, steps: int, noise: Noise, out: Tensor
+) -> None:
+    """The same of a double well in each element, whose score is slope * x * (x^2 - square)."""
+    _core.well_chain(x, slope, square, step, spread, steps, noise, out)
+
+
+def normal_sum(noise: Noise, nodes: list[int], weights: list[float], out: Tensor) -> None:
+    """out (B, D), fp32 and contiguous: weights[0] times the normals of noise.fold_in(nodes[0]), and so on, in order.
+
+    At most 128 nodes, from 0 on.
+    """
+    _core.normal_sum(noise, nodes, weights, out)
+
+
 def row_dots(g: Tensor, inputs: Inputs, noise: Noise | None) -> Tensor:
     """(B, 3) fp64: the sums over each row of g*x, g*y and g*z."""
     g, x, y, z = _dense(g, *inputs[:3])

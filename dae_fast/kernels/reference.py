@@ -262,8 +262,9 @@ def penalty(r: Tensor, kind: Kind, delta: Tensor | None) -> Tensor:
     if kind == Kind.huber:
         return torch.where(size <= delta, 0.5 * r * r, delta * (size - 0.5 * delta))
     assert kind == Kind.pseudo_huber, f"no penalty {kind}"
-    bent = size.clamp(max=STRAIGHT)
-    return 2 * delta * (bent * bent / (torch.sqrt(bent * bent + delta * delta) + delta) + (size - bent))
+    far = size > STRAIGHT
+    bent = torch.where(far, 0.0, r)  # not clamped: its slope of 1 would be added and taken off again, digits with it
+    return 2 * delta * torch.where(far, size, bent * bent / (torch.sqrt(bent * bent + delta * delta) + delta))
 
 
 def slope(r: Tensor, kind: Kind, delta: Tensor | None) -> Tensor:

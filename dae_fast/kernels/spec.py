@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -35,12 +35,18 @@ class Kind(IntEnum):
         return self in (Kind.huber, Kind.pseudo_huber)
 
 
+KindName = Literal["mse", "l1", "huber", "pseudo_huber"]
+
+
 class Reduction(IntEnum):
     """What becomes of the samples' losses. As in csrc/args.h."""
 
     none = 0
     mean = 1
     sum = 2
+
+
+ReductionName = Literal["none", "mean", "sum"]
 
 
 # By name; not __members__, through which Dynamo of torch 2.11 does not see.

@@ -21,7 +21,7 @@ from ..checks import as_number, can_read, check_per_sample, samples
 from ..coefficients import changing, stack_rows, traced
 from ..kernels import reference
 from ..kernels.dispatch import kernels
-from ..kernels.spec import on_device
+from ..kernels.spec import Bounds, on_device
 from ..noise import Noise
 from ..primitives.masks import Drawn
 from ..routing import Route, on_mesh, route, wants_grad
@@ -73,6 +73,10 @@ class Corruption:
         """Of the masked elements: those that become `low`, and all."""
         return 1.0, 1.0
 
+    def _low_high(self, value: float) -> Bounds:
+        """What they become, given corrupt's `value`."""
+        return value, value
+
     def _thresholds(self, op: str, x: Tensor) -> Tensor:
         """int64 (1 or B, 2) on x's device: p * 2^32, to the nearest integer, of each of the shares."""
         self._noise._check(op, x.shape[0], x.device)
@@ -123,6 +127,11 @@ class SaltAndPepper(Corruption):
     def _shares(self) -> tuple[float, float]:
         return 1.0 - self._salt, 1.0
 
+    def _low_high(self, value: float) -> Bounds:
+        if value != 0.0:
+            raise ValueError(f"corrupt: value is for a Masking; SaltAndPepper has low and high, got value={value}")
+        return self._low, self._high
+
     def __repr__(self) -> str:
         return f"SaltAndPepper(p={self._p}, noise={self._noise}, low={self._low}, high={self._high}, salt={self._salt})"
 
@@ -142,7 +151,7 @@ class Selection:
         return Drawn(self.corruption._noise, self.corruption._thresholds(op, x), self.visible)
 
 
-def corrupt(x: Tensor, corruption: Masking | SaltAndPepper, value: float = 0.0) -> Tensor:
+def corrupt(x: Tensor, corruption: Corruption, value: float = 0.0) -> Tensor:
     """x with its masked elements replaced: by `value`, or by the low and high of a SaltAndPepper.
 
     x: (B, ...) fp16/bf16/fp32/fp64      corruption: Masking or SaltAndPepper
@@ -154,13 +163,9 @@ def corrupt(x: Tensor, corruption: Masking | SaltAndPepper, value: float = 0.0) 
     """
     op = "corrupt"
     samples(op, "x", x)
-    low = high = as_number(op, "value", value)
-    if isinstance(corruption, SaltAndPepper):
-        if value != 0.0:
-            raise ValueError(f"{op}: value is for a Masking; SaltAndPepper has low and high, got value={value}")
-        low, high = corruption._low, corruption._high
-    elif not isinstance(corruption, Masking):
+    if not isinstance(corruption, Corruption):
         raise TypeError(f"{op}: corruption must be a Masking or a SaltAndPepper, got {type(corruption).__name__}")
+    low, high = corruption._low_high(as_number(op, "value", value))
     return _replaced(op, x, corruption._noise, corruption._thresholds(op, x), low, high)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -13,10 +14,21 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 
 from ..checks import as_number, can_read, flag, like, per_sample, promote, samples
 from ..coefficients import Formula, Level, gather, is_one, leading, level_for, stack_rows, value_at
-from ..kernels import spec as specs
-from ..kernels.spec import ABSENT, Coefficients, Kind, Loss, Residual, compute_dtype, loss_of
+from ..kernels.spec import (
+    ABSENT,
+    Coefficients,
+    Kind,
+    KindName,
+    Loss,
+    Reduction,
+    ReductionName,
+    Residual,
+    compute_dtype,
+    loss_of,
+    rows_at,
+)
 from ..noise import Noise, noise_for
-from ..primitives import kind_of, loss_of_rows, mask_of, reduction_of, weighted_sum
+from ..primitives import in_rows, kind_of, loss_of_rows, mask_of, reduction_of, weighted_sum
 from ..primitives.masks import Drawn, Mask, kept_elements
 from ..primitives.residuals import Summed, Weighed, fast_residual_loss
 from ..routing import beside
@@ -28,19 +40,22 @@ from .weighting import Weight, Weighting, by_errors, weight_for
 
 __all__ = ["denoising_loss", "noise_mse"]
 
-Reduction = Literal["mean", "sum", "none"]
-KindName = Literal["mse", "l1", "huber", "pseudo_huber"]
+Normalise = Literal["sum", "count"]
 Delta = float | Callable[[Tensor, Tensor], Any]
 AnyNoise = Noise | Tensor | StructuredNoise
 MINUS_TARGET = (1.0, -1.0, -1.0)  # a table's row for pred - y, pred - z and pred - noise
 AGAINST_NOISE = (ABSENT, 2, ABSENT, ABSENT, ABSENT, ABSENT)  # columns of a loss in it
-SUMMED: dict[str, specs.Reduction] = {"mean": specs.Reduction.mean, "sum": specs.Reduction.sum}
+SUMMED: dict[str, Reduction] = {"mean": Reduction.mean, "sum": Reduction.sum}
 _NOISE_MSE = {name: loss_of("noise_mse", Kind.mse, how, AGAINST_NOISE) for name, how in SUMMED.items()}
 
 
 def _either(noise: Any) -> tuple[Any, Noise | None]:
     """(tensor, None) or (None, Noise), unchecked."""
     return (None, noise) if type(noise) is Noise else (noise, None)
+
+
+def _is_sum(normalise: Any) -> bool:
+    return type(normalise) is str and normalise == "sum"
 
 
 class Selecting(Protocol):
@@ -58,7 +73,8 @@ def noise_mse(
     weight: Tensor | None = None,
     level_weight: Tensor | None = None,
     mask: Tensor | Selecting | None = None,
-    reduction: Reduction = "mean",
+    normalise: Normalise = "sum",
+    reduction: ReductionName = "mean",
     return_x0_mse: Literal[False] = False,
 ) -> Tensor: ...
 @overload
@@ -70,7 +86,8 @@ def noise_mse(
     weight: Tensor | None = None,
     level_weight: Tensor | None = None,
     mask: Tensor | Selecting | None = None,
-    reduction: Reduction = "mean",
+    normalise: Normalise = "sum",
+    reduction: ReductionName = "mean",
     return_x0_mse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 def noise_mse(
@@ -81,17 +98,20 @@ def noise_mse(
     weight: Tensor | None = None,
     level_weight: Tensor | None = None,
     mask: Tensor | Selecting | None = None,
-    reduction: Reduction = "mean",
+    normalise: Normalise = "sum",
+    reduction: ReductionName = "mean",
     return_x0_mse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """mean_b w_b * mse_b, mse_b = mean((pred_b - eps_b)^2): the simple loss, and its gradient in one pass.
 
     pred: (B, ...) fp16/bf16/fp32/fp64      noise: Noise (eps is regenerated), or a tensor like pred
-    weight: (B,) multiplies each sample's mean before the mean over the batch
+    weight: (B,), or (B, F) for each frame, multiplies each one's mean before the mean over the batch
     level_weight: (T,) a weight per level, looked up at level = schedule[t]; multiplies with `weight`
     mask: bool, broadcastable to pred and of as many dimensions: the elements that count; mse_b is over those (0 if
             there are none). Or a Masking or SaltAndPepper, or its .masked or .visible, whose elements are drawn again
-            and never stored
+            and never stored. Or floating, how much each element counts, at least 0: a launch more, and torch's
+            arithmetic, in which 0 times a NaN is NaN; with gradient
+    normalise: what mse_b of a mask m is divided by: "sum", sum(m_b), the elements that count; "count", all of them
     reduction: "mean"; "sum" (sum_b w_b * sum of squares); "none" (w_b * mse_b, one value per sample)
     return_x0_mse: also return mse_b of the denoised estimate, (sigma/alpha)^2 * mse_b, from the same
             sums: (loss, (B,) without gradient); needs `level`
@@ -103,7 +123,7 @@ def noise_mse(
     """
     op = "noise_mse"
     how = _NOISE_MSE.get(reduction) if isinstance(reduction, str) else None
-    alone = level is None and level_weight is None and mask is None and return_x0_mse is False
+    alone = level is None and level_weight is None and mask is None and return_x0_mse is False and _is_sum(normalise)
     if how is not None and alone and (weight is None or type(weight) is Tensor):
         tensor, generated = _either(noise)
         done = fast_residual_loss(how, (pred, None, tensor, generated), MINUS_TARGET, None, weight)
@@ -119,7 +139,9 @@ def noise_mse(
     rows = stack_rows(op, MINUS_TARGET, pred, compute_dtype(pred.dtype))
     w = loss_weight(op, pred, level, weight, level_weight)
     fixed = loss_of(op, Kind.mse, by, AGAINST_NOISE)
-    operands_of = Residual(pred, None, z, generated, mask_of(op, pred, mask))
+    chosen = mask_of(op, pred, mask)
+    w = over_all(op, pred, level, chosen, normalise, by, w)
+    operands_of = Residual(pred, None, z, generated, chosen)
     loss, mse, _ = loss_of_rows(fixed, operands_of, rows, w, max(dims, leading(w)))
     if not flag(op, "return_x0_mse", return_x0_mse):
         return loss
@@ -141,7 +163,8 @@ def denoising_loss(
     kind: KindName = "mse",
     delta: Delta | None = None,
     mask: Tensor | Selecting | None = None,
-    reduction: Reduction = "mean",
+    normalise: Normalise = "sum",
+    reduction: ReductionName = "mean",
     log_variance: Tensor | None = None,
     return_per_sample: Literal[False] = False,
 ) -> Tensor: ...
@@ -157,7 +180,8 @@ def denoising_loss(
     kind: KindName = "mse",
     delta: Delta | None = None,
     mask: Tensor | Selecting | None = None,
-    reduction: Reduction = "mean",
+    normalise: Normalise = "sum",
+    reduction: ReductionName = "mean",
     log_variance: Tensor | None = None,
     return_per_sample: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
@@ -172,7 +196,8 @@ def denoising_loss(
     kind: KindName = "mse",
     delta: Delta | None = None,
     mask: Tensor | Selecting | None = None,
-    reduction: Reduction = "mean",
+    normalise: Normalise = "sum",
+    reduction: ReductionName = "mean",
     log_variance: Tensor | None = None,
     return_per_sample: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -183,14 +208,15 @@ def denoising_loss(
     level: Level. noise, or level, may be None where nothing depends on it: a classical denoising autoencoder has
             predict="x0", noise=None, level=None
     predict: "eps", "x0", "v", "score", "flow", or EDM's F as EDM(sigma_data)
-    weight: None or "uniform"; "snr", "truncated_snr", "min_snr", "soft_min_snr", "p2", "edm", "likelihood", or one of
-            dae_fast.weighting, right for `predict` and finite at zero terminal SNR; a function of (alpha, sigma),
-            float64 tensors () or (B,); a tensor (B,). All but the tensor are constants, without gradient
+    weight: None or "uniform"; "snr", "truncated_snr", "min_snr", "soft_min_snr", "p2", "edm", "cosmap",
+            "inverse_variance", "likelihood", or one of dae_fast.weighting, right for `predict` and finite at zero
+            terminal SNR; a function of (alpha, sigma), float64 tensors () or (B,); a tensor (B,), or (B, F) for each
+            frame. All but the tensor are constants, without gradient
     kind: rho(r): "mse" r^2; "l1" |r|; "huber" r^2/2, and delta (|r| - delta/2) beyond delta;
             "pseudo_huber" 2 delta (sqrt(r^2 + delta^2) - delta)
     delta: > 0, of the Huber kinds: a float, or a function of (alpha, sigma). The schedule of Khrapov et al. 2024 is
             lambda alpha, sigma: (1 - c) * (alpha / (alpha + sigma)) ** 2 + c, c = 0.1
-    mask: the elements that count, as in noise_mse
+    mask, normalise: the elements that count, or their weights, as in noise_mse
     reduction: "mean"; "sum" (sum_b w_b * sum of rho); "none" (w_b * loss_b, one value per sample)
     log_variance: u, (B,), a learned log-variance: w_b * loss_b * exp(-u_b) + u_b takes the place of w_b * loss_b
     return_per_sample: also return loss_b, (B,), unweighted and without gradient, from the same sums: for
@@ -209,7 +235,8 @@ def denoising_loss(
     if level is not None and not isinstance(level, Level):
         level_for(op, level)
     weighting, w = weight_for(op, weight, level, pred, predict)
-    if mask is None and log_variance is None and delta is None and return_per_sample is False and not is_compiling():
+    alone = log_variance is None and delta is None and return_per_sample is False and _is_sum(normalise)
+    if mask is None and alone and not is_compiling():
         known = _fast_loss(op, predict, weighting, _name(kind), _name(reduction))
         done = None if known is None else _run_plain(known, pred, x0, noise, level, w)
         if done is not None:
@@ -221,16 +248,18 @@ def denoising_loss(
         level._check(op, pred)
     how = reduction_of(op, pred, reduction)
     chosen, u = mask_of(op, pred, mask), None
+    w = over_all(op, pred, level, chosen, normalise, how, w)
     if log_variance is not None:
         u = _log_variance(op, log_variance, pred)
-        w = torch.exp(-u) if w is None else w * torch.exp(-u)
+        w = product(w, torch.exp(-u))
     loss, per_sample, _ = against_target(op, pred, x0, noise, level, columns, w, chosen, how, kind, delta)
     if u is not None:
         u = beside(u, loss)
         if reduction == "mean":
             loss = loss + u.mean().to(loss.dtype)
         else:
-            loss = loss + (u if reduction == "none" else (u * kept_elements(pred, chosen)).sum()).to(loss.dtype)
+            each = u.reshape(-1, *[1] * (loss.dim() - 1)) if loss.dim() else u
+            loss = loss + (each if reduction == "none" else (u * kept_elements(pred, chosen)).sum()).to(loss.dtype)
     return (loss, per_sample) if flag(op, "return_per_sample", return_per_sample) else loss
 
 
@@ -262,7 +291,7 @@ class LossColumns:
         same = self.predict in CONSTANT and self.weighting is None and not self.errors
         return _row_of(self)(1.0, 1.0) if same else None
 
-    def loss(self, op: str, kind: Kind, reduction: specs.Reduction) -> Loss:
+    def loss(self, op: str, kind: Kind, reduction: Reduction) -> Loss:
         """Its columns, a kind's delta coming after the first three."""
         names = self.names if not kind.has_delta else (*self.names[:3], "delta", *self.names[3:])
 
@@ -304,7 +333,7 @@ class _Plain:
 
     __slots__ = ("formula", "loss", "needs_noise", "row")
 
-    def __init__(self, op: str, columns: LossColumns, kind: Kind, reduction: specs.Reduction) -> None:
+    def __init__(self, op: str, columns: LossColumns, kind: Kind, reduction: Reduction) -> None:
         self.loss, self.row, self.formula = columns.loss(op, kind, reduction), columns.row, formula_of(columns)
         self.needs_noise = self.loss.columns[1] != ABSENT
 
@@ -383,7 +412,7 @@ def against_target(
     columns: LossColumns,
     weight: Tensor | None,
     mask: Mask,
-    reduction: specs.Reduction,
+    reduction: Reduction,
     kind: str = "mse",
     delta: Delta | None = None,
 ) -> Weighed:
@@ -411,11 +440,8 @@ def against_target(
     rows = _rows(op, pred, level, columns, delta_at)
     own = 1 if level is None else level._dims()
     dims = max(own, leading(weight))
-    if rows.t is not None and dims > own:
-        raise ValueError(
-            f"{op}: weight must have shape {tuple(pred.shape[:own])}, one for each level, "
-            f"got {tuple(weight.shape) if weight is not None else ()}"
-        )
+    if dims > own:
+        rows = _for_each(rows, math.prod(pred.shape[own:dims]))
     fixed = columns.loss(op, known, reduction)
     return loss_of_rows(fixed, Residual(pred, y, z, generated, mask), rows, weight, dims)
 
@@ -441,9 +467,17 @@ def _rows(
         delta.to(compute) if isinstance(delta, Tensor) else torch.full((), delta, dtype=compute, device=pred.device)
     )
     column = column.reshape(-1, 1)
-    B = max(table.shape[0], column.shape[0])
+    (B,) = torch.broadcast_shapes(table.shape[:1], column.shape[:1])
     table = table.expand(B, -1)
     return Coefficients(torch.cat((table[:, :3], column.expand(B, -1), table[:, 3:]), 1), None)
+
+
+def _for_each(rows: Coefficients, times: int) -> Coefficients:
+    """The coefficients of each row, for `times` rows: a weight of each frame at a level of the whole sample."""
+    if rows.t is not None:
+        return Coefficients(rows.table, rows.t.repeat_interleave(times))
+    table = rows.tensor
+    return rows if table is None or table.shape[0] == 1 else Coefficients(table.repeat_interleave(times, 0), None)
 
 
 def _penalty(
@@ -490,10 +524,40 @@ def loss_weight(
     check_level_weight(op, level._schedule, level_weight)
     level._check(op, pred)
     flat = t if isinstance(t, int) else t.reshape(-1)
-    looked_up = gather(op, specs.rows_at(level_weight[:, None], flat), pred)[:, 0]
+    looked_up = gather(op, rows_at(level_weight[:, None], flat), pred)[:, 0]
     shape = pred.shape[: level._dims()]
     looked_up = looked_up.expand(shape) if looked_up.shape[0] == 1 else looked_up.reshape(shape)
-    return looked_up if weight is None else weight.reshape(-1, *[1] * (len(shape) - weight.dim())) * looked_up
+    return product(weight, looked_up)
+
+
+def product(weight: Tensor | None, other: Tensor) -> Tensor:
+    """Of weights of each sample and of each of its rows, (B,) and (B, F)."""
+    if weight is None:
+        return other
+    dims = max(weight.dim(), other.dim())
+    weight, other = (w.reshape(*w.shape, *[1] * (dims - w.dim())) for w in (weight, other))
+    return weight * other
+
+
+def over_all(
+    op: str,
+    pred: Tensor,
+    level: Level | None,
+    mask: Mask,
+    normalise: str,
+    reduction: Reduction,
+    weight: Tensor | None,
+) -> Tensor | None:
+    """The weight of each sample or row with which its mean over the mask becomes that over all its elements."""
+    if not isinstance(normalise, str) or normalise not in ("sum", "count"):
+        raise ValueError(f"{op}: normalise must be 'sum' or 'count', got {normalise!r}")
+    if normalise == "sum" or mask is None or reduction is Reduction.sum:
+        return weight
+    dims = max(1 if level is None else level._dims(), leading(weight))
+    rows = in_rows(pred, dims)
+    kept = kept_elements(rows, in_rows(mask.on(pred) if isinstance(mask, Drawn) else mask, dims))
+    assert isinstance(kept, Tensor)
+    return product(weight, (kept / (rows.numel() // max(rows.shape[0], 1) or 1)).reshape(pred.shape[:dims]))
 
 
 def check_level_weight(op: str, schedule: Schedule, level_weight: Tensor) -> None:

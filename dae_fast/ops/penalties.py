@@ -14,12 +14,12 @@ from .. import checks
 from ..checks import as_number, can_read, function, integer
 from ..coefficients import changing, stack_rows
 from ..kernels.reference import per_sample_sum
-from ..kernels.spec import ABSENT, Kind, Residual, compute_dtype, loss_of
+from ..kernels.spec import ABSENT, Kind, ReductionName, Residual, compute_dtype, loss_of
 from ..noise import Noise
 from ..primitives import loss_of_rows, reduction_of
 from ..primitives.residuals import fast_residual_loss
 from ..routing import on_mesh
-from .losses import SUMMED, Reduction
+from .losses import SUMMED
 
 __all__ = ["contraction", "kl_sparsity", "l1_penalty", "sigmoid_contraction"]
 
@@ -29,7 +29,7 @@ _PLAIN = {name: loss_of("l1_penalty", Kind.l1, how, _COLUMNS) for name, how in S
 CONTRACTION_TAG = 0x6A61636F  # "jaco"; of the directions, so that they do not depend on a corruption of the same noise
 
 
-def l1_penalty(h: Tensor, *, reduction: Reduction = "mean") -> Tensor:
+def l1_penalty(h: Tensor, *, reduction: ReductionName = "mean") -> Tensor:
     """mean_b mean_j |h_bj|, and its gradient in one pass.
 
     h: (B, ...) fp16/bf16/fp32/fp64, a code
@@ -93,7 +93,7 @@ def _total(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.sum(0)
 
 
-def sigmoid_contraction(h: Tensor, W: Tensor, *, reduction: Reduction = "mean") -> Tensor:
+def sigmoid_contraction(h: Tensor, W: Tensor, *, reduction: ReductionName = "mean") -> Tensor:
     """mean_b ||J_b||_F^2 of a layer h = sigmoid(W x + c), exact: sum_j (h_j (1 - h_j))^2 * sum_i W_ji^2.
 
     h: (B, H) fp16/bf16/fp32/fp64, the layer's output      W: (H, D), its weight, as torch.nn.Linear's
@@ -119,7 +119,7 @@ def sigmoid_contraction(h: Tensor, W: Tensor, *, reduction: Reduction = "mean") 
 
 
 def contraction(
-    f: Callable[[Tensor], Tensor], x: Tensor, noise: Noise, *, samples: int = 1, reduction: Reduction = "mean"
+    f: Callable[[Tensor], Tensor], x: Tensor, noise: Noise, *, samples: int = 1, reduction: ReductionName = "mean"
 ) -> Tensor:
     """mean_b ||J_b||_F^2 of any encoder f, estimated without bias: E ||J_b^T v||^2, v ~ N(0, 1) (Hutchinson).
 
@@ -163,7 +163,7 @@ def contraction(
     return _reduced(total / samples, reduction)
 
 
-def _reduced(each: Tensor, reduction: Reduction) -> Tensor:
+def _reduced(each: Tensor, reduction: ReductionName) -> Tensor:
     if reduction == "none":
         return each
     return each.mean() if reduction == "mean" else each.sum()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
+from .. import checks
 from .._torch import DirectFunction, batchable
 from ..checks import like, promote, samples
 from ..kernels import reference
@@ -20,26 +21,83 @@ from ..routing import Route, on_mesh, route, wants_grad
 __all__ = ["reparameterise"]
 
 
-def reparameterise(mu: Tensor, log_var: Tensor, noise: Noise | Tensor) -> tuple[Tensor, Tensor]:
+@overload
+def reparameterise(
+    mu: Tensor,
+    log_var: Tensor,
+    noise: Noise | Tensor,
+    *,
+    clamp_log_var: tuple[float, float] | None = None,
+    scale: float = 1.0,
+    shift: float = 0.0,
+    kl: Literal[True] = True,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def reparameterise(
+    mu: Tensor,
+    log_var: Tensor,
+    noise: Noise | Tensor,
+    *,
+    clamp_log_var: tuple[float, float] | None = None,
+    scale: float = 1.0,
+    shift: float = 0.0,
+    kl: Literal[False],
+) -> Tensor: ...
+def reparameterise(
+    mu: Tensor,
+    log_var: Tensor,
+    noise: Noise | Tensor,
+    *,
+    clamp_log_var: tuple[float, float] | None = None,
+    scale: float = 1.0,
+    shift: float = 0.0,
+    kl: bool = True,
+) -> tuple[Tensor, Tensor] | Tensor:
     """(z, kl): z = mu + exp(log_var / 2) * eps, and kl_b = KL(N(mu_b, exp(log_var_b)) || N(0, 1)).
 
     mu, log_var: (B, ...) fp16/bf16/fp32/fp64      noise: Noise, or a tensor like mu
+    clamp_log_var: (low, high), the limits of log_var, in both results; (-30, 20) in Rombach et al. 2022: a pass more
+    scale, shift: z becomes (z - shift) * scale, latents as a diffusion model takes them: a pass more
+    kl: False returns z alone
     returns: z like mu; kl (B,) in nats, summed over each sample, fp32 (fp64 for fp64)
     Reads mu and log_var once, writes z once; with a Noise, eps is never stored: backward makes it again.
-    Gradient: of mu and log_var in one pass, and of a tensor noise. Raises ValueError on a shape mismatch.
-    Kingma and Welling 2014, section 2.4 and appendix B.
+    Gradient: of mu and log_var in one pass, 0 beyond the limits, and of a tensor noise. Raises ValueError on a shape
+    mismatch. Kingma and Welling 2014, section 2.4 and appendix B.
     """
     op = "reparameterise"
     samples(op, "mu", mu)
     like(op, "log_var", log_var, "mu", mu)
     eps, generated = noise_for(op, noise, mu, "mu")
+    scale, shift = checks.number(op, "scale", scale, "finite"), checks.number(op, "shift", shift, "finite")
+    divergence = checks.flag(op, "kl", kl)
     mu, log_var, eps = promote(mu, log_var, eps)
-    if (mesh := on_mesh(mu, log_var, eps)) is not None:
-        return mesh.gaussian(reparameterise, op, mu, log_var, eps if generated is None else generated)
+    if clamp_log_var is not None:
+        log_var = log_var.clamp(*_limits(op, clamp_log_var))
+    drawn: Any = eps if generated is None else generated
+    mesh = on_mesh(mu, log_var, eps)
+    z, each = _sampled(mu, log_var, drawn) if mesh is None else mesh.gaussian(_sampled, op, mu, log_var, drawn)
+    if scale != 1 or shift != 0:
+        z = z * scale if shift == 0 else (z - shift) * scale
+    return (z, each) if divergence else z
+
+
+def _limits(op: str, given: Any) -> tuple[float, float]:
+    if not isinstance(given, (tuple, list)) or len(given) != 2:
+        raise TypeError(f"{op}: clamp_log_var must be a pair (low, high), got {given!r}")
+    low, high = (checks.number(op, "clamp_log_var", value, "no NaN") for value in given)
+    if not low <= high:
+        raise ValueError(f"{op}: clamp_log_var must be (low, high) with low <= high, got {given}")
+    return low, high
+
+
+def _sampled(mu: Tensor, log_var: Tensor, noise: Noise | Tensor) -> tuple[Tensor, Tensor]:
+    """z and kl of what is checked and no DTensor."""
+    op = "reparameterise"
+    eps, generated = (noise, None) if isinstance(noise, Tensor) else (None, noise)
     if generated is not None and not generated._whole_blocks(math.prod(mu.shape[1:])):
         dtype = compute_dtype(mu.dtype)
         eps = generated.normal(mu.shape, dtype=dtype, device=mu.device)
-        z, kl = reparameterise(mu.to(dtype), log_var.to(dtype), eps)
+        z, kl = _sampled(mu.to(dtype), log_var.to(dtype), eps)
         return z.to(mu.dtype), kl
     way = route(op, mu, log_var, eps)
     if way is Route.REFERENCE:

@@ -61,6 +61,14 @@ class StructuredNoise(ABC):
     def _check(self, op: str, B: int, device: torch.device) -> None:
         self._noise._check(op, B, device)
 
+    def _first_channel(self, x: Tensor) -> int:
+        """Of samples x (B, C, ...) that are a part of larger ones, a number of whole channels."""
+        first, size = self._noise._span[1] if self._noise._span else 0, max(1, math.prod(x.shape[2:]))
+        if first % size:
+            name = type(self).__name__
+            raise ValueError(f"{name}: first_element must be a multiple of {size}, a channel's elements, got {first}")
+        return first // size
+
 
 class OffsetNoise(StructuredNoise):
     """eps + strength * n, one normal n to each sample and channel: it moves a channel's mean as well.
@@ -85,7 +93,8 @@ class OffsetNoise(StructuredNoise):
         if x.dim() < 2:
             raise ValueError(f"OffsetNoise: samples must be (B, C, ...), got shape {tuple(x.shape)}")
         B, C = x.shape[:2]
-        n = self._noise.fold_in(OFFSET_TAG).normal((B, C), dtype=compute_dtype(x.dtype), device=x.device)
+        stream = self._noise._at(self._first_channel(x)).fold_in(OFFSET_TAG)
+        n = stream.normal((B, C), dtype=compute_dtype(x.dtype), device=x.device)
         # The strength is not left to factor_y: every factor is a table to a schedule.
         y = (self._strength * n).to(x.dtype).reshape(B, C, *[1] * (x.dim() - 2))
         return y.expand(x.shape), self._noise, 1.0, 1.0
@@ -132,10 +141,11 @@ class PyramidNoise(StructuredNoise):
         norm = sum(self._discount ** (2 * k) for k in range(len(sizes) + 1)) ** -0.5
         if not sizes or not x.numel():
             return None, self._noise, norm, norm
-        compute, stream = compute_dtype(x.dtype), self._noise.fold_in(PYRAMID_TAG)
+        compute, stream, first = compute_dtype(x.dtype), self._noise.fold_in(PYRAMID_TAG), self._first_channel(x)
         total = torch.zeros(x.shape, dtype=compute, device=x.device)
         for k, smaller in enumerate(sizes, 1):
-            n = stream.fold_in(k).normal((*x.shape[:2], *smaller), dtype=compute, device=x.device)
+            own = stream._at(first * math.prod(smaller)).fold_in(k)
+            n = own.normal((*x.shape[:2], *smaller), dtype=compute, device=x.device)
             total = total + self._discount**k * enlarge(n, size)
         return total.to(x.dtype), self._noise, norm, norm
 

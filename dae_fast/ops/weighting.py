@@ -23,7 +23,18 @@ from ..coefficients import Formula, Level, changing, gather, is_one, value_at
 from ..schedule import finite_numbers
 from .parameterisation import OfLevel, Parameterisation, check_name, error_ratio, errors
 
-__all__ = ["EDM", "P2", "SNR", "Likelihood", "MinSNR", "OnError", "SoftMinSNR", "TruncatedSNR"]
+__all__ = [
+    "EDM",
+    "P2",
+    "SNR",
+    "CosMap",
+    "InverseVariance",
+    "Likelihood",
+    "MinSNR",
+    "OnError",
+    "SoftMinSNR",
+    "TruncatedSNR",
+]
 
 
 class Weighting(ABC):
@@ -117,6 +128,34 @@ class EDM(Weighting):
 
 
 @dataclass(frozen=True)
+class CosMap(Weighting):
+    """2/(pi (1 - 2 sigma + 2 sigma^2)) on the error of the flow, where alpha = 1 - sigma (Esser et al. 2024, eq. 21).
+
+    Elsewhere it is that of sigma/(alpha + sigma), of x_t brought to such a schedule. Given to uniform times, the weight
+    is what the density's draws would be.
+    """
+
+    def __call__(self, eps_error: Tensor, x0_error: Tensor) -> Tensor:
+        return 2 / math.pi * _straight(eps_error, x0_error) / (eps_error + x0_error)
+
+
+@dataclass(frozen=True)
+class InverseVariance(Weighting):
+    """1/sigma^2 on the error of the flow, where alpha = 1 - sigma: diffusers' "sigma_sqrt" of Stable Diffusion 3.
+
+    Infinite without noise; elsewhere that of sigma/(alpha + sigma). Esser et al. 2024, section 3.
+    """
+
+    def __call__(self, eps_error: Tensor, x0_error: Tensor) -> Tensor:
+        return _straight(eps_error, x0_error) / x0_error
+
+
+def _straight(eps_error: Tensor, x0_error: Tensor) -> Tensor:
+    """The square of the flow's error where alpha = 1 - sigma, from alpha^2 and sigma^2 times it: of degree two."""
+    return (eps_error.sqrt() + x0_error.sqrt()) ** 4
+
+
+@dataclass(frozen=True)
 class Likelihood:
     """g^2 on the error of the score, that of one step between levels: the loss bounds the negative log-likelihood.
 
@@ -154,6 +193,8 @@ NAMES: dict[str, Weighting | Likelihood] = {
     "soft_min_snr": SoftMinSNR(),
     "p2": P2(),
     "edm": EDM(),
+    "cosmap": CosMap(),
+    "inverse_variance": InverseVariance(),
     "likelihood": Likelihood(),
 }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, Generic, Literal, NamedTuple, TypeVar, overload
+from typing import Any, Generic, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -26,8 +26,10 @@ from ..kernels.spec import (
     Bounds,
     Coefficients,
     Kind,
+    KindName,
     Map,
     Reduction,
+    ReductionName,
     Residual,
     W,
     X,
@@ -402,6 +404,18 @@ def summed(op: str, names: tuple[str, ...], given: tuple[Any, ...], row: tuple[A
     return _sum(op, parsed, False, out)
 
 
+def summed_twice(
+    op: str, names: tuple[str, ...], given: tuple[Any, ...], row: tuple[Any, ...], uses: tuple[Use, ...]
+) -> tuple[Tensor, Tensor]:
+    """As summed, of two outputs: `uses` says which of the row's coefficients an input has in each."""
+    noise = next((k for k, value in enumerate(given) if type(value) is Noise), -1)
+    if not is_compiling() and (spec := _kept_plan(op, uses, None, noise, True)) is not None:
+        done = fast_map(spec.core, given, row, None, None, None)
+        if done is not None:
+            return done
+    return _sum(op, _Parsed(names, given, tuple(("a coefficient", c) for c in row), uses, None, None), True, None)
+
+
 def _each_its_column(count: int) -> tuple[Use, ...]:
     return _COLUMN_EACH[:count]
 
@@ -505,16 +519,17 @@ def residual_loss(
     pred: Tensor,
     *terms: Term,
     weight: Tensor | float | None = None,
-    kind: Literal["mse", "l1", "huber", "pseudo_huber"] = "mse",
+    kind: KindName = "mse",
     delta: Coefficient | None = None,
     mask: Any = None,
-    reduction: Literal["mean", "sum", "none"] = "mean",
+    reduction: ReductionName = "mean",
 ) -> Tensor:
     """mean_b w_b * mean_i rho(r), r = pred - c_0*x_0 - c_1*x_1 - ..., and its gradient of pred in the same pass.
 
     pred: (B, ...) fp16/bf16/fp32/fp64      terms: (coefficient, tensor or Noise), as in weighted_sum, of the target
     weight: a float, () or (B,) or of more leading dimensions      kind: rho(r), delta: > 0, as in denoising_loss
-    mask: the elements that count, as in noise_mse      reduction: "mean"; "sum"; "none", one value for each row
+    mask: the elements that count, or their weights, as in noise_mse
+    reduction: "mean"; "sum"; "none", one value for each row
     returns: fp32 (fp64 for fp64) scalar, or for "none" (B,), (B, F) where a coefficient has F for each sample
     Neither the target nor a Noise is stored. One launch for two terms; what is more is summed before. Gradient: of pred
     in the same pass; of terms, coefficients and weights in backward. Raises TypeError or ValueError, naming the term.
@@ -586,15 +601,17 @@ def reduction_of(op: str, pred: Tensor, reduction: str) -> Reduction:
 
 
 def mask_of(op: str, pred: Tensor, mask: Any) -> Mask:
-    """Of pred's shape, expanded without a copy."""
+    """Of pred's shape, expanded without a copy; weights in the dtype of the arithmetic."""
     if mask is None:
         return None
     if not isinstance(mask, Tensor) and hasattr(mask, "_drawn"):
         drawn: Drawn = mask._drawn(op, pred)
         return drawn if drawn.noise._span is None else drawn.on(pred)
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+    if not isinstance(mask, Tensor) or (mask.dtype != torch.bool and mask.dtype not in checks.DTYPES):
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"{op}: mask must be a bool tensor or a corruption, got {got}")
+        raise TypeError(f"{op}: mask must be a bool tensor, weights or a corruption, got {got}")
+    if mask.is_floating_point():
+        mask = mask.to(compute_dtype(pred.dtype))
     if mask.device != pred.device:
         raise ValueError(f"{op}: mask must be on {pred.device} like pred, got {mask.device}")
     if mask.dim() not in (0, pred.dim()):

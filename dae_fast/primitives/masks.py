@@ -1,8 +1,8 @@
-"""Which elements of a loss count: a bool tensor, or words of a noise stream, which are not stored."""
+"""Which elements of a loss count: a bool tensor, weights, or words of a noise stream, which are not stored."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -10,6 +10,7 @@ from ..kernels.reference import per_sample_sum, row_of
 from ..kernels.spec import on_device
 from ..noise import FlatNoise, Noise
 from ..routing import beside, on_mesh
+from . import elementwise
 
 
 class Drawn(NamedTuple):
@@ -62,9 +63,16 @@ def tensors_of(mask: Mask) -> tuple[Tensor | None, ...]:
     return (mask.thresholds,) if isinstance(mask, Drawn) else (mask,)
 
 
+def has_weights(mask: Any) -> bool:
+    """Whether it is not which elements count, but how much each does."""
+    return isinstance(mask, Tensor) and mask.is_floating_point()
+
+
 def kept_elements(pred: Tensor, mask: Mask) -> Tensor | int:
-    """How many of each sample count: (B,), or one number for all."""
+    """How many of each sample count: (B,), or one number for all; of weights their sum."""
     B = pred.shape[0]
     if mask is None:
         return pred.numel() // B if B else 0
+    if isinstance(mask, Tensor) and has_weights(mask) and on_mesh(pred) is None:
+        return elementwise.totals(mask)
     return per_sample_sum(mask.on(pred) if isinstance(mask, Drawn) else beside(mask, pred))

@@ -31,10 +31,10 @@ from ..kernels.spec import (
 )
 from ..noise import FlatNoise, Noise
 from ..routing import Route, beside, fast_loss, is_one, on_mesh, route, wants_grad
-from .masks import Drawn, FlatMask, kept_elements, tensors_of
+from . import elementwise
+from .elementwise import COLUMNS
+from .masks import Drawn, FlatMask, has_weights, kept_elements, tensors_of
 from .sums import Gradients, affine, row_dots, widened
-
-COLUMNS = (0, 1, 2, ABSENT)  # a table holds (1, n1, n2): r = 1*pred + n1*y + n2*z; then rho's delta where it has one
 
 Summed = tuple[Tensor, Tensor | None]  # the loss, and `also`
 Weighed = tuple[Tensor, Tensor, Tensor | None]  # the loss, the samples' means, `also`
@@ -91,7 +91,8 @@ def residual_loss(spec: Loss, operands: Residual, rows: Coefficients, weight: Te
         return residual_loss(spec, _filled(operands), rows, weight)
     also = pred.new_empty(2, dtype=compute_dtype(pred.dtype)) if spec.has_also else None
     assert summed or also is None, "further means are those of a loss that is summed"
-    if mesh is None and route(op, pred, y, z, rows.tensor, weight, *tensors_of(mask)) is Route.DIRECT:
+    direct = mesh is None and not has_weights(mask)
+    if direct and route(op, pred, y, z, rows.tensor, weight, *tensors_of(mask)) is Route.DIRECT:
         if not wants_grad(pred, y, z, rows.tensor, weight):
             wanted = Wanted(loss=summed, weight=weight, also=also)
             means, loss, _ = kernels(pred, op).residual(spec, operands, rows, wanted)
@@ -124,11 +125,16 @@ def _filled(operands: Residual) -> Residual:
 
 
 def sample_means(spec: Loss, operands: Residual, rows: Coefficients) -> Tensor:
-    """(B,) mean of rho(r) over each sample's kept elements (0 if none); the gradient is made in backward."""
+    """(B,) mean of rho(r) over each sample's kept elements (0 if none); the gradient is made in backward.
+
+    A floating mask holds weights of the elements.
+    """
     pred, y, z, noise, mask = operands
     spec = loss_of(spec.op, spec.kind, Reduction.none, (*spec.columns[:3], *[ABSENT] * 3))
     if (mesh := on_mesh(pred, y, z, mask)) is not None:
         return mesh.sample_means(spec, operands, rows)
+    if has_weights(mask):
+        return elementwise.sample_means(spec, operands, rows)
     if noise is not None and not noise._whole_blocks(math.prod(pred.shape[1:])):
         operands = _filled(operands)
         pred, y, z, noise, mask = operands

@@ -27,6 +27,7 @@ from .ancestral import DDIM, DDPM, EulerAncestral
 from .base import Sampler
 from .callbacks import Inpainting, Trajectory
 from .consistency import LCM, TCD, Consistency
+from .double_well import DoubleWell
 from .dpm_solver import DPMSolverPP2M, DPMSolverPP2MSDE, DPMSolverPP3M
 from .flow import FlowEuler, FlowMidpoint, FlowSDE
 from .functions import (
@@ -64,6 +65,7 @@ __all__ = [
     "DPMSolverPP2M",
     "DPMSolverPP2MSDE",
     "DPMSolverPP3M",
+    "DoubleWell",
     "Euler",
     "EulerAncestral",
     "FlowEuler",

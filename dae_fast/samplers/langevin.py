@@ -20,6 +20,7 @@ from ..primitives.sums import affine
 from ..schedule import Schedule
 from .arguments import ONE_OF_LEVELS
 from .base import Sampler, Walk
+from .double_well import DoubleWell
 from .mixture import GaussianMixture
 from .network import GUIDED, bound, guidance_scale, outputs
 from .running import progressed
@@ -59,7 +60,8 @@ def langevin(
 ) -> Tensor:
     """`steps` unadjusted Langevin updates of all rows of x: x + h*score(x) + noise_scale*sqrt(2h)*eps.
 
-    score(x): grad log p, like x; a GaussianMixture's chain may be one launch      x: (B, ...), the chains' starts
+    score(x): grad log p, like x; the chain of a GaussianMixture or DoubleWell may be one launch
+    x: (B, ...), the chains' starts
     step_size: h >= 0, a float or a tensor () or (B,)      noise_scale: the same; 0 is gradient ascent
     noise: Noise; step k uses noise.fold_in(k)      progress: show a bar      returns: like x
     guidance: g, for a score that returns (conditional, unconditional): u + g*(c - u) (Ho and Salimans 2022)
@@ -78,7 +80,7 @@ def langevin(
         raise ValueError(f"{op}: step_size must not be negative, got {float(torch.as_tensor(step_size).min())}")
     g = guidance_scale(op, guidance)
     tensors = isinstance(step_size, Tensor) or isinstance(noise_scale, Tensor)
-    if isinstance(score, GaussianMixture) and guidance is None and not progress and not tensors:
+    if isinstance(score, (GaussianMixture, DoubleWell)) and guidance is None and not progress and not tensors:
         moved = score.chain(x, float(step_size), float(noise_scale * (2 * step_size) ** 0.5), steps, noise)
         if moved is not None:
             return moved

@@ -16,7 +16,7 @@ from .network import GUIDED, cfg_combine, rescaled
 from .steps import Place, Step
 from .x0_clip import X0Clip, thresholded
 
-Rows = tuple[Tensor, "int | None"]  # a table and the number of the row for all samples, or a row of each sample
+RowAt = tuple[Tensor, "int | None"]  # a table and the number of the row for all samples, or a row of each sample
 NOTHING, NOISE, RAW, UNCONDITIONAL, KEPT = range(5)  # what is read besides x and the prediction; KEPT + k: b_(k + 1)
 OUTPUTS = "x", "kept", "x0", "mean"  # x_s; x_s and what is kept; x_s and the x0 estimate; x_s without its noise
 
@@ -167,7 +167,7 @@ class Launches:
         """Of the noise of a look."""
         return float(self._columns["noise"][i])
 
-    def rows(self, table: Tensor, i: int) -> Rows:
+    def rows(self, table: Tensor, i: int) -> RowAt:
         return (table, i) if self.batch is None else (table[i * self.batch : (i + 1) * self.batch], None)
 
     def first_row(self, i: int) -> int:

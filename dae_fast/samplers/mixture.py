@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,19 +76,34 @@ class GaussianMixture:
 
     def chain(self, x: Tensor, step: float, spread: float, steps: int, noise: Noise) -> Tensor | None:
         """`steps` updates x + step * score + spread * eps in one launch; None where there is no kernel for that."""
-        op = "langevin"
         D = x[0].numel() if x.shape[0] else 0
-        if x.dtype != torch.float32 or not 0 < D <= MOST_ELEMENTS or not noise._whole_blocks(D):
-            return None
-        if route(op, x, noise._key_tensor, noise._sample) is not Route.DIRECT:
-            return None
-        module = kernels(x, op)
-        if not hasattr(module, "chain"):
-            return None
         width = 4
         while width < D:
             width *= 2
-        tables = self._on(x.device, torch.float32, D, width)
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        module.chain(x.contiguous().view(len(x), D), *tables, step, spread, steps, noise, out.view(len(x), D))
-        return out
+        tables = partial(self._on, x.device, torch.float32, D, width)
+        return chained("chain", x, tables, (step, spread, steps), noise)
+
+
+def chained(
+    kernel: str,
+    x: Tensor,
+    score: tuple[float, ...] | Callable[[], tuple[Tensor, ...]],
+    update: tuple[float, float, int],
+    noise: Noise,
+) -> Tensor | None:
+    """What a backend's chain of that name makes of x; None where it has none.
+
+    score: its numbers, or what makes its tables      update: step, spread, steps
+    """
+    D = x[0].numel() if x.shape[0] else 0
+    if x.dtype != torch.float32 or not 0 < D <= MOST_ELEMENTS or not noise._whole_blocks(D):
+        return None
+    if route("langevin", x, noise._key_tensor, noise._sample) is not Route.DIRECT:
+        return None
+    module = kernels(x, "langevin")
+    if not hasattr(module, kernel):
+        return None
+    numbers = score if isinstance(score, tuple) else score()
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    getattr(module, kernel)(x.contiguous().view(len(x), D), *numbers, *update, noise, out.view(len(x), D))
+    return out

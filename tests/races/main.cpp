@@ -151,16 +151,16 @@ void run(Dtype dtype, int64_t B, int64_t D) {
   take(words, key);
 }
 
-// One component and several, of the longest rows that a chain may have at most.
+// A double well, one component and several, of the longest rows that a chain may have at most.
 void run_chains(int64_t B, int64_t D) {
   const int64_t length = std::min<int64_t>(D, kOfLane * kMaxChainLanes), width = kOfLane * chain_lanes(length);
-  for (const int components : {1, 3}) {
+  for (const int components : {0, 1, 3}) {
     Buffer<float> x(B * length, 0.5f), out(B * length), means(components * width, 0.25f);
     Buffer<float> precisions(components * width, 2.0f), weights(components, 0.1f);
     Noise noise;
     noise.present = true, noise.key = {7, 8};
     check(dae_cuda_api()->chain({B, length, x.begin(), out.begin(), components, means.begin(), precisions.begin(),
-                                 weights.begin(), 0.1f, 0.4f, 5, noise},
+                                 weights.begin(), -4.0f, 1.0f, 0.1f, 0.4f, 5, noise},
                                 Queue{0, nullptr}));
     take(out);
   }

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, Literal, TypeVar
 
 from .facts import Facts
-from .fused import COVERED, KINDS, Fused, fused_class
+from .fused import COVERED, METHODS, Fused, fused_class
 
 __all__ = ["COVERED", "fuse", "unfuse"]
 
@@ -37,8 +37,8 @@ def fuse(pipe_or_scheduler: T, noise: Literal["torch", "fused"] = "torch") -> T:
         raise TypeError(
             f"fuse: {upstream.__module__}.{upstream.__name__} is not covered; these are: {', '.join(COVERED)}"
         )
-    if upstream.__name__ in KINDS:
-        what = KINDS[upstream.__name__].not_covered(scheduler.config)
+    for kind in METHODS[upstream.__name__].values():
+        what = kind.not_covered(scheduler.config)
         if what is not None:
             raise NotImplementedError(f"fuse: {upstream.__name__} with {what} is not covered; use it as it is")
     scheduler.__class__ = fused_class(upstream, noise)
@@ -50,13 +50,16 @@ def unfuse(pipe_or_scheduler: T) -> T:
     """Undoes `fuse`, in the middle of a loop too; returns what it was given."""
     scheduler = _scheduler_of(pipe_or_scheduler)
     if isinstance(scheduler, Fused):
-        scheduler.__dict__.pop("_facts", None)
+        for kind in METHODS[scheduler.upstream.__name__].values():
+            kind.release(scheduler)
+        for own in ("_facts", "_corrections"):
+            scheduler.__dict__.pop(own, None)
         scheduler.__class__ = scheduler.upstream
     return pipe_or_scheduler
 
 
 def _scheduler_of(given: Any) -> Any:
     scheduler = getattr(given, "scheduler", given)
-    if not hasattr(scheduler, "step"):
+    if not hasattr(scheduler, "set_timesteps"):
         raise TypeError(f"fuse: must be a pipeline or a scheduler of diffusers, got {type(given).__name__}")
     return scheduler

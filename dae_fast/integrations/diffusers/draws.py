@@ -21,8 +21,11 @@ def keyed(generator: Any, step: int, batch: int, device: torch.device) -> Noise:
         sample's and the next the next's; None: a key from torch's global generator, which torch.manual_seed governs
     A generator says its seed (initial_seed) and is not drawn from.
     """
-    if generator is None:
-        return Noise.from_generator()
+    return Noise.from_generator() if generator is None else seeded(generator, batch, device).fold_in(step)
+
+
+def seeded(generator: Any, batch: int, device: torch.device) -> Noise:
+    """The noise of all steps."""
     if isinstance(generator, (list, tuple)):
         if len(generator) not in (1, batch):
             raise ValueError(
@@ -30,9 +33,9 @@ def keyed(generator: Any, step: int, batch: int, device: torch.device) -> Noise:
             )
         if len(generator) == batch:
             ids = _ids(tuple(_seed(g) for g in generator), device)
-            return Noise(STEPS_TAG, sample=ids).fold_in(step)
+            return Noise(STEPS_TAG, sample=ids)
         generator = generator[0]
-    return Noise(STEPS_TAG, first_sample=_seed(generator)).fold_in(step)
+    return Noise(STEPS_TAG, first_sample=_seed(generator))
 
 
 def _seed(generator: Any) -> int:

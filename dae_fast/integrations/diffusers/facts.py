@@ -15,7 +15,7 @@ READ = "timesteps", "sigmas", "alphas_cumprod"
 
 def _stamp(scheduler: Any) -> tuple[Any, ...]:
     """What tells whether anything that was read has changed since."""
-    tensors = [scheduler.__dict__.get(name) for name in READ]
+    tensors = [scheduler.__dict__.get(name) for name in (*READ, *scheduler.kind.tables)]
     versions = [None if t is None or t.is_inference() else t._version for t in tensors]
     return (*map(id, tensors), *versions, id(scheduler.config), scheduler.__dict__.get("num_inference_steps"))
 
@@ -23,18 +23,21 @@ def _stamp(scheduler: Any) -> tuple[Any, ...]:
 class Facts:
     """Upstream's own float32 tables, taken as they are: a network was trained on those.
 
-    sigmas, bar (alpha_bar): float64; timesteps: numbers
+    sigmas, bar (alpha_bar), tables (others that the kind names): float64; timesteps: numbers
     plans: by what a step depends on, made when first asked for
     """
 
     def __init__(self, scheduler: Any) -> None:
         self.stamp = _stamp(scheduler)
-        self.tensors = [scheduler.__dict__.get(name) for name in READ]  # kept alive: the stamp has their ids
-        timesteps, sigmas, bar = self.tensors
+        self.kind = scheduler.kind
+        # Kept alive: the stamp has their ids.
+        self.tensors = [scheduler.__dict__.get(name) for name in (*READ, *self.kind.tables)]
+        timesteps, sigmas, bar, *others = self.tensors
         self.config = scheduler.config
         self.timesteps: list[float] = [] if timesteps is None else timesteps.tolist()
         self.sigmas = _float64(sigmas)
         self.bar = _float64(bar)
+        self.tables = {name: _float64(table) for name, table in zip(self.kind.tables, others, strict=True)}
         self.final_bar = np.float64(float(scheduler.__dict__.get("final_alpha_cumprod", 1.0)))
         self.steps = scheduler.__dict__.get("num_inference_steps")
         self.plans: dict[Any, Plan] = {}
@@ -45,8 +48,16 @@ class Facts:
     def of(scheduler: Any) -> Facts:
         facts: Facts | None = scheduler._facts
         if facts is None or facts.stamp != _stamp(scheduler):
-            facts = scheduler._facts = Facts(scheduler)
+            known, facts = facts, Facts(scheduler)
+            if known is not None and facts.contents() == known.contents():  # a pipeline sets timesteps at every call
+                facts.plans, facts.levels, facts._sigmas_on = known.plans, known.levels, known._sigmas_on
+            scheduler._facts = facts
         return facts
+
+    def contents(self) -> tuple[Any, ...]:
+        """What plans are made of."""
+        tables = (self.sigmas, self.bar, *self.tables.values())
+        return self.timesteps, self.steps, float(self.final_bar), [t.tobytes() for t in tables], dict(self.config)
 
     def timestep(self, t: Any) -> float:
         """A timestep as a number. One that is a view of `timesteps`, as in a loop over them, is not read from memory:
@@ -80,13 +91,8 @@ class Facts:
 
     def pair(self, i: int) -> tuple[Any, Any]:
         """alpha and sigma of the i-th of `sigmas`."""
-        return self.pair_of(self.sigmas[i])
-
-    def pair_of(self, sigma: Any) -> tuple[Any, Any]:
-        if self.config.get("use_flow_sigmas"):
-            return 1 - sigma, sigma
-        alpha = 1 / np.sqrt(sigma**2 + 1)
-        return alpha, sigma * alpha
+        alpha, sigma = self.kind.pair(self.config, self.sigmas[i])
+        return alpha, sigma
 
     def log_snr(self, i: int) -> Any:
         """log(alpha/sigma), infinite at the data."""

@@ -15,15 +15,20 @@ from torch import Tensor
 
 from ...noise import Noise
 from ...primitives import weighted_sum
-from . import multistep, single
-from .draws import keyed
+from . import halves, multistep, score, single, solvers
 from .facts import Facts
-from .kinds import Kind, OfBar, OfSigma
+from .kinds import Kind, OfSigma
 from .levels import ADD_NOISE, VELOCITY, Levels, places
 from .sums import Plan
 
-KINDS = {**single.KINDS, **multistep.KINDS}
-COVERED = (*KINDS, "PNDMScheduler")
+STEPS: dict[str, Kind] = {**single.KINDS, **halves.KINDS, **solvers.KINDS, **multistep.KINDS}
+# By the name of a scheduler, its methods that step; the first is also the kind of its levels.
+METHODS: dict[str, dict[str, Kind]] = {
+    **{name: {"step": kind} for name, kind in STEPS.items()},
+    "PNDMScheduler": multistep.PNDM,
+    "ScoreSdeVeScheduler": score.SCORE_SDE_VE,
+}
+COVERED = tuple(METHODS)
 ARGUMENTS = {"model_output", "timestep", "sample", "generator", "variance_noise", "return_dict"}  # of every `step`
 
 
@@ -34,6 +39,7 @@ class Fused:
     upstream: ClassVar[type]
     kind: ClassVar[Kind]  # of the levels, and of `step` where upstream has one way to step
     _facts: Facts | None = None
+    _corrections = 0  # calls of step_correct since set_timesteps
     # Upstream's, where it has them.
     timesteps: Any
     _step_index: Any
@@ -53,9 +59,9 @@ class Fused:
         try:
             return f.index(timestep)
         except IndexError:
-            if isinstance(self.kind, (OfBar, OfSigma)):
+            if not self.kind.elsewhere_last:
                 raise
-            return len(f.timesteps) - 1  # upstream's
+            return len(f.timesteps) - 1
 
     def _take(self, kind: Kind, given: dict[str, Any]) -> Any:
         """One call of a method of that kind."""
@@ -73,7 +79,12 @@ class Fused:
         plan = f.plans.get((kind, key)) or _planned(kind, f, key)
         streams = {**given, **kind.history(self), "dtype": torch.promote_types(output.dtype, sample.dtype)}
         if plan.draws:
-            streams["noise"] = self._draw(kind, given, key)
+            own = given.get("variance_noise")
+            if own is not None:
+                streams["noise"] = own.to(output.device)
+            else:
+                draw = kind.keyed(self, given, key) if self.noise_source == "fused" else kind.drawn(self, given)
+                streams["noise"] = draw
         if f.config.get("thresholding"):
             streams["threshold"] = self._threshold_sample
         kind.run(plan, streams, f, given)
@@ -84,24 +95,12 @@ class Fused:
         both = (previous,) if kind.second is None else (previous, streams[kind.second])
         if not given["return_dict"]:
             return both
-        return _output_class(self.upstream)(*both)
-
-    def _draw(self, kind: Kind, given: dict[str, Any], key: tuple[Any, ...]) -> Noise | Tensor:
-        output, sample, own = given["model_output"], given["sample"], given.get("variance_noise")
-        if own is not None:
-            return own.to(output.device)
-        if self.noise_source == "fused":
-            return keyed(given["generator"], int(key[0]), len(sample), output.device)
-        from diffusers.utils.torch_utils import randn_tensor
-
-        dtype = kind.noise_type(output, sample)
-        made: Tensor = randn_tensor(output.shape, generator=given["generator"], device=output.device, dtype=dtype)
-        return made
+        return _output_class(self.upstream, kind.output)(*both)
 
     def _level(self, f: Facts, timesteps: Tensor, device: torch.device) -> Any:
         levels = Levels.of(f, self.kind)
         timesteps = timesteps.to(device)
-        if isinstance(self.kind, OfBar):
+        if self.kind.by_timestep:
             return levels.at(timesteps.long(), device)
         if self._begin_index is not None:
             index = self._begin_index if self._step_index is None else self._step_index
@@ -111,6 +110,8 @@ class Fused:
 
 
 def _add_noise(self: Any, original_samples: Tensor, noise: Tensor | Noise, timesteps: Tensor) -> Tensor:
+    if noise is None:  # ScoreSdeVe then draws it itself
+        noise = torch.randn_like(original_samples)
     level = self._level(Facts.of(self), timesteps, original_samples.device)
     made: Tensor = ADD_NOISE(level, sample=original_samples, noise=noise)
     return made
@@ -137,7 +138,7 @@ def _scale_model_input(self: Any, sample: Tensor, timestep: Any) -> Tensor:
     self._begin(f, timestep)
     if "is_scale_input_called" in self.__dict__:
         self.is_scale_input_called = True
-    made: Tensor = weighted_sum((float(self.kind.scale(f, f.sigmas[self._step_index])), sample))
+    made: Tensor = weighted_sum((float(self.kind.scale(f, self.kind.input_sigma(self, f))), sample))
     return made
 
 
@@ -154,9 +155,9 @@ def _planned(kind: Kind, f: Facts, key: tuple[Any, ...]) -> Plan:
 
 
 @functools.cache
-def _output_class(upstream: type) -> Any:
+def _output_class(upstream: type, name: str | None) -> Any:
     module = sys.modules[upstream.__module__]
-    return getattr(module, f"{upstream.__name__}Output", None) or module.SchedulerOutput
+    return getattr(module, name or f"{upstream.__name__}Output", None) or module.SchedulerOutput
 
 
 def _method(upstream: type, name: str, kind: Kind) -> Callable[..., Any]:
@@ -191,14 +192,15 @@ def _as_signed(theirs: Callable[..., Any], ours: Callable[..., Any]) -> Callable
 
 def _set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
     self.upstream.set_timesteps(self, *args, **kwargs)
+    self._corrections = 0
     Facts.of(self)  # here, so that no step has to read tables from a device
 
 
 @functools.cache
 def fused_class(upstream: type, noise_source: str) -> type:
     """A class of the same name, so that configs are saved under it."""
-    kind = KINDS.get(upstream.__name__, multistep.PNDM["step_plms"])
-    methods = {"step": kind} if upstream.__name__ in KINDS else multistep.PNDM
+    methods = METHODS[upstream.__name__]
+    kind = next(iter(methods.values()))
     own: dict[str, Any] = {name: _method(upstream, name, of) for name, of in methods.items()}
     replaced: dict[str, Callable[..., Any]] = {
         "set_timesteps": _set_timesteps,
@@ -206,7 +208,7 @@ def fused_class(upstream: type, noise_source: str) -> type:
         "scale_noise": _scale_noise,
         "get_velocity": _get_velocity,
     }
-    if isinstance(kind, OfSigma):  # elsewhere it returns what it is given
+    if kind.scales:  # elsewhere it returns what it is given
         replaced["scale_model_input"] = _scale_model_input
     for name, ours in replaced.items():
         if hasattr(upstream, name):

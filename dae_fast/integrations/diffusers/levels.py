@@ -10,7 +10,7 @@ from ...coefficients import Level
 from ...primitives import LevelOp
 from ...schedule import Schedule
 from .facts import Facts
-from .kinds import Kind, OfSigmaPairs
+from .kinds import Kind
 
 ADD_NOISE = LevelOp("add_noise", lambda alpha, sigma: {"sample": alpha, "noise": sigma})
 VELOCITY = LevelOp("get_velocity", lambda alpha, sigma: {"noise": alpha, "sample": -sigma})
@@ -56,7 +56,7 @@ def places(kind: Kind, known: Tensor, timesteps: Tensor) -> Tensor:
     second = found.sum(1).clamp(max=2)[:, None]
     index = (found.cumsum(1) >= second).int().argmax(1)
     missing = second[:, 0] == 0
-    if isinstance(kind, OfSigmaPairs):
+    if kind.elsewhere_last:
         return index.masked_fill(missing, len(known) - 1)
     if missing.device.type == "cpu" and missing.any():
         raise IndexError(f"timestep {timesteps[missing][0].item()} is none of scheduler.timesteps")

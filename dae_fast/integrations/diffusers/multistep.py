@@ -5,212 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from .facts import Facts, estimate, noise_of
-from .kinds import Kind, OfBar, OfSigma, OfSigmaPairs
+from .facts import Facts
+from .kinds import Kind, OfBar, OfSigma
 from .single import denoised
-from .sums import X0, Launch, P, Plan, Sum, X, Z
+from .sums import Launch, P, Plan, Sum, X
 
 M0, M1, M2, M3, M4 = (Sum({f"m{k}": 1.0}) for k in range(5))  # converted outputs, the newest first
 LAST = Sum(last=1.0)
-SHORT = 15  # upstream lowers the order at the end of a loop of fewer steps
-
-
-def shifted(values: list[Any], new: Any) -> None:
-    """Upstream's list of a fixed length, the newest last."""
-    values[:-1] = values[1:]
-    values[-1] = new
-
-
-class Solver(OfSigmaPairs):
-    """A multistep solver over converted outputs: estimates of x0, or eps."""
-
-    def key(self, s: Any, f: Facts, given: dict[str, Any]) -> tuple[Any, ...]:
-        return s._step_index, self.order(s, f)
-
-    def order(self, s: Any, f: Facts) -> int:
-        """Of this step: what has been kept, and less at the end."""
-        order = f.config["solver_order"]
-        left = len(f.timesteps) - s._step_index
-        if left == 1 and self.first_at_end(f):
-            return 1
-        short = f.config["lower_order_final"] and len(f.timesteps) < SHORT
-        return min(order, s.lower_order_nums + 1, 2 if left == 2 and short else 3)
-
-    def first_at_end(self, f: Facts) -> bool:
-        return bool(f.config["lower_order_final"] and len(f.timesteps) < SHORT)
-
-    def history(self, s: Any) -> dict[str, Any]:
-        return {f"m{k}": value for k, value in enumerate(reversed(s.model_outputs), 1)}
-
-    def advance(self, s: Any, made: dict[str, Any]) -> None:
-        shifted(s.model_outputs, made["m0"])
-        s.lower_order_nums = min(s.lower_order_nums + 1, s.config.solver_order)
-        super().advance(s, made)
-
-    def planned(self, f: Facts, i: int, m: Sum, prev: Sum, draws: bool = False) -> Plan:
-        """Of a sum that reads m0, which is m, and m, which may read the estimate."""
-        alpha, sigma = f.pair(i)
-        outputs = {"prev_sample": prev.where("m0", m), "m0": m}
-        return Plan(f.launches(estimate(f, alpha, sigma), outputs), draws)
-
-
-class DPMSolver(Solver):
-    """Lu et al. 2022 (DPM-Solver, of eps) and 2023 (DPM-Solver++, of x0), orders 1 to 3, and their SDEs."""
-
-    def noise_type(self, output: Tensor, sample: Tensor) -> torch.dtype:
-        return torch.float32
-
-    def not_covered(self, config: Any) -> str | None:
-        if config["variance_type"] is not None:
-            return f"variance_type={config['variance_type']!r}"
-        third = config["algorithm_type"] == "sde-dpmsolver" and config["solver_order"] == 3
-        return "algorithm_type='sde-dpmsolver' of order 3" if third else None  # upstream has no formula either
-
-    def first_at_end(self, f: Facts) -> bool:
-        c = f.config
-        return bool(c["euler_at_final"] or c["final_sigmas_type"] == "zero" or super().first_at_end(f))
-
-    def plan(self, f: Facts, *key: Any) -> Plan:
-        i, order = key
-        c = f.config
-        (a_t, s_t), (a_s, s_s) = f.pair(i + 1), f.pair(i)
-        h = f.log_snr(i + 1) - f.log_snr(i)
-        sde, of_x0 = c["algorithm_type"].startswith("sde"), c["algorithm_type"].endswith("++")
-        times = 2 if sde else 1
-        if of_x0:
-            H = times * h
-            keep = s_t / s_s * (np.exp(-h) if sde else 1)
-            gain = -a_t * np.expm1(-H)
-            of_slope = a_t * (np.expm1(-H) / H + 1)
-            half = 0.5 if sde else -0.5  # upstream's sign of the SDE's third order
-            of_curvature = -a_t * ((np.expm1(-H) + H) / H**2 + half)
-            of_noise = s_t * np.sqrt(-np.expm1(-2 * h))
-            m = X0
-        else:
-            keep = a_t / a_s
-            gain = -times * s_t * np.expm1(h)
-            of_slope = -times * s_t * (np.expm1(h) / h - 1)
-            of_curvature = -s_t * ((np.expm1(h) - h) / h**2 - 0.5)
-            of_noise = s_t * np.sqrt(np.expm1(2 * h))
-            m = (X - X0 * a_s) / s_s if c["thresholding"] else noise_of(f, a_s, s_s)
-        prev = X * keep + M0 * gain
-        if order > 1:
-            r0 = (f.log_snr(i) - f.log_snr(i - 1)) / h
-            slope = (M0 - M1) / r0
-            if order == 2:
-                prev = prev + slope * (0.5 * gain if c["solver_type"] == "midpoint" else of_slope)
-            else:
-                r1 = (f.log_snr(i - 1) - f.log_snr(i - 2)) / h
-                change = (slope - (M1 - M2) / r1) / (r0 + r1)
-                prev = prev + (slope + change * r0) * of_slope + change * of_curvature
-        return self.planned(f, i, m, prev + Z * of_noise if sde else prev, draws=sde)
-
-
-class DEIS(Solver):
-    """Zhang and Chen 2023: eps as a polynomial of log(rho), rho = sigma/alpha, integrated over rho."""
-
-    def plan(self, f: Facts, *key: Any) -> Plan:
-        i, order = key
-        (a_t, s_t), (a_s, s_s) = f.pair(i + 1), f.pair(i)
-        if order == 1:
-            prev = X * (a_t / a_s) - M0 * (s_t * np.expm1(f.log_snr(i + 1) - f.log_snr(i)))
-        else:
-            nodes = np.array([-f.log_snr(i - k) for k in range(order)])
-            weights = _log_integrals(nodes, np.exp(nodes[0]), s_t / a_t)
-            prev = X * (a_t / a_s)
-            for w, m in zip(weights, (M0, M1, M2), strict=False):
-                prev = prev + m * (a_t * w)
-        m = (X - X0 * a_s) / s_s if f.config["thresholding"] else noise_of(f, a_s, s_s)
-        return self.planned(f, i, m, prev)
-
-
-def _log_integrals(nodes: Any, low: Any, high: Any) -> list[Any]:
-    """The integrals over rho of the Lagrange polynomials of log(rho) at `nodes`."""
-
-    def integral(rho: Any, power: int) -> Any:  # of log(rho)^power, by parts
-        return rho if power == 0 else rho * np.log(rho) ** power - power * integral(rho, power - 1)
-
-    moments = [integral(high, k) - integral(low, k) for k in range(len(nodes))]
-    made = []
-    for k, node in enumerate(nodes):
-        others = np.delete(nodes, k)
-        polynomial = np.poly(others) / np.prod(node - others)  # the highest power first
-        made.append(sum(c * moment for c, moment in zip(polynomial[::-1], moments, strict=True)))
-    return made
-
-
-class UniPC(Solver):
-    """Zhao et al. 2023: the last step corrected by this step's output, then a step from there."""
-
-    def not_covered(self, config: Any) -> str | None:
-        if config["solver_p"] is not None:
-            return "solver_p"
-        return f"solver_order={config['solver_order']}" if config["solver_order"] > 3 else None
-
-    def key(self, s: Any, f: Facts, given: dict[str, Any]) -> tuple[Any, ...]:
-        i = s._step_index
-        corrects = i > 0 and i - 1 not in s.disable_corrector and s.last_sample is not None
-        order = f.config["solver_order"]
-        if f.config["lower_order_final"]:
-            order = min(order, len(f.timesteps) - i)
-        corrected_order = s.this_order if corrects else 0
-        s.this_order = min(order, s.lower_order_nums + 1)
-        return i, s.this_order, corrected_order
-
-    def plan(self, f: Facts, *key: Any) -> Plan:
-        i, order, corrected_order = key
-        alpha, sigma = f.pair(i)
-        of_x0 = f.config["predict_x0"]
-        x = X
-        if corrected_order:
-            # The step before began at i - 1, from outputs that are one place older by now.
-            x, gain, rho, slopes = self._step(f, i, i - 1, corrected_order, LAST, (M1, M2, M3), corrects=True)
-            for r, slope in zip(rho, (*slopes, M0 - M1), strict=True):
-                x = x - slope * (gain * r)
-        prev, gain, rho, slopes = self._step(f, i + 1, i, order, x, (M0, M1, M2), corrects=False)
-        for r, slope in zip(rho, slopes, strict=True):
-            prev = prev - slope * (gain * r)
-        first = f.launches(estimate(f, alpha, sigma), {"m0": X0}) if of_x0 else ()
-        if not of_x0:
-            first = (Launch({"m0": noise_of(f, alpha, sigma)}),)
-        second = {"prev_sample": prev, "corrected": x} if corrected_order else {"prev_sample": prev}
-        return Plan((*first, Launch(second)))
-
-    def _step(
-        self, f: Facts, t: int, s: int, order: int, x: Sum, outputs: tuple[Sum, ...], *, corrects: bool
-    ) -> tuple[Sum, Any, Any, list[Sum]]:
-        """The first-order step from s to t, and what the differences of the outputs are weighed with."""
-        (a_t, s_t), (a_s, s_s) = f.pair(t), f.pair(s)
-        h = f.log_snr(t) - f.log_snr(s)
-        of_x0 = f.config["predict_x0"]
-        H = -h if of_x0 else h
-        phi = np.expm1(H)
-        outer, keep = (a_t, s_t / s_s) if of_x0 else (s_t, a_t / a_s)
-        r = [(f.log_snr(s - k) - f.log_snr(s)) / h for k in range(1, order)]
-        slopes = [(m - outputs[0]) / r_k for m, r_k in zip(outputs[1:], r, strict=False)]
-        B = H if f.config["solver_type"] == "bh1" else phi
-        values, factorial, phi_k = [], 1.0, phi / H - 1
-        for k in range(1, order + 1):
-            values.append(phi_k * factorial / B)
-            factorial *= k + 1
-            phi_k = phi_k / H - 1 / factorial
-        powers = np.array([[r_k**k for r_k in (*r, 1.0)] for k in range(order)])
-        if not corrects:
-            rho = np.array([0.5]) if order == 2 else np.linalg.solve(powers[:-1, :-1], values[:-1])
-        else:
-            rho = np.array([0.5]) if order == 1 else np.linalg.solve(powers, values)
-        return x * keep - outputs[0] * (outer * phi), outer * B, rho, slopes
-
-    def history(self, s: Any) -> dict[str, Any]:
-        return {**super().history(s), "last": s.last_sample}
-
-    def advance(self, s: Any, made: dict[str, Any]) -> None:
-        s.last_sample = made.get("corrected", made["sample"])
-        shifted(s.timestep_list, made["timestep"])
-        super().advance(s, made)
 
 
 class LMS(OfSigma):
@@ -327,11 +129,32 @@ class LinearMultistep(PseudoNumerical):
         super().advance(s, made)
 
 
-KINDS: dict[str, Kind] = {
-    "DPMSolverMultistepScheduler": DPMSolver(),
-    "DEISMultistepScheduler": DEIS(),
-    "UniPCMultistepScheduler": UniPC(),
-    "LMSDiscreteScheduler": LMS(),
-}
+class IPNDM(Kind):
+    """Zhang and Chen 2023's iPNDM: the same sums, of outputs v that are converted to eps; x = alpha*x0 + beta*eps."""
+
+    tables = "alphas", "betas"
+
+    def key(self, s: Any, f: Facts, given: dict[str, Any]) -> tuple[Any, ...]:
+        return s._step_index, min(len(s.ets) + 1, 4)
+
+    def plan(self, f: Facts, *key: Any) -> Plan:
+        i, count = key
+        alphas, betas = f.tables["alphas"], f.tables["betas"]
+        m = X * betas[i] + P * alphas[i]
+        output = Sum()
+        for c, old in zip(ADAMS[count], (m, M1, M2, M3), strict=False):
+            output = output + old * c
+        x0 = (X - output * betas[i]) / max(alphas[i], 1e-8)
+        return Plan((Launch({"prev_sample": x0 * alphas[i + 1] + output * betas[i + 1], "m0": m}),))
+
+    def history(self, s: Any) -> dict[str, Any]:
+        return {f"m{k}": value for k, value in enumerate(reversed(s.ets), 1)}
+
+    def advance(self, s: Any, made: dict[str, Any]) -> None:
+        s.ets = [*s.ets[-3:], made["m0"]]
+        super().advance(s, made)
+
+
+KINDS: dict[str, Kind] = {"LMSDiscreteScheduler": LMS(), "IPNDMScheduler": IPNDM()}
 # PNDMScheduler.step chooses between these two methods.
-PNDM: dict[str, Kind] = {"step_prk": RungeKutta(), "step_plms": LinearMultistep()}
+PNDM: dict[str, Kind] = {"step_plms": LinearMultistep(), "step_prk": RungeKutta()}

@@ -14,7 +14,6 @@ from .kinds import Kind, OfBar, OfSigma
 from .sums import X0, Launch, P, Plan, Sum, X, Z
 
 CHURN = "s_churn", "s_tmin", "s_tmax", "s_noise"
-KEPT_X0, KEPT_X = Sum(kept_x0=1.0), Sum(kept_sample=1.0)
 
 
 class DDPM(OfBar):
@@ -176,13 +175,44 @@ class EDMEuler(Euler):
         super().run(plan, streams, f, given)
 
     def denoised(self, f: Facts, x: Sum, sigma: Any, sigma_hat: Any) -> Sum:
-        of_data = f.config["sigma_data"]
-        total = sigma_hat**2 + of_data**2
-        c_out = sigma_hat * of_data / np.sqrt(total)
-        return x * (of_data**2 / total) + P * (-c_out if f.config["prediction_type"] == "v_prediction" else c_out)
+        return preconditioned(f, x, sigma_hat)
 
     def scale(self, f: Facts, sigma: Any) -> Any:
-        return 1 / np.sqrt(sigma**2 + f.config["sigma_data"] ** 2)
+        return scale_of_preconditioned(f, sigma)
+
+
+def preconditioned(f: Facts, x: Sum, sigma: Any) -> Sum:
+    """x0 of a preconditioned network (Karras et al. 2022, table 1)."""
+    of_data = f.config["sigma_data"]
+    total = sigma**2 + of_data**2
+    c_out = sigma * of_data / np.sqrt(total)
+    return x * (of_data**2 / total) + P * (-c_out if f.config["prediction_type"] == "v_prediction" else c_out)
+
+
+def scale_of_preconditioned(f: Facts, sigma: Any) -> Any:
+    return 1 / np.sqrt(sigma**2 + f.config["sigma_data"] ** 2)
+
+
+class Consistency(OfSigma):
+    """Song et al. 2023, algorithm 1: the consistency function, noised again."""
+
+    casts = False
+
+    def scale(self, f: Facts, sigma: Any) -> Any:
+        return scale_of_preconditioned(f, sigma)
+
+    def plan(self, f: Facts, *key: Any) -> Plan:
+        (i,) = key
+        c = f.config
+        sigma, low, of_data = f.sigmas[i], c["sigma_min"], c["sigma_data"]
+        sigma_to = np.clip(f.sigmas[i + 1] if i + 1 < c["num_train_timesteps"] else f.sigmas[-1], low, c["sigma_max"])
+        c_skip = of_data**2 / ((sigma - low) ** 2 + of_data**2)
+        c_out = (sigma - low) * of_data / np.sqrt(sigma**2 + of_data**2)
+        x0, draws = X * c_skip + P * c_out, len(f.timesteps) > 1
+        outputs = {"prev_sample": X0 + Z * (c["s_noise"] * np.sqrt(sigma_to**2 - low**2)) if draws else X0}
+        if c["clip_denoised"]:
+            return Plan((Launch(outputs, x0, 1.0),), draws)
+        return Plan((Launch({"prev_sample": outputs["prev_sample"].where("x0", x0)}),), draws)
 
 
 class EulerAncestral(OfSigma):
@@ -201,41 +231,6 @@ class EulerAncestral(OfSigma):
         x0 = denoised(f, X, sigma)
         prev = X + (X - x0) * ((down - sigma) / sigma) + Z * up
         return Plan((Launch({"prev_sample": prev, "pred_original_sample": x0}),), draws=True)
-
-
-class Heun(OfSigma):
-    """Karras et al. 2022, algorithm 1; every level but the first stands twice in `sigmas`.
-
-    Between its two halves the sample and the estimate are kept: the derivative is (sample - x0)/sigma.
-    """
-
-    second = "pred_original_sample"
-    casts = False
-    whole_timesteps = True
-
-    def key(self, s: Any, f: Facts, given: dict[str, Any]) -> tuple[Any, ...]:
-        return s._step_index, s.dt is None
-
-    def plan(self, f: Facts, *key: Any) -> Plan:
-        i, first = key
-        sigma, sigma_next = (f.sigmas[i], f.sigmas[i + 1]) if first else (f.sigmas[i - 1], f.sigmas[i])
-        dt = sigma_next - sigma
-        if first:
-            prev = X + (X - X0) * (dt / sigma)
-        else:
-            prev = KEPT_X + (KEPT_X - KEPT_X0) * (dt / (2 * sigma)) + (X - X0) * (dt / (2 * sigma_next))
-        x0 = denoised(f, X, sigma if first else sigma_next)
-        return Plan(f.launches(x0, {"prev_sample": prev, "pred_original_sample": X0}))
-
-    def history(self, s: Any) -> dict[str, Any]:
-        return {} if s.dt is None else {"kept_sample": s.sample, "kept_x0": s.prev_derivative}
-
-    def advance(self, s: Any, made: dict[str, Any]) -> None:
-        if s.dt is None:  # upstream's names, which set_timesteps clears
-            s.sample, s.prev_derivative, s.dt = made["sample"], made["pred_original_sample"], True
-        else:
-            s.sample = s.prev_derivative = s.dt = None
-        super().advance(s, made)
 
 
 class FlowMatchEuler(OfSigma):
@@ -286,7 +281,7 @@ KINDS: dict[str, Kind] = {
     "TCDScheduler": TCD(),
     "EulerDiscreteScheduler": Euler(),
     "EulerAncestralDiscreteScheduler": EulerAncestral(),
-    "HeunDiscreteScheduler": Heun(),
     "EDMEulerScheduler": EDMEuler(),
+    "CMStochasticIterativeScheduler": Consistency(),
     "FlowMatchEulerDiscreteScheduler": FlowMatchEuler(),
 }

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...noise import Noise
 from ...primitives import clamped, weighted_sum
 
-TENSORS = 4  # that one launch reads; a Noise takes the place of one
+TERMS = 5  # that one launch reads, one of them perhaps a Noise
 
 
 class Sum(dict[str, float]):
@@ -56,11 +56,15 @@ class Launch:
         self.of_estimate = tuple(float(made.get("x0", 0.0)) for made in outputs.values())
         self.estimate, self.bound = estimate, bound
 
+    @property
+    def fits(self) -> bool:
+        """Whether it is one launch."""
+        return self.estimate is not None or len(self.names) <= TERMS
+
     def __call__(self, streams: dict[str, Any]) -> None:
         """Puts the outputs beside what they are made of."""
         given = [streams[n] for n in self.names]
-        tensors = sum(type(value) is not Noise for value in given)
-        if self.estimate is None and tensors + (tensors < len(given)) > TENSORS:
+        if not self.fits:
             made = tuple(_wide(row, given) for row in self.rows)
         else:
             row, *also = self.rows
@@ -79,7 +83,7 @@ class Launch:
 
 def _wide(row: tuple[float, ...], given: list[Any]) -> Tensor:
     """More than one launch reads: two, with what the first makes, and the second, in the type of the arithmetic."""
-    first = [(c, v) for c, v in zip(row, given, strict=True) if type(v) is not Noise][:TENSORS]
+    first = [(c, v) for c, v in zip(row, given, strict=True) if type(v) is not Noise][: TERMS - 1]
     rest = [(c, v) for c, v in zip(row, given, strict=True) if not any(v is known for _, known in first)]
     if given[0].dtype in (torch.float16, torch.bfloat16):
         first = [(c, v.float()) for c, v in first]

@@ -42,8 +42,8 @@ except ImportError as error:
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from . import chains, kernels
 from . import gaussian as gaussians
-from . import kernels
 
 if TYPE_CHECKING:
     from ...noise import Noise
@@ -859,3 +859,51 @@ def fold_in_tensor(noise: Noise, data: Tensor | int) -> Tensor:
     types = key is None, isinstance(data, int)
     _launch(_Call(kernels.fold_in_kernel, folded.device, (1, 1, 1), types, (), ()), (seed, offset, key, data, folded))
     return folded
+
+
+@functools.lru_cache(maxsize=256)
+def _chain_call(B: int, D: int, device: torch.device, kind: int, noise: int, present: tuple[bool, ...]) -> _Call:
+    grid, _, ROWS, LANES = _plan(B, D, BLOCK, 1)
+    spec = noise, kind, ROWS, LANES, BLOCK, _NVIDIA
+    return _Call(chains.chain_kernel, device, grid, (kind, present), (B, D), spec)
+
+
+def _chain(
+    x: Tensor, score: tuple[Any, ...], update: tuple[float, float, int], noise: Noise, out: Tensor, kind: int
+) -> None:
+    """score: means, precisions, log_weights, or a double well's slope and square, None for the others."""
+    B, D = x.shape
+    step, spread, steps = update
+    *tables, slope, square = score
+    address = _noise(noise, x.device, D)
+    call = _chain_call(B, D, x.device, kind, _mode(noise), (address[2] is None, address[3] is None))
+    numbers = (
+        _bits(step),
+        _bits(spread),
+        None if slope is None else _bits(slope),
+        None if square is None else _bits(square),
+    )
+    _launch(call, (x, out, *tables, *address, *numbers, steps, 0 if tables[0] is None else len(tables[0])))
+
+
+def chain(
+    x: Tensor,
+    means: Tensor,
+    precisions: Tensor,
+    log_weights: Tensor,
+    step: float,
+    spread: float,
+    steps: int,
+    noise: Noise,
+    out: Tensor,
+) -> None:
+    """As native.chain."""
+    score = means, precisions, log_weights, None, None
+    _chain(x, score, (step, spread, steps), noise, out, 1 if len(means) == 1 else 2)
+
+
+def well_chain(
+    x: Tensor, slope: float, square: float, step: float, spread: float, steps: int, noise: Noise, out: Tensor
+) -> None:
+    """As native.well_chain."""
+    _chain(x, (None, None, None, slope, square), (step, spread, steps), noise, out, 0)

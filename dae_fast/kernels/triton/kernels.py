@@ -18,6 +18,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..spec import Kind
+
 PHILOX_M0 = tl.constexpr(0xD2511F53)
 PHILOX_M1 = tl.constexpr(0xCD9E8D57)
 PHILOX_W0 = tl.constexpr(0x9E3779B9)
@@ -34,11 +36,11 @@ REDUCE_NONE = tl.constexpr(0)
 REDUCE_MEAN = tl.constexpr(1)
 REDUCE_SUM = tl.constexpr(2)
 
-# What a residual costs: its place in reference.KINDS.
-MSE = tl.constexpr(0)
-L1 = tl.constexpr(1)
-HUBER = tl.constexpr(2)
-PSEUDO_HUBER = tl.constexpr(3)
+# What a residual costs.
+MSE = tl.constexpr(int(Kind.mse))
+L1 = tl.constexpr(int(Kind.l1))
+HUBER = tl.constexpr(int(Kind.huber))
+PSEUDO_HUBER = tl.constexpr(int(Kind.pseudo_huber))
 
 # The interpreter truncates fp32 to bf16, where every GPU rounds to nearest.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -419,6 +421,7 @@ def add_penalty(total, r, delta, KIND: tl.constexpr):
         size = tl.abs(r)
         return total + tl.where(size > delta, delta * (size - 0.5 * delta), 0.5 * (r * r))
     else:
+        tl.static_assert(KIND == PSEUDO_HUBER)
         bent = clamp(r, -STRAIGHT, STRAIGHT)  # signed, for one root to serve the slope too
         root = square_root(mul_add(bent, bent, delta * delta))
         return total + 2.0 * delta * (divide(bent * bent, root + delta) + (tl.abs(r) - tl.abs(bent)))
@@ -434,6 +437,7 @@ def half_slope(r, delta, KIND: tl.constexpr):
     elif KIND == HUBER:
         return 0.5 * clamp(r, -delta, delta)
     else:
+        tl.static_assert(KIND == PSEUDO_HUBER)
         bent = clamp(r, -STRAIGHT, STRAIGHT)
         return delta * divide(bent, square_root(mul_add(bent, bent, delta * delta)))
 

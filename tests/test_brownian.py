@@ -1,0 +1,126 @@
+"""BrownianNoise: its law worked out from the nodes' coefficients, and its values."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+import dae_fast as df
+
+from . import cuda_on_cpu
+
+NOISE = df.Noise(3)
+PATH = df.BrownianNoise(NOISE, -1.0, 3.0)
+SHAPE = (3, 2, 5)
+
+
+def covariance(path: df.BrownianNoise, first: tuple[float, float], second: tuple[float, float]) -> float:
+    """Of two increments: the nodes' normals are independent."""
+    a, b = path._moved("between", *first)[0], path._moved("between", *second)[0]
+    return sum(c * b.get(node, 0.0) for node, c in a.items())
+
+
+@pytest.mark.parametrize("depth", [1, 4, 24, 52])
+def test_the_law_is_brownian(depth: int) -> None:
+    """Cov(W(s), W(t)) = min(s, t) exactly where times are places of the tree; increments that do not overlap are
+    independent."""
+    path = df.BrownianNoise(NOISE, -1.0, 3.0, depth=depth)
+    places = sorted({-1 + 4 * round(u * 2**depth) / 2**depth for u in (0.0, 0.07, 0.3, 0.31, 0.5, 0.77, 1.0)})
+    for s in places:
+        for t in places:
+            found = covariance(path, (-1.0, s), (-1.0, t))
+            assert abs(found - (min(s, t) + 1)) < 1e-12, (s, t)
+    for a, b, c in zip(places, places[1:], places[2:], strict=False):
+        assert abs(covariance(path, (a, b), (b, c))) < 1e-12
+        assert abs(covariance(path, (a, b), (a, b)) - (b - a)) < 1e-12
+
+
+def test_values_are_those_of_the_tree(backend: str) -> None:
+    """Level by level as Levy has it: the middle of an interval is the mean of its ends and a normal of its own."""
+    path = df.BrownianNoise(NOISE, 0.0, 1.0, depth=2)
+    z = [NOISE.fold_in(0x77696E72).fold_in(n).normal(SHAPE, dtype=torch.float64) for n in range(4)]
+    half = z[0] / 2 + z[1] / 2
+    quarter, last = half / 2 + z[2] / 8**0.5, (half + z[0]) / 2 + z[3] / 8**0.5
+    for t, wanted in ((0.25, quarter), (0.5, half), (0.75, last), (1.0, z[0])):
+        torch.testing.assert_close(path.between(0.0, t, SHAPE, dtype=torch.float64), wanted)
+        assert torch.equal(path.between(t, 0.0, SHAPE), -path.between(0.0, t, SHAPE))
+    found = path.increment(0.75, 0.25, SHAPE, dtype=torch.float64)
+    torch.testing.assert_close(found, (quarter - last) / 0.5**0.5)
+
+
+@pytest.mark.parametrize("gpu_code", [False, True], ids=["cpu", "cuda on cpu"])
+@pytest.mark.skipif("native" not in df.backend_names(), reason="needs the native backend")
+def test_one_launch_has_the_bits_of_a_launch_a_normal(request: pytest.FixtureRequest, gpu_code: bool) -> None:
+    place = request.getfixturevalue("cuda_on_cpu_library") if gpu_code else None
+    for shape in ((3, 2, 5), (2, 1300), (1, 7), (40, 1)):
+        ids = df.Noise(3, sample=torch.arange(shape[0]) + 9)
+        for noise in (NOISE, ids, ids.to("cpu")):
+            path, total = df.BrownianNoise(noise, 0.0, 1.0), torch.zeros(shape)
+            stream = noise.fold_in(0x77696E72)
+            for node, c in path._moved("between", 0.9, 0.3)[0].items():
+                total = df.weighted_sum((1.0, total), (c, stream.fold_in(node)))
+            with cuda_on_cpu.running(place) if place else nullcontext():
+                assert torch.equal(path.between(0.9, 0.3, shape), total)
+                assert not path.between(0.3, 0.3, shape).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_increments_add_up_whatever_the_steps(dtype: torch.dtype) -> None:
+    whole = PATH.between(2.9, -0.9, (40, 30), dtype=torch.float64)
+    for steps in (1, 3, 10):
+        times = torch.linspace(2.9, -0.9, steps + 1, dtype=torch.float64).tolist()
+        total = sum(PATH.between(t, s, (40, 30), dtype=dtype).double() for t, s in itertools.pairwise(times))
+        tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 30 * torch.finfo(dtype).eps)
+        torch.testing.assert_close(total, whole, rtol=0, atol=tolerance)
+
+
+def test_increments_are_standard_and_independent() -> None:
+    """Samples of the distribution: variance 1, no correlation between steps or elements, Gaussian fourth moment."""
+    times = [3.0, 2.4, 0.1, 0.0999, -1.0]
+    steps = torch.stack([PATH.increment(t, s, (1000, 40)) for t, s in itertools.pairwise(times)]).flatten(1)
+    torch.testing.assert_close(torch.cov(steps), torch.eye(4), rtol=0, atol=0.03)
+    assert (steps.pow(4).mean(1) - 3).abs().max() < 0.2
+    elements = torch.stack([PATH.increment(2.0, 1.0, (2000, 4)), PATH.fold_in(1).increment(2.0, 1.0, (2000, 4))], 2)
+    torch.testing.assert_close(torch.cov(elements.flatten(1).T), torch.eye(8), rtol=0, atol=0.12)
+
+
+def test_a_sample_knows_nothing_of_its_batch() -> None:
+    whole = PATH.increment(2.0, 1.3, (8, 6))
+    part = df.BrownianNoise(df.Noise(3, first_sample=5), -1.0, 3.0)
+    assert torch.equal(part.increment(2.0, 1.3, (3, 6)), whole[5:])
+    in_memory = df.BrownianNoise(NOISE.to("cpu"), -1.0, 3.0)
+    assert torch.equal(in_memory.increment(2.0, 1.3, (8, 6)), whole)
+    assert torch.equal(copy.deepcopy(PATH).increment(2.0, 1.3, (8, 6)), whole)
+    assert torch.equal(PATH.increment(2.0, 1.3, (8, 2, 3)).flatten(1), whole)
+
+
+def test_as_the_noise_of_a_stochastic_sampler_steps_converge_on_one_path() -> None:
+    """Euler-Maruyama of dx = -x dt + sqrt(2) dW: halving the step halves the distance to the fine solution."""
+
+    def end(steps: int) -> torch.Tensor:
+        path, x = df.BrownianNoise(NOISE, 0.0, 1.0), torch.ones(500, 4)
+        times = torch.linspace(0, 1, steps + 1).tolist()
+        for t, s in itertools.pairwise(times):
+            x = df.langevin_step(x, -x, s - t, path.increment(t, s, x.shape))
+        return x
+
+    fine = end(256)
+    errors = [float((end(steps) - fine).square().mean().sqrt()) for steps in (8, 16, 32)]
+    assert all(1.7 < a / b < 2.6 for a, b in itertools.pairwise(errors)), errors
+
+
+def test_bad_input() -> None:
+    for call, error, message in (
+        (lambda: df.BrownianNoise(3, 0.0, 1.0), TypeError, "BrownianNoise: noise must be a Noise, got int"),
+        (lambda: df.BrownianNoise(NOISE, 1.0, 1.0), ValueError, "t1 must be above t0, got 1.0 and 1.0"),
+        (lambda: df.BrownianNoise(NOISE, 0.0, 1.0, depth=53), ValueError, r"depth must be in \[1, 52\], got 53"),
+        (lambda: PATH.between(0.0, 3.5, SHAPE), ValueError, r"between: s must be in \[-1.0, 3.0\], got 3.5"),
+        (lambda: PATH.increment(0.5, 0.5, SHAPE), ValueError, "increment: t and s must differ at depth 24, got 0.5"),
+        (lambda: PATH.between(0.0, 1.0, SHAPE, dtype=torch.int64), TypeError, "between: dtype must be float16"),
+    ):
+        with pytest.raises(error, match=message):
+            call()
