@@ -8,6 +8,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch import Tensor
 
 import dae_fast as df
 
@@ -124,3 +125,22 @@ def test_bad_input() -> None:
     ):
         with pytest.raises(error, match=message):
             call()
+
+
+def test_a_sampler_takes_its_increments() -> None:
+    """Of one path: with twice the steps a sample moves half as far as before; with other noise it is another sample."""
+
+    def sample(steps: int, brownian: bool = True) -> Tensor:
+        schedule = df.Schedule.karras(T=steps)
+        path = df.BrownianNoise(df.Noise(1), 0.0, float(schedule.sigma[-1]))
+        ancestral = df.samplers.EulerAncestral(schedule, steps=steps, predict="x0")
+        x, sigma = ancestral.start((512, 4), df.Noise(9)), [float(schedule.sigma[t]) for t in ancestral.levels] + [0.0]
+        for i in range(steps):
+            x0 = x * 0.25 / (0.25 + sigma[i] ** 2)  # of data N(0, 0.5^2)
+            noise = path.increment(sigma[i], sigma[i + 1], x.shape) if brownian else df.Noise(1)
+            x = ancestral.step(i, x, x0, noise)
+        return x
+
+    apart = [(sample(2 * n) - sample(n)).std() for n in (20, 40, 80)]
+    assert apart[0] > 1.5 * apart[1] > 2.25 * apart[2]
+    assert (sample(80, brownian=False) - sample(40, brownian=False)).std() > 8 * apart[1]
