@@ -46,10 +46,10 @@ def test_clang_takes_it_for_cuda(part: str) -> None:
     "part", some_longer(["f32", "api", "chain"], ["api", "chain"])
 )  # f64 would need a library's e^x
 def test_clang_compiles_it_for_amd(part: str, tmp_path: Path) -> None:
-    """Every kernel, and no register that did not fit but eight of the general map's with any strides."""
+    """Every kernel, and no register that did not fit but eight of each general map with any strides."""
     code = tmp_path / "code.s"
     clang([*HIP, "-o", code], part)
     spills = re.findall(r"\.vgpr_spill_count:\s*(\d+)", code.read_text())
     assert len(spills) == {"f32": 33, "api": 4, "chain": 4}[part]
     assert sorted(set(spills)) == (["0", "8"] if part == "f32" else ["0"])
-    assert spills.count("8") <= 1
+    assert spills.count("8") <= 2  # of any strides: of four streams and of five
