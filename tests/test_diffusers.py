@@ -358,7 +358,7 @@ def test_unfused_in_the_middle(name: str) -> None:
         scheduler, x = fuse(made(name, {})), start(torch.float32)
         scheduler.set_timesteps(10)
         for k, t in enumerate(scheduler.timesteps):
-            if undone and k == 6 and not name.startswith("Heun"):
+            if undone and k == 5:  # between the halves of a step of those that have two
                 unfuse(scheduler)
             x = scheduler.step(network(scaled(scheduler, x, t)), t, x, **options(scheduler, {}, k))[0]
         results.append(x)
@@ -773,3 +773,41 @@ def test_every_scheduler_measured_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         assert values == 6
         for loop_of in peers.values():
             assert loop_of().isfinite().all()
+
+
+@pytest.mark.parametrize("name", [EULER, UNIPC, "SASolverScheduler", "DDIMScheduler", "LMSDiscreteScheduler"])
+def test_types_that_differ(name: str) -> None:
+    """The sample's and the model's output's: the step has upstream's."""
+    x = torch.randn(2, 3, 8, 8)
+    for output, sample in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
+        types = []
+        for scheduler in (made(name, {}), fuse(made(name, {}))):
+            scheduler.set_timesteps(5)
+            t = scheduler.timesteps[0]
+            scaled(scheduler, x, t)
+            types.append(scheduler.step(x.to(output), t, x.to(sample), return_dict=False)[0].dtype)
+        assert types[0] == types[1]
+
+
+def test_what_would_be_taken_for_something_else() -> None:
+    x, scheduler = torch.randn(2, 3), fuse(made("DDIMScheduler", {}))
+    scheduler.set_timesteps(5)
+    with pytest.raises(TypeError, match="multiple values for argument 'timestep'"):
+        scheduler.step(x, scheduler.timesteps[0], x, timestep=1)
+    with pytest.raises(ValueError, match="timestep must be one number"):
+        scheduler.step(x, scheduler.timesteps, x)
+    before = scheduler.step(x, scheduler.timesteps[-1], x)[0]
+    scheduler.final_alpha_cumprod = torch.tensor(0.9999)
+    assert not torch.equal(scheduler.step(x, scheduler.timesteps[-1], x)[0], before)
+    heun = made("HeunDiscreteScheduler", {})
+    heun.set_timesteps(5)
+    heun.step(x, heun.timesteps[0], x)
+    with pytest.raises(ValueError, match="between the two halves of a step"):
+        fuse(heun)
+    changed = fuse(made("DPMSolverSDEScheduler", {}))
+    changed.set_timesteps(8)
+    for k, t in enumerate(changed.timesteps):
+        x = changed.step(network(scaled(changed, x, t)), t, x).prev_sample
+        if k == 1:
+            fuse(changed, noise="fused")
+    assert torch.isfinite(x).all()

@@ -17,7 +17,8 @@ def _stamp(scheduler: Any) -> tuple[Any, ...]:
     """What tells whether anything that was read has changed since."""
     tensors = [scheduler.__dict__.get(name) for name in (*READ, *scheduler.kind.tables)]
     versions = [None if t is None or t.is_inference() else t._version for t in tensors]
-    return (*map(id, tensors), *versions, id(scheduler.config), scheduler.__dict__.get("num_inference_steps"))
+    others = scheduler.config, scheduler.__dict__.get("final_alpha_cumprod")
+    return (*map(id, (*tensors, *others)), *versions, scheduler.__dict__.get("num_inference_steps"))
 
 
 class Facts:
@@ -64,6 +65,8 @@ class Facts:
         its place says what it is, and a GPU is not waited for."""
         if not isinstance(t, Tensor):
             return t
+        if t.numel() != 1:
+            raise ValueError(f"timestep must be one number, got a tensor of shape {tuple(t.shape)}")
         known = self.tensors[0]
         if known is not None and t.dtype == known.dtype and t.device == known.device and known.is_contiguous():
             place, beside = divmod(t.data_ptr() - known.data_ptr(), known.element_size())

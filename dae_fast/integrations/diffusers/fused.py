@@ -90,8 +90,8 @@ class Fused:
         kind.run(plan, streams, f, given)
         kind.advance(self, streams)
         previous = streams["prev_sample"]
-        if kind.casts and given.get("per_token_timesteps") is None and previous.dtype != output.dtype:
-            previous = previous.to(output.dtype)
+        if kind.casts and given.get("per_token_timesteps") is None:
+            previous = previous.to(given[kind.casts].dtype)
         both = (previous,) if kind.second is None else (previous, streams[kind.second])
         if not given["return_dict"]:
             return both
@@ -173,7 +173,7 @@ def _method(upstream: type, name: str, kind: Kind) -> Callable[..., Any]:
     @functools.wraps(theirs)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
-        if len(given) != len(names) or len(args) > len(names):
+        if len(given) != len(names) or len(args) > len(names) or not kwargs.keys().isdisjoint(names[: len(args)]):
             signature(theirs).bind(self, *args, **kwargs)  # says what is wrong
         return self._take(kind, given)
 

@@ -26,7 +26,7 @@ class Heun(OfSigma):
     """
 
     second = "pred_original_sample"
-    casts = False
+    casts = ""
     whole_timesteps = True
 
     def key(self, s: Any, f: Facts, given: dict[str, Any]) -> tuple[Any, ...]:
@@ -43,6 +43,12 @@ class Heun(OfSigma):
         x0 = denoised(f, X, sigma if first else sigma_next)
         return Plan(f.launches(x0, {"prev_sample": prev, "pred_original_sample": X0}))
 
+    def release(self, s: Any) -> None:
+        """Between the halves, where upstream keeps a derivative and the length of the step."""
+        if s.dt is not None:
+            sigma, sigma_next = s.sigmas[s._step_index - 1 : s._step_index + 1]
+            s.prev_derivative, s.dt = (s.sample - s.prev_derivative) / sigma, sigma_next - sigma
+
     def history(self, s: Any) -> dict[str, Any]:
         return {} if s.dt is None else {"kept_sample": s.sample, "kept_x0": s.prev_derivative}
 
@@ -58,7 +64,7 @@ class TwoHalves(OfSigma):
     """What the others have in common: only the sample is kept."""
 
     second = "pred_original_sample"
-    casts = False
+    casts = ""
     whole_timesteps = True
 
     def not_covered(self, config: Any) -> str | None:
@@ -163,7 +169,7 @@ class DPMSolverSDE(TwoHalves):
         return made
 
     def keyed(self, s: Any, given: dict[str, Any], key: tuple[Any, ...]) -> Noise:
-        if s.noise_sampler is None:
+        if not isinstance(s.noise_sampler, Noise):  # torchsde's, of a loop that begun with torch's noise
             seed, output = s.noise_sampler_seed, given["model_output"]
             s.noise_sampler = Noise.from_generator() if seed is None else seeded(seed, len(output), output.device)
         made: Noise = s.noise_sampler.fold_in(key[0])

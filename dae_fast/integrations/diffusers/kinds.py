@@ -23,7 +23,7 @@ class Kind:
 
     options: ClassVar[tuple[str, ...]] = ()  # arguments of upstream's method that are known here
     second: ClassVar[str | None] = None  # the other output that upstream returns
-    casts = False  # whether upstream returns the type of the model's output whatever the sample's
+    casts = ""  # of what upstream's result has the type, where the two differ: "model_output" or "sample"
     counts = True  # whether upstream counts steps, in _step_index
     set_first = True  # whether set_timesteps must have been called
     whole_timesteps = True  # whether an integer is a timestep
@@ -101,7 +101,7 @@ class OfSigma(Kind):
 
     whole_timesteps = False
     set_first = False
-    casts = True
+    casts = "model_output"
     scales = True
 
     def columns(self, f: Facts) -> tuple[Any, Any]:

@@ -20,7 +20,7 @@ class LMS(OfSigma):
 
     options = ("order",)
     second = "pred_original_sample"
-    casts = False
+    casts = ""
     whole_timesteps = True
 
     def key(self, s: Any, f: Facts, given: dict[str, Any]) -> tuple[Any, ...]:

@@ -196,7 +196,7 @@ def scale_of_preconditioned(f: Facts, sigma: Any) -> Any:
 class Consistency(OfSigma):
     """Song et al. 2023, algorithm 1: the consistency function, noised again."""
 
-    casts = False
+    casts = ""
 
     def scale(self, f: Facts, sigma: Any) -> Any:
         return scale_of_preconditioned(f, sigma)

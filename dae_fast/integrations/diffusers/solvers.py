@@ -234,6 +234,8 @@ def lagrange(nodes: Any, moments: list[Any]) -> list[Any]:
 class UniPC(Solver):
     """Zhao et al. 2023: the last step corrected by this step's output, then a step from there."""
 
+    casts = "sample"
+
     def not_covered(self, config: Any) -> str | None:
         if config["solver_p"] is not None:
             return "solver_p"
@@ -309,6 +311,7 @@ class SASolver(Solver):
     integral of e^(ku) by the i-th Lagrange polynomial over u = log(alpha/sigma) below that of t, in [-h, 0].
     """
 
+    casts = "sample"
     by_timestep = True
 
     def columns(self, f: Facts) -> tuple[Any, Any]:
