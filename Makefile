@@ -55,7 +55,7 @@ docs: .venv/docs
 	$(BIN)/python -m mkdocs build
 
 # What can be shown of the GPUs' kernels without a GPU, beyond `make test`: nvcc's and Triton's PTX run on the CPU against
-# its bits, and races. Needs nvcc. Not timed as a whole yet.
+# its bits, and races. Needs nvcc. Some twelve minutes on two cores.
 prove-gpu: .venv/test
 	$(MAKE) --no-print-directory -j 2 prove-cuda prove-triton prove-races
 
