@@ -11,12 +11,11 @@ from torch import Tensor
 from ..kernels.spec import ABSENT, Coefficients, Map, map_of
 from ..noise import Noise
 from ..ops.parameterisation import Parameterisation, conversion
-from ..primitives.sums import affine
+from ..primitives.sums import At, affine
 from .network import GUIDED, cfg_combine, rescaled
 from .steps import Place, Step
 from .x0_clip import X0Clip, thresholded
 
-RowAt = tuple[Tensor, "int | None"]  # a table and the number of the row for all samples, or a row of each sample
 NOTHING, NOISE, RAW, UNCONDITIONAL, KEPT = range(5)  # what is read besides x and the prediction; KEPT + k: b_(k + 1)
 OUTPUTS = "x", "kept", "x0", "mean"  # x_s; x_s and what is kept; x_s and the x0 estimate; x_s without its noise
 
@@ -167,7 +166,7 @@ class Launches:
         """Of the noise of a look."""
         return float(self._columns["noise"][i])
 
-    def rows(self, table: Tensor, i: int) -> RowAt:
+    def rows(self, table: Tensor, i: int) -> At:
         return (table, i) if self.batch is None else (table[i * self.batch : (i + 1) * self.batch], None)
 
     def first_row(self, i: int) -> int:

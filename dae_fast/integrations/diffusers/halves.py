@@ -43,6 +43,10 @@ class Heun(OfSigma):
         x0 = denoised(f, X, sigma if first else sigma_next)
         return Plan(f.launches(x0, {"prev_sample": prev, "pred_original_sample": X0}))
 
+    def adopt(self, s: Any) -> None:
+        if s.dt is not None:
+            raise ValueError("fuse: the scheduler is between the two halves of a step: fuse it after the second")
+
     def release(self, s: Any) -> None:
         """Between the halves, where upstream keeps a derivative and the length of the step."""
         if s.dt is not None:

@@ -83,6 +83,9 @@ class Kind:
         if self.counts:
             s._step_index += 1
 
+    def adopt(self, s: Any) -> None:
+        """Raises where upstream has left in the middle of a step what is not read here."""
+
     def release(self, s: Any) -> None:
         """Leaves nothing that upstream cannot read."""
 
