@@ -324,11 +324,11 @@ class FastCall {
   // launcher.name(aligned, (B, D), dtype, *arguments); aligned: every tensor lies on 16 bytes.
   template <class... Arguments>
   void launch_elsewhere(PyObject* name, Arguments... arguments) const {
-    PyObject* const aligned = places_ % 16 ? Py_False : Py_True;
-    const Owned shape(Py_BuildValue("(LL)", static_cast<long long>(batch_.B), static_cast<long long>(batch_.D)));
     const Owned dtype = attribute(x_, names().dtype);
-    PyObject* const given[] = {launcher_, aligned, shape.get(), dtype.get(), arguments...};
-    const Owned nothing(PyObject_VectorcallMethod(name, given, sizeof...(arguments) + 4, nullptr));
+    const Owned plain(Py_BuildValue("O(LL)O", places_ % 16 ? Py_False : Py_True, static_cast<long long>(batch_.B),
+                                    static_cast<long long>(batch_.D), dtype.get()));
+    PyObject* const given[] = {launcher_, plain.get(), arguments...};
+    const Owned nothing(PyObject_VectorcallMethod(name, given, sizeof...(arguments) + 2, nullptr));
   }
 
   // Without the GIL where it takes long; raises what went wrong.

@@ -265,7 +265,7 @@ def _backward_gaussian(ctx: Any, z_grad: Tensor | None, kl_grad: Tensor | None) 
     mu, log_var, eps, key, sample = unwrap_dead_wrappers(ctx.saved_tensors)
     *place, op = ctx.rest
     noise = FlatNoise(key, sample, *place).whole()
-    found = gaussian_gradients(op, ctx.needs_input_grad[1:], z_grad, kl_grad, mu, log_var, eps, noise)
+    found = gaussian_gradients(op, ctx.needs_input_grad[1:], (z_grad, kl_grad), mu, log_var, eps, noise)
     return (None, *found, *[None] * 6)
 
 

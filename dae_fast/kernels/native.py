@@ -25,6 +25,7 @@ from .spec import (
     Loss,
     Map,
     Residual,
+    Update,
     Wanted,
     compute_dtype,
     constant_rows,
@@ -230,30 +231,19 @@ def gaussian_grad(
     return mu_grad, log_var_grad
 
 
-def chain(
-    x: Tensor,
-    means: Tensor,
-    precisions: Tensor,
-    log_weights: Tensor,
-    step: float,
-    spread: float,
-    steps: int,
-    noise: Noise,
-    out: Tensor,
-) -> None:
-    """x + step*score + spread*eps, `steps` times, into out; step k has the noise of noise.fold_in(k).
+def chain(x: Tensor, score: tuple[Tensor, Tensor, Tensor], update: Update, noise: Noise, out: Tensor) -> None:
+    """`update.steps` updates of x into out; step k has the noise of noise.fold_in(k).
 
     x, out: (B, D) fp32, contiguous, D at most 128. The score is a mixture's: means and precisions (K, W), W the first
     of 4, 8, 16, ... that D fits into, filled up with zeros; log_weights (K,).
     """
-    _core.chain(x, means, precisions, log_weights, step, spread, steps, noise, out)
+    _core.chain(x, *score, *update, noise, out)
 
 
-def well_chain(
-    x: Tensor, slope: float, square: float, step: float, spread: float, steps: int, noise: Noise, out: Tensor
-) -> None:
-    """The same of a double well in each element, whose score is slope * x * (x^2 - square)."""
-    _core.well_chain(x, slope, square, step, spread, steps, noise, out)
+def well_chain(x: Tensor, score: tuple[float, float], update: Update, noise: Noise, out: Tensor) -> None:
+    """The same of a double well in each element, whose score is slope * x * (x^2 - square): (slope, square)."""
+    slope, square = score
+    _core.well_chain(x, slope, square, *update, noise, out)
 
 
 def normal_sum(noise: Noise, nodes: list[int], weights: list[float], out: Tensor) -> None:

@@ -259,6 +259,14 @@ class Found(NamedTuple):
     grad: Tensor | None
 
 
+class Update(NamedTuple):
+    """Of a chain: x + step * score + spread * eps, `steps` times."""
+
+    step: float
+    spread: float
+    steps: int
+
+
 class Backend(Protocol):
     """What every backend can do, for checked tensors of one shape, dtype and device."""
 
