@@ -117,8 +117,8 @@ def _rows(x: Tensor) -> tuple[int, int]:
 
 def _dense(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Copies where strides are more than a GPU's kernels walk: 8 dimensions and 2^31 elements to a row."""
-    first = next((t for t in tensors if t is not None), None)
-    if first is None or (first.dim() <= 9 and _rows(first)[1] < 2**31):
+    first = tensors[0]
+    if first is None or (first.dim() <= 9 and (first.numel() < 2**31 or _rows(first)[1] < 2**31)):
         return tensors
     return tuple(None if t is None else t.contiguous() for t in tensors)
 
@@ -175,16 +175,16 @@ def residual(spec: Loss, operands: Residual, rows: Coefficients, wanted: Wanted)
     in_memory = mask if isinstance(mask, Tensor) else None
     drawn: tuple[Any, Any, bool] = (None, None, False) if mask is None or in_memory is not None else tuple(mask)
     pred, y, z, in_memory = _dense(pred, y, z, in_memory)
-    compute, device = compute_dtype(pred.dtype), pred.device
+    compute = compute_dtype(pred.dtype)
     table, index = rows.dense(spec.op, compute)
     again = wanted.upstream is not None  # for a gradient alone
-    means = None if again else torch.empty(pred.shape[0], dtype=compute, device=device)
-    loss = torch.empty((), dtype=compute, device=device) if wanted.loss and not again else None
+    means = None if again else pred.new_empty(pred.shape[0], dtype=compute)
+    loss = pred.new_empty((), dtype=compute) if wanted.loss and not again else None
     grad = torch.empty_like(pred) if wanted.grad and wanted.made is None else wanted.made
     sums, counter = room = _scratch(pred, 1)
     kept, weight = None, wanted.weight
     if mask is not None:
-        kept = torch.empty(pred.shape[0], dtype=torch.float64, device=device)
+        kept = pred.new_empty(pred.shape[0], dtype=torch.float64)
         upstream = None if wanted.made is None else wanted.upstream  # 1: what was made stands, and no counts are needed
         _core.mask_count(pred if in_memory is None else in_memory, *drawn, upstream, kept, sums, counter)
     if weight is not None:
@@ -210,7 +210,7 @@ def gaussian(mu: Tensor, log_var: Tensor, eps: Tensor | None, noise: Noise | Non
     """As reference.gaussian, in one pass."""
     mu, log_var, eps = _dense(mu, log_var, eps)
     z = torch.empty_like(mu)
-    kl = torch.empty(mu.shape[0], dtype=compute_dtype(mu.dtype), device=mu.device)
+    kl = mu.new_empty(mu.shape[0], dtype=compute_dtype(mu.dtype))
     _core.gaussian(mu, log_var, eps, noise, z, kl, *_scratch(mu, 1))
     return z, kl
 
@@ -257,7 +257,7 @@ def normal_sum(noise: Noise, nodes: list[int], weights: list[float], out: Tensor
 def row_dots(g: Tensor, inputs: Inputs, noise: Noise | None) -> Tensor:
     """(B, 3) fp64: the sums over each row of g*x, g*y and g*z."""
     g, x, y, z = _dense(g, *inputs[:3])
-    out = torch.empty(g.shape[0], 3, dtype=torch.float64, device=g.device)
+    out = g.new_empty((g.shape[0], 3), dtype=torch.float64)
     _core.row_dots(g, x, y, z, noise, out, *_scratch(g, 3))
     return out
 
