@@ -421,23 +421,31 @@ static void corrupt_units(const CorruptArgs& a, int64_t unit_begin, int64_t unit
   });
 }
 
+// Of doubles by themselves: the library's exponential would keep all else from vectors. Floats have their own beside it.
+template <class L, class R>
+static void exponentials_of_halves(const L* log_var, R* out, int64_t n) {
+  if constexpr (sizeof(R) == sizeof(double))
+    for (int64_t i = 0; i < n; ++i) out[i] = exponential(R(0.5) * widen(log_var[i]));
+}
+static inline Growth<float> grown(float log_var, float) { return growth(0.5f * log_var); }
+static inline Growth<double> grown(double log_var, double exponential) { return growth(0.5 * log_var, exponential); }
+
 template <class T>
 static void gaussian_units(const GaussianWork& a, int64_t unit_begin, int64_t unit_end) {
   using R = typename ComputeType<T>::type;
   using L = typename LoopType<T>::type;
   alignas(64) L mus[kSegment], log_vars[kSegment], outs[kSegment];
   alignas(64) R es[kSegment], divergence[kSegment];
-  R* const scales = divergence;  // by themselves: the library's exponential in double would keep all else from vectors
   for_each_unit(a.batch, unit_begin, unit_end, [&](const Unit& unit, int64_t segment) {
     const L* mu = read<T>(a.batch, a.mu, unit, mus);
     const L* log_var = read<T>(a.batch, a.log_var, unit, log_vars);
     const R* eps = read_z<T>(a.batch, a.eps, a.noise, unit, es);
     L* z = target<T>(a.batch, a.z, unit, outs);
     const int64_t n = unit.count();
-    for (int64_t i = 0; i < n; ++i) scales[i] = Gaussian<R>::scale_of(widen(log_var[i]));
+    exponentials_of_halves(log_var, divergence, n);
 #pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) {
-      const Gaussian<R> g(widen(mu[i]), widen(log_var[i]), scales[i]);
+      const Gaussian<R> g(widen(mu[i]), grown(widen(log_var[i]), divergence[i]));
       divergence[i] = g.kl();
       narrow(g.sample(eps[i]), z[i]);
     }
@@ -452,7 +460,7 @@ static void gaussian_grad_units(const GaussianGradArgs& a, int64_t unit_begin, i
   using R = typename ComputeType<T>::type;
   using L = typename LoopType<T>::type;
   alignas(64) L mus[kSegment], log_vars[kSegment], grads[kSegment], outs[kSegment], outs2[kSegment];
-  alignas(64) R es[kSegment], scales[kSegment];
+  alignas(64) R es[kSegment], exponentials[kSegment];
   for_each_unit(a.batch, unit_begin, unit_end, [&](const Unit& unit, int64_t) {
     const L* mu = read<T>(a.batch, a.mu, unit, mus);
     const L* log_var = read<T>(a.batch, a.log_var, unit, log_vars);
@@ -460,13 +468,12 @@ static void gaussian_grad_units(const GaussianGradArgs& a, int64_t unit_begin, i
     const R* eps = read_z<T>(a.batch, a.eps, a.noise, unit, es);
     L* mu_grad = target<T>(a.batch, a.mu_grad, unit, outs);
     L* log_var_grad = target<T>(a.batch, a.log_var_grad, unit, outs2);
+    exponentials_of_halves(log_var, exponentials, unit.count());
     for (int64_t r = 0; r < unit.rows; ++r) {
       const R kl_grad = a.kl_grad ? static_cast<const R*>(a.kl_grad)[unit.row + r] : R(0);
-      for (int64_t i = r * unit.length; i < (r + 1) * unit.length; ++i)
-        scales[i] = Gaussian<R>::scale_of(widen(log_var[i]));
 #pragma GCC ivdep
       for (int64_t i = r * unit.length; i < (r + 1) * unit.length; ++i) {
-        const Gaussian<R> g(widen(mu[i]), widen(log_var[i]), scales[i]);
+        const Gaussian<R> g(widen(mu[i]), grown(widen(log_var[i]), exponentials[i]));
         narrow(g.mu_grad(widen(z_grad[i]), kl_grad), mu_grad[i]);
         narrow(g.log_var_grad(widen(z_grad[i]), kl_grad, eps[i]), log_var_grad[i]);
       }
