@@ -233,6 +233,15 @@ void normal_sum(const py::object& noise, const std::vector<uint64_t>& nodes, con
   run(q, Batch{a.B, a.D, 0, nullptr, Dtype::f32}, &Api::normal_sum, a, q);
 }
 
+// x (B, K), W (K, D / 2): double, contiguous; out: (B, D) of any strides.
+void embedding(const py::object& x, const py::object& W, bool flip, const py::object& out) {
+  const Operands operands(out.ptr(), {out.ptr()}, true);
+  const Queue q = queue_of(out.ptr());
+  const EmbeddingArgs a{operands.batch, operands[0], static_cast<const double*>(address(x.ptr())),
+                        static_cast<const double*>(address(W.ptr())), View(x.ptr()).size(1), flip};
+  run(q, a.batch, &Api::embedding, a, q);
+}
+
 // out: (B, D) int64 words, scaled to [0, below).
 void bits(const py::object& noise, bool raw, uint64_t below, const py::object& out) {
   const Operands operands(out.ptr(), {out.ptr()}, true);
@@ -322,6 +331,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("chain", &chain);
   m.def("well_chain", &well_chain);
   m.def("normal_sum", &normal_sum);
+  m.def("embedding", &embedding);
   m.def("fold_in", &fold_in_key);
   m.def("fold_in_tensor", &fold_in_tensor);
   m.def("scratch_doubles", &scratch_doubles);
