@@ -288,7 +288,7 @@ def turns(x: Tensor, W: Tensor) -> Tensor:
 
 
 def waves(x: Tensor, W: Tensor, D: int, flip: bool) -> Tensor:
-    """(B, D) fp32: sines and cosines of 2 pi x W side by side, a 0 last where D is odd. x (B, K), W (K, D // 2), fp64."""
+    """(B, D) fp32: sines and cosines of 2 pi x W side by side, then a 0 where D is odd. x (B, K), W (K, D // 2): fp64."""
     angle = turns(x, W) * (2 * math.pi)
     parts = [angle.sin().float(), angle.cos().float()]
     if flip:
@@ -310,8 +310,8 @@ def waves_gradient(g: Tensor, x: Tensor, W: Tensor, flip: bool) -> Tensor:
 
 
 def embedding(x: Tensor, W: Tensor, flip: bool, out: Tensor) -> None:
-    """Waves of x into out, (B, D) of any floating dtype and strides, which gets the fp32 values."""
-    out.copy_(waves(x, W, out.shape[1], flip))
+    """Waves of x, (B, K) or (B,), into out, (B, D) of any floating dtype and strides, which gets the fp32 values."""
+    out.copy_(waves(x if x.dim() == 2 else x[:, None], W, out.shape[1], flip))
 
 
 def corrupt(x: Tensor, noise: Noise, thresholds: Tensor, values: Bounds) -> Tensor:
