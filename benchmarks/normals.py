@@ -62,7 +62,7 @@ def onemkl() -> dict[str, Peer]:
     library = ctypes.CDLL(str(found[0]))
     library.MKL_Set_Threading_Layer(1)  # none
     out, peers = numpy.empty(COUNT, numpy.float32), {}
-    place = ctypes.c_void_p(out.ctypes.data)
+    place = numpy.ctypeslib.as_ctypes(out)  # which keeps `out`
     for generator, number in GENERATORS.items():
         stream = ctypes.c_void_p()
         if library.vslNewStream(ctypes.byref(stream), number, 1):
