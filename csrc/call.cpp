@@ -461,8 +461,8 @@ class FastMap : FastCall {
 };
 
 // (loss, pred, y, z, noise, source, key, weight, scratch): the loss of pred against y and z or noise, without a mask;
-// weight: None or (B,). The result is (loss, its gradient or None if pred wants none, `also` or None without its
-// columns, the table, its rows). scratch(device, doubles) is what a GPU's reduction needs.
+// weight: None or (B,). The result is (loss, its gradient, None if pred wants none, False if backward makes it, `also` or
+// None without its columns, the table, its rows). scratch(device, doubles) is what a GPU's reduction needs.
 class FastLoss : FastCall {
  public:
   static constexpr Py_ssize_t kArguments = 9;
@@ -477,8 +477,8 @@ class FastLoss : FastCall {
         !read_source(a[5], a[6], args.table) || !read_its_noise(noise, args.noise))
       return Py_NewRef(Py_None);
     const bool wanted = wants_grad(pred);
-    // fp16: its scale is not known yet.
-    if (wanted && (batch_.dtype == Dtype::f16 || !table_ || leading_ > 1)) return Py_NewRef(Py_None);
+    if (wanted && (!table_ || leading_ > 1)) return Py_NewRef(Py_None);
+    const bool later = wanted && batch_.dtype == Dtype::f16;  // its gradient, whose scale is not known yet
     LossArgs of_loss{};
     if (weight != Py_None) {
       const auto view = dense(weight);
@@ -504,12 +504,12 @@ class FastLoss : FastCall {
     args.penalty = static_cast<Penalty>(spec.kind);
 
     const Owned loss(new_numbers(kOne));
-    const Owned grad(wanted ? empty_like_first(args.grad.data) : Py_NewRef(Py_None));
+    const Owned grad(later ? Py_NewRef(Py_False) : wanted ? empty_like_first(args.grad.data) : Py_NewRef(Py_None));
     const Owned also(columns[4] == kAbsent ? Py_NewRef(Py_None) : new_numbers(kTwo));
     if (!is_ours()) {
       if (!table_) return Py_NewRef(Py_None);
       const Owned operands(PyTuple_Pack(4, pred, y, z, noise)), rows(PyTuple_Pack(2, table_, index()));
-      const Owned results(PyTuple_Pack(3, loss.get(), grad.get(), also.get()));
+      const Owned results(PyTuple_Pack(3, loss.get(), later ? Py_None : grad.get(), also.get()));
       launch_elsewhere(names().fast_loss, spec.owner, operands.get(), rows.get(), weight, results.get());
     } else {
       of_loss.reduction = static_cast<Reduction>(spec.reduction);

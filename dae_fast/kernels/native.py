@@ -130,8 +130,11 @@ fast_map = _core.fast_map
 
 def fast_loss(
     core: Any, operands: tuple[Any, ...], source: Any, key: Any, weight: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None, Any, Tensor | int | None] | None:
-    """(loss, gradient of pred or None, also or None, table, t) of a plain call on (pred, y, z, noise); else None."""
+) -> tuple[Tensor, Tensor | bool | None, Tensor | None, Any, Tensor | int | None] | None:
+    """(loss, gradient of pred or None, also or None, table, t) of a plain call on (pred, y, z, noise); else None.
+
+    The gradient is False where it is wanted and made in backward: of fp16.
+    """
     pred, y, z, noise = operands
     return _core.fast_loss(core, pred, y, z, noise, source, key, weight, workspace)
 

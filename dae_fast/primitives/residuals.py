@@ -55,7 +55,8 @@ def fast_residual_loss(
     loss, grad, also, table, t = made
     if grad is None:
         return loss, also
-    return _keep_gradient(spec, Residual(*operands), rows_at(table, t), weight, (loss, grad), None), also
+    made = loss, None if grad is False else grad
+    return _keep_gradient(spec, Residual(*operands), rows_at(table, t), weight, made, None), also
 
 
 def _keep_gradient(
@@ -66,10 +67,10 @@ def _keep_gradient(
     y = None if spec.columns[0] == ABSENT else y
     if spec.columns[1] == ABSENT:
         z = noise = None
-    loss, grad = made
-    others = y, z, rows.t, mask if isinstance(mask, Tensor) else None, means, *_read_again(noise, mask)
+    read_again = () if noise is None and mask is None else _read_again(noise, mask)
+    others = y, z, rows.t, mask if isinstance(mask, Tensor) else None, means, *read_again
     # In a tuple: of an argument that is returned autograd makes a view.
-    return _Loss.apply(pred, weight, (loss, grad), others, (spec, noise, rows.table, None if means is None else mask))
+    return _Loss.apply(pred, weight, made, others, (spec, noise, rows.table, None if means is None else mask))
 
 
 def _read_again(noise: Noise | None, mask: Any) -> list[Tensor | None]:
@@ -97,9 +98,10 @@ def residual_loss(spec: Loss, operands: Residual, rows: Coefficients, weight: Te
             wanted = Wanted(loss=summed, weight=weight, also=also)
             means, loss, _ = kernels(pred, op).residual(spec, operands, rows, wanted)
             return loss if summed else _weighted(spec, means, weight, rows), means, also
-        # fp16 is left to the lazy way: a loss scale must reach the gradient before it is rounded.
-        if summed and pred.dtype != torch.float16 and not wants_grad(y, z, rows.tensor):
-            wanted = Wanted(loss=True, grad=wants_grad(pred), weight=weight, also=also)
+        if summed and not wants_grad(y, z, rows.tensor):
+            # fp16's is left to backward: a loss scale must reach the gradient before it is rounded.
+            now = wants_grad(pred) and pred.dtype != torch.float16
+            wanted = Wanted(loss=True, grad=now, weight=weight, also=also)
             means, loss, grad = kernels(pred, op).residual(spec, operands, rows, wanted)
             return _keep_gradient(spec, operands, rows, weight, (loss, grad), means), means, also
     means = sample_means(spec, operands, rows)
@@ -268,15 +270,14 @@ class _Loss(DirectFunction):
     @batchable
     def backward(ctx: Any, upstream: Tensor) -> Any:
         pred, weight, grad, y, z, index, mask, means, *_ = ctx.saved_tensors
-        spec, noise, table, drawn = ctx.call
-        operands = Residual(pred, y, z, noise, drawn if isinstance(drawn, Drawn) else mask)
-        rows = Coefficients(table, index)
-        nothing = (None,) * 3
         if grad is not None and ctx.given_away:
             grad = None  # what it was given to may have changed it
         ctx.given_away = True
         if grad is not None and not ctx.needs_input_grad[1] and is_one(upstream) and not torch.is_grad_enabled():
-            return grad.data, None, *nothing  # a tensor of its own, which pred.grad takes without a copy
+            return grad.data, None, None, None, None  # a tensor of its own, which pred.grad takes without a copy
+        spec, noise, table, drawn = ctx.call
+        operands = Residual(pred, y, z, noise, drawn if isinstance(drawn, Drawn) else mask)
+        rows, nothing = Coefficients(table, index), (None,) * 3
         in_torch = torch.is_grad_enabled() or route(spec.op, upstream, pred) is not Route.DIRECT
         of_weight = None
         if in_torch or ctx.needs_input_grad[1]:
