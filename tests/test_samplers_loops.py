@@ -206,6 +206,55 @@ def test_gradients_through_the_loop(name):
     assert not sampler.sample(net, x, NOISE).requires_grad
 
 
+# What a network is told and returns besides.
+
+
+@pytest.mark.parametrize("name, options", [("DDIM", {"clamp": 0.7}), ("Heun", {}), ("DPMSolverPP2MSDE", {})])
+def test_self_conditioning(name, options):
+    """The network sees the estimate of the look before, zeros at first."""
+
+    def net(x, t, x_self_cond, y=0.0):
+        told.append(x_self_cond)
+        return network(x, t) + 0.3 * x_self_cond + y
+
+    told, x = [], start(3, 5)
+    sampler = getattr(df.samplers, name)(S, steps=4, self_condition=True, **options)
+    got = sampler.sample(net, x, NOISE, net_arguments={"y": 0.1})
+    seen, state, x0 = told.copy(), x, torch.zeros_like(x)
+    for i, t in enumerate(sampler.model_times(x)):
+        assert torch.equal(seen[i], x0)
+        state, x0 = sampler.step(i, state, net(state, t, x0, 0.1), NOISE, return_x0=True)
+    assert torch.equal(got, state)
+    half = sampler.sample(net, x.bfloat16(), NOISE)
+    assert half.dtype == told[-1].dtype == torch.bfloat16
+    weight = torch.ones((), dtype=torch.float64, requires_grad=True)
+    sampler.sample(lambda x, t, x_self_cond: weight * net(x, t, x_self_cond), x, NOISE, gradients=True).sum().backward()
+    assert weight.grad != 0
+
+
+@pytest.mark.parametrize("name", ["DDIM", "Heun", "DPMSolverPP2MSDE", "DDPM"])
+def test_a_learned_variance_is_left_out_or_stepped_by(name):
+    """A tuple, or twice the channels, of both predictions under guidance."""
+    x, cls = start(3, 2, 5), getattr(df.samplers, name)
+    v = torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)
+
+    def doubled(x, t):
+        return torch.cat((network(x, t), v), 1)
+
+    def guided(x, t):
+        return doubled(x, t), torch.cat((0.5 * network(x, t), 0 * v), 1)
+
+    plain, learned = (cls(S, steps=4, clamp=0.8, **o) for o in ({}, {"variance": "learned"}))
+    got = learned.sample(doubled, x, NOISE)
+    assert torch.equal(got, learned.sample(lambda x, t: (network(x, t), v), x, NOISE))
+    assert torch.equal(learned.step(0, x, torch.cat((0.3 * x, v), 1), NOISE), learned.step(0, x, (0.3 * x, v), NOISE))
+    if name != "DDPM":
+        assert torch.equal(got, plain.sample(network, x, NOISE))
+    three = cls(S, steps=4, variance="learned", guidance=3.0)
+    parts = three.sample(lambda x, t: (network(x, t), 0.5 * network(x, t), v), x, NOISE)
+    assert torch.equal(three.sample(guided, x, NOISE), parts)
+
+
 # Trajectory and inpainting.
 
 
@@ -325,6 +374,12 @@ X = torch.zeros(2, 3)
             lambda: df.samplers.DDIM(S, steps=3, guidance=torch.ones(5)).sample(pair, X, NOISE),
             ValueError,
             r"ddim: guidance must have shape \(2,\), one for each sample, got \(5,\)",
+        ),
+        (lambda: levels(steps=3, variance="small"), ValueError, "ddim: variance must be 'learned', got 'small'"),
+        (
+            lambda: df.samplers.DDIM(S, steps=3, variance="learned").step(0, X, X),
+            TypeError,
+            r"the network's output must be a tuple \(prediction, v\), got Tensor",
         ),
         (lambda: levels(steps=3, guidance_rescale=2.0), ValueError, r"guidance_rescale must be in \[0, 1\], got 2.0"),
         (lambda: levels(steps=3, conditioning=lambda a, s: a[:1]), ValueError, "conditioning must give 3 finite"),

@@ -51,7 +51,11 @@ class BrownianNoise:
 
     def fold_in(self, data: int | Tensor) -> BrownianNoise:
         """Another path for each `data`, as Noise.fold_in."""
-        return BrownianNoise(self._noise.fold_in(data), self._t0, self._t1, depth=self._depth)
+        return self._of(self._noise.fold_in(data))
+
+    def _of(self, noise: Noise) -> BrownianNoise:
+        """The path of another key."""
+        return BrownianNoise(noise, self._t0, self._t1, depth=self._depth)
 
     def between(
         self,

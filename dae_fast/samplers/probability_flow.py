@@ -65,7 +65,7 @@ class ProbabilityFlow(Base):
         walk = Walk(
             (), Place(alpha[looks], sigma[looks]), tuple(t[looks].tolist()), step, "x", holds, tags=(0,) * len(looks)
         )
-        plan = planned(walk, self._launches(walk), True)
+        plan = planned(walk, self._launches(walk), self.variance != "learned")
         levels._require_finite(self.op, plan.table, [N - k for k in looks])
         return plan
 
