@@ -84,6 +84,7 @@ def _samplers() -> Iterator[Call]:
             yield Call(getattr(df.samplers, cls.op), {**first, **options, **loop}, cls.op)
     inpainting = {"sampler": df.samplers.DDIM(S, steps=2), "known": X, "mask": MASK, "noise": N0}
     yield Call(df.samplers.Inpainting, inpainting, "Inpainting")
+    yield Call(df.samplers.RePaint, {**inpainting, "jump_length": 1, "jump_n_sample": 2}, "RePaint")
     yield Call(df.samplers.Trajectory, {}, "Trajectory")
     step = {"x": X, "pred": U, "level": S[4], "next_level": S[1], "noise": N0}
     own = {"solver": "ddim", "eta": 0.5, "predict": "eps", "clamp": None, "return_x0": False}

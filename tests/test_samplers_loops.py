@@ -290,6 +290,82 @@ def test_inpainting(soft):
     assert torch.equal(got, sampler.sample(network, x, NOISE, callback=paint))
 
 
+def papers_times(T, length, times):
+    """RePaint's code: the levels, -1 the data, one up or down from each to the next."""
+    jumps = dict.fromkeys(range(0, T - length, length), times - 1)
+    t, found = T, []
+    while t >= 1:
+        t -= 1
+        found.append(t)
+        if jumps.get(t, 0) > 0:
+            jumps[t] -= 1
+            found += range(t + 1, t + length + 1)
+            t += length
+    return [*found, -1]
+
+
+@pytest.mark.parametrize("T, length, times", [(7, 2, 3), (10, 3, 2), (6, 6, 4), (9, 1, 2)])
+def test_repaint_goes_up_where_its_paper_does(T, length, times):
+    repaint = df.samplers.RePaint(
+        df.samplers.DDPM(S, steps=T), X, X > 0, NOISE, jump_length=length, jump_n_sample=times
+    )
+    wanted = papers_times(T, length, times)
+    assert [T - 1 - i for i in repaint.looks] == [t for t, s in pairwise(wanted) if s < t]
+
+
+def test_repaint_is_its_loop():
+    """Of DDPM's steps; up level by level, each by the variance of q(x_t | x_s), and every noise its own."""
+    sampler, x, known = df.samplers.DDPM(S, steps=5), start(3, 4), start(3, 4, seed=1)
+    mask, options = torch.tensor([True, False, False, True]), {"jump_length": 2, "jump_n_sample": 2}
+    repaint = df.samplers.RePaint(sampler, known, mask, NOISE, **options)
+    levels, state, visits, shown = [*sampler.levels, None], x, dict.fromkeys(range(5), 0), []
+
+    def again(noise, k):
+        return noise.fold_in(0x6A756D70).fold_in(k) if k else noise
+
+    def up(x, i):
+        a_t, a_s = S.alpha_bar[levels[i]], S.alpha_bar[levels[i + 2]]
+        z = again(NOISE, visits[i]).fold_in(0x7570).fold_in(levels[i]).normal(x.shape, dtype=x.dtype)
+        return (a_t / a_s).sqrt() * x + (1 - a_t / a_s).sqrt() * z
+
+    last = 0
+    for i in (0, 1, "up", 0, 1, 2, 3, "up", 2, 3, 4):
+        if i == "up":
+            state = up(state, last - 1)
+            continue
+        t = levels[i]
+        fresh, of_known = again(NOISE, visits[i]), again(NOISE.fold_in(0x6B6E6F776E), visits[i])
+        state = sampler.step(i, state, network(state, torch.full((3,), t)), fresh)
+        z = of_known.fold_in(t).normal(x.shape, dtype=x.dtype)
+        s = levels[i + 1]
+        noised = known if s is None else S.alpha[s] * known + S.sigma[s] * z
+        state = torch.where(mask, noised, state)
+        visits[i], last = visits[i] + 1, i
+    same(repaint.sample(network, x, NOISE, callback=lambda *a: shown.append(a[0])), state)
+    assert shown == list(repaint.looks) == [0, 1, 0, 1, 2, 3, 2, 3, 4]
+    once = df.samplers.RePaint(sampler, known, mask, NOISE, jump_n_sample=1)
+    paint = df.samplers.Inpainting(sampler, known, mask, NOISE)
+    assert torch.equal(once.sample(network, x, NOISE), sampler.sample(network, x, NOISE, callback=paint))
+
+
+def test_repaint_draws_nearer_to_the_conditional_law():
+    """Of a Gaussian with correlation 0.9, painted beside 1.5: the mean must be 1.35, and without jumps is far below."""
+    covariance = torch.tensor([[1.0, 0.9], [0.9, 1.0]])
+    variances, axes = torch.linalg.eigh(covariance)
+
+    def net(x, t):
+        alpha, sigma = (float(c[t[0]]) for c in (S.alpha, S.sigma))
+        return sigma * (x @ axes) / (alpha**2 * variances + sigma**2) @ axes.T
+
+    def mean(**options):
+        known, sampler = torch.full((2000, 2), 1.5), df.samplers.DDPM(S, steps=20)
+        repaint = df.samplers.RePaint(sampler, known, torch.tensor([True, False]), df.Noise(5), **options)
+        return float(repaint.sample(net, known.shape, NOISE)[:, 1].mean())
+
+    assert mean(jump_n_sample=1) < 0.9
+    assert 1.1 < mean(jump_length=2, jump_n_sample=4) < 1.4
+
+
 # One step between any two levels.
 
 
@@ -374,6 +450,21 @@ X = torch.zeros(2, 3)
             lambda: df.samplers.DDIM(S, steps=3, guidance=torch.ones(5)).sample(pair, X, NOISE),
             ValueError,
             r"ddim: guidance must have shape \(2,\), one for each sample, got \(5,\)",
+        ),
+        (
+            lambda: df.samplers.RePaint(df.samplers.DPMSolverPP2M(S, steps=5), X, X > 0, NOISE),
+            ValueError,
+            "RePaint: sampler must step from x and the prediction alone .*, got DPMSolverPP2M",
+        ),
+        (
+            lambda: df.samplers.RePaint(df.samplers.DDPM(S), X, X > 0, NOISE, jump_length=0),
+            ValueError,
+            "RePaint: jump_length must be positive, got 0",
+        ),
+        (
+            lambda: df.samplers.RePaint(df.samplers.DDPM(S), X, X > 0, NOISE).sample(network, X, X),
+            TypeError,
+            "RePaint: noise must be a Noise, got a tensor",
         ),
         (lambda: levels(steps=3, variance="small"), ValueError, "ddim: variance must be 'learned', got 'small'"),
         (

@@ -50,6 +50,7 @@ from .multistep import DEIS, LMS, PLMS
 from .ode import Euler, Heun
 from .predictor_corrector import PredictorCorrector
 from .probability_flow import ProbabilityFlow
+from .repaint import RePaint
 from .unipc import UniPC
 
 __all__ = [
@@ -76,6 +77,7 @@ __all__ = [
     "Inpainting",
     "PredictorCorrector",
     "ProbabilityFlow",
+    "RePaint",
     "Sampler",
     "Trajectory",
     "UniPC",

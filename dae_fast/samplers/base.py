@@ -655,12 +655,16 @@ class Sampler(Base):
 
     def reached(self) -> list[Level]:
         """Where each look's step leads."""
+        return self.stops()[1:]
+
+    def stops(self) -> list[Level]:
+        """Where x is at each look, and after the last."""
         schedule = walked(self.op, self.schedule, self._looks(), self._levels)
         ends = (
             [1.0, 0.0] if self.to_level is None else [float(c[self.to_level]) for c in (schedule.alpha, schedule.sigma)]
         )
-        later = list(self.levels[1:])
-        pairs = zip(schedule.alpha[later].tolist(), schedule.sigma[later].tolist(), strict=True)
+        levels = list(self.levels)
+        pairs = zip(schedule.alpha[levels].tolist(), schedule.sigma[levels].tolist(), strict=True)
         return [Level(alpha, sigma) for alpha, sigma in (*pairs, ends)]
 
     def _goes_up(self) -> bool:

@@ -42,11 +42,11 @@ class Inpainting:
     noise: z of the step from level t is
         noise.fold_in(KNOWN_TAG).fold_in(t)
     The known region is noised by one launch, which stores no noise, and mixed in by another.
-    Raises TypeError or ValueError for others. Lugmayr et al. 2022 (RePaint), eq. 8, without its jumps.
+    Raises TypeError or ValueError for others. Lugmayr et al. 2022 (RePaint), eq. 8; its jumps are RePaint's.
     """
 
     def __init__(self, sampler: Sampler, known: Tensor, mask: Tensor, noise: Noise) -> None:
-        op = "Inpainting"
+        op = type(self).__name__
         checks.instance(Sampler, "a Sampler")(op, "sampler", sampler)
         checks.samples(op, "known", known)
         if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.dtype in checks.DTYPES):
