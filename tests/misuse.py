@@ -89,12 +89,18 @@ def _samplers() -> Iterator[Call]:
     step = {"x": X, "pred": U, "level": S[4], "next_level": S[1], "noise": N0}
     own = {"solver": "ddim", "eta": 0.5, "predict": "eps", "clamp": None, "return_x0": False}
     yield Call(df.step, {**step, **own}, "step")
-    last = {"guidance": None, "net_arguments": None, "progress": False, "graph": False}
+    loop = {"progress": False, "callback": None}
+    last = {"guidance": None, "net_arguments": None, "graph": False, **loop}
     yield Call(
         df.samplers.langevin,
         {"score": torch.neg, "x": X, "step_size": 0.1, "steps": 2, "noise": N0, "noise_scale": 1.0, **last},
         "langevin",
     )
+    chain = {"x": X, "step_size": 0.1, "steps": 2, "noise": N0, **loop}
+    yield Call(df.samplers.sgld, {"score": torch.neg, **chain, "temperature": 1.0, "preconditioner": None}, "sgld")
+    own = {"v": None, "friction": 1.0, "temperature": 1.0}
+    yield Call(df.samplers.underdamped, {"score": torch.neg, **chain, **own}, "underdamped")
+    yield Call(df.samplers.mala, {"target": lambda y: (y.sum((1, 2)), y), **chain}, "mala")
 
 
 def _ops() -> Iterator[Call]:

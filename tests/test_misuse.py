@@ -30,7 +30,7 @@ RIGHT = {
         *("target", "perturbation", "out", "level", "weight", "level_weight", "mask", "delta", "log_variance", "clamp"),
         *("levels", "sample", "below", "times", "density", "weighting", "t", "name", "conditioning", "threshold"),
         *("guidance", "net_arguments", "steps", "noise", "pred", "score", "also", "estimate", "clamp_log_var"),
-        *("preconditioner", "callback", "from_level", "to_level", "eta", "sigma_data", "variance"),
+        *("preconditioner", "callback", "from_level", "to_level", "eta", "sigma_data", "variance", "v"),
     },
     "True": {
         *("return_x0_mse", "return_per_sample", "flip", "progress", "denoise", "use_clipped_model_output", "kl"),

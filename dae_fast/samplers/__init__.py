@@ -45,6 +45,7 @@ from .functions import (
     probability_flow,
 )
 from .langevin import AnnealedLangevin, langevin
+from .mcmc import mala, sgld, underdamped
 from .mixture import GaussianMixture
 from .multistep import DEIS, LMS, PLMS
 from .ode import Euler, Heun
@@ -92,6 +93,9 @@ __all__ = [
     "flow_midpoint",
     "heun",
     "langevin",
+    "mala",
     "predictor_corrector",
     "probability_flow",
+    "sgld",
+    "underdamped",
 ]

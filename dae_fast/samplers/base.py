@@ -30,7 +30,7 @@ from .density import REDUCTIONS, Density
 from .launch import Launches
 from .levels import Conditioning, Levels, Route, Schedules, Told, grid, model_times, walked
 from .network import OUTPUT, Guidance, bound, call_model, guidance_scales, model_time, outputs, with_variance
-from .running import progressed, rounded, run
+from .running import called_back, progressed, rounded, run
 from .start import check_start, device_of_start, draw_start, stream_of, warn_of_signal
 from .steps import Place, Step
 from .x0_clip import x0_clip
@@ -571,15 +571,8 @@ class Base:
         for i in progressed(range(len(self._plan.told)), progress, self.op):
             x, history, x0 = looked(i, x, history, noise, table, x0 if self.self_condition else None)
             if callback is not None:
-                x = self._called_back(callback, i, x, x0)
+                x = called_back(self.op, callback, x, i, self._plan.told[i], x, x0)
         return x
-
-    def _called_back(self, callback: Callback, i: int, x: Tensor, x0: Tensor) -> Tensor:
-        changed = callback(i, self._plan.told[i], x, x0)
-        if changed is None:
-            return x
-        checks.like(self.op, "what callback returned", changed, "x", x)
-        return changed.to(x.dtype)
 
 
 _plans: OrderedDict[Hashable, Plan] = OrderedDict()

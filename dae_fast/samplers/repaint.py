@@ -17,7 +17,7 @@ from .arguments import Network, Start
 from .base import Callback, Sampler
 from .callbacks import Inpainting
 from .network import bound
-from .running import narrowed, progressed
+from .running import called_back, narrowed, progressed
 from .start import check_start
 
 JUMP_TAG = 0x6A756D70  # "jump"; the stream whose fold_in(r) is that of repetition r
@@ -101,7 +101,7 @@ class RePaint(Inpainting):
             x, _, x0 = sampler._looked(net, dtype, True, i, x, (), stream, table, estimate)
             x = self._painters[visits[i]](i, plan.told[i], x, x0)
             if callback is not None:
-                x = sampler._called_back(callback, i, x, x0)
+                x = called_back(op, callback, x, i, plan.told[i], x, x0)
             visits[i] += 1
             last = i
         return narrowed(op, x, dtype)
