@@ -45,8 +45,12 @@ class Call(NamedTuple):
         return self.function(*values[: self.positional], **dict(list(arguments.items())[self.positional :]))
 
 
-def net(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+def net(x: torch.Tensor, t: torch.Tensor, x_self_cond: torch.Tensor | None = None) -> torch.Tensor:
     return 0.5 * x
+
+
+def target(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return y.new_zeros(len(y)), y
 
 
 def pair(x: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,7 +104,7 @@ def _samplers() -> Iterator[Call]:
     yield Call(df.samplers.sgld, {"score": torch.neg, **chain, "temperature": 1.0, "preconditioner": None}, "sgld")
     own = {"v": None, "friction": 1.0, "temperature": 1.0}
     yield Call(df.samplers.underdamped, {"score": torch.neg, **chain, **own}, "underdamped")
-    yield Call(df.samplers.mala, {"target": lambda y: (y.sum((1, 2)), y), **chain}, "mala")
+    yield Call(df.samplers.mala, {"target": target, **chain}, "mala")
 
 
 def _ops() -> Iterator[Call]:

@@ -13,7 +13,7 @@ from .. import checks
 from ..kernels.spec import compute_dtype
 from ..noise import Noise
 from ..ops.mcmc import mala_step, sgld_step, underdamped_step
-from ..primitives import weighted_sum
+from ..primitives import summed
 from .langevin import SCORE
 from .network import outputs
 from .running import called_back, narrowed, progressed
@@ -61,7 +61,9 @@ def sgld(
     for k in progressed(range(steps), progress, op):
         (slope,) = outputs(op, score(x if x.dtype == dtype else x.to(dtype)), x, (), SCORE)
         h = step_size(k) if callable(step_size) else step_size
-        P = preconditioner(slope) if callable(preconditioner) else preconditioner
+        P: Any = preconditioner
+        if callable(P) and not isinstance(P, type):
+            P = P(slope)
         x = sgld_step(x, slope, h, noise.fold_in(k), temperature=temperature, preconditioner=P)
         x = x if callback is None else called_back(op, callback, x, k, x)
     return narrowed(op, x, dtype)
@@ -113,11 +115,14 @@ def underdamped(
     def slope() -> Tensor:
         return outputs(op, score(x if x.dtype == dtype else x.to(dtype)), x, (), SCORE)[0]
 
-    v = weighted_sum((1.0, v.to(x.dtype)), (-h / 2, slope()))  # half a kick back: what it is between two
+    def kicked(v: Tensor, h: float) -> Tensor:
+        return summed(op, ("v", "score"), (v, slope()), (1.0, h), None)
+
+    v = kicked(v.to(x.dtype), -h / 2)  # back, to what it is between two steps
     for k in progressed(range(steps), progress, op):
         x, v = underdamped_step(x, v, slope(), h, noise.fold_in(k), friction=friction, temperature=T)
         x = x if callback is None else called_back(op, callback, x, k, x)
-    v = weighted_sum((1.0, v), (h / 2, slope()))
+    v = kicked(v, h / 2)
     return narrowed(op, x, dtype), narrowed(op, v, dtype)
 
 

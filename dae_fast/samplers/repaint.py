@@ -22,13 +22,14 @@ from .start import check_start
 
 JUMP_TAG = 0x6A756D70  # "jump"; the stream whose fold_in(r) is that of repetition r
 UP_TAG = 0x7570  # "up"
+MOST = 1000
 
 
 class RePaint(Inpainting):
     """Inpainting with jumps: from every `jump_length`th level back up as many, and down again.
 
     sampler, known, mask, noise: as in Inpainting; a sampler whose step reads x and the network's prediction alone
-    jump_length: j >= 1, levels      jump_n_sample: r >= 1, how often a stretch of j levels is gone down; 1: Inpainting
+    jump_length: j >= 1, levels      jump_n_sample: r in [1, 1000], how often j levels are gone down; 1: Inpainting
     looks: of the sampler, in the order in which they are made
     Up is x_t = alpha_t/alpha_s x_s + sqrt(sigma_t^2 - (alpha_t/alpha_s sigma_s)^2) z, the j levels in one launch. All
     noise of repetition k > 0 is of the streams noise.fold_in(JUMP_TAG).fold_in(k), so none is drawn twice, and the
@@ -49,7 +50,7 @@ class RePaint(Inpainting):
         super().__init__(sampler, known, mask, noise)
         op = type(self).__name__
         length = checks.integer(op, "jump_length", jump_length, 1)
-        times = checks.integer(op, "jump_n_sample", jump_n_sample, 1)
+        times = checks.integer(op, "jump_n_sample", jump_n_sample, 1, MOST)
         if any(look.reads for look in sampler._plan.launches.looks):
             raise ValueError(
                 f"{op}: sampler must step from x and the prediction alone (DDPM, DDIM, EulerAncestral), got {sampler}"
