@@ -14,6 +14,7 @@ from torch import Tensor
 import dae_fast as df
 
 from . import cuda_on_cpu
+from .test_graphs import Net, tapes  # noqa: F401  a fixture
 
 NOISE = df.Noise(3)
 PATH = df.BrownianNoise(NOISE, -1.0, 3.0)
@@ -178,6 +179,21 @@ def test_the_noise_of_a_step_is_the_increment_between_its_sigmas() -> None:
     leaf = path.increment(80.0, 1.0, (6, 4)).requires_grad_()
     ancestral.sample(denoised, leaf, path, gradients=True).sum().backward()
     assert leaf.grad is not None and leaf.grad.isfinite().all()
+
+
+class Told(Net):  # type: ignore[misc]
+    def forward(self, x: Tensor, t: Tensor, x_self_cond: Tensor) -> Tensor:
+        return super().forward(x, 0 * t) + 0.1 * x_self_cond
+
+
+def test_a_graph_replays_the_paths_of_other_keys(tapes: list[Any]) -> None:  # noqa: F811
+    """With self-conditioning besides; another span of time is another graph."""
+    sampler, net = df.samplers.EulerAncestral(SIGMAS, steps=4, predict="x0", self_condition=True), Told()
+    x = torch.ones(3, 4, 5)
+    for noise, t1 in ((NOISE, 80.0), (df.Noise(4).to("cpu"), 80.0), (NOISE, 81.0)):
+        path = df.BrownianNoise(noise, 0.0, t1)
+        assert torch.equal(sampler.sample(net, x, path, graph=True), sampler.sample(net, x, path))
+    assert [tape.replays for tape in tapes] == [2, 1]
 
 
 def test_where_a_sampler_has_no_use_for_a_path() -> None:

@@ -206,6 +206,35 @@ def test_gradients_through_the_loop(name):
     assert not sampler.sample(net, x, NOISE).requires_grad
 
 
+def test_inversion_of_middles_and_from_a_level():
+    midpoint = df.samplers.FlowMidpoint(df.Schedule.flow(1000), steps=20)
+    up = midpoint.inverted()
+    assert up.levels == midpoint.levels[1:-1][::-1] and up.to_level == 999
+    x = start(3, 5)
+    there = up.sample(network, x, NOISE)
+    down = df.samplers.FlowMidpoint(midpoint.schedule, levels=midpoint.levels[:-2], to_level=midpoint.levels[-2])
+    assert down.inverted().levels == up.levels
+    same(down.sample(network, there, NOISE), x, 4e-3)
+    ddim = df.samplers.DDIM(S, levels=[90, 60, 30], to_level=10)
+    assert ddim.inverted().levels == (10, 30, 60) and ddim.inverted().to_level == 90
+
+
+def test_inversion_of_the_probability_flow():
+    """Along the flow of data N(0, 1/4) and back, and as its exact solution has it."""
+    vp = df.ContinuousSchedule.vp(0.1, 5.0)
+
+    def score(x, t):
+        return -x / (0.25 * vp[t].alpha.to(x) ** 2 + vp[t].sigma.to(x) ** 2)[:, None]
+
+    down = df.samplers.ProbabilityFlow(vp, times=torch.linspace(1.0, 0.1, 60, dtype=torch.float64), denoise=False)
+    x = start(3, 5)
+    there = down.inverted().sample(score, x, NOISE)
+    (a, s), (b, r) = ((float(vp[t].alpha), float(vp[t].sigma)) for t in (0.1, 1.0))
+    same(there, x * math.sqrt((0.25 * b * b + r * r) / (0.25 * a * a + s * s)), 1e-3)
+    same(down.sample(score, there, NOISE), x, 1e-3)
+    assert torch.equal(down.inverted().inverted()._plan.table, down._plan.table)
+
+
 # What a network is told and returns besides.
 
 

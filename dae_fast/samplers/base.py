@@ -632,10 +632,11 @@ class Sampler(Base):
     def inverted(self) -> Self:
         """The sampler that takes the same levels from the last up to the first, where a deterministic one came from.
 
-        What it starts from, the data, stands for x at the last level. DDIM inversion (Song, Meng and Ermon 2021).
+        It starts from x at `to_level`; without, from the data, which stands for x at the last level. DDIM inversion
+        (Song, Meng and Ermon 2021).
         """
         schedule = walked(self.op, self.schedule, self._looks(), self._levels)
-        first, *others = dict.fromkeys(self.levels)
+        first, *others = dict.fromkeys(self._passed())
         return replace(
             self,
             schedule=schedule,
@@ -645,6 +646,10 @@ class Sampler(Base):
             from_level=None,
             to_level=first,
         )
+
+    def _passed(self) -> tuple[int, ...]:
+        """The levels at which x is, one after the other."""
+        return self.levels if self.to_level is None else (*self.levels, self.to_level)
 
     def reached(self) -> list[Level]:
         """Where each look's step leads."""
