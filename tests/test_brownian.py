@@ -91,6 +91,11 @@ def test_increments_are_standard_and_independent() -> None:
     torch.testing.assert_close(torch.cov(elements.flatten(1).T), torch.eye(8), rtol=0, atol=0.12)
 
 
+def test_a_time_is_rounded_at_the_ends_too() -> None:
+    beyond = PATH.between(3.0 + 4e-16, -1.0 - 2.0**-27, SHAPE)
+    assert torch.equal(beyond, PATH.between(3.0, -1.0, SHAPE))
+
+
 def test_a_sample_knows_nothing_of_its_batch() -> None:
     whole = PATH.increment(2.0, 1.3, (8, 6))
     part = df.BrownianNoise(df.Noise(3, first_sample=5), -1.0, 3.0)
@@ -122,6 +127,7 @@ def test_bad_input() -> None:
         (lambda: df.BrownianNoise(NOISE, 1.0, 1.0), ValueError, "t1 must be above t0, got 1.0 and 1.0"),
         (lambda: df.BrownianNoise(NOISE, 0.0, 1.0, depth=53), ValueError, r"depth must be in \[1, 52\], got 53"),
         (lambda: PATH.between(0.0, 3.5, SHAPE), ValueError, r"between: s must be in \[-1.0, 3.0\], got 3.5"),
+        (lambda: PATH.between(0.0, 3.0 + 2.0**-22, SHAPE), ValueError, r"between: s must be in \[-1.0, 3.0\], got 3.0"),
         (lambda: PATH.increment(0.5, 0.5, SHAPE), ValueError, "increment: t and s must differ at depth 24, got 0.5"),
         (lambda: PATH.between(0.0, 1.0, SHAPE, dtype=torch.int64), TypeError, "between: dtype must be float16"),
     ):
