@@ -419,7 +419,8 @@ class Base:
         """What a network returned, checked, in x's dtype."""
         if self.variance != "learned":
             return outputs(self.op, made, x, self._parts(), self.what)
-        read = outputs(self.op, with_variance(made, x), x, self._parts(), self.what)
+        parts = self._parts()
+        read = outputs(self.op, with_variance(made, x, len(parts) > 2), x, parts, self.what)
         return read if self.reads_variance else read[:-1]
 
     def _is_one_launch(self) -> bool:

@@ -46,7 +46,7 @@ def call_model(net: Network, dtype: torch.dtype, x: Tensor, t: float, estimate: 
     return net(x if x.dtype == dtype else x.to(dtype), model_time(x, t), **told)
 
 
-def with_variance(made: Any, x: Tensor) -> Any:
+def with_variance(made: Any, x: Tensor, guided: bool) -> Any:
     """The parts of what a network of a learned variance returned as twice the channels; v is the conditional's."""
 
     def is_double(t: Any) -> bool:
@@ -54,7 +54,7 @@ def with_variance(made: Any, x: Tensor) -> Any:
 
     if is_double(made):
         return made.chunk(2, 1)
-    if isinstance(made, (tuple, list)) and len(made) == 2 and all(map(is_double, made)):
+    if guided and isinstance(made, (tuple, list)) and len(made) == 2 and all(map(is_double, made)):
         (conditional, v), (unconditional, _) = (t.chunk(2, 1) for t in made)
         return conditional, unconditional, v
     return made
