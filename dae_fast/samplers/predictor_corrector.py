@@ -127,7 +127,7 @@ class PredictorCorrector(Sampler):
         else:
             pred = launches.combined(table, i, prediction)
         row = launches.first_row(i)
-        return self._langevin(x, pred, self._drawn(i, noise), table[row : row + 1, -6:]), (), x0
+        return self._langevin(x, pred, self._drawn(i, noise, x), table[row : row + 1, -6:]), (), x0
 
     def _langevin(self, x: Tensor, pred: Tensor, noise: Noise | Tensor, row: Tensor) -> Tensor:
         """x + h * score + sqrt(2h) z, score = q_x * x + q_p * pred and h = scale * |z|^2 / |score / q_p|^2.

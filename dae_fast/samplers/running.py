@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from .. import checks
 from ..checks import can_read
 from ..graphs import replayed
 from ..kernels.spec import compute_dtype
@@ -81,6 +82,15 @@ def _rounded(op: str, table: Tensor, dtype: torch.dtype) -> Tensor:
                 f"{op}: a coefficient of {beyond:.3g} overflows {dtype}: give x in float64, or other levels"
             )
     return narrow
+
+
+def called_back(op: str, callback: Callable[..., Any], x: Tensor, i: int, *seen: Any) -> Tensor:
+    """What goes on as x after callback(i, *seen): what it returned, or x."""
+    changed = callback(i, *seen)
+    if changed is None:
+        return x
+    checks.like(op, "what callback returned", changed, "x", x)
+    return changed.to(x.dtype)
 
 
 def progressed(plan: Sequence[T], progress: bool, what: str) -> Iterable[T]:

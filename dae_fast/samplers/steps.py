@@ -27,6 +27,11 @@ class Place(NamedTuple):
     def at(self, looks: Sequence[int] | slice) -> Place:
         return Place(self.alpha[looks], self.sigma[looks])
 
+    def times(self) -> tuple[float, ...]:
+        """That a path of noise has: sigma/alpha, as k-diffusion's sigma, or sigma where alpha + sigma = 1, a flow."""
+        flow = bool(((self.alpha + self.sigma - 1).abs() < 1e-9).all())
+        return tuple((self.sigma if flow else self.sigma / self.alpha).tolist())
+
 
 class Step(NamedTuple):
     """x_s = x*x_t + x0*x0_hat + eps*eps_hat + noise*z + before[0]*b_1 + before[1]*b_2 + ..., a column (L,) of each.
