@@ -77,11 +77,12 @@ struct MapObject {
   PyObject *op, *owner;  // owner: the spec.Map that holds this, borrowed
   int columns[8], fifth[2], inner[3], slots[5];
   int outputs, inputs;
-  bool clamped, five;
+  bool clamped, five, blends;
 
   // Whether input k of x, y, z, w, v is read, by an output or by the estimate, which is of x, y and w.
   bool reads(int k) const {
     if (k == kFifth) return fifth[0] != kAbsent || fifth[1] != kAbsent;
+    if (blends && (k == 1 || k == 3)) return true;
     const bool inside = clamped && k != 2 && inner[k == 3 ? 2 : k] != kAbsent;
     return inside || columns[k] != kAbsent || columns[4 + k] != kAbsent;
   }
@@ -89,7 +90,7 @@ struct MapObject {
     std::copy_n(columns, 8, args.columns);
     std::copy_n(inner, 3, args.inner);
     std::copy_n(fifth, 2, args.fifth);
-    args.clamped = clamped, args.five = five;
+    args.clamped = clamped, args.five = five, args.blends = blends;
   }
 };
 
@@ -664,6 +665,8 @@ PyObject* new_map(PyTypeObject* type, PyObject* args, PyObject*) {
   map->five = given % 4 != 0;
   std::fill_n(map->columns, 8, kAbsent), std::fill_n(map->fifth, 2, kAbsent);
   std::copy_n(all, 4 * map->outputs, map->columns);
+  map->blends = all[1] == kBlend;
+  if (map->blends) map->columns[1] = map->columns[3] = kAbsent;
   if (map->five) std::copy_n(all + 4 * map->outputs, map->outputs, map->fifth);
   for (int i = 0; i < map->inputs; ++i) {
     if (map->slots[i] >= 0 && map->slots[i] < 5) continue;
