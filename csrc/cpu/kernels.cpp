@@ -76,6 +76,7 @@ static inline const To* read(const Batch& batch, const Operand& operand, const U
   if (!data) return reinterpret_cast<const To*>(kZeros);
   if (operand.strides) {
     for_each_run(batch, operand, unit, [&](int64_t offset, int64_t at, int64_t n, int64_t stride) {
+      if (stride == 1) return convert_block(data + offset, buffer + at, n);
       for (int64_t i = 0; i < n; ++i) convert(data[offset + i * stride], buffer[at + i]);
     });
     return buffer;
@@ -215,6 +216,15 @@ static inline void apply_clamped(const AffineArgs& a, const Coefficients<R>& c, 
   for (int64_t i = 0; i < n; ++i) out[i] = clamp(out[i]);
 }
 
+// The sum of x and z made first, in `middle`.
+template <class R, class L>
+static inline void apply_blend(const Coefficients<R>& c, const int* columns, const L* x, const L* m, const R* z, const L* w,
+                               R* middle, L* out, int64_t n) {
+  apply_columns(c, columns, x, zeros<L>(), z, zeros<L>(), {}, middle, n);
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) narrow(blend(R(widen(m[i])), middle[i], R(widen(w[i]))), out[i]);
+}
+
 // Eight buffers of doubles for a whole unit would be more stack than some threads have.
 template <class R>
 constexpr int64_t kAffinePart = sizeof(R) > sizeof(float) ? kSegment / 2 : kSegment;
@@ -255,7 +265,9 @@ static inline void affine_part(const AffineArgs& a, const Unit& unit) {
     const Coefficients<R> c = coefficients<R>(a.table, unit.row + r);
     const Fifth<R> first = {a.fifth[0], v + at}, second = {a.fifth[1], v + at};
     // The second output first: `out` may be one of the inputs, and this stretch is still in cache.
-    if (a.clamped) {
+    if (a.blends) {
+      apply_blend(c, a.columns, x + at, y + at, z + at, w + at, middle, out + at, n);
+    } else if (a.clamped) {
       apply_clamped(a, c, x + at, y + at, w + at, middle, n);
       if (out2) apply_columns(c, a.columns + 4, x + at, middle, z + at, w + at, second, out2 + at, n);
       apply_columns(c, a.columns, x + at, middle, z + at, w + at, first, out + at, n);

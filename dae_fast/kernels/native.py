@@ -125,6 +125,8 @@ def _dense(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 # A plain call of a weighted sum, from Python's objects to the kernel in one step; None where it is not plain.
 fast_map = _core.fast_map
+# The same of a sampler's step.
+fast_step = _core.fast_step
 
 
 def fast_loss(

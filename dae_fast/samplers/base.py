@@ -23,7 +23,7 @@ from ..noise import Noise
 from ..ops.brownian import BrownianNoise
 from ..ops.conversions import Bounds
 from ..ops.parameterisation import Parameterisation
-from ..routing import fast_map
+from ..routing import fast_step
 from ..schedule import Schedule
 from .arguments import ARGUMENTS, Network, Noises, Start, looked_at
 from .density import REDUCTIONS, Density
@@ -278,10 +278,11 @@ class Base:
         Gradient: of x and pred. Raises ValueError or TypeError on a mismatch, or where noise is wanted and missing.
         """
         quick = not (return_x0 or return_log_prob)
-        if quick and type(x) is Tensor and type(pred) is Tensor and not is_compiling():
-            done = self._quick(i, x, pred, noise)
+        if quick and not is_compiling():
+            done = fast_step(self._plan.quick, self._tables, self.history, i, x, pred, noise)
             if done is not None:
-                return done
+                x_s, self.history = done
+                return x_s
         i = checks.integer(self.op, "i", i, 0, len(self._plan.told) - 1)
         checks.samples(self.op, "x", x)
         prediction = self._read(pred, x)
@@ -373,38 +374,11 @@ class Base:
         if B is not None and x.shape[0] != B:
             raise ValueError(f"{self.op}: guidance must have shape ({x.shape[0]},), one for each sample, got ({B},)")
 
-    def _quick(self, i: int, x: Tensor, pred: Any, noise: Any) -> Any:
-        """A plain step, straight to the core; None for anything else, which is then checked."""
-        table, quick = self._tables.get((x.dtype, x.device)), self._plan.quick
-        if table is None or quick is None or type(i) is not int or not 0 <= i < len(quick):
-            return None
-        core, bounds, z, w, v, tag, reads, keeps = quick[i]
-        if tag is None:
-            noise = None
-        elif type(noise) is Noise:
-            noise = noise.fold_in(tag)
-        else:
-            return None
-        if not (keeps or z or w or v):
-            return fast_map(core, (x, pred, None, None, noise), table, i, bounds, None)
-        history = self.history
-        if len(history) < reads:
-            return None
-        streams = (None, None, pred, None, *history)
-        made = fast_map(core, (x, pred, streams[z], streams[w], streams[v] if v else noise), table, i, bounds, None)
-        if made is None:
-            return None
-        if keeps > 0:
-            self.history = (made[1], *history[: keeps - 1]) if i else made[1:]
-            return made[0]
-        self.history = (x,) if keeps else ()
-        return made
-
     def _table(self, x: Tensor) -> Tensor:
         """In the dtype of the arithmetic, on x's device: copied once."""
-        key = x.dtype, x.device
+        key = compute_dtype(x.dtype), x.device
         if key not in self._tables:
-            table = rounded(self.op, self._plan.table, compute_dtype(x.dtype)).to(x.device)
+            table = rounded(self.op, self._plan.table, key[0]).to(x.device)
             if is_compiling():
                 return table
             self._tables[key] = table
@@ -544,14 +518,10 @@ class Base:
         """Look i and its step, a function of its arguments alone. estimate: of x0, that the network is told."""
         x = self._before_look(i, x, noise, table)
         prediction = self._read(call_model(net, dtype, x, self._plan.told[i], estimate), x)
-        quick = self._plan.quick
-        if quick is not None and type(noise) is Noise and not (wants_x0 or history or is_compiling()):
-            core, bounds, z, w, v, tag, _, keeps = quick[i]
-            if not (keeps or z or w or v):
-                streams = (x, prediction[0], None, None, None if tag is None else noise.fold_in(tag))
-                done = fast_map(core, streams, table, i, bounds, None)
-                if done is not None:
-                    return done, (), None
+        if not (wants_x0 or is_compiling()):
+            done = fast_step(self._plan.quick, table, history, i, x, prediction[0], noise)
+            if done is not None:
+                return *done, None
         return self._advance(i, x, prediction, noise, history, table, wants_x0)
 
     def _loop(
