@@ -27,10 +27,10 @@ from ..routing import fast_step
 from ..schedule import Schedule
 from .arguments import ARGUMENTS, Network, Noises, Start, looked_at
 from .density import REDUCTIONS, Density
-from .launch import Launches
+from .launch import Guided, Launches
 from .levels import Conditioning, Levels, Route, Schedules, Told, grid, model_times, walked
 from .network import OUTPUT, Guidance, bound, call_model, guidance_scales, model_time, outputs, with_variance
-from .running import called_back, progressed, rounded, run
+from .running import Capture, called_back, progressed, rounded, run
 from .start import check_start, device_of_start, draw_start, stream_of, warn_of_signal
 from .steps import Place, Step
 from .x0_clip import x0_clip
@@ -79,6 +79,14 @@ class Plan(NamedTuple):
     quick: list[Quick] | None = None
     facts: list[bool] | None = None
     times: tuple[float, ...] = ()
+
+
+class Asked(NamedTuple):
+    """The network of a loop, the dtype that it takes, and whether the loop wants its estimates of x0."""
+
+    net: Network
+    dtype: torch.dtype
+    wants_x0: bool
 
 
 class More(NamedTuple):
@@ -186,7 +194,8 @@ class Base:
 
     def _launches(self, walk: Walk) -> Launches:
         g = guidance_scales(self.op, self.guidance, walk.told)
-        return Launches(self.op, walk.at, walk.step, self.predict, self._clip, g, walk.keeps, self.guidance_rescale)
+        guided = None if g is None else Guided(g, self.guidance_rescale)
+        return Launches(self.op, walk.at, walk.step, self.predict, self._clip, guided, walk.keeps)
 
     def _options(self) -> dict[str, Any]:
         """As they were given."""
@@ -494,10 +503,12 @@ class Base:
             self._check_batch(x)
             path = (lambda key: key) if isinstance(noise, Noise) else noise._of
             wants_x0 = callback is not None or self.self_condition
-            loop = partial(self._loop, partial(self._looked, net, x.dtype, wants_x0), progress, callback, path)
+            looked = partial(self._looked, Asked(net, x.dtype, wants_x0))
+            loop = partial(self._loop, looked, progress, callback, path)
             ends = None if isinstance(noise, Noise) else (noise._t0, noise._t1, noise._depth)
             options = self.op, self._clip, self._plan.told, self._plan.launches.looks, self._extra(), wants_x0, ends
-            return run(op, net, loop, x, stream_of(noise), self._plan.table, options, progress, graph)
+            capture = Capture(net, options, progress) if graph else None
+            return run(op, loop, x, stream_of(noise), self._plan.table, capture)
 
     def _extra(self) -> object:
         """What the loop depends on besides the table, the launches and what the network is told."""
@@ -505,9 +516,7 @@ class Base:
 
     def _looked(
         self,
-        net: Network,
-        dtype: torch.dtype,
-        wants_x0: bool,
+        asked: Asked,
         i: int,
         x: Tensor,
         history: tuple[Tensor, ...],
@@ -516,6 +525,7 @@ class Base:
         estimate: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor, ...], Any]:
         """Look i and its step, a function of its arguments alone. estimate: of x0, that the network is told."""
+        net, dtype, wants_x0 = asked
         x = self._before_look(i, x, noise, table)
         prediction = self._read(call_model(net, dtype, x, self._plan.told[i], estimate), x)
         if not (wants_x0 or is_compiling()):
