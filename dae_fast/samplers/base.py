@@ -23,7 +23,7 @@ from ..noise import Noise
 from ..ops.brownian import BrownianNoise
 from ..ops.conversions import Bounds
 from ..ops.parameterisation import Parameterisation
-from ..routing import fast_map
+from ..routing import beside, fast_map
 from ..schedule import Schedule
 from .arguments import ARGUMENTS, Network, Noises, Start, looked_at
 from .density import REDUCTIONS, Density
@@ -440,7 +440,7 @@ class Base:
         if t == s or not math.isfinite(t):
             why = "moves at one level" if t == s else "is from a level without signal"
             raise ValueError(f"{self.op}: step {i} {why}, where a path has no increment: noise must be a Noise")
-        return path.increment(t, s, x.shape, dtype=x.dtype, device=x.device)
+        return beside(path.increment(t, s, x.shape, dtype=x.dtype, device=x.device), x)
 
     def _advance(
         self,
