@@ -449,6 +449,15 @@ def test_a_step_is_the_samplers():
     assert torch.equal(df.step(x, pred, S[40], df.Level(1.0, 0.0), predict="x0"), pred)
 
 
+def test_a_step_is_traced():
+    x = start(4, 3)
+
+    def step(x):
+        return df.step(x, 0.3 * x, S[90], S[40], NOISE, eta=0.5, clamp=1.0)
+
+    same(torch.compile(step, fullgraph=True, backend="eager")(x), step(x))
+
+
 def test_gradients_of_a_step():
     x, pred = start(2, 3).requires_grad_(), start(2, 3, seed=1).requires_grad_()
     alpha = torch.tensor([0.5, 0.8], dtype=torch.float64, requires_grad=True)

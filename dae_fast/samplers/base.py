@@ -32,7 +32,7 @@ from .levels import Conditioning, Levels, Route, Schedules, Told, grid, model_ti
 from .network import OUTPUT, Guidance, bound, call_model, guidance_scales, model_time, outputs, with_variance
 from .running import called_back, progressed, rounded, run
 from .start import check_start, device_of_start, draw_start, stream_of, warn_of_signal
-from .steps import Place, Step
+from .steps import Place, Step, path_times
 from .x0_clip import x0_clip
 
 Callback = Callable[[int, float, Tensor, Tensor], Any]
@@ -695,8 +695,8 @@ class Sampler(Base):
         one_launch = self._is_one_launch() and self.variance != "learned"
         plan = planned(walk, self._launches(walk), one_launch, self._more(schedule, walk))
         after = self._after(schedule, walk.at).at([-1])
-        times = Place(*(torch.cat(pair) for pair in zip(walk.at, after, strict=True))).times()
-        plan = plan._replace(times=times)
+        stops = [pair for place in (walk.at, after) for pair in zip(*(c.tolist() for c in place), strict=True)]
+        plan = plan._replace(times=path_times(stops))
         schedule._require_finite(self.op, plan.table, [t for t in walk.levels for _ in range(plan.launches.batch or 1)])
         return plan
 

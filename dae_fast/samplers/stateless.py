@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import checks
 from .._torch import outside_modes
@@ -21,7 +22,7 @@ from ..primitives import clamped, weighted_sum
 from ..routing import beside
 from .arguments import Noises
 from .launch import estimate, times
-from .steps import Place, posterior_std
+from .steps import Place, path_times, posterior_std
 
 __all__ = ["step"]
 
@@ -130,7 +131,9 @@ Options = tuple[Parameterisation, float, bool]  # predict, eta, whether x0_hat i
 
 
 def _numbers(levels: tuple[Level, Level]) -> list[tuple[Any, Any]]:
-    """Their alpha and sigma, where those are numbers; else nothing."""
+    """Their alpha and sigma, where those are numbers; else nothing, as in a trace, where a table's are none."""
+    if is_compiling():
+        return []
     pairs = [(level.alpha, level.sigma) for level in levels if not isinstance(level.t, Tensor)]
     return pairs if len(pairs) == 2 and not any(isinstance(v, Tensor) for pair in pairs for v in pair) else []
 
@@ -138,9 +141,8 @@ def _numbers(levels: tuple[Level, Level]) -> list[tuple[Any, Any]]:
 def _increment(op: str, path: BrownianNoise, x: Tensor, levels: tuple[Level, Level]) -> Tensor | None:
     pairs = _numbers(levels)
     if not pairs:
-        raise ValueError(f"{op}: noise may be a BrownianNoise where level and next_level are numbers, got {levels}")
-    with outside_modes():
-        t, s = Place(*torch.tensor(pairs, dtype=torch.float64, device="cpu").unbind(1)).times()
+        raise ValueError(f"{op}: noise may be a BrownianNoise where level and next_level are numbers, outside a trace")
+    t, s = path_times(pairs)
     return beside(path.increment(t, s, x.shape, dtype=x.dtype, device=x.device), x)
 
 
