@@ -431,7 +431,7 @@ def test_a_step_between_any_levels(shape, eta, clamp, backend):
 
 
 def test_a_step_is_the_samplers():
-    x, pred = start(4, 3, 5), start(4, 3, 5, seed=1)
+    x, pred, path = start(4, 3, 5), start(4, 3, 5, seed=1), df.BrownianNoise(NOISE, 0.0, 20.0)
     for name, solver, options in (
         ("DDPM", "ddpm", {}),
         ("DDIM", "ddim", {"eta": 0.5}),
@@ -441,7 +441,9 @@ def test_a_step_is_the_samplers():
         sampler = getattr(df.samplers, name)(S, levels=[90, 40], **options)
         wanted = sampler.step(0, x, pred, NOISE)
         same(df.step(x, pred, S[90], S[40], NOISE.fold_in(90), solver=solver, **options), wanted)
-    path, sigma = df.BrownianNoise(NOISE, 0.0, 20.0), [float(S.sigma[t] / S.alpha[t]) for t in (90, 40)]
+        on_path = df.step(x, pred, S[90], S[40], path, solver=solver, **options)
+        same(on_path, sampler.step(0, x, pred, path))
+    sigma = [float(S.sigma[t] / S.alpha[t]) for t in (90, 40)]
     z = path.increment(*sigma, x.shape, dtype=x.dtype)
     assert torch.equal(df.step(x, pred, S[90], S[40], path, eta=0.5), df.step(x, pred, S[90], S[40], z, eta=0.5))
     up = df.step(x, pred, df.Level(1.0, 0.0), S[40])  # from the data, eps given
