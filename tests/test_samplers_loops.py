@@ -371,7 +371,7 @@ def test_repaint_is_its_loop():
         state = torch.where(mask, noised, state)
         visits[i], last = visits[i] + 1, i
     same(repaint.sample(network, x, NOISE, callback=lambda *a: shown.append(a[0])), state)
-    assert shown == list(repaint.looks) == [0, 1, 0, 1, 2, 3, 2, 3, 4]
+    assert repaint.looks == (0, 1, 0, 1, 2, 3, 2, 3, 4) and shown == list(range(9))
     once = df.samplers.RePaint(sampler, known, mask, NOISE, jump_n_sample=1)
     paint = df.samplers.Inpainting(sampler, known, mask, NOISE)
     assert torch.equal(once.sample(network, x, NOISE), sampler.sample(network, x, NOISE, callback=paint))
@@ -431,7 +431,7 @@ def test_a_step_between_any_levels(shape, eta, clamp, backend):
 
 
 def test_a_step_is_the_samplers():
-    x, pred = start(4, 3, 5), start(4, 3, 5, seed=1)
+    x, pred, path = start(4, 3, 5), start(4, 3, 5, seed=1), df.BrownianNoise(NOISE, 0.0, 20.0)
     for name, solver, options in (
         ("DDPM", "ddpm", {}),
         ("DDIM", "ddim", {"eta": 0.5}),
@@ -441,9 +441,23 @@ def test_a_step_is_the_samplers():
         sampler = getattr(df.samplers, name)(S, levels=[90, 40], **options)
         wanted = sampler.step(0, x, pred, NOISE)
         same(df.step(x, pred, S[90], S[40], NOISE.fold_in(90), solver=solver, **options), wanted)
+        on_path = df.step(x, pred, S[90], S[40], path, solver=solver, **options)
+        same(on_path, sampler.step(0, x, pred, path))
+    sigma = [float(S.sigma[t] / S.alpha[t]) for t in (90, 40)]
+    z = path.increment(*sigma, x.shape, dtype=x.dtype)
+    assert torch.equal(df.step(x, pred, S[90], S[40], path, eta=0.5), df.step(x, pred, S[90], S[40], z, eta=0.5))
     up = df.step(x, pred, df.Level(1.0, 0.0), S[40])  # from the data, eps given
     same(up, S.alpha[40] * x + S.sigma[40] * pred)
     assert torch.equal(df.step(x, pred, S[40], df.Level(1.0, 0.0), predict="x0"), pred)
+
+
+def test_a_step_is_traced():
+    x = start(4, 3)
+
+    def step(x):
+        return df.step(x, 0.3 * x, S[90], S[40], NOISE, eta=0.5, clamp=1.0)
+
+    same(torch.compile(step, fullgraph=True, backend="eager")(x), step(x))
 
 
 def test_gradients_of_a_step():
@@ -504,6 +518,11 @@ X = torch.zeros(2, 3)
         (lambda: levels(steps=3, guidance_rescale=2.0), ValueError, r"guidance_rescale must be in \[0, 1\], got 2.0"),
         (lambda: levels(steps=3, conditioning=lambda a, s: a[:1]), ValueError, "conditioning must give 3 finite"),
         (lambda: df.step(X, X, S[3], S[1], eta=1.0), TypeError, "step: noise must be a Noise or a tensor like x"),
+        (
+            lambda: df.step(X, X, S[torch.tensor([3, 4])], S[1], df.BrownianNoise(NOISE, 0.0, 20.0), eta=1.0),
+            ValueError,
+            "step: noise may be a BrownianNoise where level and next_level are numbers",
+        ),
         (lambda: df.step(X, X, S[3], 1), TypeError, "step: next_level must be a Level, got int"),
         (lambda: df.step(X, X, S[3], S[1], solver="ode"), ValueError, "step: solver must be 'ddim', .*, got 'ode'"),
         (lambda: df.step(X, X, S[3], S[1], NOISE, eta=2.0), ValueError, "eta of 'ddim' must be at most 1.0, got 2.0"),

@@ -23,7 +23,7 @@ from ..noise import Noise
 from ..ops.brownian import BrownianNoise
 from ..ops.conversions import Bounds
 from ..ops.parameterisation import Parameterisation
-from ..routing import fast_step
+from ..routing import beside, fast_step
 from ..schedule import Schedule
 from .arguments import ARGUMENTS, Network, Noises, Start, looked_at
 from .density import REDUCTIONS, Density
@@ -32,7 +32,7 @@ from .levels import Conditioning, Levels, Route, Schedules, Told, grid, model_ti
 from .network import OUTPUT, Guidance, bound, call_model, guidance_scales, model_time, outputs, with_variance
 from .running import Capture, called_back, progressed, rounded, run
 from .start import check_start, device_of_start, draw_start, stream_of, warn_of_signal
-from .steps import Place, Step
+from .steps import Place, Step, path_times
 from .x0_clip import x0_clip
 
 Callback = Callable[[int, float, Tensor, Tensor], Any]
@@ -423,7 +423,7 @@ class Base:
         if t == s or not math.isfinite(t):
             why = "moves at one level" if t == s else "is from a level without signal"
             raise ValueError(f"{self.op}: step {i} {why}, where a path has no increment: noise must be a Noise")
-        return path.increment(t, s, x.shape, dtype=x.dtype, device=x.device)
+        return beside(path.increment(t, s, x.shape, dtype=x.dtype, device=x.device), x)
 
     def _advance(
         self,
@@ -675,8 +675,8 @@ class Sampler(Base):
         one_launch = self._is_one_launch() and self.variance != "learned"
         plan = planned(walk, self._launches(walk), one_launch, self._more(schedule, walk))
         after = self._after(schedule, walk.at).at([-1])
-        times = Place(*(torch.cat(pair) for pair in zip(walk.at, after, strict=True))).times()
-        plan = plan._replace(times=times)
+        stops = [pair for place in (walk.at, after) for pair in zip(*(c.tolist() for c in place), strict=True)]
+        plan = plan._replace(times=path_times(stops))
         schedule._require_finite(self.op, plan.table, [t for t in walk.levels for _ in range(plan.launches.batch or 1)])
         return plan
 

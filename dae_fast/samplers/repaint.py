@@ -76,7 +76,8 @@ class RePaint(Inpainting):
     ) -> Tensor:
         """The sampler's loop with its jumps: net(x, t) and a step for each of `looks`, the known part after each.
 
-        Arguments, result and errors as in the sampler's `sample`; callback is called with what was painted.
+        Arguments, result and errors as in the sampler's `sample`; callback(n, t, x, x0) is called after the nth of
+        `looks`, with what was painted.
         """
         op, sampler = type(self).__name__, self.sampler
         net = bound(op, net, net_arguments, False)
@@ -93,7 +94,7 @@ class RePaint(Inpainting):
         x = x.to(compute_dtype(dtype))
         asked, table, x0 = Asked(net, dtype, True), sampler._table(x), torch.zeros_like(x)
         visits, last = [0] * len(plan.told), -1
-        for i in progressed(self.looks, checks.flag(op, "progress", progress), op):
+        for n, i in enumerate(progressed(self.looks, checks.flag(op, "progress", progress), op)):
             stream = repetition(noise, visits[i])
             if i <= last:
                 kept, spread = self._up[i]
@@ -102,7 +103,7 @@ class RePaint(Inpainting):
             x, _, x0 = sampler._looked(asked, i, x, (), stream, table, estimate)
             x = self._painters[visits[i]](i, plan.told[i], x, x0)
             if callback is not None:
-                x = called_back(op, callback, x, i, plan.told[i], x, x0)
+                x = called_back(op, callback, x, n, plan.told[i], x, x0)
             visits[i] += 1
             last = i
         return narrowed(op, x, dtype)

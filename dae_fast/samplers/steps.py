@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -27,10 +28,12 @@ class Place(NamedTuple):
     def at(self, looks: Sequence[int] | slice) -> Place:
         return Place(self.alpha[looks], self.sigma[looks])
 
-    def times(self) -> tuple[float, ...]:
-        """That a path of noise has: sigma/alpha, as k-diffusion's sigma, or sigma where alpha + sigma = 1, a flow."""
-        flow = bool(((self.alpha + self.sigma - 1).abs() < 1e-9).all())
-        return tuple((self.sigma if flow else self.sigma / self.alpha).tolist())
+
+def path_times(levels: Sequence[tuple[float, float]]) -> tuple[float, ...]:
+    """Of a path of noise at (alpha, sigma): sigma/alpha, as k-diffusion's sigma, or sigma where alpha + sigma = 1."""
+    if all(abs(alpha + sigma - 1) < 1e-9 for alpha, sigma in levels):
+        return tuple(sigma for _, sigma in levels)
+    return tuple(sigma / alpha if alpha else math.inf for alpha, sigma in levels)
 
 
 class Step(NamedTuple):
