@@ -148,7 +148,10 @@ def test_where_is_refused() -> None:
         ({"where": m, "otherwise": x, "also": (1.0,)}, "weighted_sum: with where there is one output, of a tensor or"),
         ({"where": m.long(), "otherwise": x}, "weighted_sum: where must be a bool or floating tensor, got torch.int64"),
         ({"where": m[0], "otherwise": x}, "weighted_sum: where must have as many dimensions as (5, 3, 8), 1 where it"),
-        ({"where": m[..., :3], "otherwise": x}, "weighted_sum: where must be broadcastable to (5, 3, 8), got (5, 1, 3)"),
+        (
+            {"where": m[..., :3], "otherwise": x},
+            "weighted_sum: where must be broadcastable to (5, 3, 8), got (5, 1, 3)",
+        ),
         ({"where": m, "otherwise": x[:2]}, "weighted_sum: otherwise must have shape (5, 3, 8), got (2, 3, 8)"),
     ):
         with pytest.raises((TypeError, ValueError), match=f"^{re.escape(message)}"):
