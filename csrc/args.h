@@ -152,6 +152,7 @@ struct ResidualArgs {
   Batch batch;
   Operand pred, y, z, mask, grad;  // mask holds bytes
   Choice choice;                   // takes mask's place when present
+  bool weighs = false;             // on the CPU: mask holds numbers of the compute type, which multiply rho
   Noise noise;
   Table table;
   int columns[3];  // n1, n2, delta

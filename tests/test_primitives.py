@@ -102,6 +102,7 @@ def test_affine(backend: str, pattern: str, shape: tuple[int, ...], dtype: torch
         assert_close(g, value, terms)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in Triton's interpreter
 @settings
 @pytest.mark.parametrize("pattern", BLENDED)
 def test_blended(backend: str, pattern: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -180,7 +181,6 @@ GRADIENTS = {
     "clamped by nothing": ((0, 1, 2, 3), (4, 5, 6, -math.inf, math.inf), False),
     "clamped, w outside": ((0, 1, -1, 3), (4, 5, -1, *BOUNDS), False),
     "blended": ((0, BLEND, 1, BLEND), None, False),
-    "blended, noise": ((0, BLEND, 1, BLEND), None, True),
 }
 LEVELS = {"each its row": (2, None), "one row": (1, None), "levels": (3, torch.tensor([2, 0]))}
 

@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 
 import dae_fast as df
 from dae_fast.kernels import triton as launcher
-from dae_fast.kernels.spec import Update, compute_dtype
+from dae_fast.kernels.spec import BLEND, Update, compute_dtype
 from dae_fast.primitives.masks import Drawn
 
 from .flat import KINDS, Flat
@@ -94,6 +94,7 @@ CASES = [
     Case("to_eps with clamp", _affine((0, 1, -1, -1), 2, clamp=(2, 3, -1, -1.0, 1.0)), 2, 1, 16),
     Case("guidance", _affine((0, 1, -1, 2), 2, w=True), 3, 1, 14),
     Case("guidance, clamp and noise", _affine((0, 1, 2, 3), 2, True, (2, 3, 4, -1.0, 1.0), w=True), 3, 1, 61),
+    Case("a blend with noise", _affine((0, BLEND, 1, BLEND), 2, noise=True, w=True), 3, 1, 56),
     Case("noise_mse", _residual(tensor=False), 1, 1, 50),
     Case("noise_mse, short rows", _residual(tensor=False), 1, 1, 52, SHORT),
     Case("noise_mse on tensors", _residual(tensor=True), 2, 1, 13),

@@ -251,6 +251,14 @@ def row_dots(g: Tensor, inputs: Inputs, noise: Noise | None) -> Tensor:
     return torch.stack([per_sample_sum(s).double() for s in sums], -1)
 
 
+def compact(weights: Tensor) -> Tensor:
+    """With one element along each dimension that is expanded; the batch's stays."""
+    for d in range(1, weights.dim()):
+        if weights.stride(d) == 0 and weights.shape[d] > 1:
+            weights = weights.narrow(d, 0, 1)
+    return weights
+
+
 STRAIGHT = 1e18  # beyond it the pseudo-Huber penalty is straight: a square would overflow
 
 
