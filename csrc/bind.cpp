@@ -110,8 +110,8 @@ int64_t residual(const py::object& spec, const Inputs& operands_of, const Rows& 
                           !noise.is_none() || !mask_noise.is_none());
   ResidualArgs a{operands.batch, operands[0], operands[1], operands[2], operands[3], operands[4]};
   a.choice = read_choice(mask_noise, thresholds, keeps, q.device >= 0, operands.batch.D);
-  Dtype of_mask;
-  a.weighs = !mask.is_none() && View(mask.ptr()).dtype(of_mask);
+  Dtype of_weights;
+  a.weighs = !mask.is_none() && View(mask.ptr()).dtype(of_weights);
   a.penalty = static_cast<Penalty>(fixed.kind);
   a.noise = read_noise(noise.ptr(), false, operands.batch.D);
   a.table = read_table(table.ptr(), index.ptr(), q.device >= 0);
@@ -235,6 +235,15 @@ void normal_sum(const py::object& noise, const std::vector<uint64_t>& nodes, con
   run(q, Batch{a.B, a.D, 0, nullptr, Dtype::f32}, &Api::normal_sum, a, q);
 }
 
+// x (B, K), W (K, D / 2): double, contiguous; out: (B, D) of any strides.
+void embedding(const py::object& x, const py::object& W, bool flip, const py::object& out) {
+  const Operands operands(out.ptr(), {out.ptr()}, true);
+  const Queue q = queue_of(out.ptr());
+  const EmbeddingArgs a{operands.batch, operands[0], static_cast<const double*>(address(x.ptr())),
+                        static_cast<const double*>(address(W.ptr())), View(x.ptr()).size(1), flip};
+  run(q, a.batch, &Api::embedding, a, q);
+}
+
 // out: (B, D) int64 words, scaled to [0, below).
 void bits(const py::object& noise, bool raw, uint64_t below, const py::object& out) {
   const Operands operands(out.ptr(), {out.ptr()}, true);
@@ -324,6 +333,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("chain", &chain);
   m.def("well_chain", &well_chain);
   m.def("normal_sum", &normal_sum);
+  m.def("embedding", &embedding);
   m.def("fold_in", &fold_in_key);
   m.def("fold_in_tensor", &fold_in_tensor);
   m.def("scratch_doubles", &scratch_doubles);

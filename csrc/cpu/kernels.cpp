@@ -606,6 +606,41 @@ static void normal_sum(const NormalSumArgs& a, int64_t unit_begin, int64_t unit_
   });
 }
 
+// A unit is of the pairs (B, D / 2): each gives a sine and a cosine.
+template <class T>
+static void embedding_units(const EmbeddingArgs& a, int64_t unit_begin, int64_t unit_end) {
+  const int64_t D = a.batch.D, half = D / 2;
+  const Batch pairs{a.batch.B, half, 0, nullptr, Dtype::f64};
+  alignas(64) double turns[kSegment];
+  alignas(64) float sines[kSegment], cosines[kSegment];
+  for_each_unit(pairs, unit_begin, unit_end, [&](const Unit& unit, int64_t) {
+    const int64_t n = unit.length;
+    for (int64_t row = unit.row; row < unit.row + unit.rows; ++row) {
+      for (int64_t i = 0; i < n; ++i) turns[i] = 0;
+      for (int64_t k = 0; k < a.K; ++k) {
+        const double x = a.x[row * a.K + k], *W = a.W + k * half + unit.begin;
+        for (int64_t i = 0; i < n; ++i) turns[i] = mul_add(x, W[i], turns[i]);
+      }
+      const Unit of_sine{row, 1, unit.begin + (a.flip ? half : 0), n};
+      const Unit of_cosine{row, 1, unit.begin + (a.flip ? 0 : half), n};
+      float* const sine = target<T>(a.batch, a.out, of_sine, sines);
+      float* const cosine = target<T>(a.batch, a.out, of_cosine, cosines);
+#pragma GCC ivdep
+      for (int64_t i = 0; i < n; ++i) {
+        sincos_2pi(turns[i], sine[i], cosine[i]);
+      }
+      write<T>(a.batch, a.out, of_sine, sine);
+      write<T>(a.batch, a.out, of_cosine, cosine);
+      if (D % 2 && unit.begin + n == half) {
+        const Unit last{row, 1, D - 1, 1};
+        float zero, *const at = target<T>(a.batch, a.out, last, &zero);
+        *at = 0;
+        write<T>(a.batch, a.out, last, at);
+      }
+    }
+  });
+}
+
 // One switch over the element types for every kernel.
 #define DAE_BY_DTYPE(name, Args)                                                \
   static void name(const Args& a, int64_t unit_begin, int64_t unit_end) {       \
@@ -622,12 +657,14 @@ DAE_BY_DTYPE(row_dots, RowDotsWork)
 DAE_BY_DTYPE(corrupt, CorruptArgs)
 DAE_BY_DTYPE(gaussian, GaussianWork)
 DAE_BY_DTYPE(gaussian_grad, GaussianGradArgs)
+DAE_BY_DTYPE(embedding, EmbeddingArgs)
 #undef DAE_BY_DTYPE
 
 }  // namespace DAE_ISA
 
 const Kernels DAE_JOIN(kernels_, DAE_ISA) = {DAE_ISA::affine, DAE_ISA::residual, DAE_ISA::row_dots,
                                              DAE_ISA::mask_count, DAE_ISA::corrupt, DAE_ISA::gaussian,
-                                             DAE_ISA::gaussian_grad, DAE_ISA::bits, DAE_ISA::chain, DAE_ISA::normal_sum};
+                                             DAE_ISA::gaussian_grad, DAE_ISA::bits, DAE_ISA::chain, DAE_ISA::normal_sum,
+                                             DAE_ISA::embedding};
 
 }  // namespace dae::cpu

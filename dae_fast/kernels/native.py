@@ -268,6 +268,11 @@ def normal_sum(noise: Noise, nodes: list[int], weights: list[float], out: Tensor
     _core.normal_sum(noise, nodes, weights, out)
 
 
+def embedding(x: Tensor, W: Tensor, flip: bool, out: Tensor) -> None:
+    """As reference.embedding, in one pass."""
+    _core.embedding(x.contiguous(), W.contiguous(), flip, out)
+
+
 def row_dots(g: Tensor, inputs: Inputs, noise: Noise | None) -> Tensor:
     """(B, 3) fp64: the sums over each row of g*x, g*y and g*z."""
     g, x, y, z = _dense(g, *inputs[:3])

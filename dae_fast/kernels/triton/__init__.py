@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..._torch import current_raw_stream
+from ..reference import embedding as embedding  # few numbers, made by torch
 from ..scratch import workspace
 from ..spec import (
     ABSENT,
