@@ -70,6 +70,7 @@ struct Noise {
 };
 
 constexpr int kAbsent = -1;  // a column number: this coefficient is 0, and what it is about not read
+constexpr int kBlend = -2;   // that of y and of w where the sum of x and z is blended into w by y
 
 constexpr int kMaxConstants = 16;
 
@@ -109,6 +110,7 @@ struct AffineArgs {
   bool clamped;
   int inner[3];  // columns of a0, a1, a3
   double lo, hi;
+  bool blends = false;  // out = blend(y, c0*x + c2*z, w); c1 and c3 are absent
   // Of five streams: one more, out += c4*v, whose place fresh noise then takes.
   bool five = false;
   Operand v;

@@ -190,24 +190,29 @@ DAE_FN void normal_pair(uint32_t radius, uint32_t angle, float& z0, float& z1, c
   z1 = s * sine;
 }
 
-// e^x within 2 ulp; overflow, underflow and NaN as they should be. e^f on |f| <= ln(2)/2 by Cephes' minimax polynomial.
-DAE_FN float exponential(float x) {
-  constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: a sum with it is rounded to an integer
-  const float inside = x < -104.0f ? -104.0f : (x > 89.0f ? 89.0f : x);
-  const float shifted = fma32(inside, 1.44269504f, kRounder), n = shifted - kRounder;
-  const float f = fma32(n, 2.12194440e-4f, fma32(n, -0.693359375f, inside));
-  float p = fma32(f, 1.9875691500e-4f, 1.3981999507e-3f);
-  p = fma32(p, f, 8.3334519073e-3f);
-  p = fma32(p, f, 4.1665795894e-2f);
-  p = fma32(p, f, 1.6666665459e-1f);
-  p = fma32(p, f, 5.0000001201e-1f);
-  const float e = fma32(f * f, p, f) + 1.0f;
-  // 2^n in two factors: one alone would overflow, or lose a subnormal result.
-  const int32_t power = bits_as<int32_t>(shifted) - bits_as<int32_t>(kRounder), half = power >> 1;
-  // Of a NaN's exponent nothing is left in a signed shift.
-  const uint32_t first = static_cast<uint32_t>(half + 127) << 23, rest = static_cast<uint32_t>(power - half + 127) << 23;
-  return e * bits_as<float>(first) * bits_as<float>(rest);
-}
+// e^x = 2^n (1 + f + f^2 p), x = n ln 2 + f, |f| <= ln(2)/2, by Cephes' minimax polynomial: within 2 ulp; overflow,
+// underflow and NaN as they should be. 2^n in two factors: one alone would overflow, or lose a subnormal result.
+struct Exponential {
+  float n, f, p, factor, other_factor;
+  DAE_FN explicit Exponential(float x) {
+    constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: a sum with it is rounded to an integer
+    const float inside = x < -104.0f ? -104.0f : (x > 89.0f ? 89.0f : x);
+    const float shifted = fma32(inside, 1.44269504f, kRounder);
+    n = shifted - kRounder;
+    f = fma32(n, 2.12194440e-4f, fma32(n, -0.693359375f, inside));
+    p = fma32(f, 1.9875691500e-4f, 1.3981999507e-3f);
+    p = fma32(p, f, 8.3334519073e-3f);
+    p = fma32(p, f, 4.1665795894e-2f);
+    p = fma32(p, f, 1.6666665459e-1f);
+    p = fma32(p, f, 5.0000001201e-1f);
+    const int32_t power = bits_as<int32_t>(shifted) - bits_as<int32_t>(kRounder), half = power >> 1;
+    // Of a NaN's exponent nothing is left in a signed shift.
+    factor = bits_as<float>(static_cast<uint32_t>(half + 127) << 23);
+    other_factor = bits_as<float>(static_cast<uint32_t>(power - half + 127) << 23);
+  }
+  DAE_FN float value() const { return (fma32(f * f, p, f) + 1.0f) * factor * other_factor; }
+};
+DAE_FN float exponential(float x) { return Exponential(x).value(); }
 DAE_FN double exponential(double x) {
 #if defined(__CUDA_ARCH__)
   return exp(x);

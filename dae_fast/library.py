@@ -16,7 +16,7 @@ from torch.library import Library
 from ._torch import register_autograd, unwrap_dead_wrappers
 from .kernels import reference
 from .kernels.dispatch import kernels_of
-from .kernels.spec import ABSENT, Coefficients, Kind, Reduction, Residual, Wanted, compute_dtype, loss_of, map_of
+from .kernels.spec import ABSENT, BLEND, Coefficients, Kind, Reduction, Residual, Wanted, compute_dtype, loss_of, map_of
 from .noise import FlatNoise, Noise
 from .ops.reparameterisation import gradients as gaussian_gradients
 from .primitives.batching import rule
@@ -211,7 +211,8 @@ def _gaussian_grad_in_torch(z_grad: Any, kl_grad: Any, mu: Tensor, log_var: Tens
 def _setup_affine(ctx: Any, inputs: Any) -> None:
     x, y, z, w, v, table, index, key, sample, *rest = inputs
     ctx.set_materialize_grads(False)
-    read = (x, y, z, w, v) if ctx.needs_input_grad[6] else (None,) * 5  # for the table's gradient alone
+    # For the table's gradient, and those of a blend.
+    read = (x, y, z, w, v) if ctx.needs_input_grad[6] or rest[-2][1] == BLEND else (None,) * 5
     ctx.save_for_backward(*read, table, index, key, sample)
     ctx.rest = rest
 
@@ -265,7 +266,7 @@ def _backward_gaussian(ctx: Any, z_grad: Tensor | None, kl_grad: Tensor | None) 
     mu, log_var, eps, key, sample = unwrap_dead_wrappers(ctx.saved_tensors)
     *place, op = ctx.rest
     noise = FlatNoise(key, sample, *place).whole()
-    found = gaussian_gradients(op, ctx.needs_input_grad[1:], z_grad, kl_grad, mu, log_var, eps, noise)
+    found = gaussian_gradients(op, ctx.needs_input_grad[1:], (z_grad, kl_grad), mu, log_var, eps, noise)
     return (None, *found, *[None] * 6)
 
 

@@ -76,6 +76,7 @@ static inline const To* read(const Batch& batch, const Operand& operand, const U
   if (!data) return reinterpret_cast<const To*>(kZeros);
   if (operand.strides) {
     for_each_run(batch, operand, unit, [&](int64_t offset, int64_t at, int64_t n, int64_t stride) {
+      if (stride == 1) return convert_block(data + offset, buffer + at, n);
       for (int64_t i = 0; i < n; ++i) convert(data[offset + i * stride], buffer[at + i]);
     });
     return buffer;
@@ -215,6 +216,15 @@ static inline void apply_clamped(const AffineArgs& a, const Coefficients<R>& c, 
   for (int64_t i = 0; i < n; ++i) out[i] = clamp(out[i]);
 }
 
+// The sum of x and z made first, in `middle`.
+template <class R, class L>
+static inline void apply_blend(const Coefficients<R>& c, const int* columns, const L* x, const L* m, const R* z, const L* w,
+                               R* middle, L* out, int64_t n) {
+  apply_columns(c, columns, x, zeros<L>(), z, zeros<L>(), {}, middle, n);
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) narrow(blend(R(widen(m[i])), middle[i], R(widen(w[i]))), out[i]);
+}
+
 // Eight buffers of doubles for a whole unit would be more stack than some threads have.
 template <class R>
 constexpr int64_t kAffinePart = sizeof(R) > sizeof(float) ? kSegment / 2 : kSegment;
@@ -255,7 +265,9 @@ static inline void affine_part(const AffineArgs& a, const Unit& unit) {
     const Coefficients<R> c = coefficients<R>(a.table, unit.row + r);
     const Fifth<R> first = {a.fifth[0], v + at}, second = {a.fifth[1], v + at};
     // The second output first: `out` may be one of the inputs, and this stretch is still in cache.
-    if (a.clamped) {
+    if (a.blends) {
+      apply_blend(c, a.columns, x + at, y + at, z + at, w + at, middle, out + at, n);
+    } else if (a.clamped) {
       apply_clamped(a, c, x + at, y + at, w + at, middle, n);
       if (out2) apply_columns(c, a.columns + 4, x + at, middle, z + at, w + at, second, out2 + at, n);
       apply_columns(c, a.columns, x + at, middle, z + at, w + at, first, out + at, n);
@@ -421,23 +433,31 @@ static void corrupt_units(const CorruptArgs& a, int64_t unit_begin, int64_t unit
   });
 }
 
+// Of doubles by themselves: the library's exponential would keep all else from vectors. Floats have their own beside it.
+template <class L, class R>
+static void exponentials_of_halves(const L* log_var, R* out, int64_t n) {
+  if constexpr (sizeof(R) == sizeof(double))
+    for (int64_t i = 0; i < n; ++i) out[i] = exponential(R(0.5) * widen(log_var[i]));
+}
+static inline Growth<float> grown(float log_var, float) { return growth(0.5f * log_var); }
+static inline Growth<double> grown(double log_var, double exponential) { return growth(0.5 * log_var, exponential); }
+
 template <class T>
 static void gaussian_units(const GaussianWork& a, int64_t unit_begin, int64_t unit_end) {
   using R = typename ComputeType<T>::type;
   using L = typename LoopType<T>::type;
   alignas(64) L mus[kSegment], log_vars[kSegment], outs[kSegment];
   alignas(64) R es[kSegment], divergence[kSegment];
-  R* const scales = divergence;  // by themselves: the library's exponential in double would keep all else from vectors
   for_each_unit(a.batch, unit_begin, unit_end, [&](const Unit& unit, int64_t segment) {
     const L* mu = read<T>(a.batch, a.mu, unit, mus);
     const L* log_var = read<T>(a.batch, a.log_var, unit, log_vars);
     const R* eps = read_z<T>(a.batch, a.eps, a.noise, unit, es);
     L* z = target<T>(a.batch, a.z, unit, outs);
     const int64_t n = unit.count();
-    for (int64_t i = 0; i < n; ++i) scales[i] = Gaussian<R>::scale_of(widen(log_var[i]));
+    exponentials_of_halves(log_var, divergence, n);
 #pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) {
-      const Gaussian<R> g(widen(mu[i]), widen(log_var[i]), scales[i]);
+      const Gaussian<R> g(widen(mu[i]), grown(widen(log_var[i]), divergence[i]));
       divergence[i] = g.kl();
       narrow(g.sample(eps[i]), z[i]);
     }
@@ -452,7 +472,7 @@ static void gaussian_grad_units(const GaussianGradArgs& a, int64_t unit_begin, i
   using R = typename ComputeType<T>::type;
   using L = typename LoopType<T>::type;
   alignas(64) L mus[kSegment], log_vars[kSegment], grads[kSegment], outs[kSegment], outs2[kSegment];
-  alignas(64) R es[kSegment], scales[kSegment];
+  alignas(64) R es[kSegment], exponentials[kSegment];
   for_each_unit(a.batch, unit_begin, unit_end, [&](const Unit& unit, int64_t) {
     const L* mu = read<T>(a.batch, a.mu, unit, mus);
     const L* log_var = read<T>(a.batch, a.log_var, unit, log_vars);
@@ -460,13 +480,12 @@ static void gaussian_grad_units(const GaussianGradArgs& a, int64_t unit_begin, i
     const R* eps = read_z<T>(a.batch, a.eps, a.noise, unit, es);
     L* mu_grad = target<T>(a.batch, a.mu_grad, unit, outs);
     L* log_var_grad = target<T>(a.batch, a.log_var_grad, unit, outs2);
+    exponentials_of_halves(log_var, exponentials, unit.count());
     for (int64_t r = 0; r < unit.rows; ++r) {
       const R kl_grad = a.kl_grad ? static_cast<const R*>(a.kl_grad)[unit.row + r] : R(0);
-      for (int64_t i = r * unit.length; i < (r + 1) * unit.length; ++i)
-        scales[i] = Gaussian<R>::scale_of(widen(log_var[i]));
 #pragma GCC ivdep
       for (int64_t i = r * unit.length; i < (r + 1) * unit.length; ++i) {
-        const Gaussian<R> g(widen(mu[i]), widen(log_var[i]), scales[i]);
+        const Gaussian<R> g(widen(mu[i]), grown(widen(log_var[i]), exponentials[i]));
         narrow(g.mu_grad(widen(z_grad[i]), kl_grad), mu_grad[i]);
         narrow(g.log_var_grad(widen(z_grad[i]), kl_grad, eps[i]), log_var_grad[i]);
       }

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..noise import Noise
 
 ABSENT = -1  # the column of a coefficient that is 0: its operand is not read
+BLEND = -2  # that of y and of w in blend(y, c0*x + c2*z, w)
 NOTHING_MORE = (1, 2, ABSENT, ABSENT, ABSENT, ABSENT)  # columns of a loss in a table (1, n1, n2)
 
 
@@ -136,17 +137,19 @@ ALL_SLOTS = (X, Y, Z, W, NOISE)
 class Map:
     """The static side of a weighted sum: an output c0*x + c1*y + c2*z + c3*w, or two, z perhaps noise.
 
-    columns: of c0, c1, c2, c3 in the table, then of a second output
+    columns: of c0, c1, c2, c3 in the table, then of a second output. BLEND as those of y and w: the only output is
+        w + y*(c0*x + c2*z - w), which is the one or the other, whatever the other holds, where y is 0 or 1
     fifth: of five streams, the column of c4 in each output, whose stream is the noise, drawn or a tensor; z is then a
         tensor. Else ()
     all_columns: both, as map_of takes them
     inner: where y is a clamped estimate, the columns of x, y and w in it
     slots: of the inputs in the order in which an op has them
+    reads: whether an output or the estimate reads x, y, z and w
     given_by_slot: the map of the same columns whose inputs are x, y, z, w and the noise
     core: the same, parsed by the native core
     """
 
-    __slots__ = ("all_columns", "columns", "core", "fifth", "given_by_slot", "inner", "op", "outputs", "slots")
+    __slots__ = ("all_columns", "columns", "core", "fifth", "given_by_slot", "inner", "op", "outputs", "reads", "slots")
 
     def __init__(
         self, op: str, columns: tuple[int, ...], inner: tuple[int, ...] | None, slots: tuple[int, ...]
@@ -154,17 +157,16 @@ class Map:
         self.op, self.all_columns, self.inner, self.slots = op, columns, inner, slots
         self.outputs = len(columns) // 4
         self.columns, self.fifth = columns[: 4 * self.outputs], columns[4 * self.outputs :]
+        inside = (ABSENT,) * 4 if inner is None else (inner[0], inner[1], ABSENT, inner[2])
+        self.reads = tuple(inside[k] != ABSENT or any(c != ABSENT for c in self.columns[k::4]) for k in range(4))
         self.given_by_slot: Map = self if slots == ALL_SLOTS else map_of(op, columns, inner)
         self.core: Any = (
             None if make_core_map is None or is_dynamo_compiling() else make_core_map(op, columns, inner, slots, self)
         )
 
-    def reads(self, slot: int) -> bool:
-        """Whether an output or the estimate reads x, y, z, w or a fifth stream."""
-        if slot == NOISE:
-            return any(c != ABSENT for c in self.fifth)
-        inside = self.inner is not None and slot != Z and self.inner[2 if slot == W else slot] != ABSENT
-        return inside or any(c != ABSENT for c in self.columns[slot::4])
+    @property
+    def blends(self) -> bool:
+        return self.columns[1] == BLEND
 
     def columns_of(self, output: int) -> tuple[int, ...]:
         """Of c0, c1, c2, c3, c4."""
@@ -257,6 +259,14 @@ class Found(NamedTuple):
     means: Tensor | None
     loss: Tensor | None
     grad: Tensor | None
+
+
+class Update(NamedTuple):
+    """Of a chain: x + step * score + spread * eps, `steps` times."""
+
+    step: float
+    spread: float
+    steps: int
 
 
 class Backend(Protocol):

@@ -20,6 +20,7 @@ from ..checks import as_number, check_per_sample, like, promote, samples
 from ..coefficients import Formula, Level, changing, leading, level_for, stack_rows
 from ..kernels.spec import (
     ABSENT,
+    BLEND,
     KINDS,
     NOISE,
     REDUCTIONS,
@@ -45,7 +46,7 @@ from .masks import Drawn, Mask
 from .memory import check_out
 from .residuals import Weighed
 from .residuals import residual_loss as residual
-from .sums import affine, affine_into, written
+from .sums import affine_into, general_affine, written
 
 __all__ = ["LevelOp", "clamped", "residual_loss", "weighted_sum"]
 
@@ -220,8 +221,8 @@ class LevelOp(Generic[Made]):
                     written(out)
                 return done
         level_for(self.name, level)
-        x, given = checked(self.name, self.inputs, given)
-        spec = self._plans[next((k for k, value in enumerate(given, 1) if isinstance(value, Noise)), 0)]
+        x, given, noise = checked(self.name, self.inputs, given)
+        spec = self._plans[noise + 1]
         if spec is None:
             raise ValueError(f"{self.name}: at most five inputs fit one launch, got {len(given)}")
 
@@ -241,14 +242,14 @@ def _probe(name: str, part: Callable[[Any, Any], dict[str, Any]]) -> dict[str, A
     return made
 
 
-def checked(op: str, names: Sequence[str], given: Sequence[Any]) -> tuple[Tensor, tuple[Any, ...]]:
-    """The first tensor, and all inputs: tensors promoted to one dtype, and Noises, fit for its batch."""
+def checked(op: str, names: Sequence[str], given: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...], int]:
+    """The first tensor; all inputs, tensors promoted to one dtype and a Noise fit for its batch; its place, or -1."""
     first: Tensor | None = None
-    first_name = ""
-    for name, value in zip(names, given, strict=True):
+    first_name, noise, drawn = "", -1, 0
+    for k, (name, value) in enumerate(zip(names, given, strict=True)):
         if isinstance(value, Noise):
-            continue
-        if first is None:
+            noise, drawn = k, drawn + 1
+        elif first is None:
             samples(op, name, value)
             first, first_name = value, name
         elif not isinstance(value, Tensor) and "noise" in name:
@@ -257,14 +258,14 @@ def checked(op: str, names: Sequence[str], given: Sequence[Any]) -> tuple[Tensor
             like(op, name, value, first_name, first)
     if first is None:
         raise TypeError(f"{op}: needs a tensor besides the noise, whose shape the result has")
-    drawn = [value for value in given if isinstance(value, Noise)]
-    if len(drawn) > 1:
-        raise ValueError(f"{op}: takes one Noise, got {len(drawn)}; give the others as tensors, noise.normal(x.shape)")
-    for value in drawn:
-        value._check(op, first.shape[0], first.device)
-    promoted = iter(promote(*(value for value in given if not isinstance(value, Noise))))
-    given = tuple(value if isinstance(value, Noise) else next(promoted) for value in given)
-    return next(value for value in given if not isinstance(value, Noise)), given
+    if drawn > 1:
+        raise ValueError(f"{op}: takes one Noise, got {drawn}; give the others as tensors, noise.normal(x.shape)")
+    if noise < 0:
+        given = promote(*given)
+        return given[0], given, noise
+    given[noise]._check(op, first.shape[0], first.device)
+    tensors = promote(*given[:noise], *given[noise + 1 :])
+    return tensors[0], (*tensors[:noise], given[noise], *tensors[noise:]), noise
 
 
 def launched(
@@ -281,7 +282,7 @@ def launched(
     for slot, value in zip(spec.slots, given, strict=True):
         slots[slot] = value
     *inputs, noise = slots
-    if (mesh := on_mesh(*inputs)) is not None:
+    if dims > 1 and (mesh := on_mesh(*inputs)) is not None:
         mesh.check_rows(spec.op, dims, *inputs)
     coefficients, shape = rows(), inputs[0].shape
     by_slot = spec.given_by_slot
@@ -292,7 +293,7 @@ def launched(
         check_out(spec.op, out, **read)
         if wants_grad(*inputs, noise if isinstance(noise, Tensor) else None, coefficients.tensor, out):
             raise ValueError(f"{spec.op}: out= has no gradient; call it under torch.no_grad() or without out")
-    flat: Any = tuple(in_rows(t, dims) if spec.reads(k) else None for k, t in enumerate(inputs))
+    flat: Any = tuple([in_rows(t, dims) if read else None for t, read in zip(inputs, spec.reads, strict=True)])
     if dims > 1 and noise is not None:
         noise = in_rows(noise, dims) if isinstance(noise, Tensor) else noise._in_rows(math.prod(shape[1:dims]))
     if out is not None:
@@ -301,7 +302,7 @@ def launched(
         if dims > 1 and target.data_ptr() != out.data_ptr():
             out.copy_(target.reshape(shape))
         return out
-    made = affine(by_slot, flat, noise, coefficients, bounds)
+    made = general_affine(by_slot, flat, noise, coefficients, bounds)
     if dims > 1:
         made = tuple(t.unflatten(0, shape[:dims]) for t in made)
     return made if len(made) > 1 else made[0]
@@ -341,10 +342,22 @@ def _terms(op: str, terms: Sequence[Any]) -> tuple[Term, ...]:
 
 
 @overload
-def weighted_sum(*terms: Term, also: None = None, out: Tensor | None = None) -> Tensor: ...
+def weighted_sum(
+    *terms: Term,
+    also: None = None,
+    out: Tensor | None = None,
+    where: Tensor | None = None,
+    otherwise: Tensor | None = None,
+) -> Tensor: ...
 @overload
 def weighted_sum(*terms: Term, also: Sequence[Coefficient], out: None = None) -> tuple[Tensor, Tensor]: ...
-def weighted_sum(*terms: Term, also: Sequence[Coefficient] | None = None, out: Tensor | None = None) -> Any:
+def weighted_sum(
+    *terms: Term,
+    also: Sequence[Coefficient] | None = None,
+    out: Tensor | None = None,
+    where: Tensor | None = None,
+    otherwise: Tensor | None = None,
+) -> Any:
     """c_0*x_0 + c_1*x_1 + ..., sample by sample, in one launch.
 
     terms: (coefficient, what): a coefficient is a float or a tensor (), (B,) or of more leading dimensions (B, F), of
@@ -352,11 +365,16 @@ def weighted_sum(*terms: Term, also: Sequence[Coefficient] | None = None, out: T
         five tensors, one of them perhaps a Noise; one of the terms clamped
     also: as many coefficients, of a second output of the same terms
     out: written instead of a new tensor; may be one of the terms. Not with `also`
+    where, otherwise: the sum is mixed into `otherwise`, like the terms: otherwise + where * (sum - otherwise), in the
+        same launch. `where`: bool, or floating in [0, 1], broadcastable to them, (B, 1, H, W) say; where it is 0 or 1
+        the one or the other, whatever the other holds. Of a tensor or of two terms, none clamped, and not with `also`
     returns: like the tensors, mixed dtypes promoted; with `also` a pair
     Reads each tensor once; a Noise is never stored. Arithmetic is in fp32 (fp64 for fp64), rounded once.
     Gradient: of every tensor and every coefficient that is one. Raises TypeError or ValueError, naming the term.
     """
     op = "weighted_sum"
+    if where is not None or otherwise is not None:
+        return _blended(op, terms, where, otherwise, also, out)
     if not is_compiling():
         # The usual form: numbers or tensors times tensors and a Noise.
         coefficients, given, noise = [], [], -1
@@ -385,6 +403,47 @@ def weighted_sum(*terms: Term, also: Sequence[Coefficient] | None = None, out: T
 def _simple_plan(count: int, noise: int, also: bool) -> Map | None:
     uses = tuple(Use(k, count + k if also else ABSENT) for k in range(count))
     return plan("weighted_sum", uses, None, noise, also)
+
+
+def _blended(op: str, terms: Sequence[Any], where: Any, otherwise: Any, also: Any, out: Tensor | None) -> Any:
+    """A weighted sum with `where` and `otherwise`."""
+    coefficients, given = zip(*_terms(op, terms), strict=True)
+    drawn = [isinstance(value, Noise) for value in given]
+    if also is not None or len(given) > 2 or all(drawn) or any(isinstance(value, Clamped) for value in given):
+        raise ValueError(f"{op}: with where there is one output, of a tensor or of two terms, none clamped")
+    if where is None or otherwise is None:
+        raise ValueError(f"{op}: where and otherwise are given together")
+    spec = _blend_of(op, tuple(drawn))
+    if not is_compiling():
+        done = fast_map(spec.core, (*given, where, otherwise), coefficients, None, None, out)
+        if done is not None:
+            if out is not None:
+                written(out)
+            return done
+    names = *(f"term {k}" for k in range(len(given))), "otherwise"
+    x, given, _ = checked(op, names, (*given, otherwise))
+    if not isinstance(where, Tensor) or (where.dtype != torch.bool and where.dtype not in checks.DTYPES):
+        got = where.dtype if isinstance(where, Tensor) else type(where).__name__
+        raise TypeError(f"{op}: where must be a bool or floating tensor, got {got}")
+    mask = spread(op, "where", where.to(x.dtype), x)
+    row = [check_per_sample(op, f"the coefficient of term {k}", c, x) for k, c in enumerate(coefficients)]
+
+    def rows() -> Coefficients:
+        return stack_rows(op, tuple(row), x, compute_dtype(x.dtype))
+
+    names = *names[:-1], "where", "otherwise"
+    return launched(spec, names, (*given[:-1], mask, given[-1]), rows, leading(*row), None, out)
+
+
+@lru_cache(maxsize=8)
+def _blend_of(op: str, drawn: tuple[bool, ...]) -> Map:
+    """The map of one or two terms, the mask and what stands elsewhere."""
+    slots, columns = [X, Z], [ABSENT, BLEND, ABSENT, BLEND]
+    of_terms = [Z if d else slots.pop(0) for d in drawn]
+    for column, slot in enumerate(of_terms):
+        columns[slot] = column
+    given = [NOISE if d else slot for d, slot in zip(drawn, of_terms, strict=True)]
+    return map_of(op, tuple(columns), None, (*given, Y, W))
 
 
 def summed(op: str, names: tuple[str, ...], given: tuple[Any, ...], row: tuple[Any, ...], out: Tensor | None) -> Any:
@@ -479,10 +538,9 @@ def _parse(op: str, terms: Sequence[Any], also: Sequence[Coefficient] | None) ->
 
 
 def _sum(op: str, parsed: _Parsed, also: bool, out: Tensor | None) -> Any:
-    x, given = checked(op, parsed.names, parsed.given)
+    x, given, noise = checked(op, parsed.names, parsed.given)
     coefficients = [check_per_sample(op, name, c, x) for name, c in parsed.coefficients]
     dims = leading(*coefficients)
-    noise = next((k for k, value in enumerate(given) if isinstance(value, Noise)), -1)
     spec = plan(op, parsed.uses, parsed.estimate, noise, also)
 
     def rows() -> Coefficients:
@@ -539,7 +597,7 @@ def residual_loss(
     how = reduction_of(op, pred, reduction)
     parsed = _terms(op, terms) if terms else ()
     names = ("pred", *(f"term {k}" for k in range(len(parsed))))
-    _, (pred, *given) = checked(op, names, (pred, *(what for _, what in parsed)))
+    _, (pred, *given), _ = checked(op, names, (pred, *(what for _, what in parsed)))
     coefficients = [check_per_sample(op, f"the coefficient of term {k}", c, pred) for k, (c, _) in enumerate(parsed)]
     if len(given) > 2 or (len(given) == 2 and isinstance(given[0], Noise)):
         coefficients, given = _two_terms(coefficients, given, pred)
@@ -612,18 +670,23 @@ def mask_of(op: str, pred: Tensor, mask: Any) -> Mask:
         raise TypeError(f"{op}: mask must be a bool tensor, weights or a corruption, got {got}")
     if mask.is_floating_point():
         mask = mask.to(compute_dtype(pred.dtype))
-    if mask.device != pred.device:
-        raise ValueError(f"{op}: mask must be on {pred.device} like pred, got {mask.device}")
-    if mask.dim() not in (0, pred.dim()):
+    return spread(op, "mask", mask, pred)
+
+
+def spread(op: str, name: str, mask: Tensor, x: Tensor) -> Tensor:
+    """Of x's shape, expanded without a copy."""
+    if mask.device != x.device:
+        raise ValueError(f"{op}: {name} must be on {x.device} like the samples, got {mask.device}")
+    if mask.dim() not in (0, x.dim()):
         # (B, H, W) would be taken for (C, H, W) where B = C.
         raise ValueError(
-            f"{op}: mask must have as many dimensions as {tuple(pred.shape)}, 1 where it is broadcast (mask[:, None], "
+            f"{op}: {name} must have as many dimensions as {tuple(x.shape)}, 1 where it is broadcast ({name}[:, None], "
             f"say), got {tuple(mask.shape)}"
         )
     try:
-        return mask.expand(pred.shape)
+        return mask.expand(x.shape)
     except RuntimeError:
-        raise ValueError(f"{op}: mask must be broadcastable to {tuple(pred.shape)}, got {tuple(mask.shape)}") from None
+        raise ValueError(f"{op}: {name} must be broadcastable to {tuple(x.shape)}, got {tuple(mask.shape)}") from None
 
 
 def loss_of_rows(spec: Any, operands: Residual, rows: Coefficients, weight: Tensor | None, dims: int) -> Weighed:

@@ -35,12 +35,19 @@ def affine(
     noise: of a map of five streams besides z, and perhaps a tensor
     bounds: where the map has an inner one, y is replaced by clamp(a0*x + a1*y + a3*w, low, high).
     """
+    table, t = rows
     if not is_compiling():
-        table, t = rows
         made = fast_map(spec.core, (*inputs, noise), table, t, bounds, None)
         if made is not None:
             return made if spec.outputs > 1 else (made,)
-    x, rows = inputs[0], rows_at(*rows)
+    return general_affine(spec, inputs, noise, rows_at(table, t), bounds)
+
+
+def general_affine(
+    spec: Map, inputs: Inputs, noise: Noise | Tensor | None, rows: Coefficients, bounds: Bounds | None = None
+) -> tuple[Tensor, ...]:
+    """affine of a call that the core has refused, or has not been asked of."""
+    x = inputs[0]
     assert x is not None
     if (mesh := on_mesh(*inputs)) is not None:
         return mesh.affine(spec, inputs, noise, rows, bounds)
@@ -148,11 +155,30 @@ def gradients(
     given = [(g, spec.columns_of(k)) for k, g in enumerate(grads) if g is not None]
     if not given:
         return [None] * 6
+    if spec.blends:
+        return _blended_gradients(needs, given[0][0], spec, inputs, noise, rows)
     if spec.inner is not None:
         assert bounds is not None
         return _clamped_gradients(needs, given, spec, inputs, noise, rows, bounds)
     of_table = _table_gradient(given, inputs, noise, rows, spec) if needs[5] else None
     return [*_input_gradients(needs, given, rows, spec.op), of_table]
+
+
+def _blended_gradients(
+    needs: Sequence[bool], g: Tensor, spec: Map, inputs: Inputs, noise: Noise | Tensor | None, rows: Coefficients
+) -> Gradients:
+    """Of w + m*(v - w): v, the sum of x and z, has m*g, w the rest of g, and m (v - w)*g."""
+    x, m, z, w = (widened(t) for t in inputs)
+    c0, _, c2, _ = spec.columns
+    of_sum = map_of(spec.op, (c0, ABSENT, c2, ABSENT))
+    wide = widened(g)
+    of_v = m * wide
+    *found, of_table = gradients((needs[0], False, *needs[2:]), (of_v,), of_sum, (x, None, z, None), noise, rows)
+    if needs[1]:
+        found[1] = (affine(of_sum, (x, None, z, None), noise, rows)[0] - w) * wide
+    if needs[3]:
+        found[3] = wide - of_v
+    return [*(None if t is None else t.to(g.dtype) for t in found), of_table]
 
 
 def _input_gradients(needs: Sequence[bool], given: Given, rows: Coefficients, op: str) -> Gradients:
@@ -287,7 +313,7 @@ class _Affine(DirectFunction):
         inputs = x, y, z, w
         read: tuple[Tensor | None, ...] = ()
         constants = type(table) is tuple
-        if not constants and table.requires_grad:
+        if spec.blends or (not constants and table.requires_grad):
             read = *inputs, v
         elif spec.inner is not None:
             read = x, y, None, w, None

@@ -23,14 +23,14 @@ from ..noise import Noise
 from ..ops.brownian import BrownianNoise
 from ..ops.conversions import Bounds
 from ..ops.parameterisation import Parameterisation
-from ..routing import beside, fast_map
+from ..routing import beside, fast_step
 from ..schedule import Schedule
 from .arguments import ARGUMENTS, Network, Noises, Start, looked_at
 from .density import REDUCTIONS, Density
-from .launch import Launches
+from .launch import Guided, Launches
 from .levels import Conditioning, Levels, Route, Schedules, Told, grid, model_times, walked
 from .network import OUTPUT, Guidance, bound, call_model, guidance_scales, model_time, outputs, with_variance
-from .running import called_back, progressed, rounded, run
+from .running import Capture, called_back, progressed, rounded, run
 from .start import check_start, device_of_start, draw_start, stream_of, warn_of_signal
 from .steps import Place, Step, path_times
 from .x0_clip import x0_clip
@@ -79,6 +79,14 @@ class Plan(NamedTuple):
     quick: list[Quick] | None = None
     facts: list[bool] | None = None
     times: tuple[float, ...] = ()
+
+
+class Asked(NamedTuple):
+    """The network of a loop, the dtype that it takes, and whether the loop wants its estimates of x0."""
+
+    net: Network
+    dtype: torch.dtype
+    wants_x0: bool
 
 
 class More(NamedTuple):
@@ -186,7 +194,8 @@ class Base:
 
     def _launches(self, walk: Walk) -> Launches:
         g = guidance_scales(self.op, self.guidance, walk.told)
-        return Launches(self.op, walk.at, walk.step, self.predict, self._clip, g, walk.keeps, self.guidance_rescale)
+        guided = None if g is None else Guided(g, self.guidance_rescale)
+        return Launches(self.op, walk.at, walk.step, self.predict, self._clip, guided, walk.keeps)
 
     def _options(self) -> dict[str, Any]:
         """As they were given."""
@@ -278,10 +287,11 @@ class Base:
         Gradient: of x and pred. Raises ValueError or TypeError on a mismatch, or where noise is wanted and missing.
         """
         quick = not (return_x0 or return_log_prob)
-        if quick and type(x) is Tensor and type(pred) is Tensor and not is_compiling():
-            done = self._quick(i, x, pred, noise)
+        if quick and not is_compiling():
+            done = fast_step(self._plan.quick, self._tables, self.history, i, x, pred, noise)
             if done is not None:
-                return done
+                x_s, self.history = done
+                return x_s
         i = checks.integer(self.op, "i", i, 0, len(self._plan.told) - 1)
         checks.samples(self.op, "x", x)
         prediction = self._read(pred, x)
@@ -373,38 +383,11 @@ class Base:
         if B is not None and x.shape[0] != B:
             raise ValueError(f"{self.op}: guidance must have shape ({x.shape[0]},), one for each sample, got ({B},)")
 
-    def _quick(self, i: int, x: Tensor, pred: Any, noise: Any) -> Any:
-        """A plain step, straight to the core; None for anything else, which is then checked."""
-        table, quick = self._tables.get((x.dtype, x.device)), self._plan.quick
-        if table is None or quick is None or type(i) is not int or not 0 <= i < len(quick):
-            return None
-        core, bounds, z, w, v, tag, reads, keeps = quick[i]
-        if tag is None:
-            noise = None
-        elif type(noise) is Noise:
-            noise = noise.fold_in(tag)
-        else:
-            return None
-        if not (keeps or z or w or v):
-            return fast_map(core, (x, pred, None, None, noise), table, i, bounds, None)
-        history = self.history
-        if len(history) < reads:
-            return None
-        streams = (None, None, pred, None, *history)
-        made = fast_map(core, (x, pred, streams[z], streams[w], streams[v] if v else noise), table, i, bounds, None)
-        if made is None:
-            return None
-        if keeps > 0:
-            self.history = (made[1], *history[: keeps - 1]) if i else made[1:]
-            return made[0]
-        self.history = (x,) if keeps else ()
-        return made
-
     def _table(self, x: Tensor) -> Tensor:
         """In the dtype of the arithmetic, on x's device: copied once."""
-        key = x.dtype, x.device
+        key = compute_dtype(x.dtype), x.device
         if key not in self._tables:
-            table = rounded(self.op, self._plan.table, compute_dtype(x.dtype)).to(x.device)
+            table = rounded(self.op, self._plan.table, key[0]).to(x.device)
             if is_compiling():
                 return table
             self._tables[key] = table
@@ -520,10 +503,12 @@ class Base:
             self._check_batch(x)
             path = (lambda key: key) if isinstance(noise, Noise) else noise._of
             wants_x0 = callback is not None or self.self_condition
-            loop = partial(self._loop, partial(self._looked, net, x.dtype, wants_x0), progress, callback, path)
+            looked = partial(self._looked, Asked(net, x.dtype, wants_x0))
+            loop = partial(self._loop, looked, progress, callback, path)
             ends = None if isinstance(noise, Noise) else (noise._t0, noise._t1, noise._depth)
             options = self.op, self._clip, self._plan.told, self._plan.launches.looks, self._extra(), wants_x0, ends
-            return run(op, net, loop, x, stream_of(noise), self._plan.table, options, progress, graph)
+            capture = Capture(net, options, progress) if graph else None
+            return run(op, loop, x, stream_of(noise), self._plan.table, capture)
 
     def _extra(self) -> object:
         """What the loop depends on besides the table, the launches and what the network is told."""
@@ -531,9 +516,7 @@ class Base:
 
     def _looked(
         self,
-        net: Network,
-        dtype: torch.dtype,
-        wants_x0: bool,
+        asked: Asked,
         i: int,
         x: Tensor,
         history: tuple[Tensor, ...],
@@ -542,16 +525,13 @@ class Base:
         estimate: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor, ...], Any]:
         """Look i and its step, a function of its arguments alone. estimate: of x0, that the network is told."""
+        net, dtype, wants_x0 = asked
         x = self._before_look(i, x, noise, table)
         prediction = self._read(call_model(net, dtype, x, self._plan.told[i], estimate), x)
-        quick = self._plan.quick
-        if quick is not None and type(noise) is Noise and not (wants_x0 or history or is_compiling()):
-            core, bounds, z, w, v, tag, _, keeps = quick[i]
-            if not (keeps or z or w or v):
-                streams = (x, prediction[0], None, None, None if tag is None else noise.fold_in(tag))
-                done = fast_map(core, streams, table, i, bounds, None)
-                if done is not None:
-                    return done, (), None
+        if not (wants_x0 or is_compiling()):
+            done = fast_step(self._plan.quick, table, history, i, x, prediction[0], noise)
+            if done is not None:
+                return *done, None
         return self._advance(i, x, prediction, noise, history, table, wants_x0)
 
     def _loop(

@@ -14,7 +14,7 @@ from ..kernels.spec import compute_dtype
 from ..noise import Noise
 from ..primitives import weighted_sum
 from .arguments import Network, Start
-from .base import Callback, Sampler
+from .base import Asked, Callback, Sampler
 from .callbacks import Inpainting
 from .network import bound
 from .running import called_back, narrowed, progressed
@@ -92,7 +92,7 @@ class RePaint(Inpainting):
         sampler._check_batch(x)
         dtype, plan = x.dtype, sampler._plan
         x = x.to(compute_dtype(dtype))
-        table, x0 = sampler._table(x), torch.zeros_like(x)
+        asked, table, x0 = Asked(net, dtype, True), sampler._table(x), torch.zeros_like(x)
         visits, last = [0] * len(plan.told), -1
         for n, i in enumerate(progressed(self.looks, checks.flag(op, "progress", progress), op)):
             stream = repetition(noise, visits[i])
@@ -100,7 +100,7 @@ class RePaint(Inpainting):
                 kept, spread = self._up[i]
                 x = weighted_sum((kept, x), (spread, stream.fold_in(UP_TAG).fold_in(plan.tags[i])))
             estimate = x0 if sampler.self_condition else None
-            x, _, x0 = sampler._looked(net, dtype, True, i, x, (), stream, table, estimate)
+            x, _, x0 = sampler._looked(asked, i, x, (), stream, table, estimate)
             x = self._painters[visits[i]](i, plan.told[i], x, x0)
             if callback is not None:
                 x = called_back(op, callback, x, n, plan.told[i], x, x0)

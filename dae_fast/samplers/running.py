@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,18 +20,23 @@ from .arguments import Network
 T = TypeVar("T")
 
 
+class Capture(NamedTuple):
+    """What a CUDA graph of a loop is kept under, besides its tensors: options, whatever else the loop depends on."""
+
+    net: Network
+    options: object
+    progress: bool
+
+
 def run(
     op: str,
-    net: Network,
     loop: Callable[[Tensor, Noise, Tensor], Tensor],
     x: Tensor,
     noise: Noise,
     table: Tensor,
-    options: object,
-    progress: bool,
-    graph: bool,
+    capture: Capture | None,
 ) -> Tensor:
-    """loop(x, noise, table), with graph replayed. options: what else the loop depends on.
+    """loop(x, noise, table), with `capture` replayed.
 
     The state, and all that a step keeps, is of the dtype of the arithmetic, as the table is, rounded once: in half
     precision a small step would be lost in x. The caller is handed x's own dtype.
@@ -42,7 +47,8 @@ def run(
     def whole(x: Tensor, noise: Noise, table: Tensor) -> Tensor:
         return narrowed(op, loop(x.to(compute), noise, table), dtype)
 
-    if graph:
+    if capture is not None:
+        net, options, progress = capture
         # By repr, for a network told level 1 is not one told sigma 1.0.
         return replayed(op, net, whole, x, noise, progress, table=table, options=repr(options))
     return whole(x, noise, table.to(x.device))

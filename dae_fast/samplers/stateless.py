@@ -164,7 +164,7 @@ def _leading(value: Tensor, own: int, dims: int, x: Tensor) -> Tensor:
     """A level's alpha or sigma, () or of its rows, broadcastable to x's first `dims` dimensions."""
     if not value.dim():
         return value
-    return value.reshape(*x.shape[:own], *[1] * (dims - own)) if value.numel() > 1 else value.reshape(())
+    return value.reshape(*x.shape[:own], *[1] * (dims - own)) if value.numel() != 1 else value.reshape(())
 
 
 @lru_cache(maxsize=1024)
