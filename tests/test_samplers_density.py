@@ -136,6 +136,14 @@ def test_the_density_of_a_learned_variance(options):
     assert torch.equal(part, old[1:2])
 
 
+def test_the_density_of_a_predictor():
+    """Of PredictorCorrector, between correctors."""
+    predictor = df.samplers.PredictorCorrector(S, levels=[9, 5, 2], predictor="ancestral")
+    x_t, x_s, pred = (start(3, 4, 5, seed=k) for k in range(3))
+    wanted = torch.distributions.Normal(*ddim(x_t, pred, 5, 2, 1.0)).log_prob(x_s).mean((1, 2))
+    same(predictor.log_prob(2, x_t, x_s, pred), wanted)
+
+
 def test_the_density_of_a_step_that_reads_what_was_kept():
     """Given x_t and that: the mean is the step with noise of zeros."""
     sde = df.samplers.DPMSolverPP3M(S, steps=5, eta=0.8)
@@ -210,7 +218,7 @@ X = torch.zeros(2, 3)
         (
             lambda: df.samplers.PredictorCorrector(S).log_prob(1, X, X, X),
             ValueError,
-            "predictor_corrector: step 1 has no density: it .*",
+            "predictor_corrector: step 1 has no density: it is no Gaussian of x_t and the prediction",
         ),
         (
             lambda: df.samplers.DPMSolverPP2MSDE(S, steps=5).log_prob(1, X, X, X),

@@ -373,10 +373,15 @@ class Base:
         self, i: int, x_t: Tensor, x_s: Tensor, prediction: tuple[Tensor, ...], history: tuple[Tensor, ...]
     ) -> Tensor:
         """(B,), the mean over a sample's elements."""
-        noisy = self._plan.launches.looks[i].noisy
-        if not noisy or not self._is_one_launch():
-            raise ValueError(f"{self.op}: step {i} has no density: it {'is no Gaussian' if noisy else 'adds no noise'}")
+        if not self._is_gaussian(i):
+            raise ValueError(f"{self.op}: step {i} has no density: it is no Gaussian of x_t and the prediction")
+        if not self._plan.launches.looks[i].noisy:
+            raise ValueError(f"{self.op}: step {i} has no density: it adds no noise")
         return self._density(self._table(x_t), i, x_t, x_s, prediction, history)
+
+    def _is_gaussian(self, i: int) -> bool:
+        """Whether a step that adds noise has a mean and a size of it that depend on x_t and the prediction alone."""
+        return True
 
     def _check_batch(self, x: Tensor) -> None:
         B = self._plan.launches.batch

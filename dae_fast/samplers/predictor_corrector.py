@@ -82,6 +82,9 @@ class PredictorCorrector(Sampler):
         K = self.corrector_steps
         return i > 0 and (i - 1) % (K + 1) < K
 
+    def _is_gaussian(self, i: int) -> bool:
+        return not self._corrects(i)  # whose step size is by the size of the noise
+
     def _is_one_launch(self) -> bool:
         return self.corrector_steps == 0
 
