@@ -266,12 +266,12 @@ def _weighed_mse(i: Inputs, eps: Tensor) -> Tensor:
 
 
 def _inpainted(i: Inputs, eps: Tensor) -> Tensor:
-    return i["x"].lerp(0.8 * i["x0"] + 0.6 * eps, i["mask"].to(eps.dtype).expand(eps.shape))
+    return i["x"] + i["region"].to(eps.dtype) * (0.8 * i["x0"] + 0.6 * eps - i["x"])
 
 
 def _region(inputs: Inputs, g: torch.Generator) -> None:
     x = inputs["x"]
-    inputs["mask"] = torch.rand(x.shape[:1] + (1,) * (x.dim() > 2) + x.shape[1 + (x.dim() > 2) :], generator=g)
+    inputs["region"] = torch.rand(x.shape[:1] + (1,) * (x.dim() > 2) + x.shape[1 + (x.dim() > 2) :], generator=g)
 
 
 def _stepped_to(i: Inputs, eps: Tensor) -> Tensor:
@@ -609,10 +609,10 @@ CASES = [
     ),
     Case(
         "weighted_sum-where",
-        lambda i: df.weighted_sum((0.8, i["x0"]), (0.6, i["noise"]), where=i["mask"], otherwise=i["x"]),
+        lambda i: df.weighted_sum((0.8, i["x0"]), (0.6, i["noise"]), where=i["region"], otherwise=i["x"]),
         _inpainted,
         ("x0", "x"),
-        ("x0", "x", "mask"),
+        ("x0", "x", "region"),
         streams=4,
         extra=_region,
     ),

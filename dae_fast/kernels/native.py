@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import spec as specs
-from .reference import compact, raise_bad_level
+from .reference import raise_bad_level
 from .scratch import workspace
 from .spec import (
     ABSENT,
@@ -186,9 +186,7 @@ def residual(spec: Loss, operands: Residual, rows: Coefficients, wanted: Wanted)
     grad = torch.empty_like(pred) if wanted.grad and wanted.made is None else wanted.made
     room = _scratch(pred, 1)
     kept, weight = None, wanted.weight
-    if in_memory is not None and in_memory.is_floating_point():
-        kept = _total(in_memory)
-    elif mask is not None:
+    if mask is not None and not (in_memory is not None and in_memory.is_floating_point()):
         kept = pred.new_empty(pred.shape[0], dtype=torch.float64)
         upstream = None if wanted.made is None else wanted.upstream  # 1: what was made stands, and no counts are needed
         _core.mask_count(pred if in_memory is None else in_memory, of_mask, upstream, kept, room)
@@ -204,13 +202,6 @@ def residual(spec: Loss, operands: Residual, rows: Coefficients, wanted: Wanted)
 def weighs(x: Tensor) -> bool:
     """Whether `residual` takes a mask of weights, in the dtype of x's arithmetic."""
     return not _core.on_gpu(x)
-
-
-def _total(weights: Tensor) -> Tensor:
-    """(B,) fp64 sums of each sample's weights."""
-    small = compact(weights)
-    one = torch.ones((), dtype=small.dtype, device=small.device).expand(small.shape)
-    return row_dots(small, (one, None, None, None), None)[:, 0] * (weights.numel() // max(small.numel(), 1))
 
 
 def corrupt(x: Tensor, noise: Noise, thresholds: Tensor, values: Bounds) -> Tensor:

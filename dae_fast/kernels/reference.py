@@ -187,8 +187,8 @@ def affine(
 
 def _blend(m: Any, v: Any, w: Any) -> Any:
     """w + m*(v - w), differentiable where m is 0 or 1 too; what is not finite stays out where the other is taken."""
-    finite = torch.where((m == 0) & ~v.isfinite(), w, v), torch.where((m == 1) & ~w.isfinite(), v, w)
-    return torch.lerp(finite[1], finite[0], m)
+    v, w = torch.where((m == 0) & ~v.isfinite(), w, v), torch.where((m == 1) & ~w.isfinite(), v, w)
+    return torch.where(m == 1, v + (m - 1) * (v - w), w + m * (v - w))
 
 
 def residual(spec: Loss, operands: Residual, rows: Coefficients, wanted: Wanted) -> Found:
@@ -249,14 +249,6 @@ def row_dots(g: Tensor, inputs: Inputs, noise: Noise | None) -> Tensor:
     third = noise_like(noise, g) if noise is not None else z
     sums = [torch.zeros_like(wide) if t is None else wide * t for t in (x, y, third)]
     return torch.stack([per_sample_sum(s).double() for s in sums], -1)
-
-
-def compact(weights: Tensor) -> Tensor:
-    """With one element along each dimension that is expanded; the batch's stays."""
-    for d in range(1, weights.dim()):
-        if weights.stride(d) == 0 and weights.shape[d] > 1:
-            weights = weights.narrow(d, 0, 1)
-    return weights
 
 
 STRAIGHT = 1e18  # beyond it the pseudo-Huber penalty is straight: a square would overflow

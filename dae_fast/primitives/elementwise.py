@@ -16,7 +16,7 @@ from .._torch import DirectFunction, batchable
 from ..coefficients import gather
 from ..kernels import reference
 from ..kernels.dispatch import kernels
-from ..kernels.reference import compact, row_of
+from ..kernels.reference import row_of
 from ..kernels.spec import ABSENT, Coefficients, Kind, Loss, Residual, map_of
 from ..routing import Route, route
 from .sums import affine, row_dots, widened
@@ -38,6 +38,14 @@ def sample_means(spec: Loss, operands: Residual, rows: Coefficients) -> Tensor:
     total = totals(weights).to(sums.dtype)
     counts = total > 0
     return torch.where(counts, sums / torch.where(counts, total, 1), 0)
+
+
+def compact(weights: Tensor) -> Tensor:
+    """With one element along each dimension that is expanded; the batch's stays."""
+    for d in range(1, weights.dim()):
+        if weights.stride(d) == 0 and weights.shape[d] > 1:
+            weights = weights.narrow(d, 0, 1)
+    return weights
 
 
 def totals(weights: Tensor) -> Tensor:

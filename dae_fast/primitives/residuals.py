@@ -91,8 +91,8 @@ def residual_loss(spec: Loss, operands: Residual, rows: Coefficients, weight: Te
         return residual_loss(spec, _filled(operands), rows, weight)
     also = pred.new_empty(2, dtype=compute_dtype(pred.dtype)) if spec.has_also else None
     assert summed or also is None, "further means are those of a loss that is summed"
-    direct = mesh is None and (not has_weights(mask) or _in_one_pass(op, pred, mask))
-    if direct and route(op, pred, y, z, rows.tensor, weight, *tensors_of(mask)) is Route.DIRECT:
+    way = None if mesh is not None else route(op, pred, y, z, rows.tensor, weight, *tensors_of(mask))
+    if way is Route.DIRECT and (not has_weights(mask) or _in_one_pass(op, pred, mask)):
         if not wants_grad(pred, y, z, rows.tensor, weight):
             wanted = Wanted(loss=summed, weight=weight, also=also)
             means, loss, _ = kernels(pred, op).residual(spec, operands, rows, wanted)
@@ -117,10 +117,8 @@ def residual_loss(spec: Loss, operands: Residual, rows: Coefficients, weight: Te
 
 def _in_one_pass(op: str, pred: Tensor, weights: Tensor) -> bool:
     """Whether the kernels take a mask of weights; none makes a gradient of them."""
-    if wants_grad(weights) or route(op, pred, weights) is not Route.DIRECT:
-        return False
     module = kernels(pred, op)
-    return hasattr(module, "weighs") and module.weighs(pred)
+    return not wants_grad(weights) and hasattr(module, "weighs") and module.weighs(pred)
 
 
 def _filled(operands: Residual) -> Residual:
