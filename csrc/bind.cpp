@@ -235,12 +235,13 @@ void normal_sum(const py::object& noise, const std::vector<uint64_t>& nodes, con
   run(q, Batch{a.B, a.D, 0, nullptr, Dtype::f32}, &Api::normal_sum, a, q);
 }
 
-// x (B, K), W (K, D / 2): double, contiguous; out: (B, D) of any strides.
+// x (B,) or (B, K), W (K, D / 2): double, contiguous; out: (B, D) of any strides.
 void embedding(const py::object& x, const py::object& W, bool flip, const py::object& out) {
   const Operands operands(out.ptr(), {out.ptr()}, true);
   const Queue q = queue_of(out.ptr());
-  const EmbeddingArgs a{operands.batch, operands[0], static_cast<const double*>(address(x.ptr())),
-                        static_cast<const double*>(address(W.ptr())), View(x.ptr()).size(1), flip};
+  const View of_x(x.ptr()), of_W(W.ptr());
+  const EmbeddingArgs a{operands.batch, operands[0], static_cast<const double*>(of_x.data()),
+                        static_cast<const double*>(of_W.data()), of_W.size(0), flip};
   run(q, a.batch, &Api::embedding, a, q);
 }
 

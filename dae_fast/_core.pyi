@@ -91,6 +91,7 @@ def fast_step(
     noise: Any,
     /,
 ) -> tuple[Tensor, tuple[Tensor, ...]] | None: ...
+def fast_normal(noise: Any, shape: Any, dtype: Any, device: Any, /) -> Tensor | None: ...
 def fast_loss(
     loss: Loss,
     pred: Tensor,

@@ -53,6 +53,7 @@ isas = _core.isas
 use_isa = _core.use_isa
 max_threads = _core.max_threads
 philox4x32_10 = _core.philox4x32_10
+fast_normal = _core.fast_normal
 all_within = _core.all_within
 is_one = _core.is_one
 use_fast = _core.use_fast

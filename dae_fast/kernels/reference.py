@@ -318,8 +318,8 @@ def waves_gradient(g: Tensor, x: Tensor, W: Tensor, flip: bool) -> Tensor:
 
 
 def embedding(x: Tensor, W: Tensor, flip: bool, out: Tensor) -> None:
-    """Waves of x into out, (B, D) of any floating dtype and strides, which gets the fp32 values."""
-    out.copy_(waves(x, W, out.shape[1], flip))
+    """Waves of x, (B, K) or (B,), into out, (B, D) of any floating dtype and strides, which gets the fp32 values."""
+    out.copy_(waves(x if x.dim() == 2 else x[:, None], W, out.shape[1], flip))
 
 
 def corrupt(x: Tensor, noise: Noise, thresholds: Tensor, values: Bounds) -> Tensor:

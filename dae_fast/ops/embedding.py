@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from .._torch import is_wrapped, outside_modes
+from .._torch import outside_modes
 from ..checks import DTYPES, Array
 from ..coefficients import changing
 from ..kernels import reference
@@ -18,7 +18,7 @@ from ..kernels.dispatch import kernels
 from ..noise import Noise
 from ..primitives.memory import overlaps_itself, partly_overlap
 from ..primitives.sums import written
-from ..routing import Route, beside, on_mesh, route, wants_grad
+from ..routing import Route, on_mesh, route, wants_grad
 
 __all__ = ["fourier_embedding", "timestep_embedding"]
 
@@ -56,11 +56,12 @@ def timestep_embedding(
     checks.flag(op, "flip", flip)
     if half < 1 or half <= freq_shift:
         raise ValueError(f"{op}: dim // 2 must be at least 1 and above freq_shift ({freq_shift}), got dim = {dim}")
-    if route(op, t) is Route.DIRECT:
+    way = route(op, t, out)
+    if way is Route.DIRECT:
         W = _kept_frequencies(half, max_period, freq_shift, t.device)
     else:
         W = _frequencies(half, max_period, freq_shift, t)
-    return _waves(op, t.double()[:, None], W, dim, flip, out, t)
+    return _waves(op, way, t, W, dim, flip, out)
 
 
 def _frequencies(half: int, max_period: float, freq_shift: float, like: Tensor) -> Tensor:
@@ -98,40 +99,45 @@ def fourier_embedding(
     checks.flag(op, "flip", flip)
     if dim < 2 or dim % 2:
         raise ValueError(f"{op}: dim must be even and at least 2, got {dim}")
-    columns = x.double() if x.dim() == 2 else x.double()[:, None]
-    noise._check(op, columns.shape[1], x.device)
-    W = noise.normal((columns.shape[1], dim // 2), dtype=torch.float64, device=x.device)
-    return _waves(op, columns, W if scale == 1 else W * scale, dim, flip, out, x)
+    K = x.shape[1] if x.dim() == 2 else 1
+    noise._check(op, K, x.device)
+    W = noise.normal((K, dim // 2), dtype=torch.float64, device=x.device)
+    return _waves(op, route(op, x, W, out), x, W if scale == 1 else W * scale, dim, flip, out)
 
 
-def _waves(op: str, x: Tensor, W: Tensor, D: int, flip: bool, out: Tensor | None, of: Tensor) -> Tensor:
-    """Sines and cosines of 2 pi x W, in out or in fp32. x (B, K), W (K, D // 2), fp64; `of`: what x is made of."""
+def _waves(op: str, way: Route, x: Tensor, W: Tensor, D: int, flip: bool, out: Tensor | None) -> Tensor:
+    """Sines and cosines of 2 pi x W, in out or in fp32. x (B,) or (B, K), W (K, D // 2) fp64."""
+    shape = (x.shape[0], D)
     if out is not None:
-        _check_out(op, out, (x.shape[0], D), of)
-    way = route(op, x, W, out)
+        _check_out(op, out, shape, x)
+    if (mesh := on_mesh(x)) is not None:
+        made = mesh.of_samples(lambda part: _waves(op, route(op, part), part, W, D, flip, None), op, x, shape)
+        return made if out is None else out.copy_(made)
+    columns = x.double()
     if way is Route.DIRECT and not wants_grad(x):
         if out is None:
-            made = torch.empty(x.shape[0], D, dtype=torch.float32, device=x.device)
-            kernels(x, op).embedding(x, W, flip, made)
+            made = torch.empty(shape, dtype=torch.float32, device=x.device)
+            kernels(x, op).embedding(columns, W, flip, made)
             return made
         if overlaps_itself(out):
             raise ValueError(f"{op}: out has several elements in one place of memory (an expanded tensor?)")
-        kernels(x, op).embedding(x.clone() if partly_overlap(out, x) else x, W, flip, out)
+        kernels(x, op).embedding(columns.clone() if partly_overlap(out, columns) else columns, W, flip, out)
         written(out)
         return out
-    if way is Route.REFERENCE or is_wrapped(W) or on_mesh(x) is not None:
-        made = reference.waves(x, beside(W, x), D, flip)
+    columns = columns if x.dim() == 2 else columns[:, None]
+    if way is Route.REFERENCE:
+        made = reference.waves(columns, W, D, flip)
     else:
-        made = torch.ops.dae_fast.embedding(x, W, D, flip, op)
+        made = torch.ops.dae_fast.embedding(columns, W, D, flip, op)
     return made if out is None else out.copy_(made)
 
 
-def _check_out(op: str, out: Tensor, shape: tuple[int, int], of: Tensor) -> None:
+def _check_out(op: str, out: Tensor, shape: tuple[int, int], x: Tensor) -> None:
     if not isinstance(out, Tensor) or out.dtype not in DTYPES:
         raise TypeError(f"{op}: out must be a floating tensor, got {getattr(out, 'dtype', type(out).__name__)}")
-    if out.shape != shape or out.device != of.device:
+    if out.shape != shape or out.device != x.device:
         raise ValueError(
-            f"{op}: out must have shape {shape} and be on {of.device}, got {tuple(out.shape)} on {out.device}"
+            f"{op}: out must have shape {shape} and be on {x.device}, got {tuple(out.shape)} on {out.device}"
         )
-    if wants_grad(of, out):
+    if wants_grad(x, out):
         raise ValueError(f"{op}: out= has no gradient; call it under torch.no_grad() or without out")
