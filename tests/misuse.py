@@ -155,7 +155,8 @@ def _ops() -> Iterator[Call]:
         "residual_loss",
         2,
     )
-    yield Call(df.weighted_sum, {"term": (0.5, X), "also": None, "out": None}, "weighted_sum", 1)
+    mixed = {"where": X > 0, "otherwise": X}
+    yield Call(df.weighted_sum, {"term": (0.5, X), "also": None, "out": None, **mixed}, "weighted_sum", 1)
     yield Call(df.clamped, {"term": (0.5, X), "low": -1.0, "high": 1.0}, "clamped", 1)
     yield Call(
         df.LevelOp,

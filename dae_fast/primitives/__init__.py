@@ -421,6 +421,8 @@ def _blended(op: str, terms: Sequence[Any], where: Any, otherwise: Any, also: An
                 written(out)
             return done
     names = *(f"term {k}" for k in range(len(given))), "otherwise"
+    if not isinstance(otherwise, Tensor):
+        raise TypeError(f"{op}: otherwise must be a tensor, got {type(otherwise).__name__}")
     x, given, _ = checked(op, names, (*given, otherwise))
     if not isinstance(where, Tensor) or (where.dtype != torch.bool and where.dtype not in checks.DTYPES):
         got = where.dtype if isinstance(where, Tensor) else type(where).__name__
