@@ -46,6 +46,7 @@ struct Api {
   int (*current_device)();
   const char* (*chain)(const ChainArgs&, Queue);
   const char* (*normal_sum)(const NormalSumArgs&, Queue);
+  const char* (*embedding)(const EmbeddingArgs&, Queue);
   bool on_host = false;  // computes on tensors in host memory: a build for a CPU, which then gets theirs
 };
 

@@ -238,4 +238,14 @@ struct BitsArgs {
   DAE_FN int64_t scaled(uint32_t word) const { return static_cast<int64_t>(word * below >> 32); }
 };
 
+// Sines and cosines of 2 pi u, u = the sum over k of x[b][k] * W[k][i], in double and rounded once to fp32: row b of out
+// is [sines, cosines], the cosines first where `flip`, and a 0 at the end of an odd row.
+struct EmbeddingArgs {
+  Batch batch;  // of out
+  Operand out;
+  const double *x, *W;  // (B, K), (K, D / 2)
+  int64_t K;
+  bool flip;
+};
+
 }  // namespace dae

@@ -62,9 +62,14 @@ Choice read_choice(const py::object& noise, const py::object& thresholds, bool k
   return choice;
 }
 
-int64_t affine(const py::object& map, const Inputs& inputs, const py::object& noise, bool raw, const py::object& table,
-               const py::object& index, const Bounds& bounds, const py::object& out, const py::object& out2) {
+using Rows = std::tuple<py::object, py::object>;                       // table, index
+using Outs = std::tuple<py::object, py::object>;                       // a result, and a second one
+
+int64_t affine(const py::object& map, const Inputs& inputs, const py::object& noise, bool raw, const Rows& rows,
+               const Bounds& bounds, const Outs& outs) {
   const auto& [x, y, z, w] = inputs;
+  const auto& [table, index] = rows;
+  const auto& [out, out2] = outs;
   const Queue q = queue_of(out.ptr());
   const bool stored = is_stored(map.ptr(), noise.ptr());
   PyObject *const v = stored ? noise.ptr() : Py_None, *const drawn = stored ? Py_None : noise.ptr();
@@ -80,20 +85,24 @@ int64_t affine(const py::object& map, const Inputs& inputs, const py::object& no
   return bad;
 }
 
-using Drawn = std::tuple<py::object, py::object, bool>;                // a mask's noise, thresholds, whether it keeps
-using Factors = std::tuple<py::object, py::object, py::object>;        // kept, weight, upstream
+using Mask = std::tuple<py::object, py::object, bool, py::object>;  // its noise, thresholds, whether it keeps; or as it is
+using Factors = std::tuple<py::object, py::object, py::object, bool>;  // kept, weight, upstream, whether only if it is not 1
 using Results = std::tuple<py::object, py::object, py::object, py::object>;  // means, loss, also, gradient
 using Room = std::tuple<py::object, py::object>;                       // sums and counter of a reduction on a GPU
 
-// Operands: pred, y, z, noise. What is given of the results is written.
-int64_t residual(const py::object& spec, const Inputs& operands_of, const py::object& table, const py::object& index,
-                 const Drawn& drawn, const py::object& mask, const Factors& factors, bool only_if_scaled,
-                 const Results& results, const Room& room) {
-  const auto& [pred, y, z, noise] = operands_of;
-  const auto& [mask_noise, thresholds, keeps] = drawn;
-  const auto& [kept, weight, upstream] = factors;
-  const auto& [per_sample, loss, also, grad] = results;
+Scratch scratch_in(const Room& room) {
   const auto& [sums, counter] = room;
+  return {static_cast<double*>(address_or_null(sums)), static_cast<uint32_t*>(address_or_null(counter))};
+}
+
+// Operands: pred, y, z, noise. What is given of the results is written.
+int64_t residual(const py::object& spec, const Inputs& operands_of, const Rows& rows, const Mask& of_mask,
+                 const Factors& factors, const Results& results, const Room& room) {
+  const auto& [pred, y, z, noise] = operands_of;
+  const auto& [table, index] = rows;
+  const auto& [mask_noise, thresholds, keeps, mask] = of_mask;
+  const auto& [kept, weight, upstream, only_if_scaled] = factors;
+  const auto& [per_sample, loss, also, grad] = results;
   const LossObject& fixed = loss_of(spec.ptr());
   const int* columns = fixed.columns;
   const Queue q = queue_of(pred.ptr());
@@ -101,8 +110,8 @@ int64_t residual(const py::object& spec, const Inputs& operands_of, const py::ob
                           !noise.is_none() || !mask_noise.is_none());
   ResidualArgs a{operands.batch, operands[0], operands[1], operands[2], operands[3], operands[4]};
   a.choice = read_choice(mask_noise, thresholds, keeps, q.device >= 0, operands.batch.D);
-  Dtype of_mask;
-  a.weighs = !mask.is_none() && View(mask.ptr()).dtype(of_mask);
+  Dtype of_weights;
+  a.weighs = !mask.is_none() && View(mask.ptr()).dtype(of_weights);
   a.penalty = static_cast<Penalty>(fixed.kind);
   a.noise = read_noise(noise.ptr(), false, operands.batch.D);
   a.table = read_table(table.ptr(), index.ptr(), q.device >= 0);
@@ -120,35 +129,31 @@ int64_t residual(const py::object& spec, const Inputs& operands_of, const py::ob
                       columns[3],
                       {columns[4], columns[5]},
                       address_or_null(also)};
-  const Scratch scratch{static_cast<double*>(address_or_null(sums)), static_cast<uint32_t*>(address_or_null(counter))};
   const int64_t bad = q.device < 0 ? bad_level(a.table, a.batch.B) : kNoBadLevel;
-  if (bad == kNoBadLevel) run(q, a.batch, &Api::residual, a, args, scratch, q);
+  if (bad == kNoBadLevel) run(q, a.batch, &Api::residual, a, args, scratch_in(room), q);
   return bad;
 }
 
 // out: (B, 3) doubles, the sums over each row of g*x, g*y, g*z.
-void row_dots(const py::object& g, const py::object& x, const py::object& y,
-              const py::object& z, const py::object& noise, const py::object& out, const py::object& sums,
-              const py::object& counter) {
+void row_dots(const py::object& g, const py::object& x, const py::object& y, const py::object& z,
+              const py::object& noise, const py::object& out, const Room& room) {
   const Operands operands(g.ptr(), {g.ptr(), x.ptr(), y.ptr(), z.ptr()}, !noise.is_none());
   const RowDotsArgs a{operands.batch, operands[0], operands[1], operands[2], operands[3], read_noise(noise.ptr(), false, operands.batch.D)};
-  const Scratch scratch{static_cast<double*>(address_or_null(sums)), static_cast<uint32_t*>(address_or_null(counter))};
   const Queue q = queue_of(g.ptr());
-  run(q, a.batch, &Api::row_dots, a, static_cast<double*>(address(out.ptr())), scratch, q);
+  run(q, a.batch, &Api::row_dots, a, static_cast<double*>(address(out.ptr())), scratch_in(room), q);
 }
 
-// kept: (B,) doubles, how many elements of each row the mask keeps; a drawn one has the shape of `mask`.
-void mask_count(const py::object& mask, const py::object& mask_noise, const py::object& thresholds, bool keeps,
-                const py::object& upstream, const py::object& kept, const py::object& sums, const py::object& counter) {
-  const bool drawn = !mask_noise.is_none();
-  const Operands operands(mask.ptr(), {drawn ? Py_None : mask.ptr()}, drawn);
-  const Scratch scratch{static_cast<double*>(address_or_null(sums)), static_cast<uint32_t*>(address_or_null(counter))};
-  const Queue q = queue_of(mask.ptr());
+// kept: (B,) doubles, how many elements of each row the mask keeps; a drawn one has the shape of `like`.
+void mask_count(const py::object& like, const Mask& of_mask, const py::object& upstream, const py::object& kept,
+                const Room& room) {
+  const auto& [mask_noise, thresholds, keeps, mask] = of_mask;
+  const Operands operands(like.ptr(), {mask.ptr()}, !mask_noise.is_none());
+  const Queue q = queue_of(like.ptr());
   MaskArgs a{operands.batch, operands[0], read_choice(mask_noise, thresholds, keeps, q.device >= 0, operands.batch.D)};
   a.upstream = address_or_null(upstream);
   Dtype type;
   a.upstream_is_double = a.upstream && View(upstream.ptr()).dtype(type) && type == Dtype::f64;
-  run(q, a.batch, &Api::mask_count, a, static_cast<double*>(address(kept.ptr())), scratch, q);
+  run(q, a.batch, &Api::mask_count, a, static_cast<double*>(address(kept.ptr())), scratch_in(room), q);
 }
 
 // x where its word leaves it, else low or high.
@@ -163,17 +168,16 @@ void corrupt(const py::object& x, const py::object& noise, const py::object& thr
 
 // kl: (B,) of the compute type.
 void gaussian(const py::object& mu, const py::object& log_var, const py::object& eps, const py::object& noise,
-              const py::object& z, const py::object& kl, const py::object& sums, const py::object& counter) {
+              const py::object& z, const py::object& kl, const Room& room) {
   const Operands operands(mu.ptr(), {mu.ptr(), log_var.ptr(), eps.ptr(), z.ptr()}, !noise.is_none());
   const GaussianArgs a{operands.batch, operands[0], operands[1], operands[2], operands[3], read_noise(noise.ptr(), false, operands.batch.D)};
-  const Scratch scratch{static_cast<double*>(address_or_null(sums)), static_cast<uint32_t*>(address_or_null(counter))};
   const Queue q = queue_of(mu.ptr());
-  run(q, a.batch, &Api::gaussian, a, address(kl.ptr()), scratch, q);
+  run(q, a.batch, &Api::gaussian, a, address(kl.ptr()), scratch_in(room), q);
 }
 
 void gaussian_grad(const py::object& mu, const py::object& log_var, const py::object& eps, const py::object& noise,
-                   const py::object& z_grad, const py::object& kl_grad, const py::object& mu_grad,
-                   const py::object& log_var_grad) {
+                   const py::object& z_grad, const py::object& kl_grad, const Outs& outs) {
+  const auto& [mu_grad, log_var_grad] = outs;
   const Operands operands(mu.ptr(),
                           {mu.ptr(), log_var.ptr(), eps.ptr(), z_grad.ptr(), mu_grad.ptr(), log_var_grad.ptr()},
                           !noise.is_none());
@@ -185,7 +189,10 @@ void gaussian_grad(const py::object& mu, const py::object& log_var, const py::ob
 
 static float* numbers(const py::object& tensor) { return static_cast<float*>(address(tensor.ptr())); }
 
-static void run_chain(const py::object& x, const py::object& noise, const py::object& out, ChainArgs a) {
+using Update = std::tuple<float, float, int64_t>;  // step, spread, steps
+
+static void run_chain(const py::object& x, const Update& update, const py::object& noise, const py::object& out, ChainArgs a) {
+  std::tie(a.step, a.spread, a.steps) = update;
   const View view(x.ptr());
   a.B = view.size(0), a.D = view.size(1);
   a.x = numbers(x), a.out = numbers(out);
@@ -195,22 +202,21 @@ static void run_chain(const py::object& x, const py::object& noise, const py::ob
 }
 
 // x, out: (B, D) fp32, contiguous; the mixture's tables as ChainArgs has them.
-void chain(const py::object& x, const py::object& means, const py::object& precisions, const py::object& log_weights,
-           float step, float spread, int64_t steps, const py::object& noise, const py::object& out) {
+void chain(const py::object& x, const std::tuple<py::object, py::object, py::object>& score, const Update& update,
+           const py::object& noise, const py::object& out) {
+  const auto& [means, precisions, log_weights] = score;
   ChainArgs a{};
   a.components = static_cast<int>(View(means.ptr()).size(0));
   a.means = numbers(means), a.precisions = numbers(precisions), a.log_weights = numbers(log_weights);
-  a.step = step, a.spread = spread, a.steps = steps;
-  run_chain(x, noise, out, a);
+  run_chain(x, update, noise, out, a);
 }
 
 // The same of a double well.
-void well_chain(const py::object& x, float slope, float square, float step, float spread, int64_t steps,
+void well_chain(const py::object& x, const std::tuple<float, float>& score, const Update& update,
                 const py::object& noise, const py::object& out) {
   ChainArgs a{};
-  a.slope = slope, a.square = square;
-  a.step = step, a.spread = spread, a.steps = steps;
-  run_chain(x, noise, out, a);
+  std::tie(a.slope, a.square) = score;
+  run_chain(x, update, noise, out, a);
 }
 
 // out: (B, D) fp32, contiguous; at most kMaxTerms nodes, with a weight each.
@@ -227,6 +233,16 @@ void normal_sum(const py::object& noise, const std::vector<uint64_t>& nodes, con
   std::copy(weights.begin(), weights.end(), a.weights);
   const Queue q = queue_of(out.ptr());
   run(q, Batch{a.B, a.D, 0, nullptr, Dtype::f32}, &Api::normal_sum, a, q);
+}
+
+// x (B,) or (B, K), W (K, D / 2): double, contiguous; out: (B, D) of any strides.
+void embedding(const py::object& x, const py::object& W, bool flip, const py::object& out) {
+  const Operands operands(out.ptr(), {out.ptr()}, true);
+  const Queue q = queue_of(out.ptr());
+  const View of_x(x.ptr()), of_W(W.ptr());
+  const EmbeddingArgs a{operands.batch, operands[0], static_cast<const double*>(of_x.data()),
+                        static_cast<const double*>(of_W.data()), of_W.size(0), flip};
+  run(q, a.batch, &Api::embedding, a, q);
 }
 
 // out: (B, D) int64 words, scaled to [0, below).
@@ -318,6 +334,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("chain", &chain);
   m.def("well_chain", &well_chain);
   m.def("normal_sum", &normal_sum);
+  m.def("embedding", &embedding);
   m.def("fold_in", &fold_in_key);
   m.def("fold_in_tensor", &fold_in_tensor);
   m.def("scratch_doubles", &scratch_doubles);

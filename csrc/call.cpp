@@ -106,8 +106,9 @@ const MapObject& as_map(PyObject* object) {
 // 90 ns to read.
 class FastCall {
  protected:
-  bool read_first(PyObject* x) {
-    if (x == Py_None || !nothing_around(TorchState::get())) return false;
+  bool read_first(PyObject* x) { return x != Py_None && nothing_around(TorchState::get()) && read_plain(x); }
+
+  bool read_plain(PyObject* x) {
     x_ = x;
     first_ = View::of_plain(x);
     if (!first_) return false;
@@ -330,11 +331,11 @@ class FastCall {
   // launcher.name(aligned, (B, D), dtype, *arguments); aligned: every tensor lies on 16 bytes.
   template <class... Arguments>
   void launch_elsewhere(PyObject* name, Arguments... arguments) const {
-    PyObject* const aligned = places_ % 16 ? Py_False : Py_True;
-    const Owned shape(Py_BuildValue("(LL)", static_cast<long long>(batch_.B), static_cast<long long>(batch_.D)));
     const Owned dtype = attribute(x_, names().dtype);
-    PyObject* const given[] = {launcher_, aligned, shape.get(), dtype.get(), arguments...};
-    const Owned nothing(PyObject_VectorcallMethod(name, given, sizeof...(arguments) + 4, nullptr));
+    const Owned plain(Py_BuildValue("O(LL)O", places_ % 16 ? Py_False : Py_True, static_cast<long long>(batch_.B),
+                                    static_cast<long long>(batch_.D), dtype.get()));
+    PyObject* const given[] = {launcher_, plain.get(), arguments...};
+    const Owned nothing(PyObject_VectorcallMethod(name, given, sizeof...(arguments) + 2, nullptr));
   }
 
   // Without the GIL where it takes long; raises what went wrong.
@@ -622,6 +623,46 @@ class FastLoss : FastCall {
   }
 };
 
+// (noise, shape, dtype, device): its normals.
+class FastNormal : FastCall {
+ public:
+  static constexpr Py_ssize_t kArguments = 4;
+  static constexpr const char* kName = "fast_normal";
+
+  PyObject* run(PyObject* const* a) {
+    static PyObject *const empty = member("torch", "empty"), *const device_type = member("torch", "device"),
+                           *const options = Py_BuildValue("(ss)", "dtype", "device");
+    PyObject *noise = a[0], *shape = a[1], *dtype = a[2], *device = a[3];
+    const bool places = PyUnicode_CheckExact(device) || reinterpret_cast<PyObject*>(Py_TYPE(device)) == device_type;
+    if (!places || Py_TYPE(dtype) != Py_TYPE(dae::torch().f32) || !is_shape(shape) || !nothing_around(TorchState::get()))
+      return Py_NewRef(Py_None);
+    PyObject* const given[] = {shape, dtype, device};
+    PyObject* const made = PyObject_Vectorcall(empty, given, 1, options);
+    if (!made) return PyErr_Clear(), Py_NewRef(Py_None);  // the general way says what is wrong
+    const Owned out(made);
+    static const double one = 1;
+    static const float one_as_float = 1;
+    AffineArgs args{};
+    if (!read_plain(made) || !is_ours() || !read_its_noise(noise, args.noise)) return Py_NewRef(Py_None);
+    args.batch = batch_;
+    args.out.data = first_->data();
+    std::fill_n(args.columns, 8, kAbsent);
+    args.columns[2] = 0;
+    args.table = {batch_.dtype == Dtype::f64 ? static_cast<const void*>(&one) : &one_as_float, 1, 1, nullptr, false, {one}};
+    if (is_for_gpu()) args.table.data = nullptr;
+    launch([&](const Api& api, Queue queue) { return api.affine(args, queue); });
+    return Py_NewRef(made);
+  }
+
+ private:
+  static bool is_shape(PyObject* shape) {
+    if (!PyTuple_CheckExact(shape) || !PyTuple_GET_SIZE(shape)) return false;
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(shape); ++i)
+      if (!PyLong_CheckExact(PyTuple_GET_ITEM(shape, i))) return false;
+    return true;
+  }
+};
+
 template <class Call>
 PyObject* plain(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   if (count != Call::kArguments)
@@ -770,6 +811,7 @@ PyMethodDef g_methods[] = {
     fast_method<FastMap>(),
     fast_method<FastStep>(),
     fast_method<FastLoss>(),
+    fast_method<FastNormal>(),
     method("use_fast", use_fast, "Who launches plain calls on the CPU, and on a GPU."),
     {"use_gradients", use_gradients, METH_O, "What is called for plain calls of the affine map that want gradients."},
     {"is_one", is_one, METH_O, "Whether a plain number in the CPU's memory is 1."},

@@ -146,25 +146,64 @@ DAE_FN bool bit_30(uint32_t r) {
 #endif
 }
 
+constexpr float kTwoPi = 6.2831855f, kTwoPiRest = -1.7484556e-07f;  // 2 pi is their sum
+
+// On |y| <= 1/8, of y^2: what is left of sin(2 pi y) / y from its second power of y on, of cos(2 pi y) from its fourth.
+DAE_FN float sine_series(float y2, const Pinned& pinned) {
+  return fma32(fma32(y2, pinned.sine, 8.1592353821e+01f), y2, -4.1341663361e+01f);
+}
+DAE_FN float cosine_series(float y2, const Pinned& pinned) {
+  return fma32(fma32(y2, pinned.cosine, -8.5443237305e+01f), y2, 6.4939323425e+01f);
+}
+
 // Box-Muller's angle 2 pi u with u = (r + 1/2) 2^-32: sin and cos of it, both to be multiplied by the sign, which is
 // the top bit of `sign`. The nearest quarter turn comes off as integer bits, so the argument of the polynomials is
 // exact up to its one rounding to float.
 DAE_FN void sincos_2pi_u(uint32_t r, float& sine, float& cosine, uint32_t& sign, const Pinned& pinned) {
   const float y = static_cast<float>(static_cast<int32_t>(r << 2 | 2u)) * 0x1p-34f;
   const float y2 = y * y;
-  // 2 pi = kTwoPi + a rest: the leading product is rounded once, with everything else inside it.
-  constexpr float kTwoPi = 6.2831855f, kTwoPiRest = -1.7484556e-07f;
-  float s = fma32(y2, pinned.sine, 8.1592353821e+01f);
-  s = fma32(s, y2, -4.1341663361e+01f);
-  s = fma32(y, kTwoPi, y * fma32(s, y2, kTwoPiRest));
-  float c = fma32(y2, pinned.cosine, -8.5443237305e+01f);
-  c = fma32(c, y2, 6.4939323425e+01f);
-  c = fma32(c, y2, -1.9739208221e+01f);
-  c = fma32(c, y2, 1.0f);
+  // The leading product is rounded once, with everything else inside it.
+  const float s = fma32(y, kTwoPi, y * fma32(sine_series(y2, pinned), y2, kTwoPiRest));
+  const float c = fma32(fma32(cosine_series(y2, pinned), y2, -1.9739208221e+01f), y2, 1.0f);
   sign = r + 0x20000000u;  // the quarter turn in the two top bits: a half turn is a sign, a quarter swaps the two
   const bool swap = bit_30(sign);
   sine = swap ? c : s;
   cosine = swap ? -s : c;
+}
+
+DAE_FN double nearest(double a) {
+#if defined(__CUDA_ARCH__)
+  return rint(a);
+#else
+  return __builtin_rint(a);
+#endif
+}
+DAE_FN float nearest(float a) {
+#if defined(__CUDA_ARCH__)
+  return rintf(a);
+#else
+  return __builtin_rintf(a);
+#endif
+}
+
+// sin and cos of 2 pi u within 0.8 * 2^-24, near zeros of the sine 0.8 ulp. In turns the whole and the quarter ones come
+// off without a rounding, however large u is; what float leaves of the rest is a second number, `low`.
+DAE_FN void sincos_2pi(double u, float& sine, float& cosine) {
+  const double part = u - nearest(u);
+  const float high = static_cast<float>(part), low = static_cast<float>(part - static_cast<double>(high));
+  const float quarter = nearest(4.0f * high), y = fma32(quarter, -0.25f, high), y2 = y * y;
+  constexpr Pinned kPinned;
+  constexpr float kSquare = -19.739208f, kSquareRest = -5.8071e-7f;  // -(2 pi)^2 / 2 is their sum
+  const float turn = kTwoPi * low;  // sin(a + turn) = sin a + turn cos a, and cos likewise
+  const float s = fma32(
+      y, kTwoPi, fma32(turn, fma32(y2, kSquare, 1.0f), y * fma32(sine_series(y2, kPinned), y2, kTwoPiRest)));
+  const float rest = fma32(fma32(y, y, -y2), kSquare, y2 * fma32(cosine_series(y2, kPinned), y2, kSquareRest));
+  const float c = 1.0f + fma32(y2, kSquare, fma32(-turn, s, rest));
+  // quarter is -2, -1, 0, 1 or 2: a quarter turn swaps the two, with a sign for one of them; a half turn changes both.
+  const bool swap = quarter * quarter == 1.0f;
+  const float first = swap ? c : s, second = swap ? s : c;
+  sine = quarter < 0.0f || quarter > 1.0f ? -first : first;
+  cosine = quarter > 0.0f || quarter < -1.0f ? -second : second;
 }
 
 // IEEE sqrt of a number in [2^-32, 46]. On a GPU these are the instructions of sqrt.rn without its branch
@@ -190,24 +229,29 @@ DAE_FN void normal_pair(uint32_t radius, uint32_t angle, float& z0, float& z1, c
   z1 = s * sine;
 }
 
-// e^x within 2 ulp; overflow, underflow and NaN as they should be. e^f on |f| <= ln(2)/2 by Cephes' minimax polynomial.
-DAE_FN float exponential(float x) {
-  constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: a sum with it is rounded to an integer
-  const float inside = x < -104.0f ? -104.0f : (x > 89.0f ? 89.0f : x);
-  const float shifted = fma32(inside, 1.44269504f, kRounder), n = shifted - kRounder;
-  const float f = fma32(n, 2.12194440e-4f, fma32(n, -0.693359375f, inside));
-  float p = fma32(f, 1.9875691500e-4f, 1.3981999507e-3f);
-  p = fma32(p, f, 8.3334519073e-3f);
-  p = fma32(p, f, 4.1665795894e-2f);
-  p = fma32(p, f, 1.6666665459e-1f);
-  p = fma32(p, f, 5.0000001201e-1f);
-  const float e = fma32(f * f, p, f) + 1.0f;
-  // 2^n in two factors: one alone would overflow, or lose a subnormal result.
-  const int32_t power = bits_as<int32_t>(shifted) - bits_as<int32_t>(kRounder), half = power >> 1;
-  // Of a NaN's exponent nothing is left in a signed shift.
-  const uint32_t first = static_cast<uint32_t>(half + 127) << 23, rest = static_cast<uint32_t>(power - half + 127) << 23;
-  return e * bits_as<float>(first) * bits_as<float>(rest);
-}
+// e^x = 2^n (1 + f + f^2 p), x = n ln 2 + f, |f| <= ln(2)/2, by Cephes' minimax polynomial: within 2 ulp; overflow,
+// underflow and NaN as they should be. 2^n in two factors: one alone would overflow, or lose a subnormal result.
+struct Exponential {
+  float n, f, p, factor, other_factor;
+  DAE_FN explicit Exponential(float x) {
+    constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: a sum with it is rounded to an integer
+    const float inside = x < -104.0f ? -104.0f : (x > 89.0f ? 89.0f : x);
+    const float shifted = fma32(inside, 1.44269504f, kRounder);
+    n = shifted - kRounder;
+    f = fma32(n, 2.12194440e-4f, fma32(n, -0.693359375f, inside));
+    p = fma32(f, 1.9875691500e-4f, 1.3981999507e-3f);
+    p = fma32(p, f, 8.3334519073e-3f);
+    p = fma32(p, f, 4.1665795894e-2f);
+    p = fma32(p, f, 1.6666665459e-1f);
+    p = fma32(p, f, 5.0000001201e-1f);
+    const int32_t power = bits_as<int32_t>(shifted) - bits_as<int32_t>(kRounder), half = power >> 1;
+    // Of a NaN's exponent nothing is left in a signed shift.
+    factor = bits_as<float>(static_cast<uint32_t>(half + 127) << 23);
+    other_factor = bits_as<float>(static_cast<uint32_t>(power - half + 127) << 23);
+  }
+  DAE_FN float value() const { return (fma32(f * f, p, f) + 1.0f) * factor * other_factor; }
+};
+DAE_FN float exponential(float x) { return Exponential(x).value(); }
 DAE_FN double exponential(double x) {
 #if defined(__CUDA_ARCH__)
   return exp(x);

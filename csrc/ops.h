@@ -75,53 +75,57 @@ struct Rho {
   }
 };
 
+// e^x, e^x - 1 and e^x - 1 - x, the latter two without cancellation where x is small.
+template <class R>
+struct Growth {
+  R value, minus_1, rest;
+};
+
+// Where |n| <= 1, with x = n ln 2 + f: (2^n - 1 - n ln 2) + (2^n - 1) f + 2^n f^2 p.
+DAE_FN Growth<float> growth(float x) {
+  constexpr float kLn2 = 0.693147181f;
+  const Exponential e(x);
+  const float value = e.value(), power = e.factor * e.other_factor, more = power - 1.0f;
+  const float near = fma32(more, e.f, fma32(power * (e.f * e.f), e.p, fma32(-e.n, kLn2, more)));
+  const bool small = e.n * e.n <= 1.0f;
+  return {value, small ? near + x : value - 1.0f, small ? near : (value - 1.0f) - x};
+}
+
 DAE_FN constexpr double factorial(int k) { return k < 2 ? 1 : k * factorial(k - 1); }
 
-// Of (e^x - 1 - x)/x^2 = 1/2 + x/6 + ... on |x| < 2, by Horner's rule from the last power that R can tell.
-template <class R>
-constexpr int kLastPower = sizeof(R) == sizeof(float) ? 14 : 23;
-template <class R, int kPower = kLastPower<R>>
-DAE_FN R taylor(R x, R sum = 0) {
+// Of (e^x - 1 - x)/x^2 = 1/2 + x/6 + ... on |x| < 1, by Horner's rule from the last power that a double can tell.
+template <int kPower = 19>
+DAE_FN double taylor(double x, double sum = 0) {
   if constexpr (kPower < 2) {
     return sum;
   } else {
-    constexpr R kFactor = static_cast<R>(1 / factorial(kPower));
-    return taylor<R, kPower - 1>(x, mul_add(sum, x, kFactor));
+    return taylor<kPower - 1>(x, mul_add(sum, x, 1 / factorial(kPower)));
   }
 }
 
-// e^x - 1 - x where e^x = e, without cancellation where x is small.
-template <class R>
-DAE_FN R exponential_rest(R x, R e) {
-  const bool small = x > R(-2) && x < R(2);
-  const R inside = small ? x : R(0);
-  const R near = inside * inside * taylor(inside);
-  return small ? near : (e - R(1)) - x;
+// value: e^x, from elsewhere: on a CPU the library's exponential keeps a loop from vectors.
+DAE_FN Growth<double> growth(double x, double value) {
+  const bool small = x > -1 && x < 1;
+  const double inside = small ? x : 0, near = inside * inside * taylor(inside);
+  return {value, small ? near + x : value - 1, small ? near : (value - 1) - x};
 }
-template <class R>
-DAE_FN R exponential_minus_1(R x, R e) {
-  return x > R(-2) && x < R(2) ? x + exponential_rest(x, e) : e - R(1);
-}
+DAE_FN Growth<double> growth(double x) { return growth(x, exponential(x)); }
 
 // A diagonal Gaussian's sample (Kingma and Welling 2014), its divergence from N(0, 1), and their gradients. An upstream
-// gradient of 0 gives 0, whatever overflows: one of the two is often not used.
+// gradient of 0 gives 0, whatever overflows: one of the two is often not used. With m = e^(log_var/2) - 1 all is made of
+// one exponential: e^log_var - 1 = m (m + 2), and e^log_var - 1 - log_var = m^2 + 2 (m - log_var/2).
 template <class R>
 struct Gaussian {
-  R mu, log_var, scale;
-  DAE_FN Gaussian(R mean, R log_variance) : Gaussian(mean, log_variance, scale_of(log_variance)) {}
-  DAE_FN Gaussian(R mean, R log_variance, R scale) : mu(mean), log_var(log_variance), scale(scale) {}
-  DAE_FN static R scale_of(R log_variance) { return exponential(R(0.5) * log_variance); }
-  // In double a square of the scale is as good, and the library's exponential the dear part of all this.
-  DAE_FN R variance() const {
-    if constexpr (sizeof(R) == sizeof(float)) return exponential(log_var);
-    return scale * scale;
-  }
-  DAE_FN R sample(R eps) const { return mul_add(scale, eps, mu); }
-  DAE_FN R kl() const { return R(0.5) * mul_add(mu, mu, exponential_rest(log_var, variance())); }
+  R mu;
+  Growth<R> scale;
+  DAE_FN Gaussian(R mean, R log_variance) : mu(mean), scale(growth(R(0.5) * log_variance)) {}
+  DAE_FN Gaussian(R mean, Growth<R> grown) : mu(mean), scale(grown) {}
+  DAE_FN R sample(R eps) const { return mul_add(scale.value, eps, mu); }
+  DAE_FN R kl() const { return R(0.5) * mul_add(mu, mu, mul_add(scale.minus_1, scale.minus_1, 2 * scale.rest)); }
   DAE_FN R mu_grad(R z_grad, R kl_grad) const { return kl_grad == 0 ? z_grad : mul_add(kl_grad, mu, z_grad); }
   DAE_FN R log_var_grad(R z_grad, R kl_grad, R eps) const {
-    const R of_z = z_grad == 0 ? R(0) : z_grad * scale;
-    const R of_kl = kl_grad == 0 ? R(0) : kl_grad * exponential_minus_1(log_var, variance());
+    const R of_z = z_grad == 0 ? R(0) : z_grad * scale.value;
+    const R of_kl = kl_grad == 0 ? R(0) : kl_grad * mul_add(scale.minus_1, scale.minus_1, 2 * scale.minus_1);
     return R(0.5) * mul_add(of_z, eps, of_kl);
   }
 };

@@ -9,6 +9,9 @@ from torch import Tensor
 from .noise import Noise
 
 Inputs = tuple[Tensor | None, ...]
+Rows = tuple[Tensor, Tensor | None]  # table, index
+Mask = tuple[Noise | None, Tensor | None, bool, Tensor | None]  # its noise, thresholds, whether it keeps; or as it is
+Update = tuple[float, float, int]  # step, spread, steps
 
 ENUMERATIONS: dict[str, tuple[str, ...]]
 
@@ -25,59 +28,28 @@ def affine(
     inputs: Inputs,
     noise: Noise | Tensor | None,
     raw: bool,
-    table: Tensor,
-    index: Tensor | None,
+    rows: Rows,
     bounds: tuple[float, float] | None,
-    out: Tensor,
-    out2: Tensor | None,
+    outs: Inputs,
     /,
 ) -> int: ...
 def residual(
     loss: Loss,
     operands: tuple[Any, ...],
-    table: Tensor,
-    index: Tensor | None,
-    drawn: tuple[Any, ...],
-    mask: Tensor | None,
-    factors: Inputs,
-    only_if_scaled: bool,
+    rows: Rows,
+    mask: Mask,
+    factors: tuple[Any, ...],
     results: Inputs,
     room: Inputs,
     /,
 ) -> int: ...
 def row_dots(
-    g: Tensor,
-    x: Tensor | None,
-    y: Tensor | None,
-    z: Tensor | None,
-    noise: Noise | None,
-    out: Tensor,
-    sums: Tensor | None,
-    counter: Tensor | None,
-    /,
+    g: Tensor, x: Tensor | None, y: Tensor | None, z: Tensor | None, noise: Noise | None, out: Tensor, room: Inputs, /
 ) -> None: ...
-def mask_count(
-    mask: Tensor,
-    mask_noise: Noise | None,
-    thresholds: Tensor | None,
-    keeps: bool,
-    upstream: Tensor | None,
-    kept: Tensor,
-    sums: Tensor | None,
-    counter: Tensor | None,
-    /,
-) -> None: ...
+def mask_count(like: Tensor, mask: Mask, upstream: Tensor | None, kept: Tensor, room: Inputs, /) -> None: ...
 def corrupt(x: Tensor, noise: Noise, thresholds: Tensor, low: float, high: float, out: Tensor, /) -> None: ...
 def gaussian(
-    mu: Tensor,
-    log_var: Tensor,
-    eps: Tensor | None,
-    noise: Noise | None,
-    z: Tensor,
-    kl: Tensor,
-    sums: Tensor | None,
-    counter: Tensor | None,
-    /,
+    mu: Tensor, log_var: Tensor, eps: Tensor | None, noise: Noise | None, z: Tensor, kl: Tensor, room: Inputs, /
 ) -> None: ...
 def gaussian_grad(
     mu: Tensor,
@@ -86,25 +58,13 @@ def gaussian_grad(
     noise: Noise | None,
     z_grad: Tensor | None,
     kl_grad: Tensor | None,
-    mu_grad: Tensor,
-    log_var_grad: Tensor,
+    outs: tuple[Tensor, Tensor],
     /,
 ) -> None: ...
-def chain(
-    x: Tensor,
-    means: Tensor,
-    precisions: Tensor,
-    log_weights: Tensor,
-    step: float,
-    spread: float,
-    steps: int,
-    noise: Any,
-    out: Tensor,
-) -> None: ...
-def well_chain(
-    x: Tensor, slope: float, square: float, step: float, spread: float, steps: int, noise: Any, out: Tensor
-) -> None: ...
+def chain(x: Tensor, score: tuple[Tensor, Tensor, Tensor], update: Update, noise: Any, out: Tensor) -> None: ...
+def well_chain(x: Tensor, score: tuple[float, float], update: Update, noise: Any, out: Tensor) -> None: ...
 def normal_sum(noise: Any, nodes: Sequence[int], weights: Sequence[float], out: Tensor) -> None: ...
+def embedding(x: Tensor, W: Tensor, flip: bool, out: Tensor, /) -> None: ...
 def bits(noise: Noise, raw: bool, below: int, out: Tensor, /) -> None: ...
 def fold_in(seed: int, offset: int, data: int, /) -> tuple[int, int]: ...
 def fold_in_tensor(noise: Noise, data: Tensor | int, out: Tensor, /) -> None: ...
@@ -131,6 +91,7 @@ def fast_step(
     noise: Any,
     /,
 ) -> tuple[Tensor, tuple[Tensor, ...]] | None: ...
+def fast_normal(noise: Any, shape: Any, dtype: Any, device: Any, /) -> Tensor | None: ...
 def fast_loss(
     loss: Loss,
     pred: Tensor,

@@ -107,7 +107,8 @@ def fake_mode() -> Any:
 def outside_modes() -> Iterator[None]:
     """What is cached must be a plain tensor, whatever traces, transforms or infers around the call."""
     tracing = jit_tracing()
-    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]  # or only the first trace would see how it is made
+    if tracing is not None:  # else not even touched: within a kernel of torch.library there may be no tracer
+        torch._C._set_tracing_state(None)  # type: ignore[attr-defined]  # or only the first trace would see how it is made
     try:
         with (
             torch.inference_mode(False),
@@ -117,7 +118,8 @@ def outside_modes() -> Iterator[None]:
         ):
             yield
     finally:
-        torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
+        if tracing is not None:
+            torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
 
 
 class DirectFunction(torch.autograd.Function):

@@ -114,7 +114,9 @@ class Formula:
             t = level._t
             if not isinstance(t, Tensor):
                 return rows_at(table, t)
-            return Coefficients(table, (t.reshape(1).expand(x.shape[0]) if is_one(t) else t.reshape(-1)).contiguous())
+            if t.dim() != 1:
+                t = t.reshape(-1)
+            return Coefficients(table, (t.expand(x.shape[0]) if t.shape[0] == 1 else t).contiguous())
         return self._rows_by_hand(level, x, dtype, op)
 
     def _rows_by_hand(self, level: Level, x: Tensor, dtype: torch.dtype, op: str) -> Coefficients:

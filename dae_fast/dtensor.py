@@ -238,6 +238,13 @@ def whole_samples(x: Tensor) -> Tensor:
     return found
 
 
+def of_samples(run: Callable[[Tensor], Tensor], op: str, x: Tensor, shape: Sequence[int]) -> Tensor:
+    """What is made of whole samples, each by itself."""
+    whole = whole_samples(x)
+    layout = Layout(op, whole)
+    return layout.joined(run(layout.local(whole)), shape)
+
+
 def check_rows(op: str, dims: int, *tensors: Tensor | None) -> None:
     """Where each row of so many dimensions has its level, the rows of a sample are together."""
     if dims > 1 and Layout(op, *tensors).sharded(range(1, dims)):

@@ -39,6 +39,7 @@ _SCHEMAS = {
     "gaussian": f"(Tensor mu, Tensor log_var, Tensor? eps, {_NOISE}, str op) -> (Tensor, Tensor)",
     "gaussian_grad": f"(Tensor? z_grad, Tensor? kl_grad, Tensor mu, Tensor log_var, Tensor? eps, {_NOISE}, str op)"
     " -> (Tensor, Tensor)",
+    "embedding": "(Tensor x, Tensor W, SymInt D, bool flip, str op) -> Tensor",
     "fold_in": "(Tensor key, Tensor data) -> Tensor",
     "fill": f"(str op, {_NOISE}, SymInt B, SymInt D, ScalarType dtype, int below=4294967296) -> Tensor",
 }
@@ -118,6 +119,16 @@ def _gaussian_grad(z_grad: Any, kl_grad: Any, mu: Tensor, log_var: Tensor, eps: 
     return kernels_of(mu, op).gaussian_grad(mu, log_var, eps, _noise(*noise), z_grad, kl_grad)
 
 
+def _embedding(x: Tensor, W: Tensor, D: int, flip: bool, op: str) -> Tensor:
+    made = _fake_embedding(x, W, D)
+    kernels_of(x, op).embedding(x, W, flip, made)
+    return made
+
+
+def _fake_embedding(x: Tensor, _: Tensor, D: int, *__: Any) -> Tensor:
+    return x.new_empty((x.shape[0], D), dtype=torch.float32)
+
+
 def _fill(op: str, *rest: Any) -> Tensor:
     flat, (B, D, dtype), below = rest[:_OF_NOISE], rest[_OF_NOISE:][:3], (*rest[_OF_NOISE + 3 :], 2**32)[0]
     noise, device = _noise(*flat), flat[0].device
@@ -152,6 +163,7 @@ _KERNELS: dict[str, tuple[Any, Any]] = {
     "corrupt": (_corrupt, lambda x, *_: torch.empty_like(x)),
     "gaussian": (_gaussian, lambda mu, *_: (torch.empty_like(mu), _fake_means(mu))),
     "gaussian_grad": (_gaussian_grad, lambda _z, _kl, mu, v, *_: (torch.empty_like(mu), torch.empty_like(v))),
+    "embedding": (_embedding, _fake_embedding),
     "fold_in": (_fold_in, lambda key, data: torch.empty_like(key)),
     "fill": (_fill, _fake_fill),
 }
@@ -206,6 +218,10 @@ def _gaussian_grad_in_torch(z_grad: Any, kl_grad: Any, mu: Tensor, log_var: Tens
     *noise, _ = rest
     stream = _noise(*noise)
     return reference.gaussian_grad(mu, log_var, eps if stream is None else _filled(stream, mu), None, z_grad, kl_grad)
+
+
+def _embedding_in_torch(x: Tensor, W: Tensor, D: int, flip: bool, _: str) -> Tensor:
+    return reference.waves(x, W, D, flip)
 
 
 def _setup_affine(ctx: Any, inputs: Any) -> None:
@@ -266,8 +282,18 @@ def _backward_gaussian(ctx: Any, z_grad: Tensor | None, kl_grad: Tensor | None) 
     mu, log_var, eps, key, sample = unwrap_dead_wrappers(ctx.saved_tensors)
     *place, op = ctx.rest
     noise = FlatNoise(key, sample, *place).whole()
-    found = gaussian_gradients(op, ctx.needs_input_grad[1:], z_grad, kl_grad, mu, log_var, eps, noise)
+    found = gaussian_gradients(op, ctx.needs_input_grad[1:], (z_grad, kl_grad), mu, log_var, eps, noise)
     return (None, *found, *[None] * 6)
+
+
+def _setup_embedding(ctx: Any, inputs: Any) -> None:
+    x, W, _, ctx.flip, _ = inputs
+    ctx.save_for_backward(x, W)
+
+
+def _backward_embedding(ctx: Any, g: Tensor) -> Any:
+    x, W = unwrap_dead_wrappers(ctx.saved_tensors)
+    return None, reference.waves_gradient(g, x, W, ctx.flip), *[None] * 4
 
 
 _DIFFERENTIABLE: dict[str, tuple[Callable[..., Any], Any, Any]] = {
@@ -278,6 +304,7 @@ _DIFFERENTIABLE: dict[str, tuple[Callable[..., Any], Any, Any]] = {
     "corrupt": (_corrupt_in_torch, _setup_corrupt, _backward_corrupt),
     "gaussian": (_gaussian_in_torch, _setup_gaussian, _backward_gaussian),
     "gaussian_grad": (_gaussian_grad_in_torch, None, None),
+    "embedding": (_embedding_in_torch, _setup_embedding, _backward_embedding),
 }
 for _name, (_in_torch, _setup, _backward) in _DIFFERENTIABLE.items():
     register_autograd(_library, _name, _in_torch, _setup, _backward)

@@ -19,9 +19,12 @@ from .kernels.spec import KindName, compute_dtype
 from .noise import Noise, noise_for
 from .ops.conversions import to_x0
 from .ops.losses import (
+    MSE,
     AnyNoise,
+    Compared,
     Delta,
     LossColumns,
+    Penalty,
     Selecting,
     against_target,
     check_level_weight,
@@ -178,13 +181,14 @@ class DenoisingLoss(torch.nn.Module):
         _, by_level = weight_for(op, self.weighting, level, pred, self.predict)
         if by_level is not None:
             w = product(w, by_level)
+        compared = Compared(pred, x0, noise, level)
         if self.kind == "mse":
-            loss, errors = self._compared(pred, x0, noise, level, self._columns, w, mask)
+            loss, errors = _loss(compared, self._columns, w, mask)
         else:
             columns = LossColumns(self.predict, self._columns.weighting)
-            loss, _ = self._compared(pred, x0, noise, level, columns, w, mask, self.kind, self.delta)
+            loss, _ = _loss(compared, columns, w, mask, Penalty(self.kind, self.delta))
             with torch.no_grad():
-                _, errors = self._compared(pred, x0, noise, level, self._columns, None, mask)
+                _, errors = _loss(compared, self._columns, None, mask)
         assert errors is not None
         noise_mse, x0_mse = errors.unbind()
         return {"loss": loss, "noise_mse": noise_mse, "x0_mse": x0_mse}
@@ -213,27 +217,6 @@ class DenoisingLoss(torch.nn.Module):
             estimate = to_x0(x_t, pred, level, predict=self.predict).to(x_t.dtype)
         return estimate if chosen is True else torch.where(chosen.to(x_t.device), estimate, nothing)
 
-    @staticmethod
-    def _compared(
-        pred: Tensor,
-        x0: Tensor,
-        noise: AnyNoise,
-        level: Level,
-        columns: LossColumns,
-        weight: Tensor | None,
-        mask: Tensor | Selecting | None,
-        kind: str = "mse",
-        delta: Delta | None = None,
-    ) -> Summed:
-        op = "DenoisingLoss"
-        if mask is None and delta is None:
-            summed = fast_against_target(op, pred, x0, noise, level, columns, weight, "mean", kind)
-            if summed is not None:
-                return summed
-        chosen, how = mask_of(op, pred, mask), reduction_of(op, pred, "mean")
-        loss, _, errors = against_target(op, pred, x0, noise, level, columns, weight, chosen, how, kind, delta)
-        return loss, errors
-
     def extra_repr(self) -> str:
         parts = [f"{self.schedule}, predict={self.predict!r}"]
         if self.weighting is not None:
@@ -249,6 +232,24 @@ class DenoisingLoss(torch.nn.Module):
 
     def _told(self, t: Tensor) -> Tensor:
         return self.schedule._told(t) if isinstance(self.schedule, Schedule) else t
+
+
+def _loss(
+    compared: Compared,
+    columns: LossColumns,
+    weight: Tensor | None,
+    mask: Tensor | Selecting | None,
+    penalty: Penalty = MSE,
+) -> Summed:
+    """The mean over the batch, and the errors of eps and x0 where the columns have them."""
+    op = "DenoisingLoss"
+    if mask is None and penalty.delta is None:
+        summed = fast_against_target(op, compared, columns, weight, "mean", penalty.kind)
+        if summed is not None:
+            return summed
+    chosen, how = mask_of(op, compared.pred, mask), reduction_of(op, compared.pred, "mean")
+    loss, _, errors = against_target(op, compared, columns, weight, chosen, how, penalty)
+    return loss, errors
 
 
 class EDMPreconditioner(torch.nn.Module):

@@ -10,13 +10,14 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from . import checks
 from ._torch import saveable
 from .checks import Array, like
 from .kernels import dispatch, reference
 from .kernels.dispatch import kernels
-from .routing import Route, route
+from .routing import Route, fast_normal, route
 from .torch_noise import TorchNoise
 
 __all__ = ["Noise"]
@@ -283,6 +284,10 @@ class Noise:
         noise.normal(shape).numpy() is the same memory as a numpy array.
         Raises ValueError when `shape` has no batch dimension or `sample` is not (B,).
         """
+        if not is_compiling():
+            made: Tensor | None = fast_normal(self, shape, dtype, device)
+            if made is not None:
+                return made
         return fill("normal", self, checks.shape("normal", shape), dtype, checks.device("normal", device))
 
     def bits(self, shape: Sequence[int], *, below: int | None = None, device: torch.device | str = "cpu") -> Tensor:

@@ -33,6 +33,8 @@ from benchmarks.suite import run, settings
 from benchmarks.traffic import compiled_bytes, moved_bytes
 from dae_fast.__main__ import main as command_line
 
+from .conftest import LONGER
+
 OURS = default_backend(CPU)
 SHAPE = (8, 16)
 BY_NAME = {case.name: case for case in CASES}
@@ -329,6 +331,7 @@ def drawn_results(folder: Path) -> Path:
     return source
 
 
+@LONGER
 def test_pictures_are_the_same_bytes_from_every_process(tmp_path):
     source = drawn_results(tmp_path)
     drawn = pictures.draw_all(source)

@@ -15,6 +15,7 @@ from torch import Tensor
 import dae_fast as df
 from dae_fast.info import build_error
 from dae_fast.kernels import native
+from dae_fast.kernels.spec import Update
 from dae_fast.samplers import DoubleWell, GaussianMixture, langevin
 
 from . import cuda_on_cpu, cuda_sass
@@ -62,12 +63,12 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The steps of each launch of a chain."""
     found: list[int] = []
 
-    def counted(chain: Callable[..., None], steps: int, *args: Any) -> None:
-        found.append(int(args[steps]))
-        chain(*args)
+    def counted(chain: Callable[..., None], x: Tensor, score: Any, update: Update, *rest: Any) -> None:
+        found.append(update.steps)
+        chain(x, score, update, *rest)
 
-    for name, steps in (("chain", 6), ("well_chain", 5)):
-        monkeypatch.setattr(native, name, partial(counted, getattr(native, name), steps))
+    for name in ("chain", "well_chain"):
+        monkeypatch.setattr(native, name, partial(counted, getattr(native, name)))
     return found
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dae_fast as df
+
+from . import cuda_on_cpu
 
 NOISE = df.Noise(8)
 T = torch.tensor([0, 1, 17, 500, 999])
@@ -139,6 +143,29 @@ class TestFourier:
         assert gradient.all()
 
 
+@pytest.mark.parametrize("isa", df.kernels.native.isas())
+def test_accuracy_and_the_same_bits_everywhere(isa: str, cuda_on_cpu_library: Path, restore_isa) -> None:
+    """Against 80-bit arithmetic: of t up to 1e6, of large and of tiny angles."""
+    t = torch.cat((torch.arange(2000), 10 ** (torch.rand(2000, dtype=torch.float64) * 12 - 6)))
+    W = torch.cat((torch.rand(1, 20).double() * 50, df.ops.embedding._kept_frequencies(32, 1e4, 1.0, t.device)), 1)
+    made, reference = torch.empty(4000, 105), torch.empty(4000, 105)
+    df.kernels.reference.embedding(t[:, None], W, True, reference)
+    df.kernels.native.use_isa(isa)
+    df.kernels.native.embedding(t[:, None], W, True, made)
+    u = (t[:, None] * W).numpy().astype(np.longdouble)
+    angle = (u - np.round(u)) * (2 * np.pi + np.longdouble(1.2246467991473532e-16) * 2)
+    for got, bound in ((made, 0.82), (reference, 0.501)):
+        assert np.abs(got[:, :52].numpy() - np.cos(angle)).max() <= bound * 2.0**-24
+        error = np.abs(got[:, 52:104].numpy() - np.sin(angle))
+        assert error.max() <= bound * 2.0**-24
+        assert (error / np.spacing(np.abs(np.sin(angle)).astype(np.float32)))[np.abs(u) < 0.1].max() <= 0.82
+        assert (got[:, 104] == 0).all()
+    on_gpu = torch.empty(4000, 105)
+    with cuda_on_cpu.running(cuda_on_cpu_library):
+        df.kernels.native.embedding(t[:, None], W, True, on_gpu)
+    assert torch.equal(on_gpu, made)
+
+
 def test_compile_and_vmap() -> None:
     def f(t: Tensor) -> Tensor:
         buffer = torch.zeros(5, 40)
@@ -151,6 +178,23 @@ def test_compile_and_vmap() -> None:
     t = torch.rand(3, 4)
     got = torch.vmap(lambda t: df.timestep_embedding(t, 8))(t)
     assert torch.equal(got, torch.stack([df.timestep_embedding(row, 8) for row in t]))
+    ids = torch.arange(3)[:, None]
+    got = torch.vmap(lambda t, i: df.fourier_embedding(t, df.Noise(0, sample=i), 8))(t, ids)
+    assert torch.equal(got, torch.stack([df.fourier_embedding(t[k], df.Noise(0, sample=ids[k]), 8) for k in range(3)]))
+    _, rate = torch.func.jvp(lambda t: df.timestep_embedding(t, 8), (t[0],), (torch.ones(4),))
+    expected = torch.func.vmap(torch.func.jacrev(lambda t: df.timestep_embedding(t[None], 8)[0]))(t[0])
+    torch.testing.assert_close(rate, expected)
+
+
+def test_double_backward() -> None:
+    x = torch.rand(2, 2, dtype=torch.float64, requires_grad=True)
+    W = torch.rand(2, 3, dtype=torch.float64)
+    (g,) = torch.autograd.grad(
+        torch.ops.dae_fast.embedding(x, W, 7, True, "f").double()[:, 1].sum(), x, create_graph=True
+    )
+    (second,) = torch.autograd.grad(g[:, 0].sum(), x)
+    angle = 2 * math.pi * (x @ W)[:, 1]
+    torch.testing.assert_close(second[:, 1], -((2 * math.pi) ** 2) * W[0, 1] * W[1, 1] * angle.cos())
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ example, expect, figures, run = family.example, family.expect, family.figures, f
 NAN = float("nan")
 
 
+@LONGER
 def test_sparse_runs(tmp_path: Path) -> None:
     output = run("sparse", tmp_path, steps=60)
     plain, penalised = figures(output, "sigmoid"), figures(output, "sigmoid, KL")

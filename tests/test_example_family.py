@@ -74,6 +74,7 @@ def test_anomaly_runs(tmp_path: Path) -> None:
     assert 0.8 < pca < 0.9
 
 
+@LONGER
 def test_noise_levels_runs(tmp_path: Path) -> None:
     output = run("noise_levels", tmp_path, steps=20)
     white = 8 * torch.hypot(torch.fft.fftfreq(8)[:, None], torch.fft.fftfreq(8)).mean()

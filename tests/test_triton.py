@@ -209,14 +209,14 @@ def test_affine_layouts(layout: str, mixed: bool) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_sizes_have_no_none(layout: str) -> None:
     """Triton 3.6 compiles none in a tuple: by channels or not is told by the length."""
-    sizes, _ = backend._memory((LAYOUTS[layout](randn(2, 4, 6, 6)),), True)[1]
+    sizes, _ = backend._batch((LAYOUTS[layout](randn(2, 4, 6, 6)),), True).layout
     assert sizes is None or (len(sizes) in (2, 4) and None not in sizes)
 
 
 def unmergeable(seed: int) -> Tensor:
     """(2, 4, 3, 6, 2), no two dimensions of a row one in memory."""
     x = randn(2, 4, 7, 12, 4, seed=seed)[:, :, :6:2, ::2, ::2]
-    assert backend._memory((x,), True)[1] is backend.SCATTERED
+    assert backend._batch((x,), True).layout is backend.SCATTERED
     return x
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from dae_fast.kernels import native as native_module
 from dae_fast.kernels import triton as launcher
+from dae_fast.kernels.spec import Update
 
 from . import cuda_on_cpu, ptx_on_cpu
 from .flat import Flat
@@ -107,13 +108,13 @@ def gaussian_chain(module: Any, x: Tensor) -> Tensor:
     """Five steps of a mean and a precision of each element."""
     out, width = torch.empty_like(x), 4 << max((x.shape[1] - 1) // 4, 0).bit_length()
     means, precisions = torch.linspace(-1, 1, width)[None], torch.linspace(0.5, 2, width)[None]
-    module.chain(x, means, precisions, torch.zeros(1), 0.1, 0.4, 5, NOISE, out)
+    module.chain(x, (means, precisions, torch.zeros(1)), Update(0.1, 0.4, 5), NOISE, out)
     return out
 
 
 def well_chain(module: Any, x: Tensor) -> Tensor:
     out = torch.empty_like(x)
-    module.well_chain(x, -1.2, 0.8, 0.05, 0.3, 5, NOISE, out)
+    module.well_chain(x, (-1.2, 0.8), Update(0.05, 0.3, 5), NOISE, out)
     return out
 
 

@@ -464,23 +464,31 @@ static void corrupt_units(const CorruptArgs& a, int64_t unit_begin, int64_t unit
   });
 }
 
+// Of doubles by themselves: the library's exponential would keep all else from vectors. Floats have their own beside it.
+template <class L, class R>
+static void exponentials_of_halves(const L* log_var, R* out, int64_t n) {
+  if constexpr (sizeof(R) == sizeof(double))
+    for (int64_t i = 0; i < n; ++i) out[i] = exponential(R(0.5) * widen(log_var[i]));
+}
+static inline Growth<float> grown(float log_var, float) { return growth(0.5f * log_var); }
+static inline Growth<double> grown(double log_var, double exponential) { return growth(0.5 * log_var, exponential); }
+
 template <class T>
 static void gaussian_units(const GaussianWork& a, int64_t unit_begin, int64_t unit_end) {
   using R = typename ComputeType<T>::type;
   using L = typename LoopType<T>::type;
   alignas(64) L mus[kSegment], log_vars[kSegment], outs[kSegment];
   alignas(64) R es[kSegment], divergence[kSegment];
-  R* const scales = divergence;  // by themselves: the library's exponential in double would keep all else from vectors
   for_each_unit(a.batch, unit_begin, unit_end, [&](const Unit& unit, int64_t segment) {
     const L* mu = read<T>(a.batch, a.mu, unit, mus);
     const L* log_var = read<T>(a.batch, a.log_var, unit, log_vars);
     const R* eps = read_z<T>(a.batch, a.eps, a.noise, unit, es);
     L* z = target<T>(a.batch, a.z, unit, outs);
     const int64_t n = unit.count();
-    for (int64_t i = 0; i < n; ++i) scales[i] = Gaussian<R>::scale_of(widen(log_var[i]));
+    exponentials_of_halves(log_var, divergence, n);
 #pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) {
-      const Gaussian<R> g(widen(mu[i]), widen(log_var[i]), scales[i]);
+      const Gaussian<R> g(widen(mu[i]), grown(widen(log_var[i]), divergence[i]));
       divergence[i] = g.kl();
       narrow(g.sample(eps[i]), z[i]);
     }
@@ -495,7 +503,7 @@ static void gaussian_grad_units(const GaussianGradArgs& a, int64_t unit_begin, i
   using R = typename ComputeType<T>::type;
   using L = typename LoopType<T>::type;
   alignas(64) L mus[kSegment], log_vars[kSegment], grads[kSegment], outs[kSegment], outs2[kSegment];
-  alignas(64) R es[kSegment], scales[kSegment];
+  alignas(64) R es[kSegment], exponentials[kSegment];
   for_each_unit(a.batch, unit_begin, unit_end, [&](const Unit& unit, int64_t) {
     const L* mu = read<T>(a.batch, a.mu, unit, mus);
     const L* log_var = read<T>(a.batch, a.log_var, unit, log_vars);
@@ -503,13 +511,12 @@ static void gaussian_grad_units(const GaussianGradArgs& a, int64_t unit_begin, i
     const R* eps = read_z<T>(a.batch, a.eps, a.noise, unit, es);
     L* mu_grad = target<T>(a.batch, a.mu_grad, unit, outs);
     L* log_var_grad = target<T>(a.batch, a.log_var_grad, unit, outs2);
+    exponentials_of_halves(log_var, exponentials, unit.count());
     for (int64_t r = 0; r < unit.rows; ++r) {
       const R kl_grad = a.kl_grad ? static_cast<const R*>(a.kl_grad)[unit.row + r] : R(0);
-      for (int64_t i = r * unit.length; i < (r + 1) * unit.length; ++i)
-        scales[i] = Gaussian<R>::scale_of(widen(log_var[i]));
 #pragma GCC ivdep
       for (int64_t i = r * unit.length; i < (r + 1) * unit.length; ++i) {
-        const Gaussian<R> g(widen(mu[i]), widen(log_var[i]), scales[i]);
+        const Gaussian<R> g(widen(mu[i]), grown(widen(log_var[i]), exponentials[i]));
         narrow(g.mu_grad(widen(z_grad[i]), kl_grad), mu_grad[i]);
         narrow(g.log_var_grad(widen(z_grad[i]), kl_grad, eps[i]), log_var_grad[i]);
       }
@@ -599,6 +606,41 @@ static void normal_sum(const NormalSumArgs& a, int64_t unit_begin, int64_t unit_
   });
 }
 
+// A unit is of the pairs (B, D / 2): each gives a sine and a cosine.
+template <class T>
+static void embedding_units(const EmbeddingArgs& a, int64_t unit_begin, int64_t unit_end) {
+  const int64_t D = a.batch.D, half = D / 2;
+  const Batch pairs{a.batch.B, half, 0, nullptr, Dtype::f64};
+  alignas(64) double turns[kSegment];
+  alignas(64) float sines[kSegment], cosines[kSegment];
+  for_each_unit(pairs, unit_begin, unit_end, [&](const Unit& unit, int64_t) {
+    const int64_t n = unit.length;
+    for (int64_t row = unit.row; row < unit.row + unit.rows; ++row) {
+      for (int64_t i = 0; i < n; ++i) turns[i] = 0;
+      for (int64_t k = 0; k < a.K; ++k) {
+        const double x = a.x[row * a.K + k], *W = a.W + k * half + unit.begin;
+        for (int64_t i = 0; i < n; ++i) turns[i] = mul_add(x, W[i], turns[i]);
+      }
+      const Unit of_sine{row, 1, unit.begin + (a.flip ? half : 0), n};
+      const Unit of_cosine{row, 1, unit.begin + (a.flip ? 0 : half), n};
+      float* const sine = target<T>(a.batch, a.out, of_sine, sines);
+      float* const cosine = target<T>(a.batch, a.out, of_cosine, cosines);
+#pragma GCC ivdep
+      for (int64_t i = 0; i < n; ++i) {
+        sincos_2pi(turns[i], sine[i], cosine[i]);
+      }
+      write<T>(a.batch, a.out, of_sine, sine);
+      write<T>(a.batch, a.out, of_cosine, cosine);
+      if (D % 2 && unit.begin + n == half) {
+        const Unit last{row, 1, D - 1, 1};
+        float zero, *const at = target<T>(a.batch, a.out, last, &zero);
+        *at = 0;
+        write<T>(a.batch, a.out, last, at);
+      }
+    }
+  });
+}
+
 // One switch over the element types for every kernel.
 #define DAE_BY_DTYPE(name, Args)                                                \
   static void name(const Args& a, int64_t unit_begin, int64_t unit_end) {       \
@@ -615,12 +657,14 @@ DAE_BY_DTYPE(row_dots, RowDotsWork)
 DAE_BY_DTYPE(corrupt, CorruptArgs)
 DAE_BY_DTYPE(gaussian, GaussianWork)
 DAE_BY_DTYPE(gaussian_grad, GaussianGradArgs)
+DAE_BY_DTYPE(embedding, EmbeddingArgs)
 #undef DAE_BY_DTYPE
 
 }  // namespace DAE_ISA
 
 const Kernels DAE_JOIN(kernels_, DAE_ISA) = {DAE_ISA::affine, DAE_ISA::residual, DAE_ISA::row_dots,
                                              DAE_ISA::mask_count, DAE_ISA::corrupt, DAE_ISA::gaussian,
-                                             DAE_ISA::gaussian_grad, DAE_ISA::bits, DAE_ISA::chain, DAE_ISA::normal_sum};
+                                             DAE_ISA::gaussian_grad, DAE_ISA::bits, DAE_ISA::chain, DAE_ISA::normal_sum,
+                                             DAE_ISA::embedding};
 
 }  // namespace dae::cpu

@@ -12,8 +12,10 @@ namespace dae::cpu {
 
 namespace {
 
-// Of one core, for each element in cache: the map, the residual with its sum and gradient, a normal, a map with an exponential.
-constexpr double kNsMap = 0.12, kNsResidual = 0.22, kNsNormal = 0.7, kNsExponential = 0.5;
+// Of one core, for each element in cache: the map, the residual with its sum and gradient, a normal, a map with an exponential;
+// a sine with its cosine, in double.
+constexpr double kNsMap = 0.12, kNsResidual = 0.22, kNsNormal = 0.7, kNsExponential = 0.5,
+                 kNsSinCos = 2;
 
 template <class Args>
 void launch(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, double ns_per_element) {
@@ -195,6 +197,14 @@ const char* normal_sum(const NormalSumArgs& a, Queue) {
   return nullptr;
 }
 
+const char* embedding(const EmbeddingArgs& a, Queue) {
+  const int64_t half = a.batch.D / 2;
+  const double work = static_cast<double>(a.batch.B * half) * (kNsSinCos + kNsMap * static_cast<double>(a.K));
+  parallel_for(Cut(a.batch.B, half).units, work,
+               [&](int64_t begin, int64_t end) { isa().kernels->embedding(a, begin, end); });
+  return nullptr;
+}
+
 const char* devices(int* count) {
   *count = 1;
   return nullptr;
@@ -204,6 +214,6 @@ const char* devices(int* count) {
 
 const Api kApi = {affine,        residual, row_dots,    mask_count, corrupt, gaussian,
                   gaussian_grad, bits,     fold_in_key, devices,    nullptr, chain,
-                  normal_sum};
+                  normal_sum,    embedding};
 
 }  // namespace dae::cpu

@@ -48,6 +48,7 @@ struct Kernels {
   void (*bits)(const BitsArgs&, int64_t unit_begin, int64_t unit_end);
   void (*chain)(const ChainArgs&, int64_t unit_begin, int64_t unit_end);
   void (*normal_sum)(const NormalSumArgs&, int64_t unit_begin, int64_t unit_end);
+  void (*embedding)(const EmbeddingArgs&, int64_t unit_begin, int64_t unit_end);  // of pairs
 };
 
 // One table per instruction set; nullptr where this build has none.

@@ -82,6 +82,32 @@ __global__ void fold_in_kernel(const __grid_constant__ Noise noise, uint64_t dat
   *out = fold_in(noise.key_at ? *noise.key_at : noise.key, data_at ? *data_at : data);
 }
 
+__device__ __forceinline__ void store_as(Dtype dtype, void* data, int64_t at, float v) {
+  switch (dtype) {
+    case Dtype::f32: static_cast<float*>(data)[at] = v; break;
+    case Dtype::f64: static_cast<double*>(data)[at] = v; break;
+    case Dtype::bf16: static_cast<__nv_bfloat16*>(data)[at] = __nv_bfloat16(v); break;
+    case Dtype::f16: static_cast<__half*>(data)[at] = __half(v); break;
+  }
+}
+
+// A thread has one pair.
+__global__ void __launch_bounds__(kThreads)
+    embedding_kernel(const __grid_constant__ EmbeddingArgs a, int64_t row_stride, int64_t stride) {
+  const int64_t half = a.batch.D / 2, pair = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (pair >= a.batch.B * half) return;
+  const int64_t row = pair / half, i = pair - row * half;
+  double u = 0;
+  float sine, cosine;
+#pragma unroll 1
+  for (int64_t k = 0; k < a.K; ++k) u = mul_add(a.x[row * a.K + k], a.W[k * half + i], u);
+  sincos_2pi(u, sine, cosine);
+  const int64_t at = row * row_stride + i * stride, apart = half * stride;
+  store_as(a.batch.dtype, a.out.data, at, a.flip ? cosine : sine);
+  store_as(a.batch.dtype, a.out.data, at + apart, a.flip ? sine : cosine);
+  if (a.batch.D % 2 && i == 0) store_as(a.batch.dtype, a.out.data, at + 2 * apart, 0);
+}
+
 namespace {
 
 Launch make_launch(const Queue& queue) {
@@ -148,6 +174,14 @@ const char* fold_in_key(const Noise& noise, uint64_t data, const uint64_t* data_
   return launch(static_cast<cudaStream_t>(queue.stream), 1, 1, fold_in_kernel, noise, data, data_at, out);
 }
 
+const char* embedding(const EmbeddingArgs& a, Queue queue) {
+  const int64_t pairs = a.batch.B * (a.batch.D / 2);
+  if (!pairs) return nullptr;
+  const int64_t row_stride = a.out.strides ? a.out.strides[0] : a.batch.D, stride = a.out.strides ? a.out.strides[1] : 1;
+  return launch(static_cast<cudaStream_t>(queue.stream), (pairs + kThreads - 1) / kThreads, kThreads, embedding_kernel, a,
+                row_stride, stride);
+}
+
 const char* devices(int* count) {
   cudaError_t error = cudaGetDeviceCount(count);
   cudaFuncAttributes any;
@@ -168,7 +202,7 @@ constexpr bool kOnHost = true;
 
 constexpr Api kApi = {affine,        residual, row_dots,    mask_count, corrupt,       gaussian,
                       gaussian_grad, bits,     fold_in_key, devices,    current_device, chain,
-                      normal_sum,    kOnHost};
+                      normal_sum,    embedding, kOnHost};
 
 }  // namespace
 

@@ -25,6 +25,7 @@ from .spec import (
     Loss,
     Map,
     Residual,
+    Update,
     Wanted,
     compute_dtype,
     constant_rows,
@@ -52,6 +53,7 @@ isas = _core.isas
 use_isa = _core.use_isa
 max_threads = _core.max_threads
 philox4x32_10 = _core.philox4x32_10
+fast_normal = _core.fast_normal
 all_within = _core.all_within
 is_one = _core.is_one
 use_fast = _core.use_fast
@@ -116,8 +118,8 @@ def _rows(x: Tensor) -> tuple[int, int]:
 
 def _dense(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Copies where strides are more than a GPU's kernels walk: 8 dimensions and 2^31 elements to a row."""
-    first = next((t for t in tensors if t is not None), None)
-    if first is None or (first.dim() <= 9 and _rows(first)[1] < 2**31):
+    first = tensors[0]
+    if first is None or (first.dim() <= 9 and (first.numel() < 2**31 or _rows(first)[1] < 2**31)):
         return tensors
     return tuple(None if t is None else t.contiguous() for t in tensors)
 
@@ -161,7 +163,7 @@ def affine(
         return (out.copy_(affine(spec, inputs, noise, rows, bounds)[0]),)
     table, index = rows.dense(spec.op, compute_dtype(out.dtype))
     out2 = torch.empty_like(out) if spec.outputs == 2 else None
-    bad = _core.affine(spec.core, (x, *others), last, False, table, index, bounds, out, out2)
+    bad = _core.affine(spec.core, (x, *others), last, False, (table, index), bounds, (out, out2))
     if bad >= 0 and index is not None:
         raise_bad_level(spec.op, table, index, bad)
     return (out,) if out2 is None else (out, out2)
@@ -176,24 +178,23 @@ def residual(spec: Loss, operands: Residual, rows: Coefficients, wanted: Wanted)
     in_memory = mask if isinstance(mask, Tensor) else None
     drawn: tuple[Any, Any, bool] = (None, None, False) if mask is None or in_memory is not None else tuple(mask)
     pred, y, z, in_memory = _dense(pred, y, z, in_memory)
-    compute, device = compute_dtype(pred.dtype), pred.device
+    of_mask = (*drawn, in_memory)
+    compute = compute_dtype(pred.dtype)
     table, index = rows.dense(spec.op, compute)
     again = wanted.upstream is not None  # for a gradient alone
-    means = None if again else torch.empty(pred.shape[0], dtype=compute, device=device)
-    loss = torch.empty((), dtype=compute, device=device) if wanted.loss and not again else None
+    means = None if again else pred.new_empty(pred.shape[0], dtype=compute)
+    loss = pred.new_empty((), dtype=compute) if wanted.loss and not again else None
     grad = torch.empty_like(pred) if wanted.grad and wanted.made is None else wanted.made
-    sums, counter = room = _scratch(pred, 1)
+    room = _scratch(pred, 1)
     kept, weight = None, wanted.weight
     if mask is not None and not (in_memory is not None and in_memory.is_floating_point()):
-        kept = torch.empty(pred.shape[0], dtype=torch.float64, device=device)
+        kept = pred.new_empty(pred.shape[0], dtype=torch.float64)
         upstream = None if wanted.made is None else wanted.upstream  # 1: what was made stands, and no counts are needed
-        _core.mask_count(pred if in_memory is None else in_memory, *drawn, upstream, kept, sums, counter)
+        _core.mask_count(pred if in_memory is None else in_memory, of_mask, upstream, kept, room)
     if weight is not None:
         weight = (weight if weight.dtype in (torch.float32, torch.float64) else weight.float()).contiguous()
-    factors, results = (kept, weight, wanted.upstream), (means, loss, wanted.also, grad)
-    bad = _core.residual(
-        spec.core, (pred, y, z, noise), table, index, drawn, in_memory, factors, wanted.made is not None, results, room
-    )
+    factors, results = (kept, weight, wanted.upstream, wanted.made is not None), (means, loss, wanted.also, grad)
+    bad = _core.residual(spec.core, (pred, y, z, noise), (table, index), of_mask, factors, results, room)
     if bad >= 0 and index is not None:
         raise_bad_level(spec.op, table, index, bad)
     return Found(means, loss, grad)
@@ -216,8 +217,8 @@ def gaussian(mu: Tensor, log_var: Tensor, eps: Tensor | None, noise: Noise | Non
     """As reference.gaussian, in one pass."""
     mu, log_var, eps = _dense(mu, log_var, eps)
     z = torch.empty_like(mu)
-    kl = torch.empty(mu.shape[0], dtype=compute_dtype(mu.dtype), device=mu.device)
-    _core.gaussian(mu, log_var, eps, noise, z, kl, *_scratch(mu, 1))
+    kl = mu.new_empty(mu.shape[0], dtype=compute_dtype(mu.dtype))
+    _core.gaussian(mu, log_var, eps, noise, z, kl, _scratch(mu, 1))
     return z, kl
 
 
@@ -233,34 +234,22 @@ def gaussian_grad(
     mu, log_var, eps, z_grad = _dense(mu, log_var, eps, z_grad)
     mu_grad, log_var_grad = torch.empty_like(mu), torch.empty_like(log_var)
     kl_grad = None if kl_grad is None else kl_grad.contiguous()
-    _core.gaussian_grad(mu, log_var, eps, noise, z_grad, kl_grad, mu_grad, log_var_grad)
+    _core.gaussian_grad(mu, log_var, eps, noise, z_grad, kl_grad, (mu_grad, log_var_grad))
     return mu_grad, log_var_grad
 
 
-def chain(
-    x: Tensor,
-    means: Tensor,
-    precisions: Tensor,
-    log_weights: Tensor,
-    step: float,
-    spread: float,
-    steps: int,
-    noise: Noise,
-    out: Tensor,
-) -> None:
-    """x + step*score + spread*eps, `steps` times, into out; step k has the noise of noise.fold_in(k).
+def chain(x: Tensor, score: tuple[Tensor, Tensor, Tensor], update: Update, noise: Noise, out: Tensor) -> None:
+    """`update.steps` updates of x into out; step k has the noise of noise.fold_in(k).
 
     x, out: (B, D) fp32, contiguous, D at most 128. The score is a mixture's: means and precisions (K, W), W the first
     of 4, 8, 16, ... that D fits into, filled up with zeros; log_weights (K,).
     """
-    _core.chain(x, means, precisions, log_weights, step, spread, steps, noise, out)
+    _core.chain(x, score, update, noise, out)
 
 
-def well_chain(
-    x: Tensor, slope: float, square: float, step: float, spread: float, steps: int, noise: Noise, out: Tensor
-) -> None:
-    """The same of a double well in each element, whose score is slope * x * (x^2 - square)."""
-    _core.well_chain(x, slope, square, step, spread, steps, noise, out)
+def well_chain(x: Tensor, score: tuple[float, float], update: Update, noise: Noise, out: Tensor) -> None:
+    """The same of a double well in each element, whose score is slope * x * (x^2 - square): (slope, square)."""
+    _core.well_chain(x, score, update, noise, out)
 
 
 def normal_sum(noise: Noise, nodes: list[int], weights: list[float], out: Tensor) -> None:
@@ -271,11 +260,16 @@ def normal_sum(noise: Noise, nodes: list[int], weights: list[float], out: Tensor
     _core.normal_sum(noise, nodes, weights, out)
 
 
+def embedding(x: Tensor, W: Tensor, flip: bool, out: Tensor) -> None:
+    """As reference.embedding, in one pass."""
+    _core.embedding(x.contiguous(), W.contiguous(), flip, out)
+
+
 def row_dots(g: Tensor, inputs: Inputs, noise: Noise | None) -> Tensor:
     """(B, 3) fp64: the sums over each row of g*x, g*y and g*z."""
     g, x, y, z = _dense(g, *inputs[:3])
-    out = torch.empty(g.shape[0], 3, dtype=torch.float64, device=g.device)
-    _core.row_dots(g, x, y, z, noise, out, *_scratch(g, 3))
+    out = g.new_empty((g.shape[0], 3), dtype=torch.float64)
+    _core.row_dots(g, x, y, z, noise, out, _scratch(g, 3))
     return out
 
 
@@ -294,7 +288,7 @@ def normal(noise: Noise, shape: tuple[int, int], dtype: torch.dtype, device: tor
     """(B, D) normals; with fold=False every row is the raw stream of the key."""
     out = torch.empty(shape, dtype=dtype, device=device)
     one = constant_rows("normal", (1.0,), compute_dtype(dtype)).table
-    _core.affine(_NORMAL.core, (None,) * 4, noise, not fold, one, None, None, out, None)
+    _core.affine(_NORMAL.core, (None,) * 4, noise, not fold, (one, None), None, (out, None))
     return out
 
 

@@ -289,6 +289,39 @@ def slope(r: Tensor, kind: Kind, delta: Tensor | None) -> Tensor:
     return 2 * delta * (bent / torch.sqrt(bent * bent + delta * delta))
 
 
+def turns(x: Tensor, W: Tensor) -> Tensor:
+    """(B, F) x W without whole turns. Not a product of matrices, which torch may run in tf32 or bf16."""
+    u = (x[:, :, None] * W).sum(1)
+    return u - u.detach().round()
+
+
+def waves(x: Tensor, W: Tensor, D: int, flip: bool) -> Tensor:
+    """(B, D) fp32: sines and cosines of 2 pi x W side by side; 0 last where D is odd. x (B, K), W (K, D // 2) fp64."""
+    angle = turns(x, W) * (2 * math.pi)
+    parts = [angle.sin().float(), angle.cos().float()]
+    if flip:
+        parts.reverse()
+    if D % 2:
+        parts.append(parts[0].new_zeros(angle.shape[0], 1))
+    return torch.cat(parts, 1)
+
+
+def waves_gradient(g: Tensor, x: Tensor, W: Tensor, flip: bool) -> Tensor:
+    """Of x, from the gradient of its waves."""
+    angle = turns(x, W) * (2 * math.pi)
+    of_sine, of_cosine = g.double().split((W.shape[1], g.shape[1] - W.shape[1]), 1)
+    of_cosine = of_cosine[:, : W.shape[1]]
+    if flip:
+        of_sine, of_cosine = of_cosine, of_sine
+    of_angle = of_sine * angle.cos() - of_cosine * angle.sin()
+    return (2 * math.pi) * (of_angle[:, None] * W).sum(2)
+
+
+def embedding(x: Tensor, W: Tensor, flip: bool, out: Tensor) -> None:
+    """Waves of x, (B, K) or (B,), into out, (B, D) of any floating dtype and strides, which gets the fp32 values."""
+    out.copy_(waves(x if x.dim() == 2 else x[:, None], W, out.shape[1], flip))
+
+
 def corrupt(x: Tensor, noise: Noise, thresholds: Tensor, values: Bounds) -> Tensor:
     """x with `low` where its word is below thresholds[b, 0], `high` where it is below thresholds[b, 1]."""
     B, (low, high) = x.shape[0], values

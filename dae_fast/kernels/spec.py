@@ -144,11 +144,12 @@ class Map:
     all_columns: both, as map_of takes them
     inner: where y is a clamped estimate, the columns of x, y and w in it
     slots: of the inputs in the order in which an op has them
+    reads: whether an output or the estimate reads x, y, z and w
     given_by_slot: the map of the same columns whose inputs are x, y, z, w and the noise
     core: the same, parsed by the native core
     """
 
-    __slots__ = ("all_columns", "columns", "core", "fifth", "given_by_slot", "inner", "op", "outputs", "slots")
+    __slots__ = ("all_columns", "columns", "core", "fifth", "given_by_slot", "inner", "op", "outputs", "reads", "slots")
 
     def __init__(
         self, op: str, columns: tuple[int, ...], inner: tuple[int, ...] | None, slots: tuple[int, ...]
@@ -156,6 +157,8 @@ class Map:
         self.op, self.all_columns, self.inner, self.slots = op, columns, inner, slots
         self.outputs = len(columns) // 4
         self.columns, self.fifth = columns[: 4 * self.outputs], columns[4 * self.outputs :]
+        inside = (ABSENT,) * 4 if inner is None else (inner[0], inner[1], ABSENT, inner[2])
+        self.reads = tuple(inside[k] != ABSENT or any(c != ABSENT for c in self.columns[k::4]) for k in range(4))
         self.given_by_slot: Map = self if slots == ALL_SLOTS else map_of(op, columns, inner)
         self.core: Any = (
             None if make_core_map is None or is_dynamo_compiling() else make_core_map(op, columns, inner, slots, self)
@@ -164,13 +167,6 @@ class Map:
     @property
     def blends(self) -> bool:
         return self.columns[1] == BLEND
-
-    def reads(self, slot: int) -> bool:
-        """Whether an output or the estimate reads x, y, z, w or a fifth stream."""
-        if slot == NOISE:
-            return any(c != ABSENT for c in self.fifth)
-        inside = self.inner is not None and slot != Z and self.inner[2 if slot == W else slot] != ABSENT
-        return inside or any(c != ABSENT for c in self.columns[slot::4])
 
     def columns_of(self, output: int) -> tuple[int, ...]:
         """Of c0, c1, c2, c3, c4."""
@@ -265,6 +261,14 @@ class Found(NamedTuple):
     grad: Tensor | None
 
 
+class Update(NamedTuple):
+    """Of a chain: x + step * score + spread * eps, `steps` times."""
+
+    step: float
+    spread: float
+    steps: int
+
+
 class Backend(Protocol):
     """What every backend can do, for checked tensors of one shape, dtype and device."""
 
@@ -305,6 +309,8 @@ class Backend(Protocol):
     def words(
         self, noise: Noise, shape: tuple[int, int], device: torch.device, fold: bool = True, below: int = 2**32
     ) -> Tensor: ...
+
+    def embedding(self, x: Tensor, W: Tensor, flip: bool, out: Tensor) -> None: ...
 
     def fold_in_tensor(self, noise: Noise, data: Tensor | int) -> Tensor: ...
 

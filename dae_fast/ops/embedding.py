@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import checks
+from .._torch import outside_modes
 from ..checks import DTYPES, Array
 from ..coefficients import changing
+from ..kernels import reference
+from ..kernels.dispatch import kernels
 from ..noise import Noise
-from ..routing import beside, wants_grad
+from ..primitives.memory import overlaps_itself, partly_overlap
+from ..primitives.sums import written
+from ..routing import Route, on_mesh, route, wants_grad
 
 __all__ = ["fourier_embedding", "timestep_embedding"]
 
@@ -34,7 +40,7 @@ def timestep_embedding(
     out: (B, dim) of any floating dtype and strides, which gets the fp32 values: the columns beside the noised input,
             say, so that nothing is concatenated (add_noise has an out too)
     returns: (B, dim) fp32, or out
-    The angles are worked out in float64 and their sines rounded once. Gradient: of a floating t, without out.
+    The angles and their sines are worked out in float64 and rounded once. Gradient: of a floating t, without out.
     Raises ValueError on a shape mismatch or a gradient with out. Vaswani et al. 2017, section 3.5; Ho et al. 2020,
     appendix B.
     """
@@ -50,11 +56,26 @@ def timestep_embedding(
     checks.flag(op, "flip", flip)
     if half < 1 or half <= freq_shift:
         raise ValueError(f"{op}: dim // 2 must be at least 1 and above freq_shift ({freq_shift}), got dim = {dim}")
-    i = torch.arange(half, dtype=torch.float64, device=t.device)
-    period: Any = changing(max_period, t)
+    way = route(op, t, out)
+    if way is Route.DIRECT:
+        W = _kept_frequencies(half, max_period, freq_shift, t.device)
+    else:
+        W = _frequencies(half, max_period, freq_shift, t)
+    return _waves(op, way, t, W, dim, flip, out)
+
+
+def _frequencies(half: int, max_period: float, freq_shift: float, like: Tensor) -> Tensor:
+    """(1, half) fp64, in turns."""
+    i = torch.arange(half, dtype=torch.float64, device=like.device)
+    period: Any = changing(max_period, like)
     log = period.log() if isinstance(period, Tensor) else math.log(period)
-    frequencies = torch.exp(i * (-log / (half - freq_shift)))
-    return _waves(op, t.double()[:, None] * beside(frequencies, t), dim, flip, out, t)
+    return torch.exp(i * (-log / (half - freq_shift)))[None] / (2 * math.pi)
+
+
+@lru_cache(maxsize=64)
+def _kept_frequencies(half: int, max_period: float, freq_shift: float, device: torch.device) -> Tensor:
+    with outside_modes():
+        return _frequencies(half, max_period, freq_shift, torch.empty(0, device=device))
 
 
 def fourier_embedding(
@@ -78,34 +99,45 @@ def fourier_embedding(
     checks.flag(op, "flip", flip)
     if dim < 2 or dim % 2:
         raise ValueError(f"{op}: dim must be even and at least 2, got {dim}")
-    columns = x.double() if x.dim() == 2 else x.double()[:, None]
-    noise._check(op, columns.shape[1], x.device)
-    W = noise.normal((columns.shape[1], dim // 2), dtype=torch.float64, device=x.device)
-    # Not a product of matrices, which torch may run in tf32 or bf16.
-    angle = (columns[:, :, None] * beside(W, x)).sum(1) * (2 * math.pi * scale)
-    return _waves(op, angle, dim, flip, out, x)
+    K = x.shape[1] if x.dim() == 2 else 1
+    noise._check(op, K, x.device)
+    W = noise.normal((K, dim // 2), dtype=torch.float64, device=x.device)
+    return _waves(op, route(op, x, W, out), x, W if scale == 1 else W * scale, dim, flip, out)
 
 
-def _waves(op: str, angle: Tensor, dim: int, flip: bool, out: Tensor | None, of: Tensor) -> Tensor:
-    """Sines and cosines of the angles (B, dim // 2) side by side, in out or in fp32; `of` is what they are made of."""
-    parts = [angle.sin().float(), angle.cos().float()]
-    if flip:
-        parts.reverse()
-    if dim % 2:
-        parts.append(parts[0].new_zeros(angle.shape[0], 1))
-    if out is None:
-        return torch.cat(parts, 1)
-    shape = (angle.shape[0], dim)
+def _waves(op: str, way: Route, x: Tensor, W: Tensor, D: int, flip: bool, out: Tensor | None) -> Tensor:
+    """Sines and cosines of 2 pi x W, in out or in fp32. x (B,) or (B, K), W (K, D // 2) fp64."""
+    shape = (x.shape[0], D)
+    if out is not None:
+        _check_out(op, out, shape, x)
+    if (mesh := on_mesh(x)) is not None:
+        made = mesh.of_samples(lambda part: _waves(op, route(op, part), part, W, D, flip, None), op, x, shape)
+        return made if out is None else out.copy_(made)
+    columns = x.double()
+    if way is Route.DIRECT and not wants_grad(x):
+        if out is None:
+            made = torch.empty(shape, dtype=torch.float32, device=x.device)
+            kernels(x, op).embedding(columns, W, flip, made)
+            return made
+        if overlaps_itself(out):
+            raise ValueError(f"{op}: out has several elements in one place of memory (an expanded tensor?)")
+        kernels(x, op).embedding(columns.clone() if partly_overlap(out, columns) else columns, W, flip, out)
+        written(out)
+        return out
+    columns = columns if x.dim() == 2 else columns[:, None]
+    if way is Route.REFERENCE:
+        made = reference.waves(columns, W, D, flip)
+    else:
+        made = torch.ops.dae_fast.embedding(columns, W, D, flip, op)
+    return made if out is None else out.copy_(made)
+
+
+def _check_out(op: str, out: Tensor, shape: tuple[int, int], x: Tensor) -> None:
     if not isinstance(out, Tensor) or out.dtype not in DTYPES:
         raise TypeError(f"{op}: out must be a floating tensor, got {getattr(out, 'dtype', type(out).__name__)}")
-    if out.shape != shape or out.device != of.device:
+    if out.shape != shape or out.device != x.device:
         raise ValueError(
-            f"{op}: out must have shape {shape} and be on {of.device}, got {tuple(out.shape)} on {out.device}"
+            f"{op}: out must have shape {shape} and be on {x.device}, got {tuple(out.shape)} on {out.device}"
         )
-    if wants_grad(of, out):
+    if wants_grad(x, out):
         raise ValueError(f"{op}: out= has no gradient; call it under torch.no_grad() or without out")
-    first = 0
-    for part in parts:
-        out[:, first : first + part.shape[1]] = part
-        first += part.shape[1]
-    return out

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal, Protocol, overload
+from typing import Any, Literal, NamedTuple, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -56,6 +56,25 @@ def _either(noise: Any) -> tuple[Any, Noise | None]:
 
 def _is_sum(normalise: Any) -> bool:
     return type(normalise) is str and normalise == "sum"
+
+
+class Compared(NamedTuple):
+    """A prediction, and what its target is made of."""
+
+    pred: Tensor
+    x0: Tensor
+    noise: AnyNoise | None
+    level: Level | None
+
+
+class Penalty(NamedTuple):
+    """rho by its name, and the delta of a Huber kind, as a caller gives it."""
+
+    kind: str = "mse"
+    delta: Delta | None = None
+
+
+MSE = Penalty()
 
 
 class Selecting(Protocol):
@@ -238,7 +257,7 @@ def denoising_loss(
     alone = log_variance is None and delta is None and return_per_sample is False and _is_sum(normalise)
     if mask is None and alone and not is_compiling():
         known = _fast_loss(op, predict, weighting, _name(kind), _name(reduction))
-        done = None if known is None else _run_plain(known, pred, x0, noise, level, w)
+        done = None if known is None else _run_plain(known, Compared(pred, x0, noise, level), w)
         if done is not None:
             return done[0]
     columns = LossColumns(predict, weighting)
@@ -252,7 +271,8 @@ def denoising_loss(
     if log_variance is not None:
         u = _log_variance(op, log_variance, pred)
         w = product(w, torch.exp(-u))
-    loss, per_sample, _ = against_target(op, pred, x0, noise, level, columns, w, chosen, how, kind, delta)
+    compared = Compared(pred, x0, noise, level)
+    loss, per_sample, _ = against_target(op, compared, columns, w, chosen, how, Penalty(kind, delta))
     if u is not None:
         u = beside(u, loss)
         if reduction == "mean":
@@ -359,26 +379,17 @@ def _name(argument: Any) -> str:
 
 
 def fast_against_target(
-    op: str,
-    pred: Tensor,
-    x0: Tensor,
-    noise: AnyNoise | None,
-    level: Level | None,
-    columns: LossColumns,
-    weight: Tensor | None,
-    reduction: str,
-    kind: str = "mse",
+    op: str, compared: Compared, columns: LossColumns, weight: Tensor | None, reduction: str, kind: str = "mse"
 ) -> Summed | None:
     """against_target of a plain call; None where that has to look."""
     if is_compiling():
         return None
     known = _plain(op, columns, _name(kind), _name(reduction))
-    return None if known is None else _run_plain(known, pred, x0, noise, level, weight)
+    return None if known is None else _run_plain(known, compared, weight)
 
 
-def _run_plain(
-    known: _Plain, pred: Tensor, x0: Tensor, noise: AnyNoise | None, level: Level | None, weight: Tensor | None
-) -> Summed | None:
+def _run_plain(known: _Plain, compared: Compared, weight: Tensor | None) -> Summed | None:
+    pred, x0, noise, level = compared
     generated = z = None
     if type(noise) is Noise:
         generated = noise
@@ -405,19 +416,15 @@ def _run_plain(
 
 def against_target(
     op: str,
-    pred: Tensor,
-    x0: Tensor,
-    noise: AnyNoise | None,
-    level: Level | None,
+    compared: Compared,
     columns: LossColumns,
     weight: Tensor | None,
     mask: Mask,
     reduction: Reduction,
-    kind: str = "mse",
-    delta: Delta | None = None,
+    penalty: Penalty,
 ) -> Weighed:
-    """As loss_of_rows: pred against p0*x0 + p1*noise. All but noise, kind and delta is checked."""
-    predict = columns.predict
+    """As loss_of_rows: pred against p0*x0 + p1*noise. All but noise and the penalty is checked."""
+    (pred, x0, noise, level), predict = compared, columns.predict
     y = None if predict in ("eps", "score") else x0
     z = generated = None
     if noise is not None:
@@ -436,7 +443,7 @@ def against_target(
             generated = None
     elif generated is not None and of_eps != 1:
         columns = replace(columns, of_eps=of_eps)
-    known, delta_at = _penalty(op, pred, level, kind, delta)
+    known, delta_at = _penalty(op, pred, level, penalty)
     rows = _rows(op, pred, level, columns, delta_at)
     own = 1 if level is None else level._dims()
     dims = max(own, leading(weight))
@@ -480,10 +487,9 @@ def _for_each(rows: Coefficients, times: int) -> Coefficients:
     return rows if table is None or table.shape[0] == 1 else Coefficients(table.repeat_interleave(times, 0), None)
 
 
-def _penalty(
-    op: str, pred: Tensor, level: Level | None, kind: str, delta: Delta | None
-) -> tuple[Kind, float | Tensor | None]:
+def _penalty(op: str, pred: Tensor, level: Level | None, penalty: Penalty) -> tuple[Kind, float | Tensor | None]:
     """rho, and its delta: a float, or of the levels."""
+    kind, delta = penalty
     known = kind_of(op, kind, delta)
     if delta is None:
         return known, None

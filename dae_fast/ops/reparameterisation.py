@@ -116,15 +116,15 @@ def _flat(noise: Noise | None) -> FlatNoise:
 def gradients(
     op: str,
     needs: Sequence[bool],
-    z_grad: Tensor | None,
-    kl_grad: Tensor | None,
+    grads: tuple[Tensor | None, Tensor | None],
     mu: Tensor,
     log_var: Tensor,
     eps: Tensor | None,
     noise: Noise | None,
 ) -> list[Tensor | None]:
-    """Of mu, log_var and eps; `needs` says which."""
+    """Of mu, log_var and eps, from those of z and kl; `needs` says which."""
     found: list[Tensor | None] = [None] * 3
+    z_grad, kl_grad = grads
     if z_grad is None and kl_grad is None:
         return found
     way = route(op, mu, log_var, eps, z_grad, kl_grad)
@@ -167,4 +167,4 @@ class _Gaussian(DirectFunction):
     @batchable
     def backward(ctx: Any, z_grad: Tensor | None, kl_grad: Tensor | None) -> Any:
         (mu, log_var, eps, *_), (noise, op) = ctx.saved_tensors, ctx.rest
-        return *gradients(op, ctx.needs_input_grad, z_grad, kl_grad, mu, log_var, eps, noise), None, None
+        return *gradients(op, ctx.needs_input_grad, (z_grad, kl_grad), mu, log_var, eps, noise), None, None

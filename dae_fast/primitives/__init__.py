@@ -46,7 +46,7 @@ from .masks import Drawn, Mask
 from .memory import check_out
 from .residuals import Weighed
 from .residuals import residual_loss as residual
-from .sums import affine, affine_into, written
+from .sums import affine_into, general_affine, written
 
 __all__ = ["LevelOp", "clamped", "residual_loss", "weighted_sum"]
 
@@ -221,8 +221,8 @@ class LevelOp(Generic[Made]):
                     written(out)
                 return done
         level_for(self.name, level)
-        x, given = checked(self.name, self.inputs, given)
-        spec = self._plans[next((k for k, value in enumerate(given, 1) if isinstance(value, Noise)), 0)]
+        x, given, noise = checked(self.name, self.inputs, given)
+        spec = self._plans[noise + 1]
         if spec is None:
             raise ValueError(f"{self.name}: at most five inputs fit one launch, got {len(given)}")
 
@@ -242,14 +242,14 @@ def _probe(name: str, part: Callable[[Any, Any], dict[str, Any]]) -> dict[str, A
     return made
 
 
-def checked(op: str, names: Sequence[str], given: Sequence[Any]) -> tuple[Tensor, tuple[Any, ...]]:
-    """The first tensor, and all inputs: tensors promoted to one dtype, and Noises, fit for its batch."""
+def checked(op: str, names: Sequence[str], given: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...], int]:
+    """The first tensor; all inputs, tensors promoted to one dtype and a Noise fit for its batch; its place, or -1."""
     first: Tensor | None = None
-    first_name = ""
-    for name, value in zip(names, given, strict=True):
+    first_name, noise, drawn = "", -1, 0
+    for k, (name, value) in enumerate(zip(names, given, strict=True)):
         if isinstance(value, Noise):
-            continue
-        if first is None:
+            noise, drawn = k, drawn + 1
+        elif first is None:
             samples(op, name, value)
             first, first_name = value, name
         elif not isinstance(value, Tensor) and "noise" in name:
@@ -258,14 +258,14 @@ def checked(op: str, names: Sequence[str], given: Sequence[Any]) -> tuple[Tensor
             like(op, name, value, first_name, first)
     if first is None:
         raise TypeError(f"{op}: needs a tensor besides the noise, whose shape the result has")
-    drawn = [value for value in given if isinstance(value, Noise)]
-    if len(drawn) > 1:
-        raise ValueError(f"{op}: takes one Noise, got {len(drawn)}; give the others as tensors, noise.normal(x.shape)")
-    for value in drawn:
-        value._check(op, first.shape[0], first.device)
-    promoted = iter(promote(*(value for value in given if not isinstance(value, Noise))))
-    given = tuple(value if isinstance(value, Noise) else next(promoted) for value in given)
-    return next(value for value in given if not isinstance(value, Noise)), given
+    if drawn > 1:
+        raise ValueError(f"{op}: takes one Noise, got {drawn}; give the others as tensors, noise.normal(x.shape)")
+    if noise < 0:
+        given = promote(*given)
+        return given[0], given, noise
+    given[noise]._check(op, first.shape[0], first.device)
+    tensors = promote(*given[:noise], *given[noise + 1 :])
+    return tensors[0], (*tensors[:noise], given[noise], *tensors[noise:]), noise
 
 
 def launched(
@@ -282,7 +282,7 @@ def launched(
     for slot, value in zip(spec.slots, given, strict=True):
         slots[slot] = value
     *inputs, noise = slots
-    if (mesh := on_mesh(*inputs)) is not None:
+    if dims > 1 and (mesh := on_mesh(*inputs)) is not None:
         mesh.check_rows(spec.op, dims, *inputs)
     coefficients, shape = rows(), inputs[0].shape
     by_slot = spec.given_by_slot
@@ -293,7 +293,7 @@ def launched(
         check_out(spec.op, out, **read)
         if wants_grad(*inputs, noise if isinstance(noise, Tensor) else None, coefficients.tensor, out):
             raise ValueError(f"{spec.op}: out= has no gradient; call it under torch.no_grad() or without out")
-    flat: Any = tuple(in_rows(t, dims) if spec.reads(k) else None for k, t in enumerate(inputs))
+    flat: Any = tuple([in_rows(t, dims) if read else None for t, read in zip(inputs, spec.reads, strict=True)])
     if dims > 1 and noise is not None:
         noise = in_rows(noise, dims) if isinstance(noise, Tensor) else noise._in_rows(math.prod(shape[1:dims]))
     if out is not None:
@@ -302,7 +302,7 @@ def launched(
         if dims > 1 and target.data_ptr() != out.data_ptr():
             out.copy_(target.reshape(shape))
         return out
-    made = affine(by_slot, flat, noise, coefficients, bounds)
+    made = general_affine(by_slot, flat, noise, coefficients, bounds)
     if dims > 1:
         made = tuple(t.unflatten(0, shape[:dims]) for t in made)
     return made if len(made) > 1 else made[0]
@@ -421,7 +421,7 @@ def _blended(op: str, terms: Sequence[Any], where: Any, otherwise: Any, also: An
                 written(out)
             return done
     names = *(f"term {k}" for k in range(len(given))), "otherwise"
-    x, given = checked(op, names, (*given, otherwise))
+    x, given, _ = checked(op, names, (*given, otherwise))
     if not isinstance(where, Tensor) or (where.dtype != torch.bool and where.dtype not in checks.DTYPES):
         got = where.dtype if isinstance(where, Tensor) else type(where).__name__
         raise TypeError(f"{op}: where must be a bool or floating tensor, got {got}")
@@ -538,10 +538,9 @@ def _parse(op: str, terms: Sequence[Any], also: Sequence[Coefficient] | None) ->
 
 
 def _sum(op: str, parsed: _Parsed, also: bool, out: Tensor | None) -> Any:
-    x, given = checked(op, parsed.names, parsed.given)
+    x, given, noise = checked(op, parsed.names, parsed.given)
     coefficients = [check_per_sample(op, name, c, x) for name, c in parsed.coefficients]
     dims = leading(*coefficients)
-    noise = next((k for k, value in enumerate(given) if isinstance(value, Noise)), -1)
     spec = plan(op, parsed.uses, parsed.estimate, noise, also)
 
     def rows() -> Coefficients:
@@ -598,7 +597,7 @@ def residual_loss(
     how = reduction_of(op, pred, reduction)
     parsed = _terms(op, terms) if terms else ()
     names = ("pred", *(f"term {k}" for k in range(len(parsed))))
-    _, (pred, *given) = checked(op, names, (pred, *(what for _, what in parsed)))
+    _, (pred, *given), _ = checked(op, names, (pred, *(what for _, what in parsed)))
     coefficients = [check_per_sample(op, f"the coefficient of term {k}", c, pred) for k, (c, _) in enumerate(parsed)]
     if len(given) > 2 or (len(given) == 2 and isinstance(given[0], Noise)):
         coefficients, given = _two_terms(coefficients, given, pred)

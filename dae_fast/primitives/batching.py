@@ -21,6 +21,11 @@ def rule(op: Any) -> Rule:
         V = info.batch_size
         given = dict(zip(names, arguments, strict=False))  # torch leaves out what is at its default
         dims = dict(zip(names, in_dims, strict=False))
+        if dims.get("W") is not None:  # frequencies of its own for each instance: one call after another
+            apart = [
+                [a if d is None else a.select(d, v) for a, d in zip(arguments, in_dims, strict=True)] for v in range(V)
+            ]
+            return torch.stack([op(*each) for each in apart]), 0
         if any(dims.get(name) is not None for name in ("key", "mask_key", "data")):
             raise ValueError(
                 "vmap over noise keys is not supported: share one key and vmap over its sample ids, "

@@ -35,12 +35,19 @@ def affine(
     noise: of a map of five streams besides z, and perhaps a tensor
     bounds: where the map has an inner one, y is replaced by clamp(a0*x + a1*y + a3*w, low, high).
     """
+    table, t = rows
     if not is_compiling():
-        table, t = rows
         made = fast_map(spec.core, (*inputs, noise), table, t, bounds, None)
         if made is not None:
             return made if spec.outputs > 1 else (made,)
-    x, rows = inputs[0], rows_at(*rows)
+    return general_affine(spec, inputs, noise, rows_at(table, t), bounds)
+
+
+def general_affine(
+    spec: Map, inputs: Inputs, noise: Noise | Tensor | None, rows: Coefficients, bounds: Bounds | None = None
+) -> tuple[Tensor, ...]:
+    """affine of a call that the core has refused, or has not been asked of."""
+    x = inputs[0]
     assert x is not None
     if (mesh := on_mesh(*inputs)) is not None:
         return mesh.affine(spec, inputs, noise, rows, bounds)

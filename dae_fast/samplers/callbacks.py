@@ -17,7 +17,7 @@ KNOWN_TAG = 0x6B6E6F776E  # "known"
 
 
 class Trajectory:
-    """Keeps what a sampler comes to: x and x0, a tensor of each look, in the dtype of the arithmetic.
+    """Keeps what a sampler comes to: x and x0, a tensor of each look, in the dtype of the arithmetic; of a chain x.
 
     path = df.samplers.Trajectory(); ddim.sample(net, x_T, noise, callback=path); path.x[-1]
     """
@@ -26,12 +26,12 @@ class Trajectory:
         self.x: list[Tensor] = []
         self.x0: list[Tensor] = []
 
-    def __call__(self, i: int, t: float, x: Tensor, x0: Tensor) -> None:
-        """Keeps them; at look 0 it starts anew."""
+    def __call__(self, i: int, *seen: Any) -> None:
+        """Keeps them; at look 0 it starts anew. seen: t, x and x0, or of a chain x."""
         if i == 0:
             self.x, self.x0 = [], []
-        self.x.append(x)
-        self.x0.append(x0)
+        self.x.append(seen[-2] if len(seen) > 1 else seen[0])
+        self.x0 += seen[2:]
 
     def __repr__(self) -> str:
         return f"Trajectory(<{len(self.x)} looks>)"
@@ -45,11 +45,11 @@ class Inpainting:
     noise: z of the step from level t is
         noise.fold_in(KNOWN_TAG).fold_in(t)
     The known region is noised and mixed in by one launch, which stores no noise.
-    Raises TypeError or ValueError for others. Lugmayr et al. 2022 (RePaint), eq. 8, without its jumps.
+    Raises TypeError or ValueError for others. Lugmayr et al. 2022 (RePaint), eq. 8; its jumps are RePaint's.
     """
 
     def __init__(self, sampler: Sampler, known: Tensor, mask: Tensor, noise: Noise) -> None:
-        op = "Inpainting"
+        op = type(self).__name__
         checks.instance(Sampler, "a Sampler")(op, "sampler", sampler)
         checks.samples(op, "known", known)
         if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.dtype in checks.DTYPES):

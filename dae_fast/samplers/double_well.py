@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import checks
+from ..kernels.spec import Update
 from ..noise import Noise
 from .mixture import chained
 
@@ -34,4 +35,4 @@ class DoubleWell:
 
     def chain(self, x: Tensor, step: float, spread: float, steps: int, noise: Noise) -> Tensor | None:
         """`steps` updates x + step * score + spread * eps in one launch; None where there is no kernel for that."""
-        return chained("well_chain", x, (self._slope, self._square), (step, spread, steps), noise)
+        return chained("well_chain", x, (self._slope, self._square), Update(step, spread, steps), noise)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import checks
 from ..kernels.dispatch import kernels
-from ..kernels.spec import compute_dtype
+from ..kernels.spec import Update, compute_dtype
 from ..noise import Noise
 from ..routing import Route, route
 
@@ -81,19 +81,19 @@ class GaussianMixture:
         while width < D:
             width *= 2
         tables = partial(self._on, x.device, torch.float32, D, width)
-        return chained("chain", x, tables, (step, spread, steps), noise)
+        return chained("chain", x, tables, Update(step, spread, steps), noise)
 
 
 def chained(
     kernel: str,
     x: Tensor,
     score: tuple[float, ...] | Callable[[], tuple[Tensor, ...]],
-    update: tuple[float, float, int],
+    update: Update,
     noise: Noise,
 ) -> Tensor | None:
     """What a backend's chain of that name makes of x; None where it has none.
 
-    score: its numbers, or what makes its tables      update: step, spread, steps
+    score: its numbers, or what makes its tables
     """
     D = x[0].numel() if x.shape[0] else 0
     if x.dtype != torch.float32 or not 0 < D <= MOST_ELEMENTS or not noise._whole_blocks(D):
@@ -103,7 +103,7 @@ def chained(
     module = kernels(x, "langevin")
     if not hasattr(module, kernel):
         return None
-    numbers = score if isinstance(score, tuple) else score()
+    known = score if isinstance(score, tuple) else score()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    getattr(module, kernel)(x.contiguous().view(len(x), D), *numbers, *update, noise, out.view(len(x), D))
+    getattr(module, kernel)(x.contiguous().view(len(x), D), known, update, noise, out.view(len(x), D))
     return out

@@ -40,9 +40,24 @@ def model_time(x: Tensor, t: float) -> Tensor:
     return beside(torch.full(x.shape[:1], t, dtype=torch.int64 if isinstance(t, int) else x.dtype, device=x.device), x)
 
 
-def call_model(net: Network, dtype: torch.dtype, x: Tensor, t: float) -> Any:
-    """net(x, t) of the state x in `dtype`, for all samples at t."""
-    return net(x if x.dtype == dtype else x.to(dtype), model_time(x, t))
+def call_model(net: Network, dtype: torch.dtype, x: Tensor, t: float, estimate: Tensor | None) -> Any:
+    """net(x, t) of the state x in `dtype`, for all samples at t; x_self_cond=estimate too, where there is one."""
+    told = {} if estimate is None else {"x_self_cond": estimate.to(dtype)}
+    return net(x if x.dtype == dtype else x.to(dtype), model_time(x, t), **told)
+
+
+def with_variance(made: Any, x: Tensor, guided: bool) -> Any:
+    """The parts of what a network of a learned variance returned as twice the channels; v is the conditional's."""
+
+    def is_double(t: Any) -> bool:
+        return isinstance(t, Tensor) and t.dim() > 1 and x.dim() > 1 and t.shape[1] == 2 * x.shape[1]
+
+    if is_double(made):
+        return made.chunk(2, 1)
+    if guided and isinstance(made, (tuple, list)) and len(made) == 2 and all(map(is_double, made)):
+        (conditional, v), (unconditional, _) = (t.chunk(2, 1) for t in made)
+        return conditional, unconditional, v
+    return made
 
 
 def outputs(op: str, made: Any, x: Tensor, parts: tuple[str, ...], what: str) -> tuple[Tensor, ...]:

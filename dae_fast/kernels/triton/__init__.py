@@ -11,12 +11,13 @@ import functools
 import math
 import operator
 import struct
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..._torch import current_raw_stream
+from ..reference import embedding as embedding  # few numbers, made by torch
 from ..scratch import workspace
 from ..spec import (
     ABSENT,
@@ -29,6 +30,7 @@ from ..spec import (
     Map,
     Reduction,
     Residual,
+    Update,
     Wanted,
     compute_dtype,
     on_device,
@@ -81,6 +83,24 @@ Layout = tuple[tuple[int, ...] | None, tuple[tuple[int, ...] | None, ...]]
 CONTIGUOUS: Layout = (None, (None,) * 7)  # of as many as a kernel may have
 # A row that does not merge to three dimensions (or is beyond 32-bit indices): its operands are copied.
 SCATTERED: Layout = (None, ())
+
+
+class Batch(NamedTuple):
+    """What a launch is planned from: the samples, and how their tensors lie in memory.
+
+    aligned: whether every contiguous operand is on 16 bytes
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    aligned: bool
+    layout: Layout
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """B, the elements D of a row, and those of a lane."""
+        return self.shape[0], _row(self.shape), _LANE[self.dtype]
 
 
 def available() -> str:
@@ -267,12 +287,14 @@ def _on(device: torch.device, table: Tensor) -> Tensor:
     return copies[stream]
 
 
-def _memory(operands: Operands, ordered: bool) -> tuple[bool, Layout]:
-    """How the operands lie, and whether every contiguous one is on 16 bytes.
+def _batch(operands: Operands, ordered: bool) -> Batch:
+    """Of operands like the first.
 
     ordered: elements are told apart by their logical place (noise). Where they are not, operands that all
     lie densely in one other order (channels_last) are as good as contiguous.
     """
+    first = operands[0]
+    assert first is not None
     places = 0
     strided = False
     for t in operands:
@@ -286,7 +308,7 @@ def _memory(operands: Operands, ordered: bool) -> tuple[bool, Layout]:
         layout = _strided(operands, ordered)
         if layout is CONTIGUOUS:  # dense in another order
             places = functools.reduce(operator.or_, (t.data_ptr() for t in operands if t is not None))
-    return places & 15 == 0, layout
+    return Batch(first.shape, first.dtype, first.device, places & 15 == 0, layout)
 
 
 def _strided(operands: Operands, ordered: bool) -> Layout:
@@ -346,19 +368,16 @@ def _types_of(layout: Layout) -> Key:
 def _affine_call(
     spec: Map,
     bounds: Bounds | None,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
+    batch: Batch,
     absent: tuple[bool, ...],
     index: torch.dtype | None,
     table: tuple[int, int],
     noise: int,
-    memory: tuple[bool, Layout],
 ) -> _Call:
-    B, D, V = shape[0], math.prod(shape[1:]), _LANE[dtype]
+    B, D, V = batch.sizes
     grid, steps, ROWS, LANES = _plan(B, D, V, _STEPS_MAP)
     levels, K = table
-    columns, inner, (aligned, layout) = spec.columns, spec.inner, memory
+    columns, inner = spec.columns, spec.inner
     constexprs = (
         columns[:4],
         columns[4:],
@@ -367,22 +386,30 @@ def _affine_call(
         K,
         levels == 1 and index is None,
         noise,
-        aligned and D % V == 0,
+        batch.aligned and D % V == 0,
         ROWS,
         LANES,
         V,
         _NVIDIA,
     )
     low, high = (None, None) if bounds is None else (_bits(bounds[0]), _bits(bounds[1]))
-    sizes, strides = layout
+    sizes, strides = batch.layout
     runtime = levels, low, high, B, D, steps, sizes, *strides
-    return _Call(kernels.affine_kernel, device, grid, (dtype, absent, index, _types_of(layout)), runtime, constexprs)
+    types = batch.dtype, absent, index, _types_of(batch.layout)
+    return _Call(kernels.affine_kernel, batch.device, grid, types, runtime, constexprs)
+
+
+# Of csrc/call.cpp: whether its tensors, which are contiguous, are on 16 bytes; B and D; their dtype.
+Plain = tuple[bool, tuple[int, int], torch.dtype]
+
+
+def _plain_batch(plain: Plain, device: torch.device) -> Batch:
+    aligned, shape, dtype = plain
+    return Batch(shape, dtype, device, aligned, CONTIGUOUS)
 
 
 def fast_map(
-    aligned: bool,
-    shape: tuple[int, int],
-    dtype: torch.dtype,
+    plain: Plain,
     spec: Map,
     inputs: Inputs,
     noise: Noise | Tensor | None,
@@ -393,7 +420,7 @@ def fast_map(
     """For csrc/call.cpp, which has checked that the tensors are contiguous. A row's number is of one row for all."""
     v, noise = (noise, None) if isinstance(noise, Tensor) else (None, noise)
     operands = (*inputs, v, *outs, *[None] * (2 - len(outs)))
-    _run_affine(spec, bounds, (aligned, CONTIGUOUS), shape, dtype, operands, noise, rows_at(*rows))
+    _run_affine(spec, bounds, _plain_batch(plain, outs[0].device), operands, noise, rows_at(*rows))
 
 
 def affine(
@@ -410,17 +437,16 @@ def affine(
     if out is None:
         out = torch.empty_like(x)
     results: tuple[Tensor, ...] = (out, torch.empty_like(x)) if spec.outputs == 2 else (out,)
-    shape = x.shape
-    if 0 in shape:
+    if 0 in x.shape:
         return results
     v, noise = (noise, None) if isinstance(noise, Tensor) else (None, noise)
     operands: Operands = (*inputs, v, out, results[1] if spec.outputs == 2 else None)
-    memory = _memory(operands, noise is not None)
-    copied = memory[1] is SCATTERED
+    batch = _batch(operands, noise is not None)
+    copied = batch.layout is SCATTERED
     if copied:
         operands = _contiguous(*operands)
-        memory = _memory(operands, noise is not None)
-    _run_affine(spec, bounds, memory, shape, x.dtype, operands, noise, rows)
+        batch = _batch(operands, noise is not None)
+    _run_affine(spec, bounds, batch, operands, noise, rows)
     if copied:
         _copy_back(operands[5:], results)
     return results
@@ -429,31 +455,25 @@ def affine(
 def _run_affine(
     spec: Map,
     bounds: Bounds | None,
-    memory: tuple[bool, Layout],
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
+    batch: Batch,
     operands: Operands,
     noise: Noise | None,
     rows: Coefficients,
 ) -> None:
     """operands: x, y, z, w, v, out and a second or None."""
     x, y, z, w, v, out, second = operands
-    assert x is not None
-    device, (table, index) = x.device, rows.dense(spec.op, compute_dtype(dtype))
-    table = _on(device, table)
-    address = _noise(noise, device, _row(shape))
+    table, index = rows.dense(spec.op, compute_dtype(batch.dtype))
+    table = _on(batch.device, table)
+    address = _noise(noise, batch.device, _row(batch.shape))
     _, _, key, sample, _ = address
     call = _affine_call(
         spec,
         bounds,
-        shape,
-        dtype,
-        device,
+        batch,
         (y is None, z is None, w is None, v is None, key is None, sample is None),
         None if index is None else index.dtype,
         table.shape,
         _mode(noise),
-        memory,
     )
     _launch(call, (x, y, z, w, v, out, second, table, index, *address))
 
@@ -471,22 +491,20 @@ def _final_rows(B: int, tiles: int) -> int:
 @functools.lru_cache(maxsize=4096)
 def _residual_call(
     fixed: Loss,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
+    batch: Batch,
     absent: tuple[bool, ...],
-    index: torch.dtype | None,
-    weight: torch.dtype | None,
+    dtypes: tuple[torch.dtype | None, torch.dtype | None],
     table: tuple[int, int],
     noise: int,
     terms: Terms,
-    memory: tuple[bool, Layout],
 ) -> _Call:
-    """absent: grad, kept and loss, then all whose absence changes nothing but the code."""
+    """absent: grad, kept and loss, then all whose absence changes nothing but the code
+    dtypes: of the index and the weight, None for none
+    """
     no_grad, all_count, no_loss = absent[:3]
     columns, kind, reduction = fixed.columns, int(fixed.kind), int(fixed.reduction)
-    (keeps, made), (aligned, layout) = terms, memory
-    B, D, V = shape[0], math.prod(shape[1:]), _LANE[dtype]
+    keeps, made = terms
+    B, D, V = batch.sizes
     grid, steps, ROWS, LANES = _plan(B, D, V, _STEPS_SUM)
     tiles = grid[0]
     summed = no_grad or not no_loss
@@ -500,26 +518,26 @@ def _residual_call(
         kind,
         keeps,
         K,
-        levels == 1 and index is None,
+        levels == 1 and dtypes[0] is None,
         noise,
         reduction,
         made,
         _final_rows(B, tiles) if summed and tiles > 1 else 0,
-        aligned and D % V == 0,
+        batch.aligned and D % V == 0,
         ROWS,
         LANES,
         V,
         _NVIDIA,
     )
-    sizes, strides = layout
-    types = dtype, absent, index, weight, _types_of(layout)
+    sizes, strides = batch.layout
+    types = batch.dtype, absent, *dtypes, _types_of(batch.layout)
     parts = 0
     if summed and tiles > 1:
         parts = B * tiles
     elif not no_loss:
         parts = -(-B // ROWS) * (1 if columns[4] == ABSENT else 3)  # a sum of each program, and two more for `also`
     runtime = levels, _bits(factor), B, D, steps, sizes, *strides[:5]
-    return _Call(kernels.residual_kernel, device, grid, types, runtime, spec, parts)
+    return _Call(kernels.residual_kernel, batch.device, grid, types, runtime, spec, parts)
 
 
 def residual(spec: Loss, operands: Residual, rows: Coefficients, wanted: Wanted) -> Found:
@@ -546,11 +564,11 @@ def residual(spec: Loss, operands: Residual, rows: Coefficients, wanted: Wanted)
     drawn, stored = (None, mask) if mask is None or isinstance(mask, Tensor) else (mask, None)
     ordered = noise is not None or drawn is not None
     lying: Operands = (pred, y, z, stored, grad)
-    memory = _memory(lying, ordered)
-    copied = memory[1] is SCATTERED
+    batch = _batch(lying, ordered)
+    copied = batch.layout is SCATTERED
     if copied:
         lying = _contiguous(*lying)
-        memory = _memory(lying, ordered)
+        batch = _batch(lying, ordered)
     choice, keeps, kept = _NO_CHOICE, False, None
     unless_one = None if made is None else upstream
     if drawn is not None:
@@ -560,17 +578,15 @@ def residual(spec: Loss, operands: Residual, rows: Coefficients, wanted: Wanted)
         kept = _count_stored(lying[3], unless_one)
     weight = None if wanted.weight is None else wanted.weight.contiguous()
     per_row, terms = (table, index, weight, kept, upstream), (keeps, made is not None)
-    results = means, loss, wanted.also
-    _run_residual(spec, memory, shape, pred.dtype, terms, lying, noise, per_row, choice, results)
+    streams = _noise(noise, device, _row(shape)), choice, _mode(noise)
+    _run_residual(spec, batch, terms, lying, streams, per_row, (means, loss, wanted.also))
     if copied:
         _copy_back(lying[4:], (grad,))
     return Found(means, loss, grad)
 
 
 def fast_loss(
-    aligned: bool,
-    shape: tuple[int, int],
-    dtype: torch.dtype,
+    plain: Plain,
     spec: Loss,
     operands: tuple[Any, ...],
     rows: tuple[Any, Any],
@@ -579,38 +595,35 @@ def fast_loss(
 ) -> None:
     """For csrc/call.cpp, as fast_map. operands: pred, y, z, noise; results: loss, gradient, also."""
     (pred, y, z, noise), (loss, grad, also) = operands, results
-    table, index = rows_at(*rows).dense(spec.op, compute_dtype(dtype))
-    table = _on(pred.device, table)
-    per_row, made = (table, index, weight, None, None), (table.new_empty(shape[0]), loss, also)
-    lying, memory = (pred, y, z, None, grad), (aligned, CONTIGUOUS)
-    _run_residual(spec, memory, shape, dtype, (False, False), lying, noise, per_row, _NO_CHOICE, made)
+    batch = _plain_batch(plain, pred.device)
+    B, D, _ = batch.sizes
+    table, index = rows_at(*rows).dense(spec.op, compute_dtype(batch.dtype))
+    table = _on(batch.device, table)
+    per_row, made = (table, index, weight, None, None), (table.new_empty(B), loss, also)
+    streams = _noise(noise, batch.device, D), _NO_CHOICE, _mode(noise)
+    _run_residual(spec, batch, (False, False), (pred, y, z, None, grad), streams, per_row, made)
 
 
 def _run_residual(
     spec: Loss,
-    memory: tuple[bool, Layout],
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
+    batch: Batch,
     terms: Terms,
     operands: Operands,
-    noise: Noise | None,
+    streams: tuple[Address, Choice, int],
     per_row: Operands,
-    choice: Choice,
     results: Operands,
 ) -> None:
-    """operands: pred, y, z, mask, grad; per_row: table, index, weight, kept, upstream; results: means, loss, also."""
-    pred, y, z, mask, grad = operands
+    """operands: pred, y, z, mask, grad; streams: of the noise and of what draws the mask, and the noise's mode;
+    per_row: table, index, weight, kept, upstream; results: means, loss, also."""
+    _, y, z, mask, grad = operands
     table, index, weight, kept, upstream = per_row
     _, loss, _ = results
-    assert pred is not None and table is not None
-    device = pred.device
-    address = _noise(noise, device, _row(shape))
+    assert table is not None
+    address, choice, mode = streams
     _, _, key, sample, _ = address
     call = _residual_call(
         spec,
-        shape,
-        dtype,
-        device,
+        batch,
         (
             grad is None,
             kept is None,
@@ -625,34 +638,23 @@ def _run_residual(
             choice[2] is None,
             choice[3] is None,
         ),
-        None if index is None else index.dtype,
-        None if weight is None else weight.dtype,
-        table.shape,
-        _mode(noise),
+        (None if index is None else index.dtype, None if weight is None else weight.dtype),
+        (table.shape[0], table.shape[1]),
+        mode,
         terms,
-        memory,
     )
-    room = workspace(device, call.parts) if call.parts else (None, None)
+    room = workspace(batch.device, call.parts) if call.parts else (None, None)
     _launch(call, operands + per_row + address + choice + room + results)
 
 
 @functools.lru_cache(maxsize=4096)
-def _count_call(
-    shape: tuple[int, ...],
-    device: torch.device,
-    types: Key,
-    V: int,
-    keeps: bool,
-    times: int,
-    aligned: bool,
-    layout: Layout,
-) -> _Call:
-    B, D = shape[0], math.prod(shape[1:])
+def _count_call(batch: Batch, types: Key, V: int, keeps: bool, times: int) -> _Call:
+    B, D, _ = batch.sizes
     grid, steps, ROWS, LANES = _plan(B, D, V, _STEPS_SUM)
-    sizes, strides = layout
-    spec = keeps, aligned and D % V == 0, ROWS, LANES, V
-    types = *types, _types_of(layout)
-    return _Call(kernels.count_kernel, device, grid, types, (B, D, steps, times, sizes, strides[0]), spec)
+    sizes, strides = batch.layout
+    spec = keeps, batch.aligned and D % V == 0, ROWS, LANES, V
+    types = *types, _types_of(batch.layout)
+    return _Call(kernels.count_kernel, batch.device, grid, types, (B, D, steps, times, sizes, strides[0]), spec)
 
 
 def _count_drawn(
@@ -661,7 +663,8 @@ def _count_drawn(
     """(B,) int64: how many elements of each sample a drawn mask has. Nothing is counted where unless_one holds 1."""
     kept = torch.zeros(shape[0], dtype=torch.int64, device=device)
     types = True, choice[2] is None, choice[3] is None, None if unless_one is None else unless_one.dtype
-    call = _count_call(shape, device, types, BLOCK, keeps, 1, False, CONTIGUOUS)
+    batch = Batch(shape, torch.bool, device, False, CONTIGUOUS)
+    call = _count_call(batch, types, BLOCK, keeps, 1)
     _launch(call, (kept, None, *choice, unless_one))
     return kept
 
@@ -675,60 +678,45 @@ def _count_stored(mask: Tensor, unless_one: Tensor | None = None) -> Tensor:
             times *= mask.shape[d]
             mask = mask.narrow(d, 0, 1)
     types = False, None if unless_one is None else unless_one.dtype
-    call = _count_call(mask.shape, mask.device, types, _LANE[torch.bool], False, times, *_memory((mask,), False))
+    call = _count_call(_batch((mask,), False), types, _LANE[torch.bool], False, times)
     _launch(call, (kept, mask, *_NO_CHOICE, unless_one))
     return kept
 
 
 @functools.lru_cache(maxsize=4096)
-def _corrupt_call(
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    present: tuple[bool, ...],
-    aligned: bool,
-    layout: Layout,
-) -> _Call:
-    B, D, V = shape[0], math.prod(shape[1:]), _LANE[dtype]
+def _corrupt_call(batch: Batch, present: tuple[bool, ...]) -> _Call:
+    B, D, V = batch.sizes
     grid, steps, ROWS, LANES = _plan(B, D, V, _STEPS_MAP)
-    sizes, strides = layout
+    sizes, strides = batch.layout
     runtime = B, D, steps, sizes, *strides[:2]
-    spec = aligned and D % V == 0, ROWS, LANES, V
-    return _Call(kernels.corrupt_kernel, device, grid, (dtype, present, _types_of(layout)), runtime, spec)
+    spec = batch.aligned and D % V == 0, ROWS, LANES, V
+    types = batch.dtype, present, _types_of(batch.layout)
+    return _Call(kernels.corrupt_kernel, batch.device, grid, types, runtime, spec)
 
 
 def corrupt(x: Tensor, noise: Noise, thresholds: Tensor, values: Bounds) -> Tensor:
     """As reference.corrupt, in one launch."""
-    out, shape, device = torch.empty_like(x), x.shape, x.device
-    if 0 in shape:
+    out = torch.empty_like(x)
+    if 0 in x.shape:
         return out
-    aligned, layout = _memory((x, out), True)
-    if layout is SCATTERED:
+    batch = _batch((x, out), True)
+    if batch.layout is SCATTERED:
         return corrupt(x.contiguous(), noise, thresholds, values)
-    choice = _choice(noise, thresholds, device)
-    present = choice[2] is None, choice[3] is None
-    call = _corrupt_call(shape, x.dtype, device, present, aligned, layout)
+    choice = _choice(noise, thresholds, x.device)
+    call = _corrupt_call(batch, (choice[2] is None, choice[3] is None))
     _launch(call, (x, out, *choice, *map(_bits, values)))
     return out
 
 
 @functools.lru_cache(maxsize=4096)
-def _row_dots_call(
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    present: tuple[bool, ...],
-    noise: int,
-    aligned: bool,
-    layout: Layout,
-) -> _Call:
-    B, D, V = shape[0], math.prod(shape[1:]), _LANE[dtype]
+def _row_dots_call(batch: Batch, present: tuple[bool, ...], noise: int) -> _Call:
+    B, D, V = batch.sizes
     grid, steps, ROWS, LANES = _plan(B, D, V, _STEPS_SUM)
-    spec = noise, aligned and D % V == 0, ROWS, LANES, V, _NVIDIA
-    sizes, strides = layout
+    spec = noise, batch.aligned and D % V == 0, ROWS, LANES, V, _NVIDIA
+    sizes, strides = batch.layout
     runtime = B, D, steps, sizes, *strides[:4]
-    types = dtype, present, _types_of(layout)
-    return _Call(kernels.row_dots_kernel, device, grid, types, runtime, spec)
+    types = batch.dtype, present, _types_of(batch.layout)
+    return _Call(kernels.row_dots_kernel, batch.device, grid, types, runtime, spec)
 
 
 def row_dots(g: Tensor, inputs: Inputs, noise: Noise | None) -> Tensor:
@@ -736,13 +724,13 @@ def row_dots(g: Tensor, inputs: Inputs, noise: Noise | None) -> Tensor:
     shape, device, (x, y, z, w) = g.shape, g.device, inputs
     if 0 in shape:
         return torch.zeros(shape[0], 3, dtype=torch.float64, device=device)
-    aligned, layout = _memory((g, x, y, z), noise is not None)
-    if layout is SCATTERED:
+    batch = _batch((g, x, y, z), noise is not None)
+    if batch.layout is SCATTERED:
         x, y, z = _contiguous(x, y, z)
         return row_dots(g.contiguous(), (x, y, z, w), noise)
     seed, offset, key, sample, first = _noise(noise, device, _row(shape))
     present = x is None, y is None, z is None, key is None, sample is None
-    call = _row_dots_call(shape, g.dtype, device, present, _mode(noise), aligned, layout)
+    call = _row_dots_call(batch, present, _mode(noise))
     tiles = call.grid[0]
     out = torch.empty(shape[0], tiles, 3, dtype=torch.float64, device=device)
     _launch(call, (g, x, y, z, out, seed, offset, key, sample, first))
@@ -750,23 +738,14 @@ def row_dots(g: Tensor, inputs: Inputs, noise: Noise | None) -> Tensor:
 
 
 @functools.lru_cache(maxsize=4096)
-def _gaussian_call(
-    kernel: Any,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    present: tuple[bool, ...],
-    noise: int,
-    operands: int,
-    aligned: bool,
-    layout: Layout,
-) -> _Call:
-    B, D, V = shape[0], math.prod(shape[1:]), _LANE[dtype]
+def _gaussian_call(kernel: Any, batch: Batch, present: tuple[bool, ...], noise: int, operands: int) -> _Call:
+    B, D, V = batch.sizes
     grid, steps, ROWS, LANES = _plan(B, D, V, _STEPS_SUM)
-    spec = noise, aligned and D % V == 0, ROWS, LANES, V, _NVIDIA
-    sizes, strides = layout
+    spec = noise, batch.aligned and D % V == 0, ROWS, LANES, V, _NVIDIA
+    sizes, strides = batch.layout
     runtime = B, D, steps, sizes, *strides[:operands]
-    return _Call(kernel, device, grid, (dtype, present, _types_of(layout), grid[0] == 1), runtime, spec)
+    types = batch.dtype, present, _types_of(batch.layout), grid[0] == 1
+    return _Call(kernel, batch.device, grid, types, runtime, spec)
 
 
 def gaussian(mu: Tensor, log_var: Tensor, eps: Tensor | None, noise: Noise | None) -> tuple[Tensor, Tensor]:
@@ -775,15 +754,14 @@ def gaussian(mu: Tensor, log_var: Tensor, eps: Tensor | None, noise: Noise | Non
     compute = torch.float64 if mu.dtype == torch.float64 else torch.float32
     if 0 in shape:
         return z, torch.zeros(shape[0], dtype=compute, device=device)
-    aligned, layout = _memory((mu, log_var, eps, z), noise is not None)
-    if layout is SCATTERED:
+    batch = _batch((mu, log_var, eps, z), noise is not None)
+    if batch.layout is SCATTERED:
         dense, *rest = _contiguous(mu, log_var, eps)
         assert dense is not None and rest[0] is not None
         return gaussian(dense, rest[0], rest[1], noise)
     address = _noise(noise, device, _row(shape))
     present = eps is None, address[2] is None, address[3] is None
-    folded = _mode(noise)
-    call = _gaussian_call(gaussians.gaussian_kernel, shape, mu.dtype, device, present, folded, 4, aligned, layout)
+    call = _gaussian_call(gaussians.gaussian_kernel, batch, present, _mode(noise), 4)
     tiles = call.grid[0]
     kl = torch.empty(shape[0], tiles, dtype=compute if tiles == 1 else torch.float64, device=device)
     _launch(call, (mu, log_var, eps, z, kl, *address))
@@ -799,20 +777,19 @@ def gaussian_grad(
     kl_grad: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """As native.gaussian_grad, in one launch."""
-    mu_grad, log_var_grad, shape, device = torch.empty_like(mu), torch.empty_like(log_var), mu.shape, mu.device
-    if 0 in shape:
+    mu_grad, log_var_grad = torch.empty_like(mu), torch.empty_like(log_var)
+    if 0 in mu.shape:
         return mu_grad, log_var_grad
     operands = mu, log_var, eps, z_grad, mu_grad, log_var_grad
-    aligned, layout = _memory(operands, noise is not None)
-    if layout is SCATTERED:
+    batch = _batch(operands, noise is not None)
+    if batch.layout is SCATTERED:
         dense, *rest = _contiguous(mu, log_var, eps, z_grad)
         assert dense is not None and rest[0] is not None
         return gaussian_grad(dense, rest[0], rest[1], noise, rest[2], kl_grad)
-    address = _noise(noise, device, _row(shape))
+    address = _noise(noise, mu.device, _row(mu.shape))
     kl_grad = None if kl_grad is None else kl_grad.contiguous()
     present = eps is None, z_grad is None, kl_grad is None, address[2] is None, address[3] is None
-    folded = _mode(noise)
-    call = _gaussian_call(gaussians.gaussian_grad_kernel, shape, mu.dtype, device, present, folded, 6, aligned, layout)
+    call = _gaussian_call(gaussians.gaussian_grad_kernel, batch, present, _mode(noise), 6)
     _launch(call, (*operands, kl_grad, *address))
     return mu_grad, log_var_grad
 
@@ -868,9 +845,7 @@ def _chain_call(B: int, D: int, device: torch.device, kind: int, noise: int, pre
     return _Call(chains.chain_kernel, device, grid, (kind, present), (B, D), spec)
 
 
-def _chain(
-    x: Tensor, score: tuple[Any, ...], update: tuple[float, float, int], noise: Noise, out: Tensor, kind: int
-) -> None:
+def _chain(x: Tensor, score: tuple[Any, ...], update: Update, noise: Noise, out: Tensor, kind: int) -> None:
     """score: means, precisions, log_weights, or a double well's slope and square, None for the others."""
     B, D = x.shape
     step, spread, steps = update
@@ -886,24 +861,11 @@ def _chain(
     _launch(call, (x, out, *tables, *address, *numbers, steps, 0 if tables[0] is None else len(tables[0])))
 
 
-def chain(
-    x: Tensor,
-    means: Tensor,
-    precisions: Tensor,
-    log_weights: Tensor,
-    step: float,
-    spread: float,
-    steps: int,
-    noise: Noise,
-    out: Tensor,
-) -> None:
+def chain(x: Tensor, score: tuple[Tensor, Tensor, Tensor], update: Update, noise: Noise, out: Tensor) -> None:
     """As native.chain."""
-    score = means, precisions, log_weights, None, None
-    _chain(x, score, (step, spread, steps), noise, out, 1 if len(means) == 1 else 2)
+    _chain(x, (*score, None, None), update, noise, out, 1 if len(score[0]) == 1 else 2)
 
 
-def well_chain(
-    x: Tensor, slope: float, square: float, step: float, spread: float, steps: int, noise: Noise, out: Tensor
-) -> None:
+def well_chain(x: Tensor, score: tuple[float, float], update: Update, noise: Noise, out: Tensor) -> None:
     """As native.well_chain."""
-    _chain(x, (None, None, None, slope, square), (step, spread, steps), noise, out, 0)
+    _chain(x, (None, None, None, *score), update, noise, out, 0)

@@ -1,7 +1,6 @@
 """The Triton kernels of a variational autoencoder's sample and divergence: Gaussian of csrc/ops.h."""
 
 # mypy: ignore-errors
-# ruff: noqa: RET505
 
 from __future__ import annotations
 
@@ -14,26 +13,28 @@ from .kernels import NO_NOISE, at, mul_add, narrow, normals, row_key, row_sums, 
 
 
 @triton.jit
+def parts(x):
+    """n, f, p and the factors of e^x = 2^n (1 + f + f^2 p), operation for operation as csrc/math.h."""
+    inside = tl.where(x < -104.0, -104.0, tl.where(x > 89.0, 89.0, x))
+    shifted = tl.fma(inside, 1.44269504, 12582912.0)
+    n = shifted - 12582912.0
+    f = tl.fma(n, 2.12194440e-4, tl.fma(n, -0.693359375, inside))
+    p = tl.fma(f, 1.9875691500e-4, 1.3981999507e-3)
+    p = tl.fma(p, f, 8.3334519073e-3)
+    p = tl.fma(p, f, 4.1665795894e-2)
+    p = tl.fma(p, f, 1.6666665459e-1)
+    p = tl.fma(p, f, 5.0000001201e-1)
+    power = shifted.to(tl.int32, bitcast=True) - 0x4B400000
+    half = power >> 1
+    factor = ((half + 127) << 23).to(tl.float32, bitcast=True)
+    other_factor = ((power - half + 127) << 23).to(tl.float32, bitcast=True)
+    return n, f, p, factor, other_factor
+
+
+@triton.jit
 def exponential(x):
-    """e^x, in fp32 operation for operation as csrc/math.h."""
-    if x.dtype == tl.float64:
-        return tl.exp(x)
-    else:
-        inside = tl.where(x < -104.0, -104.0, tl.where(x > 89.0, 89.0, x))
-        shifted = tl.fma(inside, 1.44269504, 12582912.0)
-        n = shifted - 12582912.0
-        f = tl.fma(n, 2.12194440e-4, tl.fma(n, -0.693359375, inside))
-        p = tl.fma(f, 1.9875691500e-4, 1.3981999507e-3)
-        p = tl.fma(p, f, 8.3334519073e-3)
-        p = tl.fma(p, f, 4.1665795894e-2)
-        p = tl.fma(p, f, 1.6666665459e-1)
-        p = tl.fma(p, f, 5.0000001201e-1)
-        e = tl.fma(f * f, p, f) + 1.0
-        power = shifted.to(tl.int32, bitcast=True) - 0x4B400000
-        half = power >> 1
-        first = ((half + 127) << 23).to(tl.float32, bitcast=True)
-        second = ((power - half + 127) << 23).to(tl.float32, bitcast=True)
-        return e * first * second
+    _, f, p, factor, other_factor = parts(x)
+    return (tl.fma(f * f, p, f) + 1.0) * factor * other_factor
 
 
 @triton.constexpr_function
@@ -42,29 +43,24 @@ def reciprocal_factorial(k):
 
 
 @triton.jit
-def exponential_rest(x, e):
-    """e^x - 1 - x where e^x = e, as csrc/ops.h."""
-    LAST: tl.constexpr = 23 if x.dtype == tl.float64 else 14
-    small = (x > -2.0) & (x < 2.0)
-    inside = tl.where(small, x, 0.0)
-    series = tl.zeros_like(x)
-    for k in tl.static_range(LAST - 1):
-        series = mul_add(series, inside, reciprocal_factorial(LAST - k))
-    return tl.where(small, inside * inside * series, (e - 1.0) - x)
-
-
-@triton.jit
-def variance(log_variance, scale):
-    """e^log_variance; in fp64 the square of its root is as good."""
-    if log_variance.dtype == tl.float64:
-        return scale * scale
+def growth(x):
+    """e^x, e^x - 1 and e^x - 1 - x, the latter two without cancellation, as csrc/ops.h."""
+    if x.dtype == tl.float64:
+        value = tl.exp(x)
+        small = (x > -1.0) & (x < 1.0)
+        inside = tl.where(small, x, 0.0)
+        series = tl.zeros_like(x)
+        for k in tl.static_range(18):
+            series = mul_add(series, inside, reciprocal_factorial(19 - k))
+        near = inside * inside * series
     else:
-        return exponential(log_variance)
-
-
-@triton.jit
-def exponential_minus_1(x, e):
-    return tl.where((x > -2.0) & (x < 2.0), x + exponential_rest(x, e), e - 1.0)
+        n, f, p, factor, other_factor = parts(x)
+        value = (tl.fma(f * f, p, f) + 1.0) * factor * other_factor
+        power = factor * other_factor
+        more = power - 1.0
+        near = tl.fma(more, f, tl.fma(power * (f * f), p, tl.fma(-n, 0.693147181, more)))
+        small = n * n <= 1.0
+    return value, tl.where(small, near + x, value - 1.0), tl.where(small, near, (value - 1.0) - x)
 
 
 @triton.jit
@@ -117,8 +113,8 @@ def gaussian_kernel(
             e = normals(seed, offset, first, sizes, ROWS, LANES, V, NVIDIA).to(C)
         else:
             e = tl.load(at(eps, row, first, D, sizes, eps_strides, LANES, V), mask=live).to(C)
-        scale = exponential(0.5 * log_variance)
-        total += 0.5 * mul_add(mean, mean, exponential_rest(log_variance, variance(log_variance, scale)))
+        scale, minus_1, rest = growth(0.5 * log_variance)
+        total += 0.5 * mul_add(mean, mean, mul_add(minus_1, minus_1, 2.0 * rest))
         tl.store(at(z, row, first, D, sizes, z_strides, LANES, V), narrow(mul_add(scale, e, mean), DTYPE), mask=live)
     existing = rows_there(row0, B, ROWS)
     tl.store(kl + row * tl.num_programs(0) + tl.program_id(0), row_sums(total, ROWS, LANES, V), mask=existing)
@@ -186,9 +182,9 @@ def gaussian_grad_kernel(
         # An upstream gradient of 0 gives 0, whatever overflows.
         of_kl_here = tl.zeros([ROWS, LANES * V], C) + of_kl
         of_mu = tl.where(of_kl_here == 0, g, mul_add(of_kl_here, mean, g))
-        scale = exponential(0.5 * log_variance)
+        scale, minus_1, _ = growth(0.5 * log_variance)
         of_z = tl.where(g == 0, 0.0, g * scale)
-        slope = exponential_minus_1(log_variance, variance(log_variance, scale))
+        slope = mul_add(minus_1, minus_1, 2.0 * minus_1)
         of_log_var = 0.5 * mul_add(of_z, e, tl.where(of_kl_here == 0, 0.0, of_kl_here * slope))
         tl.store(at(mu_grad, row, first, D, sizes, mu_grad_strides, LANES, V), narrow(of_mu, DTYPE), mask=live)
         tl.store(
