@@ -238,6 +238,13 @@ struct BitsArgs {
   DAE_FN int64_t scaled(uint32_t word) const { return static_cast<int64_t>(word * below >> 32); }
 };
 
+// Over the batch, in double, from the first row to the last.
+struct ColumnSumsArgs {
+  Batch batch;
+  Operand x;
+  double* sums;  // (D,)
+};
+
 // Sines and cosines of 2 pi u, u = the sum over k of x[b][k] * W[k][i], in double and rounded once to fp32: row b of out
 // is [sines, cosines], the cosines first where `flip`, and a 0 at the end of an odd row.
 struct EmbeddingArgs {

@@ -7,6 +7,8 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
+#include <limits>
 #include <optional>
 #include <string>
 #include <vector>
@@ -187,6 +189,33 @@ void gaussian_grad(const py::object& mu, const py::object& log_var, const py::ob
   run(q, a.batch, &Api::gaussian_grad, a, q);
 }
 
+template <class R>
+double sparsity(const std::vector<double>& sums, int64_t B, double rate, const py::object& loss, const py::object& slope) {
+  const double low = std::numeric_limits<R>::min(), high = 1 - std::numeric_limits<R>::epsilon() / 2;
+  R* const slopes = static_cast<R*>(address_or_null(slope));
+  double total = 0, outside = 0;
+  for (size_t j = 0; j < sums.size(); ++j) {
+    const double rho = sums[j] / static_cast<double>(B), at = rho < low ? low : (rho > high ? high : rho);
+    if (rho < 0 || rho > 1) outside = rho;
+    total += rate * std::log(rate / at) + (1 - rate) * std::log((1 - rate) / (1 - at));
+    const double own = ((1 - rate) / (1 - at) - rate / at) / static_cast<double>(B);
+    if (slopes) slopes[j] = static_cast<R>(rho >= low && rho <= high ? own : 0 * at);  // at: a NaN stays
+  }
+  *static_cast<R*>(address(loss.ptr())) = static_cast<R>(total);
+  return outside;
+}
+
+// sum_j KL(rate || the mean over the rows of h_bj) into loss (), its gradient in each row of h into slope (D,), both of the
+// compute type, on the CPU. Returns 0, or a mean outside [0, 1].
+double kl_sparsity(const py::object& h, double rate, const py::object& loss, const py::object& slope) {
+  const Operands operands(h.ptr(), {h.ptr()}, true);
+  const Batch& batch = operands.batch;
+  std::vector<double> sums(batch.D);
+  cpu::column_sums({batch, operands[0], sums.data()});
+  return batch.dtype == Dtype::f64 ? sparsity<double>(sums, batch.B, rate, loss, slope)
+                                   : sparsity<float>(sums, batch.B, rate, loss, slope);
+}
+
 static float* numbers(const py::object& tensor) { return static_cast<float*>(address(tensor.ptr())); }
 
 using Update = std::tuple<float, float, int64_t>;  // step, spread, steps
@@ -335,6 +364,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("well_chain", &well_chain);
   m.def("normal_sum", &normal_sum);
   m.def("embedding", &embedding);
+  m.def("kl_sparsity", &kl_sparsity);
   m.def("fold_in", &fold_in_key);
   m.def("fold_in_tensor", &fold_in_tensor);
   m.def("scratch_doubles", &scratch_doubles);

@@ -18,6 +18,9 @@ bool use_isa(const char* name);
 // How many threads a call may use now: torch.set_num_threads governs it; 1 without OpenMP.
 int max_threads();
 
+// Over the rows of a batch; the same for every number of threads.
+void column_sums(const ColumnSumsArgs& a);
+
 void parallel_run(int64_t units, double work, void (*run)(const void*, int64_t, int64_t), const void* body);
 
 // Splits [0, units) over threads; each runs body(begin, end). `work` is the cost of the whole in

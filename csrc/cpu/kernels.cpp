@@ -641,6 +641,22 @@ static void embedding_units(const EmbeddingArgs& a, int64_t unit_begin, int64_t 
   });
 }
 
+template <class T>
+static void column_sums_units(const ColumnSumsArgs& a, int64_t unit_begin, int64_t unit_end) {
+  using R = typename ComputeType<T>::type;
+  alignas(64) R xs[kSegment];
+  alignas(64) double sums[kSegment];
+  for (int64_t begin = unit_begin * kSegment; begin < unit_end * kSegment; begin += kSegment) {
+    const int64_t left = a.batch.D - begin, n = left < kSegment ? left : kSegment;
+    for (int64_t i = 0; i < n; ++i) sums[i] = 0;
+    for (int64_t row = 0; row < a.batch.B; ++row) {
+      const R* x = read<T>(a.batch, a.x, Unit{row, 1, begin, n}, xs);
+      for (int64_t i = 0; i < n; ++i) sums[i] += static_cast<double>(x[i]);
+    }
+    memcpy(a.sums + begin, sums, n * sizeof(double));
+  }
+}
+
 // One switch over the element types for every kernel.
 #define DAE_BY_DTYPE(name, Args)                                                \
   static void name(const Args& a, int64_t unit_begin, int64_t unit_end) {       \
@@ -658,6 +674,7 @@ DAE_BY_DTYPE(corrupt, CorruptArgs)
 DAE_BY_DTYPE(gaussian, GaussianWork)
 DAE_BY_DTYPE(gaussian_grad, GaussianGradArgs)
 DAE_BY_DTYPE(embedding, EmbeddingArgs)
+DAE_BY_DTYPE(column_sums, ColumnSumsArgs)
 #undef DAE_BY_DTYPE
 
 }  // namespace DAE_ISA
@@ -665,6 +682,6 @@ DAE_BY_DTYPE(embedding, EmbeddingArgs)
 const Kernels DAE_JOIN(kernels_, DAE_ISA) = {DAE_ISA::affine, DAE_ISA::residual, DAE_ISA::row_dots,
                                              DAE_ISA::mask_count, DAE_ISA::corrupt, DAE_ISA::gaussian,
                                              DAE_ISA::gaussian_grad, DAE_ISA::bits, DAE_ISA::chain, DAE_ISA::normal_sum,
-                                             DAE_ISA::embedding};
+                                             DAE_ISA::embedding, DAE_ISA::column_sums};
 
 }  // namespace dae::cpu

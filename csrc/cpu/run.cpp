@@ -212,6 +212,12 @@ const char* devices(int* count) {
 
 }  // namespace
 
+void column_sums(const ColumnSumsArgs& a) {
+  const double work = static_cast<double>(a.batch.B) * static_cast<double>(a.batch.D) * kNsMap;
+  parallel_for((a.batch.D + kSegment - 1) / kSegment, work,
+               [&](int64_t begin, int64_t end) { isa().kernels->column_sums(a, begin, end); });
+}
+
 const Api kApi = {affine,        residual, row_dots,    mask_count, corrupt, gaussian,
                   gaussian_grad, bits,     fold_in_key, devices,    nullptr, chain,
                   normal_sum,    embedding};

@@ -49,6 +49,7 @@ struct Kernels {
   void (*chain)(const ChainArgs&, int64_t unit_begin, int64_t unit_end);
   void (*normal_sum)(const NormalSumArgs&, int64_t unit_begin, int64_t unit_end);
   void (*embedding)(const EmbeddingArgs&, int64_t unit_begin, int64_t unit_end);  // of pairs
+  void (*column_sums)(const ColumnSumsArgs&, int64_t unit_begin, int64_t unit_end);  // of kSegment columns
 };
 
 // One table per instruction set; nullptr where this build has none.

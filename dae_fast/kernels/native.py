@@ -265,6 +265,15 @@ def embedding(x: Tensor, W: Tensor, flip: bool, out: Tensor) -> None:
     _core.embedding(x.contiguous(), W.contiguous(), flip, out)
 
 
+def kl_sparsity(h: Tensor, rate: float, with_slope: bool) -> tuple[Tensor, Tensor | None, float]:
+    """On the CPU: the sum over the units of KL(rate || a unit's mean), its gradient in each sample, and 0 or a mean
+    outside [0, 1]."""
+    compute = compute_dtype(h.dtype)
+    loss = torch.empty((), dtype=compute)
+    slope = torch.empty(h.shape[1:], dtype=compute) if with_slope else None
+    return loss, slope, _core.kl_sparsity(h, rate, loss, slope)
+
+
 def row_dots(g: Tensor, inputs: Inputs, noise: Noise | None) -> Tensor:
     """(B, 3) fp64: the sums over each row of g*x, g*y and g*z."""
     g, x, y, z = _dense(g, *inputs[:3])

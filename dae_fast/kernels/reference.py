@@ -296,7 +296,7 @@ def turns(x: Tensor, W: Tensor) -> Tensor:
 
 
 def waves(x: Tensor, W: Tensor, D: int, flip: bool) -> Tensor:
-    """(B, D) fp32: sines and cosines of 2 pi x W side by side; 0 last where D is odd. x (B, K), W (K, D // 2) fp64."""
+    """(B, D) fp32: sines, then cosines of 2 pi x W, then a 0 where D is odd. x (B, K), W (K, D // 2): fp64."""
     angle = turns(x, W) * (2 * math.pi)
     parts = [angle.sin().float(), angle.cos().float()]
     if flip:

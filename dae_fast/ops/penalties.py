@@ -11,14 +11,16 @@ from torch import Tensor
 from torch.func import vjp
 
 from .. import checks
+from .._torch import DirectFunction, batchable
 from ..checks import as_number, can_read, function, integer
 from ..coefficients import changing, stack_rows
+from ..kernels.dispatch import kernels
 from ..kernels.reference import per_sample_sum
 from ..kernels.spec import ABSENT, Kind, ReductionName, Residual, compute_dtype, loss_of
 from ..noise import Noise
 from ..primitives import loss_of_rows, reduction_of
 from ..primitives.residuals import fast_residual_loss
-from ..routing import on_mesh
+from ..routing import Route, on_mesh, route, wants_grad
 from .losses import SUMMED
 
 __all__ = ["contraction", "kl_sparsity", "l1_penalty", "sigmoid_contraction"]
@@ -66,6 +68,39 @@ def kl_sparsity(h: Tensor, rate: float = 0.05) -> Tensor:
         raise ValueError(f"{op}: rate must be in (0, 1), got {rate}")
     if not h.shape[0]:
         raise ValueError(f"{op}: the mean over an empty batch {tuple(h.shape)} is not defined")
+    if h.device.type == "cpu" and route(op, h) is Route.DIRECT and hasattr(kernels(h, op), op):
+        return _Sparsity.apply(h, rate) if wants_grad(h) else _sparsity(op, h, rate, False)[0]
+    return _sparsity_in_torch(op, h, rate)
+
+
+def _sparsity(op: str, h: Tensor, rate: float, with_slope: bool) -> tuple[Tensor, Tensor | None]:
+    loss, slope, outside = kernels(h, op).kl_sparsity(h, rate, with_slope)
+    if outside:
+        raise ValueError(f"{op}: h must lie in (0, 1), got a unit whose mean is {outside}")
+    return loss, slope
+
+
+class _Sparsity(DirectFunction):
+    """Eager, on the CPU. The gradient is one row for all samples."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, rate: float) -> Tensor:
+        loss, slope = _sparsity("kl_sparsity", h, rate, True)
+        ctx.save_for_backward(h, slope)
+        ctx.rate = rate
+        return loss
+
+    @staticmethod
+    @batchable
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        h, slope = ctx.saved_tensors
+        if torch.is_grad_enabled():  # which is wanted again: torch's, with a graph of its own
+            again = _sparsity_in_torch("kl_sparsity", h, ctx.rate)
+            return torch.autograd.grad(again, h, upstream, create_graph=True)[0], None
+        return (upstream * slope).to(h.dtype).expand(h.shape), None
+
+
+def _sparsity_in_torch(op: str, h: Tensor, rate: float) -> Tensor:
     rho = _total(h, compute_dtype(h.dtype)) / h.shape[0]
     outside = (rho < 0) | (rho > 1)
     if can_read(rho) and outside.any():

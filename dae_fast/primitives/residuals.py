@@ -210,7 +210,8 @@ def pred_gradient_in_torch(spec: Loss, upstream: Tensor, operands: Residual, row
 def gradients(needs: Any, spec: Loss, upstream: Tensor, operands: Residual, rows: Coefficients) -> Gradients:
     """Of pred, y, z and the table, from the gradient (B,) of the sample means."""
     dtype = operands.pred.dtype
-    if any(needs[1:4]):  # which are made of pred's, that would overflow in fp16 where they do not
+    # Those of the others are made of pred's, that would overflow in fp16 where they do not.
+    if dtype != compute_dtype(dtype) and (needs[1] or needs[2] or needs[3]):
         operands = operands._replace(**{name: widened(getattr(operands, name)) for name in ("pred", "y", "z")})
     _, y, z, noise, _ = operands
     found: Gradients = [None] * 4
