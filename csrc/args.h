@@ -197,12 +197,12 @@ struct LossArgs {
 
 // The gradient's scale, 2 d loss / d rho of one row.
 DAE_FN double gradient_scale(double weight, double upstream, double kept, Reduction reduction, int64_t B) {
-  const double each = reduction == Reduction::sum ? 1 : (kept > 0 ? 1 / kept : 0);
+  const double each = reduction == Reduction::sum ? 1 : (kept == 0 ? 0 : 1 / kept);
   return 2 * weight * upstream * each / (reduction == Reduction::mean ? static_cast<double>(B) : 1);
 }
 
 // The mean of a row's rho(r), given their sum, and what they add to the loss.
-DAE_FN double row_mean(double sum, double kept) { return kept > 0 ? sum / kept : 0; }
+DAE_FN double row_mean(double sum, double kept) { return kept == 0 ? 0 : sum / kept; }
 DAE_FN double loss_term(double weight, double sum, double mean, Reduction reduction) {
   return weight * (reduction == Reduction::sum ? sum : mean);
 }

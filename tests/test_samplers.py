@@ -906,7 +906,7 @@ THREE_IDS = df.Noise(0, sample=torch.zeros(3, dtype=torch.int64))
         (
             bad(ddpm, variance="learned"),
             TypeError,
-            r"ddpm: the network's output must be a tuple \(prediction, v\), got Tensor",
+            r"ddpm: the network's output must be a tuple \(prediction, v\) or of twice",
         ),
         (
             bad(ddpm, variance="learned", guidance=1.0, net=lambda x, t: (x, x)),

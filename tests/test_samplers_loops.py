@@ -482,7 +482,7 @@ X = torch.zeros(2, 3)
         (lambda: levels(levels=[1, 3], to_level=2), ValueError, r"levels must decrease within \[0, 100\)"),
         (lambda: levels(levels=[1, 3], to_level=5, eta=0.5), ValueError, r"levels must decrease within \[0, 100\)"),
         (lambda: levels(levels=[3], to_level=100), ValueError, r"to_level must be in \[0, 99\], got 100"),
-        (lambda: df.samplers.DDPM(S, steps=5).inverted(), ValueError, "ddpm: levels must decrease"),
+        (lambda: df.samplers.DDPM(S, steps=5).inverted(), ValueError, "ddpm: inverted needs a deterministic sampler"),
         (
             lambda: levels(steps=3, guidance=[1.0, 2.0]),
             ValueError,
@@ -513,7 +513,7 @@ X = torch.zeros(2, 3)
         (
             lambda: df.samplers.DDIM(S, steps=3, variance="learned").step(0, X, X),
             TypeError,
-            r"the network's output must be a tuple \(prediction, v\), got Tensor",
+            r"must be a tuple \(prediction, v\) or of twice the channels of \(2, 3\), got \(2, 3\)",
         ),
         (lambda: levels(steps=3, guidance_rescale=2.0), ValueError, r"guidance_rescale must be in \[0, 1\], got 2.0"),
         (lambda: levels(steps=3, conditioning=lambda a, s: a[:1]), ValueError, "conditioning must give 3 finite"),
@@ -542,3 +542,13 @@ X = torch.zeros(2, 3)
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_what_cannot_be_inverted_says_so() -> None:
+    with pytest.raises(ValueError, match=r"ddim: inverted needs a deterministic sampler, got DDIM\(.*eta=1"):
+        df.samplers.DDIM(df.Schedule.linear(100), steps=5, eta=1.0).inverted()
+
+
+def test_a_scale_of_guidance_that_is_none() -> None:
+    with pytest.raises(TypeError, match="ddim: guidance of a look must be a number, got NoneType"):
+        df.samplers.DDIM(df.Schedule.linear(100), steps=5, guidance=lambda i, t: None).levels  # noqa: B018

@@ -32,8 +32,8 @@ class BrownianNoise:
     fold_in(BROWNIAN_TAG).fold_in(0), and the middle of cell k of 2^l moves from the mean of the cell's ends by
     sqrt(t1 - t0) 2^(-l/2) / 2 times that of fold_in(2^l + k). An increment has at most 1 + 2 depth of these normals;
     what two times have in common counts once. In fp32, and for the halves, the native kernels add them in one launch;
-    elsewhere a launch each adds to one tensor. At equal times the sum of the
-    increments of 10 steps and of 1000 is the same, to rounding.
+    elsewhere a launch each adds to one tensor. `between` is W(s) - W(t),
+    whose sum over 10 steps and over 1000 is the same, to rounding; `increment` is that over its standard deviation.
     Raises TypeError or ValueError for arguments that are no such path.
     Levy 1948; as virtual Brownian trees in samplers: Li et al. 2020; Crowson 2022.
     """

@@ -366,7 +366,7 @@ def weighted_sum(
     also: as many coefficients, of a second output of the same terms
     out: written instead of a new tensor; may be one of the terms. Not with `also`
     where, otherwise: the sum is mixed into `otherwise`, like the terms: otherwise + where * (sum - otherwise), in the
-        same launch. `where`: bool, or floating in [0, 1], broadcastable to them, (B, 1, H, W) say; where it is 0 or 1
+        same launch. `where`: bool, or floating in [0, 1], of as many dimensions, (B, 1, H, W) say; where it is 0 or 1
         the one or the other, whatever the other holds. Of a tensor or of two terms, none clamped, and not with `also`
     returns: like the tensors, mixed dtypes promoted; with `also` a pair
     Reads each tensor once; a Noise is never stored. Arithmetic is in fp32 (fp64 for fp64), rounded once.
@@ -413,7 +413,7 @@ def _blended(op: str, terms: Sequence[Any], where: Any, otherwise: Any, also: An
         raise ValueError(f"{op}: with where there is one output, of a tensor or of two terms, none clamped")
     if where is None or otherwise is None:
         raise ValueError(f"{op}: where and otherwise are given together")
-    spec = _blend_of(op, tuple(drawn))
+    spec = (_made_blend if is_dynamo_compiling() else _kept_blend)(op, tuple(drawn))
     if not is_compiling():
         done = fast_map(spec.core, (*given, where, otherwise), coefficients, None, None, out)
         if done is not None:
@@ -437,8 +437,7 @@ def _blended(op: str, terms: Sequence[Any], where: Any, otherwise: Any, also: An
     return launched(spec, names, (*given[:-1], mask, given[-1]), rows, leading(*row), None, out)
 
 
-@lru_cache(maxsize=8)
-def _blend_of(op: str, drawn: tuple[bool, ...]) -> Map:
+def _made_blend(op: str, drawn: tuple[bool, ...]) -> Map:
     """The map of one or two terms, the mask and what stands elsewhere."""
     slots, columns = [X, Z], [ABSENT, BLEND, ABSENT, BLEND]
     of_terms = [Z if d else slots.pop(0) for d in drawn]
@@ -446,6 +445,9 @@ def _blend_of(op: str, drawn: tuple[bool, ...]) -> Map:
         columns[slot] = column
     given = [NOISE if d else slot for d, slot in zip(drawn, of_terms, strict=True)]
     return map_of(op, tuple(columns), None, (*given, Y, W))
+
+
+_kept_blend = lru_cache(maxsize=8)(_made_blend)
 
 
 def summed(op: str, names: tuple[str, ...], given: tuple[Any, ...], row: tuple[Any, ...], out: Tensor | None) -> Any:

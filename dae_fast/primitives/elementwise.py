@@ -36,7 +36,7 @@ def sample_means(spec: Loss, operands: Residual, rows: Coefficients) -> Tensor:
     else:
         sums = reference.per_sample_sum(m * reference.penalty(r, spec.kind, delta))
     total = totals(weights).to(sums.dtype)
-    counts = total > 0
+    counts = total != 0
     return torch.where(counts, sums / torch.where(counts, total, 1), 0)
 
 

@@ -196,7 +196,7 @@ def pred_gradient_in_torch(spec: Loss, upstream: Tensor, operands: Residual, row
         mask = mask.on(pred)
     r = affine(map_of(spec.op, COLUMNS), (pred, y, z, None), noise, rows)[0]
     kept = kept_elements(pred, mask)
-    scale = upstream / (torch.where(kept > 0, kept, 1) if isinstance(kept, Tensor) else max(kept, 1))
+    scale = upstream / (torch.where(kept == 0, 1, kept) if isinstance(kept, Tensor) else max(kept, 1))
     if mask is not None and not has_weights(mask):
         r = torch.where(mask, r, 0)
     column = spec.columns[2]

@@ -572,7 +572,7 @@ class Sampler(Base):
     steps: in [1, T], levels from the noisiest down; None is all
     levels: instead of steps, one's own, decreasing; a start of a shape is of the first. A deterministic sampler may go
         up too (inversion), to `to_level`. Read, the level of each look
-    spacing: of `steps` levels: "linspace", "leading" and "trailing" in index, as diffusers' timestep_spacing (leading
+    spacing: of `steps` levels: "linspace", "leading" and "trailing" in index, as diffusers' DDIM has them (leading
         without its offset); "karras" (rho = 7) and "exponential" in sigma/alpha, the nearest levels
     from_level: the first level, T - 1 unless given, of an image that is noised to there, say
     to_level: where the last step ends, a level instead of the data
@@ -621,6 +621,8 @@ class Sampler(Base):
         It starts from x at `to_level`; without, from the data, which stands for x at the last level. DDIM inversion
         (Song, Meng and Ermon 2021).
         """
+        if not self._goes_up():
+            raise ValueError(f"{self.op}: inverted needs a deterministic sampler, got {self!r}")
         schedule = walked(self.op, self.schedule, self._looks(), self._levels)
         first, *others = dict.fromkeys(self._passed())
         return replace(

@@ -67,7 +67,10 @@ def outputs(op: str, made: Any, x: Tensor, parts: tuple[str, ...], what: str) ->
         return (made if made.dtype == x.dtype else made.to(x.dtype),)
     if not isinstance(made, (tuple, list)) or len(made) != len(parts):
         got = f"{len(made)} of them" if isinstance(made, (tuple, list)) else type(made).__name__
-        raise TypeError(f"{op}: {what} must be a tuple ({', '.join(parts)}), got {got}")
+        doubled = ""
+        if parts[-1] == "v" and isinstance(made, Tensor):
+            doubled, got = f" or of twice the channels of {tuple(x.shape)}", str(tuple(made.shape))
+        raise TypeError(f"{op}: {what} must be a tuple ({', '.join(parts)}){doubled}, got {got}")
     for part, value in zip(parts, made, strict=True):
         like(op, f"{what} ({part})", value, "x", x)
     return tuple(value.to(x.dtype) for value in made)
@@ -97,7 +100,10 @@ def guidance_scales(op: str, guidance: Guidance, told: Sequence[float]) -> Tenso
     if isinstance(guidance, (list, tuple)):
         if len(guidance) != len(told):
             raise ValueError(f"{op}: guidance must be one, or {len(told)}, one for each look, got {len(guidance)}")
-        return torch.tensor([guidance_scale(op, math.nan if g is None else g) for g in guidance], dtype=torch.float64)
+        for g in guidance:
+            if g is None or isinstance(g, Tensor):
+                raise TypeError(f"{op}: guidance of a look must be a number, got {type(g).__name__}")
+        return torch.tensor([guidance_scale(op, g) for g in guidance], dtype=torch.float64)
     one = guidance_scale(op, guidance)
     return None if one is None else torch.full((len(told),), one, dtype=torch.float64)
 
