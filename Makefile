@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: demo test test-long fuzz sanitize bench profile matrix docs prove-gpu prove-cuda prove-triton prove-races gpu-pack gpu-check clean
+.PHONY: demo test test-long fuzz sanitize bench bench-normals profile matrix docs prove-gpu prove-cuda prove-triton prove-races gpu-pack gpu-check clean
 
 demo: .venv/demo
 	$(BIN)/python examples/train_digits.py
@@ -41,6 +41,17 @@ bench: .venv/test
 	$(BIN)/python -m benchmarks.growth
 	$(BIN)/python -m benchmarks.samplers
 	$(BIN)/python -m benchmarks.readme_table
+
+# Normals beside oneMKL's, numpy's, JAX's and randompack's, in an environment of their own.
+bench-normals: build/normals-venv
+	cd build && normals-venv/bin/python -m dae_fast.benchmarks.normals
+	cd build && normals-venv/bin/python -m dae_fast.benchmarks.normals --isa avx2
+
+build/normals-venv: pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*) benchmarks/normals.py
+	$(PYTHON) -m venv $@
+	$@/bin/pip install --quiet --disable-pip-version-check $(TORCH)
+	$@/bin/pip install --quiet --disable-pip-version-check . mkl mkl_random randompack numpy jax
+	touch $@
 
 # PROFILE="--task U-Net --steps 50", say. Nsight Systems where nsys is on the PATH, torch.profiler elsewhere.
 profile: .venv/test

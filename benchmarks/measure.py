@@ -38,13 +38,18 @@ class Timing:
 
 
 def interleave(
-    peers: Mapping[str, Peer], *, budget_s: float, sample_s: float = 1e-3, device: torch.device = CPU
+    peers: Mapping[str, Peer],
+    *,
+    budget_s: float,
+    sample_s: float = 1e-3,
+    device: torch.device = CPU,
+    clock: Clock | None = None,
 ) -> dict[str, Timing]:
     """Round after round, every peer once, for about `budget_s` in all.
 
     A sample is as many calls as take `sample_s`, so that the clock's own cost does not count.
     """
-    clock = _events if device.type == "cuda" else _wall
+    clock = clock or (_events if device.type == "cuda" else _wall)
     calls, long = {}, set()
     for name, peer in peers.items():
         calls[name], once = _calls_in(sample_s, peer, clock)

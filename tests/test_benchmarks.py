@@ -19,8 +19,9 @@ from rich.console import Console
 from typer import Typer
 from typer.testing import CliRunner
 
+import dae_fast as df
 from benchmarks import __main__ as cli
-from benchmarks import pictures, readme_table, suite, tables
+from benchmarks import normals, pictures, readme_table, suite, tables
 from benchmarks.cases import CASES
 from benchmarks.environment import CPU, RESULTS, backends_on, default_backend, environment
 from benchmarks.gate import Gate, WrongResultError
@@ -49,6 +50,16 @@ TINY = [
 def wrong_by(setting: Setting, factor: float, name: str = OURS):
     right = peer(setting, name)
     return lambda: tuple(result * factor for result in right())
+
+
+def test_normals_beside_the_libraries_that_are_here(capsys, monkeypatch, restore_threads):
+    monkeypatch.setattr(normals, "SAMPLE_S", 1e-4)
+    monkeypatch.setattr(normals, "one_thread", lambda isa: torch.set_num_threads(1))
+    normals.main(["--seconds", "0"])
+    printed = capsys.readouterr().out
+    for name in (f"dae_fast, {df.kernels.native.isa()}", "torch, normal_", "numpy, Philox"):
+        assert re.search(rf"{name} +\d+\.\d+ \(", printed), printed
+    assert "oneMKL Philox" in printed or "not measured: onemkl: ImportError: no libmkl_rt.so" in printed
 
 
 @pytest.mark.parametrize("setting", TINY, ids=str)
