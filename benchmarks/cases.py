@@ -265,6 +265,45 @@ def _weighed_mse(i: Inputs, eps: Tensor) -> Tensor:
     return ((m * (i["pred"] - eps) ** 2).reshape(B, -1).sum(1) / m.reshape(B, -1).sum(1)).mean()
 
 
+def _inpainted(i: Inputs, eps: Tensor) -> Tensor:
+    return i["x"] + i["region"].to(eps.dtype) * (0.8 * i["x0"] + 0.6 * eps - i["x"])
+
+
+def _region(inputs: Inputs, g: torch.Generator) -> None:
+    x = inputs["x"]
+    inputs["region"] = torch.rand(x.shape[:1] + (1,) * (x.dim() > 2) + x.shape[1 + (x.dim() > 2) :], generator=g)
+
+
+def _stepped_to(i: Inputs, eps: Tensor) -> Tensor:
+    x, t = i["x"], i["t"]
+    c_x, c_p, std = (column(c[t], x) for c in STEP_TABLES[x.dtype, x.device.type])
+    return c_x * x + c_p * i["pred"] + std * eps
+
+
+def _step_table() -> tuple[Tensor, ...]:
+    """Of each level's step to NEXT: Song, Meng and Ermon 2021, eq. 12, with the noise of the posterior."""
+    (alpha, sigma), (alpha_s, sigma_s) = (SCHEDULE.alpha, SCHEDULE.sigma), NEXT
+    std = sigma_s / sigma * (sigma**2 - (alpha / alpha_s * sigma_s) ** 2).sqrt()
+    return alpha_s / alpha, (sigma_s**2 - std**2).sqrt() - alpha_s * sigma / alpha, std
+
+
+NEXT = math.sqrt(1 - 1e-5), math.sqrt(1e-5)  # alpha and sigma below every level
+STEP_TABLES = {(dtype, d): tuple(t.to(d, dtype) for t in _step_table()) for dtype in DTYPES for d in DEVICES}
+
+
+def _flow_log_prob(i: Inputs, _: Tensor) -> Tensor:
+    """As Flow-GRPO's sde_step_with_logprob has it: the density's mean over elements, given the step's mean and std."""
+    look = FLOW_SDE._plan.launches
+    c_x, c_p, std = look.affine_rows()[FLOW_LOOK]
+    x, x_s = i["x"], i["x_s"]
+    mean = c_x * x + c_p * i["pred"]
+    each = -((x_s - mean) ** 2) / (2 * std**2) - math.log(std) - 0.5 * math.log(2 * math.pi)
+    return _per_sample(each)
+
+
+FLOW_SDE, FLOW_LOOK = df.samplers.FlowSDE(df.Schedule.flow(10), steps=10), 4
+
+
 def _v_target(i: Inputs, eps: Tensor) -> Tensor:
     alpha, sigma = alpha_sigma(i, i["x0"])
     return alpha * eps - sigma * i["x0"]
@@ -567,6 +606,35 @@ CASES = [
         widens=True,
         streams=3,
         extra=_element_weights,
+    ),
+    Case(
+        "weighted_sum-where",
+        lambda i: df.weighted_sum((0.8, i["x0"]), (0.6, i["noise"]), where=i["region"], otherwise=i["x"]),
+        _inpainted,
+        ("x0", "x"),
+        ("x0", "x", "region"),
+        streams=4,
+        extra=_region,
+    ),
+    Case(
+        "step-ddim",
+        lambda i: df.step(i["x"], i["pred"], i["level"], df.Level(*NEXT), i["noise"], eta=1.0),
+        _stepped_to,
+        ("x", "pred"),
+        ("x", "pred"),
+        launches="weighted_sum",
+        streams=3,
+    ),
+    Case(
+        "log_prob-none",
+        lambda i: FLOW_SDE.log_prob(FLOW_LOOK, i["x"], i["x_s"], i["pred"]),
+        _flow_log_prob,
+        ("pred", "x", "x_s"),
+        ("pred",),
+        fresh=False,
+        loss=True,
+        launches="residual_loss",
+        streams=4,
     ),
     Case(
         "variational_bound",

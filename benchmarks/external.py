@@ -67,6 +67,18 @@ def _noise_alone(i: Inputs) -> Tensor:
     return i["noise"].normal(x0.shape, dtype=x0.dtype, device=x0.device)
 
 
+def _brownian(i: Inputs) -> Tensor:
+    x = i["x0"]
+    return df.BrownianNoise(i["noise"], 0.0, 1.0).increment(0.3, 0.55, x.shape, dtype=x.dtype, device=x.device)
+
+
+def _given_brownian(noise: df.Noise, like: Tensor, dtype: torch.dtype) -> Tensor:
+    return _brownian({"x0": like.to(dtype), "noise": noise})
+
+
+BROWNIAN = Law(torch.randn_like, _given_brownian)  # by hand: normals, of no path
+
+
 def _sampler_step(eta: float, clamp: float, guidance: float | None = None) -> Call:
     """One turn of a sampler's loop, the network's output (outputs, under guidance) being given."""
     sampler = df.samplers.DDIM(
@@ -156,6 +168,7 @@ def _network(x_t: Tensor, pred: Tensor) -> Tensor:
 
 CASES = (
     Case("normal-fresh", _noise_alone, lambda i, eps: eps, ("x0",), (), streams=1),
+    Case("brownian_increment", _brownian, lambda i, eps: eps, ("x0",), (), law=BROWNIAN, streams=1),
     Case("ddpm_step-fresh", _sampler_step(1.0, 1.0), _plain_ddpm, ("x", "pred"), (), streams=3),
     Case(
         "guided_step-fresh",

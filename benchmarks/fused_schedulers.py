@@ -1,11 +1,13 @@
-"""`python -m benchmarks.fused_schedulers`: loops of diffusers' schedulers, upstream's and fused. Three minutes.
+"""`python -m benchmarks.fused_schedulers`: loops of diffusers' schedulers, upstream's and ours. Three minutes.
 
-A loop of twenty steps, set_timesteps included, without a network; a step of two halves is two calls.
+A loop of twenty steps, set_timesteps included, without a network; a step of two halves is two calls. A sampler's levels
+are its own, and its object is made once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +16,8 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+
+import dae_fast as df
 
 from . import external
 from .environment import RESULTS, environment, results_name
@@ -24,6 +28,7 @@ BUDGET_S = 6.0
 SHAPE = (2, 4, 128, 128)
 UPSTREAM, TORCH, KEYED = "diffusers", "fused, torch's noise", "fused, keyed"
 PEERS = UPSTREAM, TORCH, KEYED
+SAMPLER = "sampler"
 LOOP = 20
 
 CONFIGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -52,13 +57,47 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "consistency": ("CMStochasticIterativeScheduler", {"num_train_timesteps": 100}, {}),
     "flow-match Euler": ("FlowMatchEulerDiscreteScheduler", {}, {}),
 }
+_SCHEDULE = df.Schedule.linear(1000)
+_SIGMAS = df.Schedule.karras(100)
+_OF_SIGMA: dict[str, Any] = {"steps": LOOP, "conditioning": "sigma"}
+SAMPLERS: dict[str, df.samplers.Sampler] = {
+    "DDPM": df.samplers.DDPM(_SCHEDULE, steps=LOOP, clamp=1.0),
+    "DDIM": df.samplers.DDIM(_SCHEDULE, steps=LOOP),
+    "DDIM, eta 1": df.samplers.DDIM(_SCHEDULE, steps=LOOP, eta=1.0),
+    "Euler": df.samplers.Euler(_SCHEDULE, steps=LOOP),
+    "Euler ancestral": df.samplers.EulerAncestral(_SCHEDULE, steps=LOOP),
+    "Heun": df.samplers.Heun(_SCHEDULE, steps=LOOP),
+    "DPM-Solver++ 2M": df.samplers.DPMSolverPP2M(_SCHEDULE, steps=LOOP),
+    "DPM-Solver++ 3M": df.samplers.DPMSolverPP3M(_SCHEDULE, steps=LOOP),
+    "DPM-Solver++ 2M SDE": df.samplers.DPMSolverPP2MSDE(_SCHEDULE, steps=LOOP),
+    "UniPC": df.samplers.UniPC(_SCHEDULE, steps=LOOP),
+    "DEIS": df.samplers.DEIS(_SCHEDULE, steps=LOOP, order=2),
+    "PNDM": df.samplers.PLMS(_SCHEDULE, steps=LOOP),
+    "LMS": df.samplers.LMS(_SCHEDULE, steps=LOOP),
+    "LCM": df.samplers.LCM(_SCHEDULE, steps=LOOP),
+    "TCD": df.samplers.TCD(_SCHEDULE, steps=LOOP),
+    "EDM Euler": df.samplers.Euler(_SIGMAS, **_OF_SIGMA),
+    "EDM DPM-Solver++ 2M": df.samplers.DPMSolverPP2M(_SIGMAS, **_OF_SIGMA),
+    "consistency": df.samplers.Consistency(_SIGMAS, **_OF_SIGMA),
+    "flow-match Euler": df.samplers.FlowEuler(df.Schedule.flow(1000), steps=LOOP),
+}
 
 
 def studies() -> Iterator[Study]:
     """(scheduler, "values", how many the samples have, the peers)."""
     for name, of in CONFIGS.items():
         x, output = torch.randn(SHAPE), torch.randn(SHAPE)
-        yield name, "values", x.numel(), {source: _peer(source, *of, x, output) for source in PEERS}
+        peers = {source: _peer(source, *of, x, output) for source in PEERS}
+        if name in SAMPLERS:
+            peers[SAMPLER] = partial(_stepped, SAMPLERS[name], x, output)
+        yield name, "values", x.numel(), peers
+
+
+def _stepped(sampler: df.samplers.Sampler, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    noise = df.Noise(0)
+    for i in range(len(sampler.levels)):
+        x = sampler.step(i, x, output, noise)
+    return x
 
 
 def _peer(
@@ -91,12 +130,16 @@ def _loop(scheduler: Any, x: torch.Tensor, output: torch.Tensor, arguments: dict
 
 
 def table(points: list[Point]) -> Table:
-    """Milliseconds of a loop, and how many times as long as the fused ones upstream's takes."""
-    shown = Table("scheduler", *(f"{n}, ms" for n in PEERS), *(f"{UPSTREAM} / {n}" for n in PEERS[1:]))
+    """Milliseconds of a loop, and how many times as long as ours upstream's takes."""
+    names = *PEERS, SAMPLER
+    shown = Table("scheduler", *(f"{n}, ms" for n in names), *(f"{UPSTREAM} / {n}" for n in names[1:]))
     found = {(p.study, p.peer): p.median_ms for p in points}
     for study in dict.fromkeys(p.study for p in points):
-        upstream, *ours = (found[study, peer] for peer in PEERS)
-        shown.add_row(study, *(f"{t:.3g}" for t in (upstream, *ours)), *(f"{upstream / t:.1f}" for t in ours))
+        times = [found.get((study, peer)) for peer in names]
+        ratios = [None if t is None else found[study, UPSTREAM] / t for t in times[1:]]
+        shown.add_row(
+            study, *("" if t is None else f"{t:.3g}" for t in times), *("" if r is None else f"{r:.1f}" for r in ratios)
+        )
     return shown
 
 

@@ -6,6 +6,7 @@ returns the loop. Levels go down from T - 1 to 0, and the data comes after 0.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,8 @@ import dae_fast as df
 from dae_fast import samplers
 
 from .cases import column
+
+START_TAG = 0x7374617274  # the key of a sampler's first draw
 
 Network = Callable[..., Tensor]  # net(x, t), or score(x)
 Normal = Callable[[Tensor, int], Tensor]  # noise like x; the int is the key that the sampler folds in
@@ -42,6 +45,35 @@ def langevin(step_size: float, steps: int) -> Run:
     def run(score: Network, x: Tensor, normal: Normal) -> Tensor:
         for k in range(steps):
             x = x + step_size * score(x) + (2 * step_size) ** 0.5 * normal(x, k)
+        return x
+
+    return run
+
+
+def sgld(step_size: float, steps: int, temperature: float) -> Run:
+    """Welling and Teh 2011."""
+
+    def run(score: Network, x: Tensor, normal: Normal) -> Tensor:
+        for k in range(steps):
+            x = x + step_size * score(x) + (2 * step_size * temperature) ** 0.5 * normal(x, k)
+        return x
+
+    return run
+
+
+def underdamped(step_size: float, steps: int, friction: float) -> Run:
+    """BAOAB (Leimkuhler and Matthews 2013)."""
+    h, c = step_size, math.exp(-friction * step_size)
+
+    def run(score: Network, x: Tensor, normal: Normal) -> Tensor:
+        v, force = normal(x, START_TAG), score(x)
+        for k in range(steps):
+            v = v + h / 2 * force
+            x = x + h / 2 * v
+            v = c * v + (1 - c * c) ** 0.5 * normal(x, k)
+            x = x + h / 2 * v
+            force = score(x)
+            v = v + h / 2 * force
         return x
 
     return run
@@ -330,6 +362,18 @@ LOOPS = (
         "langevin",
         lambda net, x, noise: samplers.langevin(net, x, STEP_SIZE, STEPS, noise),
         lambda dtype: langevin(STEP_SIZE, STEPS),
+        score,
+    ),
+    Loop(
+        "sgld",
+        lambda net, x, noise: samplers.sgld(net, x, STEP_SIZE, STEPS, noise, temperature=0.5),
+        lambda dtype: sgld(STEP_SIZE, STEPS, 0.5),
+        score,
+    ),
+    Loop(
+        "underdamped",
+        lambda net, x, noise: samplers.underdamped(net, x, 0.1, STEPS, noise, friction=2.0)[0],
+        lambda dtype: underdamped(0.1, STEPS, 2.0),
         score,
     ),
     Loop(

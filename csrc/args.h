@@ -70,6 +70,7 @@ struct Noise {
 };
 
 constexpr int kAbsent = -1;  // a column number: this coefficient is 0, and what it is about not read
+constexpr int kBlend = -2;   // that of y and of w where the sum of x and z is blended into w by y
 
 constexpr int kMaxConstants = 16;
 
@@ -109,6 +110,7 @@ struct AffineArgs {
   bool clamped;
   int inner[3];  // columns of a0, a1, a3
   double lo, hi;
+  bool blends = false;  // out = blend(y, c0*x + c2*z, w); c1 and c3 are absent
   // Of five streams: one more, out += c4*v, whose place fresh noise then takes.
   bool five = false;
   Operand v;
@@ -150,6 +152,7 @@ struct ResidualArgs {
   Batch batch;
   Operand pred, y, z, mask, grad;  // mask holds bytes
   Choice choice;                   // takes mask's place when present
+  bool weighs = false;             // on the CPU: mask holds numbers of the compute type, which multiply rho
   Noise noise;
   Table table;
   int columns[3];  // n1, n2, delta
@@ -194,12 +197,12 @@ struct LossArgs {
 
 // The gradient's scale, 2 d loss / d rho of one row.
 DAE_FN double gradient_scale(double weight, double upstream, double kept, Reduction reduction, int64_t B) {
-  const double each = reduction == Reduction::sum ? 1 : (kept > 0 ? 1 / kept : 0);
+  const double each = reduction == Reduction::sum ? 1 : (kept == 0 ? 0 : 1 / kept);
   return 2 * weight * upstream * each / (reduction == Reduction::mean ? static_cast<double>(B) : 1);
 }
 
 // The mean of a row's rho(r), given their sum, and what they add to the loss.
-DAE_FN double row_mean(double sum, double kept) { return kept > 0 ? sum / kept : 0; }
+DAE_FN double row_mean(double sum, double kept) { return kept == 0 ? 0 : sum / kept; }
 DAE_FN double loss_term(double weight, double sum, double mean, Reduction reduction) {
   return weight * (reduction == Reduction::sum ? sum : mean);
 }

@@ -112,6 +112,8 @@ int64_t residual(const py::object& spec, const Inputs& operands_of, const Rows& 
                           !noise.is_none() || !mask_noise.is_none());
   ResidualArgs a{operands.batch, operands[0], operands[1], operands[2], operands[3], operands[4]};
   a.choice = read_choice(mask_noise, thresholds, keeps, q.device >= 0, operands.batch.D);
+  Dtype of_weights;
+  a.weighs = !mask.is_none() && View(mask.ptr()).dtype(of_weights);
   a.penalty = static_cast<Penalty>(fixed.kind);
   a.noise = read_noise(noise.ptr(), false, operands.batch.D);
   a.table = read_table(table.ptr(), index.ptr(), q.device >= 0);

@@ -64,6 +64,11 @@ bool is_tensor(PyObject* object) {
   return PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(dae::torch().tensor));
 }
 
+bool is_noise(PyObject* object) {
+  static PyObject* const type = member("dae_fast.noise", "Noise");
+  return reinterpret_cast<PyObject*>(Py_TYPE(object)) == type;
+}
+
 constexpr int kFifth = 4;  // the slot of a noise, or of the fifth tensor
 
 // A weighted sum's static side, parsed once; spec.Map's `core`.
@@ -72,11 +77,12 @@ struct MapObject {
   PyObject *op, *owner;  // owner: the spec.Map that holds this, borrowed
   int columns[8], fifth[2], inner[3], slots[5];
   int outputs, inputs;
-  bool clamped, five;
+  bool clamped, five, blends;
 
   // Whether input k of x, y, z, w, v is read, by an output or by the estimate, which is of x, y and w.
   bool reads(int k) const {
     if (k == kFifth) return fifth[0] != kAbsent || fifth[1] != kAbsent;
+    if (blends && (k == 1 || k == 3)) return true;
     const bool inside = clamped && k != 2 && inner[k == 3 ? 2 : k] != kAbsent;
     return inside || columns[k] != kAbsent || columns[4 + k] != kAbsent;
   }
@@ -84,7 +90,7 @@ struct MapObject {
     std::copy_n(columns, 8, args.columns);
     std::copy_n(inner, 3, args.inner);
     std::copy_n(fifth, 2, args.fifth);
-    args.clamped = clamped, args.five = five;
+    args.clamped = clamped, args.five = five, args.blends = blends;
   }
 };
 
@@ -371,7 +377,7 @@ class FastCall {
 // input, or None; the source is then a Level. given: the op's inputs in its order, tensors and at most a Noise; source
 // and key as in read_source; bounds: None or (low, high). The result is a new tensor, or two; with gradients where one is
 // wanted; or `out`.
-class FastMap : FastCall {
+class FastMap : protected FastCall {
  public:
   static constexpr Py_ssize_t kArguments = 6;
   static constexpr const char* kName = "fast_map";
@@ -380,10 +386,18 @@ class FastMap : FastCall {
     PyObject* const chosen = PyTuple_CheckExact(a[0]) ? map_of_level_op(a[0], a[1], a[2]) : a[0];
     if (chosen == Py_None) return Py_NewRef(Py_None);
     const MapObject& map = as_map(chosen);
-    PyObject *given = a[1], *bounds = a[4], *into = a[5];
+    PyObject *given = a[1], *bounds = a[4];
     PyObject* slots[] = {Py_None, Py_None, Py_None, Py_None, Py_None};
     if (PyTuple_GET_SIZE(given) != map.inputs || map.clamped != (bounds != Py_None)) return Py_NewRef(Py_None);
     for (int i = 0; i < map.inputs; ++i) slots[map.slots[i]] = PyTuple_GET_ITEM(given, i);
+    if (!read_first(slots[0])) return Py_NewRef(Py_None);
+    return sum(map, slots, a[2], a[3], bounds, a[5]);
+  }
+
+ protected:
+  // Of read_first's tensor and the others. tag: what the noise, whose key is in host memory then, is folded with, or None.
+  PyObject* sum(const MapObject& map, PyObject** slots, PyObject* source, PyObject* key, PyObject* bounds, PyObject* into,
+                PyObject* tag = Py_None) {
     PyObject* noise = slots[kFifth];
     const bool stored = map.five && is_tensor(noise);
     if (stored)
@@ -391,7 +405,6 @@ class FastMap : FastCall {
     else
       slots[kFifth] = Py_None;
     AffineArgs args{};
-    if (!read_first(slots[0])) return Py_NewRef(Py_None);
     Operand* const operands[] = {&args.x, &args.y, &args.z, &args.w, &args.v};
     args.x.data = first_->data();
     const int tensors = stored ? 5 : 4, place_of_noise = map.five ? kFifth : 2;
@@ -400,7 +413,11 @@ class FastMap : FastCall {
     for (int k = 0; k < 5; ++k)
       if (map.reads(k) && slots[k] == Py_None && !(k == place_of_noise && noise != Py_None)) return Py_NewRef(Py_None);
     if (noise != Py_None && slots[place_of_noise] != Py_None) return Py_NewRef(Py_None);
-    if (!read_source(a[2], a[3], args.table) || !read_its_noise(noise, args.noise)) return Py_NewRef(Py_None);
+    if (!read_source(source, key, args.table) || !read_its_noise(noise, args.noise)) return Py_NewRef(Py_None);
+    if (tag != Py_None) {
+      if (args.noise.key_at) return Py_NewRef(Py_None);
+      args.noise.key = fold_in(args.noise.key, static_cast<uint64_t>(PyLong_AsLongLong(tag)));
+    }
     args.batch = batch_;
     map.fill(args);
     if (map.clamped) {
@@ -424,15 +441,17 @@ class FastMap : FastCall {
     if (differentiable || !is_ours()) {
       if (!table_ || (differentiable && leading_ > 1)) return Py_NewRef(Py_None);  // made again in the general way
       const Owned inputs(PyTuple_Pack(4, slots[0], slots[1], slots[2], slots[3]));
-      if (stored) noise = slots[kFifth];
       const Owned rows(PyTuple_Pack(2, table_, index()));
+      const Owned last(stored           ? Py_NewRef(slots[kFifth])
+                       : tag == Py_None ? Py_NewRef(noise)
+                                        : PyObject_CallMethodOneArg(noise, names().fold_in, tag));
       if (differentiable) {
-        PyObject* const passed[] = {map.owner, inputs.get(), noise, rows.get(), bounds};
+        PyObject* const passed[] = {map.owner, inputs.get(), last.get(), rows.get(), bounds};
         return PyObject_Vectorcall(g_with_gradients, passed, std::size(passed), nullptr);
       }
       const Owned made(make_outputs(map, into, args));
       const Owned outs(map.outputs == 1 ? PyTuple_Pack(1, made.get()) : Py_NewRef(made.get()));
-      launch_elsewhere(names().fast_map, map.owner, inputs.get(), noise, rows.get(), bounds, outs.get());
+      launch_elsewhere(names().fast_map, map.owner, inputs.get(), last.get(), rows.get(), bounds, outs.get());
       return Py_NewRef(made.get());
     }
     const Owned made(make_outputs(map, into, args));
@@ -442,12 +461,11 @@ class FastMap : FastCall {
 
  private:
   static PyObject* map_of_level_op(PyObject* maps, PyObject* given, PyObject* source) {
-    static PyObject *const noise_type = member("dae_fast.noise", "Noise"),
-                           *const level_type = member("dae_fast.coefficients", "Level");
+    static PyObject* const level_type = member("dae_fast.coefficients", "Level");
     if (reinterpret_cast<PyObject*>(Py_TYPE(source)) != level_type) return Py_None;
     Py_ssize_t place = 0;
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(given); ++i)
-      if (reinterpret_cast<PyObject*>(Py_TYPE(PyTuple_GET_ITEM(given, i))) == noise_type) place = i + 1;
+      if (is_noise(PyTuple_GET_ITEM(given, i))) place = i + 1;
     return place < PyTuple_GET_SIZE(maps) ? PyTuple_GET_ITEM(maps, place) : Py_None;
   }
 
@@ -457,6 +475,59 @@ class FastMap : FastCall {
     if (map.outputs == 1) return empty_like_first(args.out.data);
     const Owned out(empty_like_first(args.out.data)), out2(empty_like_first(args.out2.data));
     return PyTuple_Pack(2, out.get(), out2.get());
+  }
+};
+
+// (looks, tables, history, i, x, pred, noise): look i of a sampler. looks: a list of base.py's Quick; tables: by dtype and
+// device, or one of them. The result is (x after it, what is kept then).
+class FastStep : FastMap {
+ public:
+  static constexpr Py_ssize_t kArguments = 7;
+  static constexpr const char* kName = "fast_step";
+
+  PyObject* run(PyObject* const* a) {
+    PyObject *looks = a[0], *history = a[2], *i = a[3], *x = a[4], *noise = a[6];
+    if (looks == Py_None || !PyLong_CheckExact(i)) return Py_NewRef(Py_None);
+    const Py_ssize_t place = PyLong_AsSsize_t(i);
+    if (place < 0 || place >= PyList_GET_SIZE(looks)) return PyErr_Clear(), Py_NewRef(Py_None);
+    enum { kMap, kBounds, kZ, kW, kV, kTag, kReads, kKeeps };
+    PyObject* const look = PyList_GET_ITEM(looks, place);
+    const auto number = [&](int k) { return PyLong_AsSsize_t(PyTuple_GET_ITEM(look, k)); };
+    PyObject* const tag = PyTuple_GET_ITEM(look, kTag);
+    if (PyTuple_GET_SIZE(history) < number(kReads) || (tag != Py_None && !is_noise(noise))) return Py_NewRef(Py_None);
+    // As launch.py numbers what is read.
+    const auto stream = [&](int k) {
+      const Py_ssize_t n = number(k);
+      return n == 2 ? a[5] : n >= 4 ? PyTuple_GET_ITEM(history, n - 4) : Py_None;
+    };
+    PyObject* slots[] = {x, a[5], stream(kZ), stream(kW), stream(kV)};
+    if (slots[kFifth] == Py_None && tag != Py_None) slots[kFifth] = noise;
+    if (!read_first(x)) return Py_NewRef(Py_None);
+    PyObject* const table = PyDict_CheckExact(a[1]) ? of_first(a[1]) : a[1];
+    if (!table) return Py_NewRef(Py_None);
+    const MapObject& map = as_map(PyTuple_GET_ITEM(look, kMap));
+    const Owned made(sum(map, slots, table, i, PyTuple_GET_ITEM(look, kBounds), Py_None, tag));
+    if (made.get() == Py_None) return Py_NewRef(Py_None);
+    const Py_ssize_t keeps = number(kKeeps);
+    if (keeps <= 0) {
+      const Owned kept(keeps ? PyTuple_Pack(1, x) : PyTuple_New(0));
+      return PyTuple_Pack(2, made.get(), kept.get());
+    }
+    const Py_ssize_t before = place ? std::min(keeps - 1, PyTuple_GET_SIZE(history)) : 0;
+    const Owned kept(PyTuple_New(1 + before));
+    PyTuple_SET_ITEM(kept.get(), 0, Py_NewRef(PyTuple_GET_ITEM(made.get(), 1)));
+    for (Py_ssize_t k = 0; k < before; ++k)
+      PyTuple_SET_ITEM(kept.get(), 1 + k, Py_NewRef(PyTuple_GET_ITEM(history, k)));
+    return PyTuple_Pack(2, PyTuple_GET_ITEM(made.get(), 0), kept.get());
+  }
+
+ private:
+  // The table for the first tensor; nullptr where there is none yet.
+  PyObject* of_first(PyObject* tables) const {
+    const Owned device = device_of_first(), place(PyTuple_Pack(2, compute_dtype(), device.get()));
+    PyObject* const table = PyDict_GetItemWithError(tables, place.get());
+    if (!table && PyErr_Occurred()) throw PythonError();
+    return table;
   }
 };
 
@@ -635,6 +706,8 @@ PyObject* new_map(PyTypeObject* type, PyObject* args, PyObject*) {
   map->five = given % 4 != 0;
   std::fill_n(map->columns, 8, kAbsent), std::fill_n(map->fifth, 2, kAbsent);
   std::copy_n(all, 4 * map->outputs, map->columns);
+  map->blends = all[1] == kBlend;
+  if (map->blends) map->columns[1] = map->columns[3] = kAbsent;
   if (map->five) std::copy_n(all + 4 * map->outputs, map->outputs, map->fifth);
   for (int i = 0; i < map->inputs; ++i) {
     if (map->slots[i] >= 0 && map->slots[i] < 5) continue;
@@ -736,6 +809,7 @@ PyObject* use_gradients(PyObject*, PyObject* function) {
 
 PyMethodDef g_methods[] = {
     fast_method<FastMap>(),
+    fast_method<FastStep>(),
     fast_method<FastLoss>(),
     fast_method<FastNormal>(),
     method("use_fast", use_fast, "Who launches plain calls on the CPU, and on a GPU."),

@@ -38,6 +38,13 @@ struct Clamp {
   DAE_FN R operator()(R v) const { return v < lo ? lo : (v > hi ? hi : v); }
 };
 
+// w + m*(v - w); where m is 0 or 1 the one or the other, whatever the other holds.
+template <class R>
+DAE_FN R blend(R m, R v, R w) {
+  const R between = mul_add(m, v - w, w);
+  return m == 0 ? w : (m == 1 ? v : between);
+}
+
 // rho(r) and half its derivative. The pseudo-Huber 2 delta (sqrt(r^2 + delta^2) - delta) in a form that does not cancel,
 // and straight beyond kStraight, where a square would overflow.
 constexpr float kStraight = 1e18f;

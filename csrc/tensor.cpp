@@ -46,7 +46,7 @@ PyObject* member(const char* module, const char* name) {
 const Names& names() {
   static const Names known = {
       intern("dtype"),  intern("shape"),   intern("device"),      intern("requires_grad"), intern("is_neg"),
-      intern("_seed"),  intern("_offset"), intern("_key_tensor"), intern("_sample"),       intern("_first_sample"), intern("_span"),
+      intern("_seed"),  intern("_offset"), intern("_key_tensor"), intern("_sample"),       intern("_first_sample"), intern("_span"), intern("fold_in"),
       intern("_schedule"), intern("_t"), intern("_tables"), intern("_alpha"), intern("_sigma"), intern("_columns"),
       intern("fast_map"), intern("fast_loss")};
   return known;

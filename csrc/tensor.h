@@ -44,7 +44,7 @@ PyObject* member(const char* module, const char* name);
 // Names of attributes, made once: Python compares them by address.
 struct Names {
   PyObject *dtype, *shape, *device, *requires_grad, *is_neg;
-  PyObject *seed, *offset, *key_tensor, *sample, *first_sample, *span;  // of a Noise
+  PyObject *seed, *offset, *key_tensor, *sample, *first_sample, *span, *fold_in;  // of a Noise
   PyObject *schedule, *t, *tables, *alpha, *sigma;                // of a Level and its Schedule
   PyObject* columns;                                              // of a LevelOp
   PyObject *fast_map, *fast_loss;                              // of a backend in Python

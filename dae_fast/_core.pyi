@@ -82,6 +82,16 @@ def on_gpu(tensor: Tensor, /) -> bool: ...
 def fast_map(
     map: Map, given: tuple[Any, ...], source: Any, key: Any, bounds: tuple[float, float] | None, out: Tensor | None, /
 ) -> Any: ...
+def fast_step(
+    looks: list[Any] | None,
+    tables: Any,
+    history: tuple[Tensor, ...],
+    i: Any,
+    x: Any,
+    pred: Any,
+    noise: Any,
+    /,
+) -> tuple[Tensor, tuple[Tensor, ...]] | None: ...
 def fast_normal(noise: Any, shape: Any, dtype: Any, device: Any, /) -> Tensor | None: ...
 def fast_loss(
     loss: Loss,

@@ -16,7 +16,7 @@ from torch.library import Library
 from ._torch import register_autograd, unwrap_dead_wrappers
 from .kernels import reference
 from .kernels.dispatch import kernels_of
-from .kernels.spec import ABSENT, Coefficients, Kind, Reduction, Residual, Wanted, compute_dtype, loss_of, map_of
+from .kernels.spec import ABSENT, BLEND, Coefficients, Kind, Reduction, Residual, Wanted, compute_dtype, loss_of, map_of
 from .noise import FlatNoise, Noise
 from .ops.reparameterisation import gradients as gaussian_gradients
 from .primitives.batching import rule
@@ -227,7 +227,8 @@ def _embedding_in_torch(x: Tensor, W: Tensor, D: int, flip: bool, _: str) -> Ten
 def _setup_affine(ctx: Any, inputs: Any) -> None:
     x, y, z, w, v, table, index, key, sample, *rest = inputs
     ctx.set_materialize_grads(False)
-    read = (x, y, z, w, v) if ctx.needs_input_grad[6] else (None,) * 5  # for the table's gradient alone
+    # For the table's gradient, and those of a blend.
+    read = (x, y, z, w, v) if ctx.needs_input_grad[6] or rest[-2][1] == BLEND else (None,) * 5
     ctx.save_for_backward(*read, table, index, key, sample)
     ctx.rest = rest
 

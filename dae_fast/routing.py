@@ -22,6 +22,7 @@ def _no_core(*_: Any) -> None:
 # torch.compiler.is_compiling(), which cannot look inside.
 _native = dispatch.module("native")
 fast_map: Any = _no_core if _native is None else _native.fast_map
+fast_step: Any = _no_core if _native is None else _native.fast_step
 fast_loss: Any = _no_core if _native is None else _native.fast_loss
 fast_normal: Any = _no_core if _native is None else _native.fast_normal
 is_one: Any = _no_core if _native is None else _native.is_one

@@ -24,6 +24,8 @@ STREAMS = {
     "affine_kernel<read, 3>": (3, 1),
     "affine_kernel<fresh, 3>": (3, 1),
     "affine_kernel<read, 4>": (4, 1),
+    "affine_kernel<fresh, blended>": (3, 1),
+    "affine_kernel<read, blended>": (4, 1),
     "affine_kernel<any>": (4, 2),
     "affine_kernel<five>": (5, 2),
     "residual_kernel<fresh, 1>": (1, 1),
@@ -116,7 +118,9 @@ def _describe(mangled: str) -> tuple[str, str, str] | None:
         return None
     name, fresh, inputs, flag, access = kernel.groups()
     arguments = [] if fresh is None else ["fresh" if fresh == "1" else "read"]
-    if inputs:  # -1 is for all that has no kernel of its own, with fresh noise or without
+    if "Lin2E" in kernel[0]:
+        arguments.append("blended")
+    elif inputs:  # -1 is for all that has no kernel of its own, with fresh noise or without
         general = "five" if fresh == "1" and name == "affine_kernel" else "any"
         arguments = [general] if "Lin" in kernel[0] else [*arguments, inputs, *[FLAG[name]] * (flag == "1")]
     return name + f"<{', '.join(arguments)}>" * bool(arguments), match[1] or match[2], access

@@ -45,8 +45,12 @@ class Call(NamedTuple):
         return self.function(*values[: self.positional], **dict(list(arguments.items())[self.positional :]))
 
 
-def net(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+def net(x: torch.Tensor, t: torch.Tensor, x_self_cond: torch.Tensor | None = None) -> torch.Tensor:
     return 0.5 * x
+
+
+def target(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return y.new_zeros(len(y)), y
 
 
 def pair(x: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,16 +88,23 @@ def _samplers() -> Iterator[Call]:
             yield Call(getattr(df.samplers, cls.op), {**first, **options, **loop}, cls.op)
     inpainting = {"sampler": df.samplers.DDIM(S, steps=2), "known": X, "mask": MASK, "noise": N0}
     yield Call(df.samplers.Inpainting, inpainting, "Inpainting")
+    yield Call(df.samplers.RePaint, {**inpainting, "jump_length": 1, "jump_n_sample": 2}, "RePaint")
     yield Call(df.samplers.Trajectory, {}, "Trajectory")
     step = {"x": X, "pred": U, "level": S[4], "next_level": S[1], "noise": N0}
     own = {"solver": "ddim", "eta": 0.5, "predict": "eps", "clamp": None, "return_x0": False}
     yield Call(df.step, {**step, **own}, "step")
-    last = {"guidance": None, "net_arguments": None, "progress": False, "graph": False}
+    loop = {"progress": False, "callback": None}
+    last = {"guidance": None, "net_arguments": None, "graph": False, **loop}
     yield Call(
         df.samplers.langevin,
         {"score": torch.neg, "x": X, "step_size": 0.1, "steps": 2, "noise": N0, "noise_scale": 1.0, **last},
         "langevin",
     )
+    chain = {"x": X, "step_size": 0.1, "steps": 2, "noise": N0, **loop}
+    yield Call(df.samplers.sgld, {"score": torch.neg, **chain, "temperature": 1.0, "preconditioner": None}, "sgld")
+    own = {"v": None, "friction": 1.0, "temperature": 1.0}
+    yield Call(df.samplers.underdamped, {"score": torch.neg, **chain, **own}, "underdamped")
+    yield Call(df.samplers.mala, {"target": target, **chain}, "mala")
 
 
 def _ops() -> Iterator[Call]:
@@ -144,7 +155,8 @@ def _ops() -> Iterator[Call]:
         "residual_loss",
         2,
     )
-    yield Call(df.weighted_sum, {"term": (0.5, X), "also": None, "out": None}, "weighted_sum", 1)
+    mixed = {"where": X > 0, "otherwise": X}
+    yield Call(df.weighted_sum, {"term": (0.5, X), "also": None, "out": None, **mixed}, "weighted_sum", 1)
     yield Call(df.clamped, {"term": (0.5, X), "low": -1.0, "high": 1.0}, "clamped", 1)
     yield Call(
         df.LevelOp,

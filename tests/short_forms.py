@@ -39,7 +39,6 @@ from typing import Any
 from torch import Tensor
 
 from ..continuous import ContinuousSchedule
-from ..noise import Noise
 from ..ops.conversions import Bounds
 from ..ops.parameterisation import Parameterisation
 from ..schedule import Schedule
@@ -49,7 +48,7 @@ from ..schedule import Schedule
 
 def imports() -> str:
     places: dict[str, list[str]] = {
-        "arguments": ["Start"],
+        "arguments": ["Noises", "Start"],
         "levels": ["Conditioning", "Schedules"],
         "network": ["Guidance"],
         "base": ["Callback"],
@@ -84,7 +83,7 @@ def {cls.op}(
     {cls.net_name}: Network,
     x: Start,
     schedule: {schedule.type},
-    noise: Noise,
+    noise: Noises,
     *,
 {parameters}) -> Tensor:
     """{summary}

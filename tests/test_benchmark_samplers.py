@@ -63,7 +63,8 @@ def told(loop: Loop, first: int = 0) -> loops.Network:
 
 
 def test_every_sampler_has_a_loop() -> None:
-    assert {name.split("-")[0] for name in BY_NAME} == {n for n in df.samplers.__all__ if n.islower()}
+    """But MALA's, whose uniform numbers are no normals."""
+    assert {name.split("-")[0] for name in BY_NAME} == {n for n in df.samplers.__all__ if n.islower()} - {"mala"}
 
 
 @each_loop

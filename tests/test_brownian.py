@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 import dae_fast as df
 
 from . import cuda_on_cpu
+from .test_graphs import Net, tapes  # noqa: F401  a fixture
 
 NOISE = df.Noise(3)
 PATH = df.BrownianNoise(NOISE, -1.0, 3.0)
@@ -89,6 +91,11 @@ def test_increments_are_standard_and_independent() -> None:
     torch.testing.assert_close(torch.cov(elements.flatten(1).T), torch.eye(8), rtol=0, atol=0.12)
 
 
+def test_a_time_is_rounded_at_the_ends_too() -> None:
+    beyond = PATH.between(3.0 + 4e-16, -1.0 - 2.0**-27, SHAPE)
+    assert torch.equal(beyond, PATH.between(3.0, -1.0, SHAPE))
+
+
 def test_a_sample_knows_nothing_of_its_batch() -> None:
     whole = PATH.increment(2.0, 1.3, (8, 6))
     part = df.BrownianNoise(df.Noise(3, first_sample=5), -1.0, 3.0)
@@ -120,6 +127,7 @@ def test_bad_input() -> None:
         (lambda: df.BrownianNoise(NOISE, 1.0, 1.0), ValueError, "t1 must be above t0, got 1.0 and 1.0"),
         (lambda: df.BrownianNoise(NOISE, 0.0, 1.0, depth=53), ValueError, r"depth must be in \[1, 52\], got 53"),
         (lambda: PATH.between(0.0, 3.5, SHAPE), ValueError, r"between: s must be in \[-1.0, 3.0\], got 3.5"),
+        (lambda: PATH.between(0.0, 3.0 + 2.0**-22, SHAPE), ValueError, r"between: s must be in \[-1.0, 3.0\], got 3.0"),
         (lambda: PATH.increment(0.5, 0.5, SHAPE), ValueError, "increment: t and s must differ at depth 24, got 0.5"),
         (lambda: PATH.between(0.0, 1.0, SHAPE, dtype=torch.int64), TypeError, "between: dtype must be float16"),
     ):
@@ -127,20 +135,96 @@ def test_bad_input() -> None:
             call()
 
 
-def test_a_sampler_takes_its_increments() -> None:
-    """Of one path: with twice the steps a sample moves half as far as before; with other noise it is another sample."""
+SIGMAS = df.Schedule.karras(T=160)
+FLOW = df.Schedule.flow(160)
 
-    def sample(steps: int, brownian: bool = True) -> Tensor:
-        schedule = df.Schedule.karras(T=steps)
-        path = df.BrownianNoise(df.Noise(1), 0.0, float(schedule.sigma[-1]))
-        ancestral = df.samplers.EulerAncestral(schedule, steps=steps, predict="x0")
-        x, sigma = ancestral.start((512, 4), df.Noise(9)), [float(schedule.sigma[t]) for t in ancestral.levels] + [0.0]
-        for i in range(steps):
-            x0 = x * 0.25 / (0.25 + sigma[i] ** 2)  # of data N(0, 0.5^2)
-            noise = path.increment(sigma[i], sigma[i + 1], x.shape) if brownian else df.Noise(1)
-            x = ancestral.step(i, x, x0, noise)
-        return x
 
-    apart = [(sample(2 * n) - sample(n)).std() for n in (20, 40, 80)]
-    assert apart[0] > 1.5 * apart[1] > 2.25 * apart[2]
-    assert (sample(80, brownian=False) - sample(40, brownian=False)).std() > 8 * apart[1]
+def denoised(x: Tensor, t: Tensor) -> Tensor:
+    """x0 of data N(0, 0.5^2)."""
+    return x * 0.25 / (0.25 + SIGMAS.sigma[t, None].to(x.dtype) ** 2)
+
+
+def velocity(x: Tensor, t: Tensor) -> Tensor:
+    alpha, sigma = (c[t, None].to(x.dtype) for c in (FLOW.alpha, FLOW.sigma))
+    return (sigma - 0.25 * alpha) / (0.25 * alpha**2 + sigma**2) * x
+
+
+@pytest.mark.parametrize("name", ["EulerAncestral", "DPMSolverPP2MSDE", "FlowSDE"])
+def test_a_sampler_takes_it_as_its_noise(name: str) -> None:
+    """20, 40 and 80 steps are of one path and come closer; with a plain Noise they are samples apart."""
+    of_flow = name == "FlowSDE"
+    net, schedule, options = (velocity, FLOW, {}) if of_flow else (denoised, SIGMAS, {"predict": "x0"})
+    path = df.BrownianNoise(NOISE, 0.0, 1.0 if of_flow else 80.0)
+
+    def sample(steps: int, noise: Any) -> Tensor:
+        return getattr(df.samplers, name)(schedule, steps=steps, **options).sample(net, (100, 4), noise)
+
+    def apart(noise: Any) -> list[float]:
+        found = [sample(steps, noise) for steps in (20, 40, 80)]
+        return [float((b - a).std()) for a, b in itertools.pairwise(found)]
+
+    near, far = apart(path), apart(NOISE)
+    assert far[1] > 6 * near[1] and near[0] > (1.1 if of_flow else 1.5) * near[1], (near, far)
+
+
+def test_the_noise_of_a_step_is_the_increment_between_its_sigmas() -> None:
+    ancestral = df.samplers.EulerAncestral(SIGMAS, steps=5, predict="x0")
+    path = df.BrownianNoise(NOISE, 0.0, 80.0)
+    sigma = [*SIGMAS.sigma[list(ancestral.levels)].tolist(), 0.0]
+    x = ancestral.start((6, 4), path)
+    assert torch.equal(x, ancestral.start((6, 4), NOISE))
+    for i, t in enumerate(ancestral.model_times(x)):
+        z = path.increment(sigma[i], sigma[i + 1], x.shape)
+        by_hand, x = ancestral.step(i, x, denoised(x, t), z), ancestral.step(i, x, denoised(x, t), path)
+        assert torch.equal(x, by_hand)
+    assert torch.equal(x, ancestral.sample(denoised, (6, 4), path))
+    part = df.BrownianNoise(df.Noise(3, first_sample=4), 0.0, 80.0)
+    assert torch.equal(ancestral.sample(denoised, (2, 4), part), x[4:])
+    short = df.samplers.euler_ancestral(denoised, (6, 4), SIGMAS, path, steps=5, predict="x0")
+    assert torch.equal(short, x)
+    leaf = path.increment(80.0, 1.0, (6, 4)).requires_grad_()
+    ancestral.sample(denoised, leaf, path, gradients=True).sum().backward()
+    assert leaf.grad is not None and leaf.grad.isfinite().all()
+
+
+class Told(Net):  # type: ignore[misc]
+    def forward(self, x: Tensor, t: Tensor, x_self_cond: Tensor) -> Tensor:
+        return super().forward(x, 0 * t) + 0.1 * x_self_cond
+
+
+def test_a_graph_replays_the_paths_of_other_keys(tapes: list[Any]) -> None:  # noqa: F811
+    """With self-conditioning besides; another span of time is another graph."""
+    sampler, net = df.samplers.EulerAncestral(SIGMAS, steps=4, predict="x0", self_condition=True), Told()
+    x = torch.ones(3, 4, 5)
+    for noise, t1 in ((NOISE, 80.0), (df.Noise(4).to("cpu"), 80.0), (NOISE, 81.0)):
+        path = df.BrownianNoise(noise, 0.0, t1)
+        assert torch.equal(sampler.sample(net, x, path, graph=True), sampler.sample(net, x, path))
+    assert [tape.replays for tape in tapes] == [2, 1]
+
+
+def test_where_a_sampler_has_no_use_for_a_path() -> None:
+    x, path = torch.ones(2, 3), df.BrownianNoise(NOISE, 0.0, 80.0)
+    vp, ve = df.Schedule.linear(20, 0.005, 0.4), df.Schedule.geometric(5, 0.1, 2.0)
+    churned = df.samplers.Heun(SIGMAS, steps=3, S_churn=1.0, conditioning="sigma", predict="x0")
+    zero = df.samplers.DDPM(vp.zero_terminal_snr(), predict="v")
+    for call, error, message in (
+        (
+            lambda: df.samplers.AnnealedLangevin(ve).step(0, x, x, path),
+            ValueError,
+            "annealed_langevin: step 0 moves at one level, where a path has no increment: noise must be a Noise",
+        ),
+        (lambda: df.samplers.PredictorCorrector(ve).step(1, x, x, path), ValueError, "step 1 moves at one level"),
+        (
+            lambda: churned.churned(0, x, path),
+            TypeError,
+            "heun: S_churn goes back .* must be a Noise, got BrownianNoise",
+        ),
+        (lambda: zero.step(0, x, x, path), ValueError, "ddpm: step 0 is from a level without signal"),
+        (
+            lambda: df.samplers.EulerAncestral(SIGMAS).step(0, x, x, df.BrownianNoise(NOISE, 0.0, 9.0)),
+            ValueError,
+            r"increment: t must be in \[0.0, 9.0\], got 80",
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            call()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -445,3 +447,26 @@ def test_an_empty_batch_has_a_delta(backend: str, delta: float | Tensor) -> None
     assert loss == 0
     if isinstance(delta, Tensor):
         assert df.residual_loss(nothing, (1.0, nothing), kind="huber", delta=delta, reduction="sum") == 0
+
+
+def test_weights_that_are_nan_or_negative() -> None:
+    """Nothing hides a NaN, and what is negative is divided by its sum as anything else."""
+    pred = torch.randn(4, 3, generator=torch.Generator().manual_seed(2))
+    weights = torch.ones(4, 3)
+    assert torch.equal(df.noise_mse(pred, NOISE, mask=-weights), df.noise_mse(pred, NOISE, mask=weights))
+    weights[1, 2] = float("nan")
+    for wants in (False, True):
+        each = df.noise_mse(pred.clone().requires_grad_(wants), NOISE, mask=weights, reduction="none")
+        assert each.isnan().tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize("weighing", [lambda m: m, lambda m: m > 0.5], ids=["weights", "bool"])
+def test_samples_losses_are_normalised_as_the_loss_is(weighing: Any) -> None:
+    g = torch.Generator().manual_seed(3)
+    pred, mask, level = torch.randn(4, 3, generator=g), weighing(torch.rand(4, 3, generator=g)), df.Level(0.6, 0.8)
+    given = {"mask": mask, "normalise": "count"}
+    for how in ("mean", "sum"):
+        _, each = df.denoising_loss(pred, pred, NOISE, level, reduction=how, return_per_sample=True, **given)
+        torch.testing.assert_close(each, df.denoising_loss(pred, pred, NOISE, level, reduction="none", **given))
+    _, of_x0 = df.noise_mse(pred, NOISE, level=level, return_x0_mse=True, **given)
+    torch.testing.assert_close(of_x0, (0.8 / 0.6) ** 2 * df.noise_mse(pred, NOISE, reduction="none", **given))

@@ -99,6 +99,9 @@ OPS: dict[str, Op] = {
     "ddim": lambda x, y, w, cut: df.samplers.ddim(lambda x, t: 0.3 * x, x, S, NOISE, steps=4, eta=1.0, clamp=1.0),
     "thresholded": lambda x, y, w, cut: df.samplers.ddim(lambda x, t: 0.3 * x, x, S, NOISE, steps=3, threshold=0.9),
     "dpm": lambda x, y, w, cut: df.samplers.dpm_solver_pp_2m(lambda x, t: 0.3 * x, x, S, NOISE, steps=4),
+    "path": lambda x, y, w, cut: df.samplers.ddim(
+        lambda x, t: 0.3 * x, x, S, df.BrownianNoise(NOISE, 0.0, 200.0), steps=2, eta=1.0
+    ),
     "langevin": lambda x, y, w, cut: df.samplers.langevin(lambda x: -x, x, 0.1, 3, NOISE),
 }
 OF_W = ("add_noise by hand", "noise_mse weighted", "residual_loss")  # whose w is tried as a plain tensor, too

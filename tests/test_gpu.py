@@ -443,6 +443,8 @@ MORE = (
     *("noise_mse-mask", "noise_mse-drawn", "denoising_loss-masked"),  # a mask must be counted first
     *("langevin_step-per-sample", "denoising_loss-pseudo_huber"),  # coefficients worked out by torch
     "add_noise-perturbed",  # noise twice
+    *("step-ddim", "sgld_step"),  # coefficients, and the root of what is preconditioned
+    *("log_prob-none", "noise_mse-weights", "variational_bound"),  # torch's arithmetic after a launch or two
 )
 
 

@@ -170,3 +170,94 @@ def test_bad_input() -> None:
     ):
         with pytest.raises(error, match=message):
             call()
+
+
+# The loops.
+
+GAUSSIAN = torch.tensor([0.25, 4.0])  # variances
+
+
+def test_sgld_is_its_steps_and_has_their_law() -> None:
+    """P the variances: every direction settles at T/(1 - h/2) of its own; h may decrease, and a callback changes x."""
+
+    def score(x: Tensor) -> Tensor:
+        return -x / GAUSSIAN.to(x.dtype)
+
+    start, P, path = torch.zeros(4000, 2), GAUSSIAN.expand(4000, 2), df.samplers.Trajectory()
+    x = df.samplers.sgld(score, start, 0.4, 30, NOISE, temperature=0.5, preconditioner=P, callback=path)
+    torch.testing.assert_close(x.var(0) / GAUSSIAN, torch.full((2,), 0.5 / 0.8), rtol=0.1, atol=0)
+    assert torch.equal(path.x[-1], x) and len(path.x) == 30 and not path.x0 and not start.any()
+    by_hand = drawn(1)[0, :, 0, :2]
+    chain = df.samplers.sgld(
+        score,
+        by_hand,
+        lambda k: 0.1 / (k + 1),
+        3,
+        NOISE,
+        preconditioner=lambda score: 1 / (1 + score.abs()),
+        callback=lambda k, x: x.clamp(-1, 1) if k == 1 else None,
+    )
+    for k in range(3):
+        slope = score(by_hand)
+        by_hand = df.sgld_step(
+            by_hand, slope, 0.1 / (k + 1), NOISE.fold_in(k), preconditioner=1 / (1 + slope.abs())
+        ).clamp(*((-1, 1) if k == 1 else (None, 100)))
+    assert torch.equal(chain, by_hand)
+    half = df.samplers.sgld(score, x[:5].bfloat16(), 0.1, 2, NOISE)
+    assert half.dtype == torch.bfloat16
+
+
+def test_underdamped_comes_to_x_and_v_of_one_time() -> None:
+    """Of N(0, 1) at T = 0.5 both have variance 0.5 at any h; without friction energy stays, and back is the start."""
+    x, v = df.samplers.underdamped(torch.neg, torch.zeros(4000, 2), 1.0, 30, NOISE, temperature=0.5)
+    torch.testing.assert_close(x.var(0), torch.full((2,), 0.5), rtol=0.1, atol=0)
+    torch.testing.assert_close(v.var(0), torch.full((2,), 0.5 * 0.75), rtol=0.1, atol=0)  # h/2 beside x: 1 - h^2/4
+    start, speed = drawn(2)
+    x, v = df.samplers.underdamped(torch.neg, start, 0.1, 7, NOISE, v=speed, friction=0.0)
+    back, _ = df.samplers.underdamped(torch.neg, x, 0.1, 7, NOISE, v=-v, friction=0.0)
+    torch.testing.assert_close(back, start)
+    moved = x - start
+    assert moved.abs().max() > 0.1
+
+
+def test_mala_is_its_steps_and_has_no_bias() -> None:
+    """h = 0.5 of a unit Gaussian, where Langevin's variance is 4/3."""
+
+    def target(x: Tensor) -> tuple[Tensor, Tensor]:
+        return -0.5 * x.square().sum(1), -x
+
+    x, share = df.samplers.mala(target, torch.zeros(8000, 1), 0.5, 40, NOISE)
+    assert abs(float(x.var()) - 1) < 0.06 and 0.8 < float(share.mean()) < 0.99
+    state, at = df.mala_step(target, x, *target(x), 0.5, NOISE.fold_in(0)), []
+    moved, share = df.samplers.mala(target, x, 0.5, 1, NOISE, callback=lambda k, x: at.append(x))
+    assert torch.equal(moved, state.x) and torch.equal(at[0], moved) and torch.equal(share, state.accepted.float())
+    far, _ = df.samplers.mala(target, x[:9], 0.5, 2, NOISE, callback=lambda k, x: x + 5 if k == 0 else None)
+    asked = df.samplers.mala(target, x[:9], 0.5, 1, NOISE)[0] + 5
+    assert torch.equal(far, df.mala_step(target, asked, *target(asked), 0.5, NOISE.fold_in(1)).x)
+    half, _ = df.samplers.mala(target, x[:5].bfloat16(), 0.5, 2, NOISE)
+    assert half.dtype == torch.bfloat16
+
+
+def test_langevin_calls_back() -> None:
+    path = df.samplers.Trajectory()
+    x = df.samplers.langevin(torch.neg, torch.ones(3, 4), 0.1, 3, NOISE, callback=path)
+    assert torch.equal(x, df.samplers.langevin(torch.neg, torch.ones(3, 4), 0.1, 3, NOISE))
+    assert torch.equal(path.x[1], df.samplers.langevin(torch.neg, torch.ones(3, 4), 0.1, 2, NOISE))
+
+
+def test_bad_input_of_the_loops() -> None:
+    x = torch.zeros(2, 3)
+    for call, error, message in (
+        (lambda: df.samplers.sgld(torch.neg, x, -0.1, 2, NOISE), ValueError, "step_size must be positive and finite"),
+        (lambda: df.samplers.sgld(lambda x: x[:1], x, 0.1, 2, NOISE), ValueError, r"sgld: the score must have shape"),
+        (lambda: df.samplers.sgld(torch.neg, x, 0.1, 2, x), TypeError, "sgld: noise must be a Noise, got a tensor"),
+        (
+            lambda: df.samplers.sgld(torch.neg, x, 0.1, 2, NOISE, callback=lambda k, x: x[0]),
+            ValueError,
+            "sgld: what callback returned must have shape",
+        ),
+        (lambda: df.samplers.underdamped(torch.neg, x, 0.1, 2, NOISE, v=x[:1]), ValueError, "underdamped: v must have"),
+        (lambda: df.samplers.mala(torch.neg, x, 0.1, 2, NOISE), TypeError, r"mala: target must return \(log_prob, sc"),
+    ):
+        with pytest.raises(error, match=message):
+            call()

@@ -30,11 +30,11 @@ RIGHT = {
         *("target", "perturbation", "out", "level", "weight", "level_weight", "mask", "delta", "log_variance", "clamp"),
         *("levels", "sample", "below", "times", "density", "weighting", "t", "name", "conditioning", "threshold"),
         *("guidance", "net_arguments", "steps", "noise", "pred", "score", "also", "estimate", "clamp_log_var"),
-        *("preconditioner", "callback", "from_level", "to_level", "eta", "sigma_data"),
+        *("preconditioner", "callback", "from_level", "to_level", "eta", "sigma_data", "variance", "v"),
     },
     "True": {
         *("return_x0_mse", "return_per_sample", "flip", "progress", "denoise", "use_clipped_model_output", "kl"),
-        *("return_x0", "gradients", "exact", "corrected_x"),
+        *("return_x0", "gradients", "exact", "corrected_x", "self_condition"),
     },
 }
 NEVER = (

@@ -15,7 +15,7 @@ from torch import Tensor
 import dae_fast as df
 from benchmarks.cases import DTYPES
 from dae_fast.kernels import reference
-from dae_fast.kernels.spec import Coefficients, Kind, compute_dtype
+from dae_fast.kernels.spec import BLEND, Coefficients, Kind, compute_dtype
 from dae_fast.primitives.masks import Drawn
 
 from .conftest import GPU_CODE, module_of
@@ -66,6 +66,11 @@ AFFINE = {
     "five, two outputs": ((0, 1, 2, -1, -1, 3, 0, 1, -1, 5), None, False),
     "five, clamped, two outputs": ((0, 1, 2, 3, -1, 1, 2, -1, 0, -1), (4, 5, 6, -0.5, 0.7), True),
 }
+BLENDED = {
+    "blended": ((0, BLEND, 2, BLEND), None, False),
+    "blended, noise": ((0, BLEND, 2, BLEND), None, True),
+    "blended, one tensor": ((0, BLEND, -1, BLEND), None, False),
+}
 
 
 def streams(columns: tuple[int, ...], fresh: bool, z: Tensor, v: Tensor) -> tuple[Tensor | None, Any]:
@@ -95,6 +100,28 @@ def test_affine(backend: str, pattern: str, shape: tuple[int, ...], dtype: torch
     assert len(got) == len(columns) // 4
     for g, value, terms in zip(got, wanted, sizes, strict=True):
         assert_close(g, value, terms)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in Triton's interpreter
+@settings
+@pytest.mark.parametrize("pattern", BLENDED)
+def test_blended(backend: str, pattern: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """w + y*(v - w), v = c0*x + c2*z; where y is 0 or 1 the other of them may be anything."""
+    columns, _, fresh = BLENDED[pattern]
+    x, w, z = (randn(shape, dtype, seed) for seed in range(3))
+    m = randn(shape, dtype, 3).clamp(0, 1)
+    soft = (m > 0) & (m < 1)
+    assert soft.any() and (m == 0).any() and (m == 1).any()
+    x[m == 0], w[m == 1] = math.nan, math.inf
+    third, noise = (None, NOISE) if fresh else (z if columns[2] >= 0 else None, None)
+    table = table_of(dtype, shape[0])
+    (got,) = module_of(backend).affine("op", x, m, third, noise, table, None, columns, None, w=w)
+    c = [column.double().reshape(-1, *[1] * (len(shape) - 1)) for column in table.T]
+    of_z = c[2] * (NOISE.normal(shape, dtype=torch.float64) if fresh else z.double()) if columns[2] >= 0 else 0 * c[2]
+    v, w, m = c[0] * x.double() + of_z, w.double(), m.double()
+    wanted = torch.where(m == 0, w, torch.where(m == 1, v, w + m * (v - w)))
+    sizes = torch.where(soft, (c[0] * x.double()).abs() + of_z.abs() + 2 * w.abs(), wanted.abs() + of_z.abs())
+    assert_close(got, wanted, sizes)
 
 
 @pytest.mark.parametrize("clamped", [False, True])
@@ -153,6 +180,7 @@ GRADIENTS = {
     "clamped from above": ((0, 1, 2, 3), (4, 5, 6, -math.inf, 0.5), False),
     "clamped by nothing": ((0, 1, 2, 3), (4, 5, 6, -math.inf, math.inf), False),
     "clamped, w outside": ((0, 1, -1, 3), (4, 5, -1, *BOUNDS), False),
+    "blended": ((0, BLEND, 1, BLEND), None, False),
 }
 LEVELS = {"each its row": (2, None), "one row": (1, None), "levels": (3, torch.tensor([2, 0]))}
 

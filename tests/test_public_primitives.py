@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -103,6 +104,60 @@ def test_five_streams_are_one_launch_on_every_route(
     assert tangent.isfinite().all() and (inside is not None or torch.allclose(tangent, torch.full_like(x, 1.0)))
     wide = [t.double().requires_grad_() for t in tensors]
     assert torch.autograd.gradcheck(call, wide[:4] if fresh else wide)
+
+
+@pytest.mark.parametrize("fresh", [False, True], ids=["tensor", "Noise"])
+def test_where_and_otherwise_on_every_route(monkeypatch: pytest.MonkeyPatch, backend: str, fresh: bool) -> None:
+    known, x, z = (randn(k, dtype=torch.float32) for k in range(3))
+    m = randn(4, (B, 1, 8), torch.float32).clamp(0, 1)
+    alpha, second = randn(5, (B,)), NOISE if fresh else z
+    eps = NOISE.normal(SHAPE) if fresh else z
+
+    def call(known: Tensor, x: Tensor, m: Tensor, z: Any = second, **out: Tensor) -> Tensor:
+        return df.weighted_sum((alpha, known), (0.5, z), where=m, otherwise=x, **out)
+
+    plain = call(known, x, m)
+    torch.testing.assert_close(plain, x.lerp(column(alpha, x).float() * known + 0.5 * eps, m), rtol=1e-5, atol=1e-6)
+    assert torch.equal(call(known, x, m.expand(SHAPE).contiguous()), plain)
+    swapped = df.weighted_sum((0.5, second), (alpha, known), where=m, otherwise=x)
+    torch.testing.assert_close(swapped, plain, rtol=1e-5, atol=1e-6)
+    chosen = df.weighted_sum((1.0, known), where=m > 0.5, otherwise=x)
+    assert torch.equal(chosen, torch.where(m > 0.5, known, x))
+    assert df.weighted_sum((1.0, known.half()), where=m, otherwise=x.half()).dtype == torch.float16
+    with monkeypatch.context() as patched:  # the general way
+        patched.setattr("dae_fast.primitives.fast_map", lambda *_: None)
+        assert torch.equal(call(known, x, m), plain)
+    out = x.clone()
+    assert torch.equal(call(known, out, m, out=out), plain) and torch.equal(out, plain)
+    per_frame = df.weighted_sum((alpha[:, None].expand(B, 3), known), (0.5, second), where=m, otherwise=x)
+    torch.testing.assert_close(per_frame, plain, rtol=1e-6, atol=1e-6)
+    batched = torch.func.vmap(call, (0, None, None))(torch.stack((known, x)), x, m)
+    assert torch.equal(batched, torch.stack((plain, call(x, x, m))))
+    wide = [t.double().requires_grad_() for t in (known, x, m, *(() if fresh else (z,)))]
+    assert torch.autograd.gradcheck(call, wide, check_forward_ad=True, fast_mode=True)
+    half = [t.detach().bfloat16().requires_grad_() for t in wide]
+    for g, judge in zip(*(torch.autograd.grad(call(*t).sum(), t) for t in (half, wide)), strict=True):
+        torch.testing.assert_close(g.double(), judge, rtol=0.02, atol=0.05)
+
+
+def test_where_is_refused() -> None:
+    x, m = randn(0), torch.ones(B, 1, 8)
+    for arguments, message in (
+        ({"where": m}, "weighted_sum: where and otherwise are given together"),
+        ({"otherwise": x}, "weighted_sum: where and otherwise are given together"),
+        ({"where": m, "otherwise": x, "also": (1.0,)}, "weighted_sum: with where there is one output, of a tensor or"),
+        ({"where": m.long(), "otherwise": x}, "weighted_sum: where must be a bool or floating tensor, got torch.int64"),
+        ({"where": m[0], "otherwise": x}, "weighted_sum: where must have as many dimensions as (5, 3, 8), 1 where it"),
+        (
+            {"where": m[..., :3], "otherwise": x},
+            "weighted_sum: where must be broadcastable to (5, 3, 8), got (5, 1, 3)",
+        ),
+        ({"where": m, "otherwise": x[:2]}, "weighted_sum: otherwise must have shape (5, 3, 8), got (2, 3, 8)"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"^{re.escape(message)}"):
+            df.weighted_sum((1.0, x), **arguments)
+    with pytest.raises(ValueError, match="of a tensor or of two terms, none clamped"):
+        df.weighted_sum((1.0, NOISE), where=m, otherwise=x)
 
 
 def test_dtypes_are_promoted(backend: str) -> None:

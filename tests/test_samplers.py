@@ -289,7 +289,7 @@ def limits_of(name):
     return [{}, {"clamp": (-0.2, 0.6)}, {"threshold": 0.8}] if name in LIMITED else [{}]
 
 
-@pytest.mark.parametrize("g", [0.0, 1.0, 3.5, -1])
+@pytest.mark.parametrize("g", [0, 3.5])
 @pytest.mark.parametrize("name", GUIDED)
 def test_guidance_is_the_combined_network(backend, name, g):
     """u + g (c - u), Ho and Salimans 2022, under every kind of limits too."""
@@ -906,7 +906,7 @@ THREE_IDS = df.Noise(0, sample=torch.zeros(3, dtype=torch.int64))
         (
             bad(ddpm, variance="learned"),
             TypeError,
-            r"ddpm: the network's output must be a tuple \(prediction, v\), got Tensor",
+            r"ddpm: the network's output must be a tuple \(prediction, v\) or of twice",
         ),
         (
             bad(ddpm, variance="learned", guidance=1.0, net=lambda x, t: (x, x)),

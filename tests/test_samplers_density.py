@@ -117,13 +117,58 @@ def test_the_ratio_of_equal_policies_is_1(name, dtype, backend):
     assert torch.equal(sampler.step(1, x_t, pred, NOISE), x_s)
 
 
-@pytest.mark.parametrize("options", [{}, {"clamp": 0.9}, {"guidance": 2.0}])
+@pytest.mark.parametrize("options", [{}, {"clamp": 0.5}, {"guidance": 2.0}])
+def test_the_density_of_a_learned_variance(options):
+    """Eq. 15 of Nichol and Dhariwal, and torch's law of it; in parts of the batch bit for bit."""
+    ddpm = df.samplers.DDPM(S, variance="learned", **options)
+    x_t, pred, v = start(3, 4, 5), start(3, 4, 5, seed=1), start(3, 4, 5, seed=2)
+    given = (pred, 0.5 * pred, v) if "guidance" in options else (pred, v)
+    t, s = S.alpha_bar[ddpm.levels[2]], S.alpha_bar[ddpm.levels[3]]
+    beta = 1 - t / s
+    log_var = (v + 1) / 2 * beta.log() + (1 - v) / 2 * (beta * (1 - s) / (1 - t)).log()
+    law = torch.distributions.Normal(ddpm.step(2, x_t, given, torch.zeros_like(x_t)), (log_var / 2).exp())
+    x_s, old = ddpm.step(2, x_t, given, NOISE, return_log_prob=True)
+    same(old, law.log_prob(x_s).mean((1, 2)))
+    same(ddpm.log_prob(2, x_t, x_s, given, reduction="sum"), law.log_prob(x_s).sum((1, 2)))
+    x_s, *given = (c.float() for c in (x_s, *given))
+    old = ddpm.log_prob(2, x_t.float(), x_s, tuple(given))
+    part = ddpm.log_prob(2, x_t[1:2].float(), x_s[1:2], tuple(c[1:2] for c in given))
+    assert torch.equal(part, old[1:2])
+
+
+def test_the_density_of_a_predictor():
+    """Of PredictorCorrector, between correctors."""
+    predictor = df.samplers.PredictorCorrector(S, levels=[9, 5, 2], predictor="ancestral")
+    x_t, x_s, pred = (start(3, 4, 5, seed=k) for k in range(3))
+    wanted = torch.distributions.Normal(*ddim(x_t, pred, 5, 2, 1.0)).log_prob(x_s).mean((1, 2))
+    same(predictor.log_prob(2, x_t, x_s, pred), wanted)
+
+
+def test_the_density_of_a_step_that_reads_what_was_kept():
+    """Given x_t and that: the mean is the step with noise of zeros."""
+    sde = df.samplers.DPMSolverPP3M(S, steps=5, eta=0.8)
+    x, pred = start(3, 4, 5), [start(3, 4, 5, seed=k) for k in range(3)]
+    for i in (0, 1):
+        x = sde.step(i, x, pred[i], NOISE)
+    kept = sde.history
+    mean = sde.step(2, x, pred[2], torch.zeros_like(x))
+    sde.history = kept
+    std = sde._plan.launches.std(2)
+    x_s, log_prob = sde.step(2, x, pred[2], NOISE, return_log_prob=True)
+    same(log_prob, torch.distributions.Normal(mean, std).log_prob(x_s).mean((1, 2)))
+    assert torch.equal(sde.log_prob(2, x, x_s, pred[2], history=kept), log_prob)
+    z = NOISE.fold_in(sde.levels[2]).normal(x.shape, dtype=x.dtype)
+    same(x_s, mean + std * z)
+
+
+@pytest.mark.parametrize("options", [{}, {"clamp": 0.9}, {"guidance": 2.0}, {"variance": "learned"}])
 def test_gradients(options):
-    sampler = df.samplers.DDIM(S, steps=5, eta=0.6, **options)
+    learned = "variance" in options
+    sampler = df.samplers.DDPM(S, **options) if learned else df.samplers.DDIM(S, steps=5, eta=0.6, **options)
     x_t, x_s, pred, other = (start(2, 3, seed=k).requires_grad_() for k in range(4))
 
     def run(x_t, x_s, pred, other):
-        return sampler.log_prob(1, x_t, x_s, (pred, other) if "guidance" in options else pred + 0 * other)
+        return sampler.log_prob(1, x_t, x_s, (pred, other) if "guidance" in options or learned else pred + 0 * other)
 
     assert torch.autograd.gradcheck(run, (x_t, x_s, pred, other))
 
@@ -166,14 +211,19 @@ X = torch.zeros(2, 3)
             "ddim: step 0 has no density",
         ),
         (
-            lambda: df.samplers.DDPM(S, variance="learned").log_prob(0, X, X, (X, X)),
+            lambda: df.samplers.DDPM(S, variance="learned").log_prob(19, X, X, (X, X)),
             ValueError,
-            "ddpm: step 0 has no density",
+            "ddpm: step 19 has no density: it adds no noise",
+        ),
+        (
+            lambda: df.samplers.PredictorCorrector(S).log_prob(1, X, X, X),
+            ValueError,
+            "predictor_corrector: step 1 has no density: it is no Gaussian of x_t and the prediction",
         ),
         (
             lambda: df.samplers.DPMSolverPP2MSDE(S, steps=5).log_prob(1, X, X, X),
             ValueError,
-            "step 1 has no density: it is no Gaussian of x_t and the prediction alone",
+            "step 1 reads what the steps before it keep: history must have 1, as .*, got 0",
         ),
         (lambda: CASES["ddim"][0].log_prob(0, X, X[:1], X), ValueError, r"ddim: x_s must have shape \(2, 3\)"),
         (

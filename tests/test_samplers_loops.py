@@ -206,6 +206,84 @@ def test_gradients_through_the_loop(name):
     assert not sampler.sample(net, x, NOISE).requires_grad
 
 
+def test_inversion_of_middles_and_from_a_level():
+    midpoint = df.samplers.FlowMidpoint(df.Schedule.flow(1000), steps=20)
+    up = midpoint.inverted()
+    assert up.levels == midpoint.levels[1:-1][::-1] and up.to_level == 999
+    x = start(3, 5)
+    there = up.sample(network, x, NOISE)
+    down = df.samplers.FlowMidpoint(midpoint.schedule, levels=midpoint.levels[:-2], to_level=midpoint.levels[-2])
+    assert down.inverted().levels == up.levels
+    same(down.sample(network, there, NOISE), x, 4e-3)
+    ddim = df.samplers.DDIM(S, levels=[90, 60, 30], to_level=10)
+    assert ddim.inverted().levels == (10, 30, 60) and ddim.inverted().to_level == 90
+
+
+def test_inversion_of_the_probability_flow():
+    """Along the flow of data N(0, 1/4) and back, and as its exact solution has it."""
+    vp = df.ContinuousSchedule.vp(0.1, 5.0)
+
+    def score(x, t):
+        return -x / (0.25 * vp[t].alpha.to(x) ** 2 + vp[t].sigma.to(x) ** 2)[:, None]
+
+    down = df.samplers.ProbabilityFlow(vp, times=torch.linspace(1.0, 0.1, 60, dtype=torch.float64), denoise=False)
+    x = start(3, 5)
+    there = down.inverted().sample(score, x, NOISE)
+    (a, s), (b, r) = ((float(vp[t].alpha), float(vp[t].sigma)) for t in (0.1, 1.0))
+    same(there, x * math.sqrt((0.25 * b * b + r * r) / (0.25 * a * a + s * s)), 1e-3)
+    same(down.sample(score, there, NOISE), x, 1e-3)
+    assert torch.equal(down.inverted().inverted()._plan.table, down._plan.table)
+
+
+# What a network is told and returns besides.
+
+
+@pytest.mark.parametrize("name, options", [("DDIM", {"clamp": 0.7}), ("Heun", {}), ("DPMSolverPP2MSDE", {})])
+def test_self_conditioning(name, options):
+    """The network sees the estimate of the look before, zeros at first."""
+
+    def net(x, t, x_self_cond, y=0.0):
+        told.append(x_self_cond)
+        return network(x, t) + 0.3 * x_self_cond + y
+
+    told, x = [], start(3, 5)
+    sampler = getattr(df.samplers, name)(S, steps=4, self_condition=True, **options)
+    got = sampler.sample(net, x, NOISE, net_arguments={"y": 0.1})
+    seen, state, x0 = told.copy(), x, torch.zeros_like(x)
+    for i, t in enumerate(sampler.model_times(x)):
+        assert torch.equal(seen[i], x0)
+        state, x0 = sampler.step(i, state, net(state, t, x0, 0.1), NOISE, return_x0=True)
+    assert torch.equal(got, state)
+    half = sampler.sample(net, x.bfloat16(), NOISE)
+    assert half.dtype == told[-1].dtype == torch.bfloat16
+    weight = torch.ones((), dtype=torch.float64, requires_grad=True)
+    sampler.sample(lambda x, t, x_self_cond: weight * net(x, t, x_self_cond), x, NOISE, gradients=True).sum().backward()
+    assert weight.grad != 0
+
+
+@pytest.mark.parametrize("name", ["DDIM", "Heun", "DPMSolverPP2MSDE", "DDPM"])
+def test_a_learned_variance_is_left_out_or_stepped_by(name):
+    """A tuple, or twice the channels, of both predictions under guidance."""
+    x, cls = start(3, 2, 5), getattr(df.samplers, name)
+    v = torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)
+
+    def doubled(x, t):
+        return torch.cat((network(x, t), v), 1)
+
+    def guided(x, t):
+        return doubled(x, t), torch.cat((0.5 * network(x, t), 0 * v), 1)
+
+    plain, learned = (cls(S, steps=4, clamp=0.8, **o) for o in ({}, {"variance": "learned"}))
+    got = learned.sample(doubled, x, NOISE)
+    assert torch.equal(got, learned.sample(lambda x, t: (network(x, t), v), x, NOISE))
+    assert torch.equal(learned.step(0, x, torch.cat((0.3 * x, v), 1), NOISE), learned.step(0, x, (0.3 * x, v), NOISE))
+    if name != "DDPM":
+        assert torch.equal(got, plain.sample(network, x, NOISE))
+    three = cls(S, steps=4, variance="learned", guidance=3.0)
+    parts = three.sample(lambda x, t: (network(x, t), 0.5 * network(x, t), v), x, NOISE)
+    assert torch.equal(three.sample(guided, x, NOISE), parts)
+
+
 # Trajectory and inpainting.
 
 
@@ -239,6 +317,82 @@ def test_inpainting(soft):
         same(made, mask.double() * noised + (1 - mask.double()) * before)
     assert torch.equal(got[..., 1], known[..., 1])
     assert torch.equal(got, sampler.sample(network, x, NOISE, callback=paint))
+
+
+def papers_times(T, length, times):
+    """RePaint's code: the levels, -1 the data, one up or down from each to the next."""
+    jumps = dict.fromkeys(range(0, T - length, length), times - 1)
+    t, found = T, []
+    while t >= 1:
+        t -= 1
+        found.append(t)
+        if jumps.get(t, 0) > 0:
+            jumps[t] -= 1
+            found += range(t + 1, t + length + 1)
+            t += length
+    return [*found, -1]
+
+
+@pytest.mark.parametrize("T, length, times", [(7, 2, 3), (10, 3, 2), (6, 6, 4), (9, 1, 2)])
+def test_repaint_goes_up_where_its_paper_does(T, length, times):
+    repaint = df.samplers.RePaint(
+        df.samplers.DDPM(S, steps=T), X, X > 0, NOISE, jump_length=length, jump_n_sample=times
+    )
+    wanted = papers_times(T, length, times)
+    assert [T - 1 - i for i in repaint.looks] == [t for t, s in pairwise(wanted) if s < t]
+
+
+def test_repaint_is_its_loop():
+    """Of DDPM's steps; up level by level, each by the variance of q(x_t | x_s), and every noise its own."""
+    sampler, x, known = df.samplers.DDPM(S, steps=5), start(3, 4), start(3, 4, seed=1)
+    mask, options = torch.tensor([True, False, False, True]), {"jump_length": 2, "jump_n_sample": 2}
+    repaint = df.samplers.RePaint(sampler, known, mask, NOISE, **options)
+    levels, state, visits, shown = [*sampler.levels, None], x, dict.fromkeys(range(5), 0), []
+
+    def again(noise, k):
+        return noise.fold_in(0x6A756D70).fold_in(k) if k else noise
+
+    def up(x, i):
+        a_t, a_s = S.alpha_bar[levels[i]], S.alpha_bar[levels[i + 2]]
+        z = again(NOISE, visits[i]).fold_in(0x7570).fold_in(levels[i]).normal(x.shape, dtype=x.dtype)
+        return (a_t / a_s).sqrt() * x + (1 - a_t / a_s).sqrt() * z
+
+    last = 0
+    for i in (0, 1, "up", 0, 1, 2, 3, "up", 2, 3, 4):
+        if i == "up":
+            state = up(state, last - 1)
+            continue
+        t = levels[i]
+        fresh, of_known = again(NOISE, visits[i]), again(NOISE.fold_in(0x6B6E6F776E), visits[i])
+        state = sampler.step(i, state, network(state, torch.full((3,), t)), fresh)
+        z = of_known.fold_in(t).normal(x.shape, dtype=x.dtype)
+        s = levels[i + 1]
+        noised = known if s is None else S.alpha[s] * known + S.sigma[s] * z
+        state = torch.where(mask, noised, state)
+        visits[i], last = visits[i] + 1, i
+    same(repaint.sample(network, x, NOISE, callback=lambda *a: shown.append(a[0])), state)
+    assert repaint.looks == (0, 1, 0, 1, 2, 3, 2, 3, 4) and shown == list(range(9))
+    once = df.samplers.RePaint(sampler, known, mask, NOISE, jump_n_sample=1)
+    paint = df.samplers.Inpainting(sampler, known, mask, NOISE)
+    assert torch.equal(once.sample(network, x, NOISE), sampler.sample(network, x, NOISE, callback=paint))
+
+
+def test_repaint_draws_nearer_to_the_conditional_law():
+    """Of a Gaussian with correlation 0.9, painted beside 1.5: the mean must be 1.35, and without jumps is far below."""
+    covariance = torch.tensor([[1.0, 0.9], [0.9, 1.0]])
+    variances, axes = torch.linalg.eigh(covariance)
+
+    def net(x, t):
+        alpha, sigma = (float(c[t[0]]) for c in (S.alpha, S.sigma))
+        return sigma * (x @ axes) / (alpha**2 * variances + sigma**2) @ axes.T
+
+    def mean(**options):
+        known, sampler = torch.full((2000, 2), 1.5), df.samplers.DDPM(S, steps=20)
+        repaint = df.samplers.RePaint(sampler, known, torch.tensor([True, False]), df.Noise(5), **options)
+        return float(repaint.sample(net, known.shape, NOISE)[:, 1].mean())
+
+    assert mean(jump_n_sample=1) < 0.9
+    assert 1.1 < mean(jump_length=2, jump_n_sample=4) < 1.4
 
 
 # One step between any two levels.
@@ -277,7 +431,7 @@ def test_a_step_between_any_levels(shape, eta, clamp, backend):
 
 
 def test_a_step_is_the_samplers():
-    x, pred = start(4, 3, 5), start(4, 3, 5, seed=1)
+    x, pred, path = start(4, 3, 5), start(4, 3, 5, seed=1), df.BrownianNoise(NOISE, 0.0, 20.0)
     for name, solver, options in (
         ("DDPM", "ddpm", {}),
         ("DDIM", "ddim", {"eta": 0.5}),
@@ -287,9 +441,23 @@ def test_a_step_is_the_samplers():
         sampler = getattr(df.samplers, name)(S, levels=[90, 40], **options)
         wanted = sampler.step(0, x, pred, NOISE)
         same(df.step(x, pred, S[90], S[40], NOISE.fold_in(90), solver=solver, **options), wanted)
+        on_path = df.step(x, pred, S[90], S[40], path, solver=solver, **options)
+        same(on_path, sampler.step(0, x, pred, path))
+    sigma = [float(S.sigma[t] / S.alpha[t]) for t in (90, 40)]
+    z = path.increment(*sigma, x.shape, dtype=x.dtype)
+    assert torch.equal(df.step(x, pred, S[90], S[40], path, eta=0.5), df.step(x, pred, S[90], S[40], z, eta=0.5))
     up = df.step(x, pred, df.Level(1.0, 0.0), S[40])  # from the data, eps given
     same(up, S.alpha[40] * x + S.sigma[40] * pred)
     assert torch.equal(df.step(x, pred, S[40], df.Level(1.0, 0.0), predict="x0"), pred)
+
+
+def test_a_step_is_traced():
+    x = start(4, 3)
+
+    def step(x):
+        return df.step(x, 0.3 * x, S[90], S[40], NOISE, eta=0.5, clamp=1.0)
+
+    same(torch.compile(step, fullgraph=True, backend="eager")(x), step(x))
 
 
 def test_gradients_of_a_step():
@@ -314,7 +482,7 @@ X = torch.zeros(2, 3)
         (lambda: levels(levels=[1, 3], to_level=2), ValueError, r"levels must decrease within \[0, 100\)"),
         (lambda: levels(levels=[1, 3], to_level=5, eta=0.5), ValueError, r"levels must decrease within \[0, 100\)"),
         (lambda: levels(levels=[3], to_level=100), ValueError, r"to_level must be in \[0, 99\], got 100"),
-        (lambda: df.samplers.DDPM(S, steps=5).inverted(), ValueError, "ddpm: levels must decrease"),
+        (lambda: df.samplers.DDPM(S, steps=5).inverted(), ValueError, "ddpm: inverted needs a deterministic sampler"),
         (
             lambda: levels(steps=3, guidance=[1.0, 2.0]),
             ValueError,
@@ -326,9 +494,35 @@ X = torch.zeros(2, 3)
             ValueError,
             r"ddim: guidance must have shape \(2,\), one for each sample, got \(5,\)",
         ),
+        (
+            lambda: df.samplers.RePaint(df.samplers.DPMSolverPP2M(S, steps=5), X, X > 0, NOISE),
+            ValueError,
+            "RePaint: sampler must step from x and the prediction alone .*, got DPMSolverPP2M",
+        ),
+        (
+            lambda: df.samplers.RePaint(df.samplers.DDPM(S), X, X > 0, NOISE, jump_length=0),
+            ValueError,
+            "RePaint: jump_length must be positive, got 0",
+        ),
+        (
+            lambda: df.samplers.RePaint(df.samplers.DDPM(S), X, X > 0, NOISE).sample(network, X, X),
+            TypeError,
+            "RePaint: noise must be a Noise, got a tensor",
+        ),
+        (lambda: levels(steps=3, variance="small"), ValueError, "ddim: variance must be 'learned', got 'small'"),
+        (
+            lambda: df.samplers.DDIM(S, steps=3, variance="learned").step(0, X, X),
+            TypeError,
+            r"must be a tuple \(prediction, v\) or of twice the channels of \(2, 3\), got \(2, 3\)",
+        ),
         (lambda: levels(steps=3, guidance_rescale=2.0), ValueError, r"guidance_rescale must be in \[0, 1\], got 2.0"),
         (lambda: levels(steps=3, conditioning=lambda a, s: a[:1]), ValueError, "conditioning must give 3 finite"),
         (lambda: df.step(X, X, S[3], S[1], eta=1.0), TypeError, "step: noise must be a Noise or a tensor like x"),
+        (
+            lambda: df.step(X, X, S[torch.tensor([3, 4])], S[1], df.BrownianNoise(NOISE, 0.0, 20.0), eta=1.0),
+            ValueError,
+            "step: noise may be a BrownianNoise where level and next_level are numbers",
+        ),
         (lambda: df.step(X, X, S[3], 1), TypeError, "step: next_level must be a Level, got int"),
         (lambda: df.step(X, X, S[3], S[1], solver="ode"), ValueError, "step: solver must be 'ddim', .*, got 'ode'"),
         (lambda: df.step(X, X, S[3], S[1], NOISE, eta=2.0), ValueError, "eta of 'ddim' must be at most 1.0, got 2.0"),
@@ -348,3 +542,13 @@ X = torch.zeros(2, 3)
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_what_cannot_be_inverted_says_so() -> None:
+    with pytest.raises(ValueError, match=r"ddim: inverted needs a deterministic sampler, got DDIM\(.*eta=1"):
+        df.samplers.DDIM(df.Schedule.linear(100), steps=5, eta=1.0).inverted()
+
+
+def test_a_scale_of_guidance_that_is_none() -> None:
+    with pytest.raises(TypeError, match="ddim: guidance of a look must be a number, got NoneType"):
+        df.samplers.DDIM(df.Schedule.linear(100), steps=5, guidance=lambda i, t: None).levels  # noqa: B018

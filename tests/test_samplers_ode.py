@@ -17,7 +17,7 @@ from scipy.integrate import solve_ivp
 import dae_fast as df
 from dae_fast.samplers import ddim, euler, euler_ancestral, flow_euler, flow_midpoint, heun, probability_flow
 
-from .exact import Gaussian, Mixture, log_snr_levels
+from .exact import Gaussian, Mixture
 from .test_samplers import FOUR, SCHEDULE, network, same, start
 
 N0 = df.Noise(0)
@@ -271,19 +271,6 @@ def test_every_parameterisation_gives_the_same_samples(backend, what):
 STEPS = (20, 40, 80, 160)
 
 
-@pytest.mark.parametrize("kind", ["vp", "ve", "flow"])
-@pytest.mark.parametrize("sampler, expected", [(euler, 1), (heun, 2)])
-def test_order_on_gaussian_data(sampler, expected, kind):
-    """The grids are even in log(alpha/sigma). Measured 0.9996 and 2.09, the third order being there at 20 steps."""
-    x, errors = start(4, 3), []
-    for steps in STEPS:
-        schedule = log_snr_levels(steps, kind)
-        levels = list(zip(schedule.alpha.flip(0).tolist(), schedule.sigma.flip(0).tolist(), strict=True))
-        got = sampler(GAUSSIAN.network(schedule), x, schedule, N0, steps=steps)
-        errors.append(far(got, GAUSSIAN.denoised(x, levels)))
-    assert order(STEPS, errors) == pytest.approx(expected, abs=0.12)
-
-
 def solved(field, x, begin, end):
     """dx/dt = field(x, t) from begin to end, each row by itself in one system."""
     shape = x.shape
@@ -306,13 +293,14 @@ def test_order_on_a_mixture(sampler, expected):
     assert order(STEPS, errors) == pytest.approx(expected, abs=0.15)
 
 
-@pytest.mark.parametrize("shift", [1.0, 3.0])
-@pytest.mark.parametrize("sampler, expected", [(flow_euler, 1), (flow_midpoint, 2)])
+@pytest.mark.parametrize(
+    "sampler, expected, shift", [(flow_euler, 1, 3.0), (flow_midpoint, 2, 1.0), (flow_midpoint, 2, 3.0)]
+)
 def test_order_of_flows(sampler, expected, shift):
     """Shifted, the middle level is not in the middle; without its correction the order would be 1."""
     x, schedule, errors = start(6, 2), df.Schedule.flow(1600, shift), []
     exact = solved(lambda x, t: MIXTURE.flow(x, 1 - t, t), x, 1.0, 0.0)
-    steps = (50, 100, 200, 400)
+    steps = (50, 100, 200)
     for n in steps:
         errors.append(far(sampler(MIXTURE.network(schedule, "flow"), x, schedule, N0, steps=n), exact))
     assert order(steps, errors) == pytest.approx(expected, abs=0.15)
@@ -320,18 +308,12 @@ def test_order_of_flows(sampler, expected, shift):
 
 @pytest.mark.parametrize(
     "schedule",
-    [
-        df.ContinuousSchedule.vp(),
-        df.ContinuousSchedule.sub_vp(),
-        df.ContinuousSchedule.ve(),
-        df.ContinuousSchedule.edm(),
-        df.ContinuousSchedule.cosine(),
-    ],
+    [df.ContinuousSchedule.sub_vp(), df.ContinuousSchedule.ve(), df.ContinuousSchedule.edm()],
     ids=str,
 )
-@pytest.mark.parametrize("method, expected", [("euler", 1), ("heun", 2)])
-def test_order_of_the_probability_flow(schedule, method, expected):
-    x, errors, steps = start(4, 3), [], (100, 200, 400)
+def test_order_of_the_probability_flow(schedule):
+    """Of the schedules that ORDERS of tests/test_samplers_exact.py has not."""
+    x, errors, steps = start(4, 3), [], (100, 200)
     begin, end = (schedule.t_min + (schedule.t_max - schedule.t_min) * part for part in (0.9, 0.1))
 
     def score(x, t):
@@ -340,9 +322,9 @@ def test_order_of_the_probability_flow(schedule, method, expected):
     places = [(schedule.alpha(t), schedule.sigma(t)) for t in (begin, end)]
     for n in steps:
         times = torch.linspace(begin, end, n + 1, dtype=torch.float64)
-        got = probability_flow(score, x, schedule, N0, times=times, method=method, denoise=False)
+        got = probability_flow(score, x, schedule, N0, times=times, denoise=False)
         errors.append(far(got, GAUSSIAN.flow_map(x, *places)))
-    assert order(steps, errors) == pytest.approx(expected, abs=0.1)
+    assert order(steps, errors) == pytest.approx(2, abs=0.1)
 
 
 def test_probability_flow_comes_to_the_data():
@@ -445,7 +427,8 @@ def bad(sampler, schedule=KARRAS, net=network, x=X, noise=N0, **options):
         (bad(flow_euler, FLOW, predict="eps", steps=2), "flow_euler: has no finite value at level 23 of Schedule.flow"),
         (bad(probability_flow, CONTINUOUS, steps=0), "probability_flow: steps must be positive, got 0"),
         (bad(probability_flow, CONTINUOUS, method="rk4"), "method must be 'euler' or 'heun', got 'rk4'"),
-        (bad(probability_flow, CONTINUOUS, times=[0.1, 0.5]), "times must be two or more and decrease"),
+        (bad(probability_flow, CONTINUOUS, times=[0.1, 0.5, 0.3]), "times must be two or more and decrease"),
+        (bad(probability_flow, CONTINUOUS, times=[0.1, 0.5]), "denoise must be False where times increase"),
         (bad(probability_flow, CONTINUOUS, times=[0.5]), "times must be two or more and decrease"),
         (bad(probability_flow, CONTINUOUS, times=[1.5, 0.5]), r"t must be in \[1e-05, 1.0\], got 1.5"),
         (bad(probability_flow, df.ContinuousSchedule.flow()), "drift: has no finite value at t = 1.0"),

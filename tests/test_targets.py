@@ -87,7 +87,9 @@ WHOLE, ONE_CHANNEL, ONE_FOR_ALL = (3, 4, 6, 5), (3, 1, 6, 5), (1, 1, 6, 5)
 def test_weights_of_elements(backend: str, shape: tuple[int, ...], kind: str, reduction: str, normalise: str) -> None:
     """Value and gradients of prediction, data and weights; a sample of the first two shapes has no weight at all."""
     x0, pred = (x.clone().requires_grad_() for x in drawn(2))
-    m = torch.rand(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    m = 1e-3 * torch.rand(
+        shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )  # whose sum is below 1
     m[1:2] = 0
     m.requires_grad_()
     w = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
@@ -103,11 +105,27 @@ def test_weights_of_elements(backend: str, shape: tuple[int, ...], kind: str, re
     for name, mine, theirs in zip(
         ("pred", "x0", "m"),
         torch.autograd.grad(found.sum(), (pred, x0, m)),
-        torch.autograd.grad(wanted.sum(), (pred, x0, m)),
+        torch.autograd.grad(wanted.sum(), (pred, x0, m), retain_graph=True),
         strict=True,
     ):
         where = slice(None) if name != "m" or shape[0] == 1 else [0, 2]  # of no weight at all there is no gradient
         torch.testing.assert_close(mine[where], theirs[where])
+    # With a gradient of the prediction alone, one pass on the CPU; first and second order.
+    alone, (x0, m) = pred.detach().requires_grad_(), (t.detach() for t in (x0, m))
+    again = df.denoising_loss(alone, x0, NOISE, LEVEL, predict="v", mask=m, weight=w, **options)
+    torch.testing.assert_close(again, wanted)
+    (mine,), (theirs,) = (
+        torch.autograd.grad(loss.sum(), leaf, create_graph=True) for loss, leaf in ((again, alone), (wanted, pred))
+    )
+    torch.testing.assert_close(mine, theirs)
+    if kind != "l1":  # whose slope is constant
+        torch.testing.assert_close(
+            torch.autograd.grad(mine.square().sum(), alone), torch.autograd.grad(theirs.square().sum(), pred)
+        )
+    (lazy,) = torch.autograd.grad(
+        2 * df.denoising_loss(alone, x0, NOISE, LEVEL, predict="v", mask=m, weight=w, **options).sum(), alone
+    )
+    torch.testing.assert_close(lazy, 2 * theirs)
 
 
 def test_a_mask_of_zeros_and_ones_is_a_mask() -> None:

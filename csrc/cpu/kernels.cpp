@@ -76,6 +76,14 @@ static inline const To* read(const Batch& batch, const Operand& operand, const U
   if (!data) return reinterpret_cast<const To*>(kZeros);
   if (operand.strides) {
     for_each_run(batch, operand, unit, [&](int64_t offset, int64_t at, int64_t n, int64_t stride) {
+      // The usual strides, which a compiler makes vectors of.
+      if (stride == 1) return convert_block(data + offset, buffer + at, n);
+      if (stride == 0) {
+        To one;
+        convert(data[offset], one);
+        for (int64_t i = 0; i < n; ++i) buffer[at + i] = one;
+        return;
+      }
       for (int64_t i = 0; i < n; ++i) convert(data[offset + i * stride], buffer[at + i]);
     });
     return buffer;
@@ -215,6 +223,15 @@ static inline void apply_clamped(const AffineArgs& a, const Coefficients<R>& c, 
   for (int64_t i = 0; i < n; ++i) out[i] = clamp(out[i]);
 }
 
+// The sum of x and z made first, in `middle`.
+template <class R, class L>
+static inline void apply_blend(const Coefficients<R>& c, const int* columns, const L* x, const L* m, const R* z, const L* w,
+                               R* middle, L* out, int64_t n) {
+  apply_columns(c, columns, x, zeros<L>(), z, zeros<L>(), {}, middle, n);
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) narrow(blend(R(widen(m[i])), middle[i], R(widen(w[i]))), out[i]);
+}
+
 // Eight buffers of doubles for a whole unit would be more stack than some threads have.
 template <class R>
 constexpr int64_t kAffinePart = sizeof(R) > sizeof(float) ? kSegment / 2 : kSegment;
@@ -255,7 +272,9 @@ static inline void affine_part(const AffineArgs& a, const Unit& unit) {
     const Coefficients<R> c = coefficients<R>(a.table, unit.row + r);
     const Fifth<R> first = {a.fifth[0], v + at}, second = {a.fifth[1], v + at};
     // The second output first: `out` may be one of the inputs, and this stretch is still in cache.
-    if (a.clamped) {
+    if (a.blends) {
+      apply_blend(c, a.columns, x + at, y + at, z + at, w + at, middle, out + at, n);
+    } else if (a.clamped) {
       apply_clamped(a, c, x + at, y + at, w + at, middle, n);
       if (out2) apply_columns(c, a.columns + 4, x + at, middle, z + at, w + at, second, out2 + at, n);
       apply_columns(c, a.columns, x + at, middle, z + at, w + at, first, out + at, n);
@@ -320,6 +339,27 @@ static inline double penalise(R delta, R* residual, int64_t n) {
   return sum(values, n);
 }
 
+// The same where each rho is multiplied by a weight.
+template <Penalty kPenalty, class R>
+static inline double penalise_weighed(R delta, const R* weights, R* residual, int64_t n) {
+  const Rho<kPenalty, R> rho = {delta};
+  alignas(64) R values[kSegment];
+  for (int64_t i = 0; i < n; ++i) values[i] = weights[i] * rho.value(residual[i]);
+  for (int64_t i = 0; i < n; ++i) residual[i] = weights[i] * rho.half_slope(residual[i]);
+  return sum(values, n);
+}
+
+template <class R>
+static inline double penalise_weighed(Penalty penalty, R delta, const R* weights, R* residual, int64_t n) {
+  switch (penalty) {
+#define DAE_CASE(X) \
+  case Penalty::X: return penalise_weighed<Penalty::X>(delta, weights, residual, n);
+    DAE_PENALTIES(DAE_CASE)
+#undef DAE_CASE
+  }
+  return 0;
+}
+
 template <class R>
 static inline double penalise(Penalty penalty, R delta, R* residual, int64_t n) {
   switch (penalty) {
@@ -336,14 +376,15 @@ static void residual_units(const ResidualWork& a, int64_t unit_begin, int64_t un
   using R = typename ComputeType<T>::type;
   using L = typename LoopType<T>::type;
   alignas(64) L preds[kSegment], ys[kSegment], grads[kSegment];
-  alignas(64) R zs[kSegment], residual[kSegment];
+  alignas(64) R zs[kSegment], residual[kSegment], weighing[kSegment];
   alignas(64) uint8_t masks[kSegment];
   for_each_unit(a.batch, unit_begin, unit_end, [&](const Unit& unit, int64_t segment) {
     const L* pred = read<T>(a.batch, a.pred, unit, preds);
     const L* y = read<T>(a.batch, a.y, unit, ys);
     const R* z = read_z<T>(a.batch, a.z, a.noise, unit, zs);
-    const bool masked = a.mask.data || a.choice.noise.present;
-    const uint8_t* mask = read_mask(a.batch, a.mask, a.choice, unit, masks);
+    const bool masked = !a.weighs && (a.mask.data || a.choice.noise.present);
+    const uint8_t* mask = masked ? read_mask(a.batch, a.mask, a.choice, unit, masks) : nullptr;
+    const R* weights = a.weighs ? read<R>(a.batch, a.mask, unit, weighing) : nullptr;
     L* grad = a.grad.data ? target<T>(a.batch, a.grad, unit, grads) : nullptr;
     for (int64_t r = 0; r < unit.rows; ++r) {
       const int64_t at = r * unit.length, n = unit.length;
@@ -355,7 +396,9 @@ static void residual_units(const ResidualWork& a, int64_t unit_begin, int64_t un
       // A select, not a product: what is masked out may be NaN.
       if (masked)
         for (int64_t i = 0; i < n; ++i) residual[i] = mask[at + i] ? residual[i] : R(0);
-      a.sums[segment + r] = penalise(a.penalty, c[a.columns[2]], residual, n);
+      const R delta = c[a.columns[2]];
+      a.sums[segment + r] = weights ? penalise_weighed(a.penalty, delta, weights + at, residual, n)
+                                    : penalise(a.penalty, delta, residual, n);
       const R scale = static_cast<R>(a.scale[unit.row + r]);
       if (grad)
         for (int64_t i = 0; i < n; ++i) narrow(scale * residual[i], grad[at + i]);
@@ -378,9 +421,9 @@ static void row_dots_units(const RowDotsWork& a, int64_t unit_begin, int64_t uni
     for (int64_t r = 0; r < unit.rows; ++r) {
       const int64_t at = r * unit.length;
       double* sums = a.sums + 3 * (segment + r);
-      sums[0] = dot(x + at, g + at, unit.length);
-      sums[1] = dot(y + at, g + at, unit.length);
-      sums[2] = dot(z + at, g + at, unit.length);
+      sums[0] = a.x.data ? dot(x + at, g + at, unit.length) : 0;
+      sums[1] = a.y.data ? dot(y + at, g + at, unit.length) : 0;
+      sums[2] = a.z.data || a.noise.present ? dot(z + at, g + at, unit.length) : 0;
     }
   });
 }

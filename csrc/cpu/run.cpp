@@ -83,11 +83,32 @@ void finish_loss(const std::vector<double>& sums, const ResidualArgs& a, const L
   for (int k = 0; loss.also && k < 2; ++k) static_cast<R*>(loss.also)[k] = static_cast<R>(also[k] / count);
 }
 
+// The sums of each row's weights.
 template <class R>
-void residual_as(const ResidualArgs& a, const LossArgs& loss) {
+std::vector<double> totals(const ResidualArgs& a) {
+  const R one = 1;
+  const std::vector<int64_t> nowhere(a.batch.ndim + 2);
+  RowDotsArgs args{a.batch, a.mask, {const_cast<R*>(&one), nowhere.data()}, {}, {}, {}};
+  args.batch.dtype = sizeof(R) == sizeof(double) ? Dtype::f64 : Dtype::f32;
+  if (!args.batch.ndim) args.batch.ndim = 1, args.batch.sizes = &a.batch.D;
+  const int64_t B = a.batch.B, segments = Cut(B, a.batch.D).segments_per_row;
+  std::vector<double> sums(3 * B * segments), total(B);
+  launch(isa().kernels->row_dots, RowDotsWork{args, sums.data()}, kNsMap);
+  for (int64_t b = 0; b < B; ++b) {
+    Sum sum;
+    for (int64_t s = 0; s < segments; ++s) sum += sums[3 * (b * segments + s)];
+    total[b] = sum;
+  }
+  return total;
+}
+
+template <class R>
+void residual_as(const ResidualArgs& a, LossArgs loss) {
   const int64_t B = a.batch.B, D = a.batch.D;
   const double upstream = loss.upstream_as<R>();
   if (loss.only_if_scaled && upstream == 1) return;
+  std::vector<double> total;
+  if (a.weighs) total = totals<R>(a), loss.kept = total.data();
   std::vector<double> scale(B), sums(B * Cut(B, D).segments_per_row);
   for (int64_t b = 0; b < B; ++b)
     scale[b] = gradient_scale(loss.weight_of<R>(a.table, b), upstream, loss.kept_of(b, D), loss.reduction, B);

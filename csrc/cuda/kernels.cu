@@ -48,10 +48,11 @@ struct AffineParams : Rows {
 // kInputs: with one output, how many of x, y, z, w are read, in this order; fresh noise takes z's place and is none of
 // them. A clamp is about x and y. kAnyInputs: everything else, with fresh noise or without; compiled as fresh it is that
 // of five streams, whose noise, drawn or read, has v's place.
-constexpr int kAnyInputs = -1;
+// kBlended: x and z summed and blended into w by y.
+constexpr int kAnyInputs = -1, kBlended = -2;
 // Of a kernel's loop, in one.
 template <int kInputs>
-constexpr int kTurns = kInputs == kAnyInputs ? 1 : 2;
+constexpr int kTurns = kInputs < 0 ? 1 : 2;
 template <bool kFresh>
 constexpr int kAllInputs = kFresh ? 3 : 4;
 
@@ -79,6 +80,7 @@ __device__ __forceinline__ void map_group(const int* columns, const R* c, const 
 // As few as leave no value in local memory, where more threads were seen to pay (docs/notes.md).
 template <bool kFresh, int kInputs>
 constexpr int map_registers() {
+  if (kInputs == kBlended) return sizeof(T) == 8 ? 128 : 80;
   if (kFresh && kInputs == kAnyInputs) return 128;
   if (sizeof(T) == 8) return kInputs == kAnyInputs || kInputs > 2 ? 128 : 80;
   if (kInputs == kAnyInputs || kInputs > 3) return 80;
@@ -98,6 +100,7 @@ __global__ void __launch_bounds__(kThreads, blocks_of(map_registers<kFresh, kInp
   const Unit unit = unit_at(p.cut, blockIdx.x);
   Cursor cursor(access, p.cut, unit);
   const auto reads = [&](int k) {
+    if (kInputs == kBlended) return !(kFresh && k == kZ) && access.has(k);
     return kGeneral ? access.has(k) : (k == kW ? kInputs == kAllInputs<kFresh> : k < kInputs && !(kFresh && k == kZ));
   };
   Pack<T, N> xs = {}, ys = {}, zs = {}, ws = {}, vs = {};
@@ -149,8 +152,13 @@ __global__ void __launch_bounds__(kThreads, blocks_of(map_registers<kFresh, kInp
 #pragma unroll
         for (int i = 0; i < N; ++i) v[i] = mul_add(c[kOfFifth + k], fifth[i], v[i]);
       };
-      map(kOfOut);
-      add_fifth(0);
+      if constexpr (kInputs == kBlended) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) v[i] = blend(y[i], affine(c[kX], x[i], c[kZ], z[i]), w[i]);
+      } else {
+        map(kOfOut);
+        add_fifth(0);
+      }
       write(kOut);
       if (kGeneral && access.has(kOut2)) {
         map(kOfOut2);
@@ -543,10 +551,13 @@ const char* launch_affine(const AffineArgs& a, const Launch& how) {
     p.columns[kOfEstimate + k] = a.clamped ? estimate[k] : kAbsent;
     const bool outside = a.columns[kOfOut + k] != kAbsent || a.columns[kOfOut2 + k] != kAbsent;
     const bool inside = p.columns[kOfEstimate + k] != kAbsent;
-    if (!(inside || (outside && !(a.clamped && k == kY)))) operands[k] = {};  // not read where nothing wants it
+    const bool blended = a.blends && (k == kY || k == kW);
+    if (!(inside || blended || (outside && !(a.clamped && k == kY)))) operands[k] = {};  // not read where nothing wants it
   }
   return how.with_access<T>(a.batch, operands, [&](const auto& access) {
     using Access = std::decay_t<decltype(access)>;
+    if constexpr (!kFive)
+      if (a.blends) return how.units<affine_kernel<kFresh, kBlended, false, Access>, T>(a.batch, p, access);
     // Strides cost more than a few selects: there the general kernel is the only one.
     if constexpr (!Access::kRagged && !kFive) {
       const bool x = access.data[kX], y = access.data[kY], z = access.data[kZ], w = access.data[kW];

@@ -126,6 +126,8 @@ def _dense(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 # A plain call of a weighted sum, from Python's objects to the kernel in one step; None where it is not plain.
 fast_map = _core.fast_map
+# The same of a sampler's step.
+fast_step = _core.fast_step
 
 
 def fast_loss(
@@ -188,7 +190,7 @@ def residual(spec: Loss, operands: Residual, rows: Coefficients, wanted: Wanted)
     grad = torch.empty_like(pred) if wanted.grad and wanted.made is None else wanted.made
     room = _scratch(pred, 1)
     kept, weight = None, wanted.weight
-    if mask is not None:
+    if mask is not None and not (in_memory is not None and in_memory.is_floating_point()):
         kept = pred.new_empty(pred.shape[0], dtype=torch.float64)
         upstream = None if wanted.made is None else wanted.upstream  # 1: what was made stands, and no counts are needed
         _core.mask_count(pred if in_memory is None else in_memory, of_mask, upstream, kept, room)
@@ -199,6 +201,11 @@ def residual(spec: Loss, operands: Residual, rows: Coefficients, wanted: Wanted)
     if bad >= 0 and index is not None:
         raise_bad_level(spec.op, table, index, bad)
     return Found(means, loss, grad)
+
+
+def weighs(x: Tensor) -> bool:
+    """Whether `residual` takes a mask of weights, in the dtype of x's arithmetic."""
+    return not _core.on_gpu(x)
 
 
 def corrupt(x: Tensor, noise: Noise, thresholds: Tensor, values: Bounds) -> Tensor:

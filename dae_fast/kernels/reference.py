@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -179,8 +179,16 @@ def affine(
     for k in range(spec.outputs):
         used = zip(spec.columns_of(k), wide, strict=True)
         terms = [column[c] * t for c, t in used if c >= 0 and t is not None]
+        if spec.blends:
+            terms = [_blend(wide[1], sum(terms[1:], terms[0]), wide[3])]
         outputs.append(sum(terms[1:], terms[0]).expand(x.shape).to(x.dtype))
     return tuple(outputs) if out is None else (out.copy_(outputs[0]),)
+
+
+def _blend(m: Any, v: Any, w: Any) -> Any:
+    """w + m*(v - w), differentiable where m is 0 or 1 too; what is not finite stays out where the other is taken."""
+    v, w = torch.where((m == 0) & ~v.isfinite(), w, v), torch.where((m == 1) & ~w.isfinite(), v, w)
+    return torch.where(m == 1, v + (m - 1) * (v - w), w + m * (v - w))
 
 
 def residual(spec: Loss, operands: Residual, rows: Coefficients, wanted: Wanted) -> Found:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..noise import Noise
 
 ABSENT = -1  # the column of a coefficient that is 0: its operand is not read
+BLEND = -2  # that of y and of w in blend(y, c0*x + c2*z, w)
 NOTHING_MORE = (1, 2, ABSENT, ABSENT, ABSENT, ABSENT)  # columns of a loss in a table (1, n1, n2)
 
 
@@ -136,7 +137,8 @@ ALL_SLOTS = (X, Y, Z, W, NOISE)
 class Map:
     """The static side of a weighted sum: an output c0*x + c1*y + c2*z + c3*w, or two, z perhaps noise.
 
-    columns: of c0, c1, c2, c3 in the table, then of a second output
+    columns: of c0, c1, c2, c3 in the table, then of a second output. BLEND as those of y and w: the only output is
+        w + y*(c0*x + c2*z - w), which is the one or the other, whatever the other holds, where y is 0 or 1
     fifth: of five streams, the column of c4 in each output, whose stream is the noise, drawn or a tensor; z is then a
         tensor. Else ()
     all_columns: both, as map_of takes them
@@ -161,6 +163,10 @@ class Map:
         self.core: Any = (
             None if make_core_map is None or is_dynamo_compiling() else make_core_map(op, columns, inner, slots, self)
         )
+
+    @property
+    def blends(self) -> bool:
+        return self.columns[1] == BLEND
 
     def columns_of(self, output: int) -> tuple[int, ...]:
         """Of c0, c1, c2, c3, c4."""

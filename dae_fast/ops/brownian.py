@@ -32,8 +32,8 @@ class BrownianNoise:
     fold_in(BROWNIAN_TAG).fold_in(0), and the middle of cell k of 2^l moves from the mean of the cell's ends by
     sqrt(t1 - t0) 2^(-l/2) / 2 times that of fold_in(2^l + k). An increment has at most 1 + 2 depth of these normals;
     what two times have in common counts once. In fp32, and for the halves, the native kernels add them in one launch;
-    elsewhere a launch each adds to one tensor. At equal times the sum of the
-    increments of 10 steps and of 1000 is the same, to rounding.
+    elsewhere a launch each adds to one tensor. `between` is W(s) - W(t),
+    whose sum over 10 steps and over 1000 is the same, to rounding; `increment` is that over its standard deviation.
     Raises TypeError or ValueError for arguments that are no such path.
     Levy 1948; as virtual Brownian trees in samplers: Li et al. 2020; Crowson 2022.
     """
@@ -51,7 +51,11 @@ class BrownianNoise:
 
     def fold_in(self, data: int | Tensor) -> BrownianNoise:
         """Another path for each `data`, as Noise.fold_in."""
-        return BrownianNoise(self._noise.fold_in(data), self._t0, self._t1, depth=self._depth)
+        return self._of(self._noise.fold_in(data))
+
+    def _of(self, noise: Noise) -> BrownianNoise:
+        """The path of another key."""
+        return BrownianNoise(noise, self._t0, self._t1, depth=self._depth)
 
     def between(
         self,
@@ -96,11 +100,12 @@ class BrownianNoise:
         return {node: c for node, c in moved.items() if c}, math.ldexp(length * abs(j - i), -self._depth)
 
     def _place(self, op: str, name: str, t: float) -> int:
-        """The multiple of the finest cell that t is rounded to."""
+        """The multiple of the finest cell that t is rounded to; a schedule's sigma may be an ulp beyond its end."""
         value = checks.number(op, name, t, "finite")
-        if not self._t0 <= value <= self._t1:
+        share, half_a_cell = (value - self._t0) / (self._t1 - self._t0), math.ldexp(1.0, -self._depth - 1)
+        if not -half_a_cell <= share <= 1 + half_a_cell:
             raise ValueError(f"{op}: {name} must be in [{self._t0}, {self._t1}], got {value}")
-        return round(math.ldexp((value - self._t0) / (self._t1 - self._t0), self._depth))
+        return min(max(round(math.ldexp(share, self._depth)), 0), 1 << self._depth)
 
     def _nodes(self, i: int) -> dict[int, float]:
         """W at place i as coefficients: a line to the end, and a tent in the cell of each level."""

@@ -40,8 +40,8 @@ def timestep_embedding(
     out: (B, dim) of any floating dtype and strides, which gets the fp32 values: the columns beside the noised input,
             say, so that nothing is concatenated (add_noise has an out too)
     returns: (B, dim) fp32, or out
-    The angles and their sines are worked out in float64 and rounded once. Gradient: of a floating t, without out.
-    Raises ValueError on a shape mismatch or a gradient with out. Vaswani et al. 2017, section 3.5; Ho et al. 2020,
+    The angles and their sines are as of float64 and rounded once, for t up to 1e6. Gradient: of a floating t, without
+    out. Raises ValueError on a shape mismatch or a gradient with out. Vaswani et al. 2017, section 3.5; Ho et al. 2020,
     appendix B.
     """
     op = "timestep_embedding"

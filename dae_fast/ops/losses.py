@@ -128,8 +128,8 @@ def noise_mse(
     level_weight: (T,) a weight per level, looked up at level = schedule[t]; multiplies with `weight`
     mask: bool, broadcastable to pred and of as many dimensions: the elements that count; mse_b is over those (0 if
             there are none). Or a Masking or SaltAndPepper, or its .masked or .visible, whose elements are drawn again
-            and never stored. Or floating, how much each element counts, at least 0: a launch more, and torch's
-            arithmetic, in which 0 times a NaN is NaN; with gradient
+            and never stored. Or floating, how much each element counts: 0 times a NaN is NaN, and a sample whose
+            weights add up to 0 has 0; with gradient, by a launch more
     normalise: what mse_b of a mask m is divided by: "sum", sum(m_b), the elements that count; "count", all of them
     reduction: "mean"; "sum" (sum_b w_b * sum of squares); "none" (w_b * mse_b, one value per sample)
     return_x0_mse: also return mse_b of the denoised estimate, (sigma/alpha)^2 * mse_b, from the same
@@ -159,13 +159,15 @@ def noise_mse(
     w = loss_weight(op, pred, level, weight, level_weight)
     fixed = loss_of(op, Kind.mse, by, AGAINST_NOISE)
     chosen = mask_of(op, pred, mask)
-    w = over_all(op, pred, level, chosen, normalise, by, w)
+    share = over_all(op, pred, chosen, normalise, max(dims, leading(w)))
+    scaled = w if by is Reduction.sum else product(w, share)
     operands_of = Residual(pred, None, z, generated, chosen)
-    loss, mse, _ = loss_of_rows(fixed, operands_of, rows, w, max(dims, leading(w)))
+    loss, mse, _ = loss_of_rows(fixed, operands_of, rows, scaled, max(dims, leading(scaled)))
     if not flag(op, "return_x0_mse", return_x0_mse):
         return loss
     if level is None:
         raise ValueError(f"{op}: return_x0_mse needs level")
+    mse = mse if share is None else mse * share.to(mse.dtype)
     factor = error_factor(op, "eps", "x0", level, pred, mse.dtype).reshape(-1, *mse.shape[1:])
     return loss, mse * beside(factor, mse)
 
@@ -267,7 +269,8 @@ def denoising_loss(
         level._check(op, pred)
     how = reduction_of(op, pred, reduction)
     chosen, u = mask_of(op, pred, mask), None
-    w = over_all(op, pred, level, chosen, normalise, how, w)
+    share = over_all(op, pred, chosen, normalise, max(1 if level is None else level._dims(), leading(w)))
+    w = w if how is Reduction.sum else product(w, share)
     if log_variance is not None:
         u = _log_variance(op, log_variance, pred)
         w = product(w, torch.exp(-u))
@@ -280,7 +283,9 @@ def denoising_loss(
         else:
             each = u.reshape(-1, *[1] * (loss.dim() - 1)) if loss.dim() else u
             loss = loss + (each if reduction == "none" else (u * kept_elements(pred, chosen)).sum()).to(loss.dtype)
-    return (loss, per_sample) if flag(op, "return_per_sample", return_per_sample) else loss
+    if not flag(op, "return_per_sample", return_per_sample):
+        return loss
+    return loss, per_sample if share is None else per_sample * share.to(per_sample.dtype)
 
 
 CONSTANT = ("eps", "x0", "flow")  # targets that are the same mixture at every level
@@ -536,34 +541,25 @@ def loss_weight(
     return product(weight, looked_up)
 
 
-def product(weight: Tensor | None, other: Tensor) -> Tensor:
-    """Of weights of each sample and of each of its rows, (B,) and (B, F)."""
-    if weight is None:
-        return other
+def product(weight: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """Of weights of each sample and of each of its rows, (B,) and (B, F); None is 1."""
+    if weight is None or other is None:
+        return other if weight is None else weight
     dims = max(weight.dim(), other.dim())
     weight, other = (w.reshape(*w.shape, *[1] * (dims - w.dim())) for w in (weight, other))
     return weight * other
 
 
-def over_all(
-    op: str,
-    pred: Tensor,
-    level: Level | None,
-    mask: Mask,
-    normalise: str,
-    reduction: Reduction,
-    weight: Tensor | None,
-) -> Tensor | None:
-    """The weight of each sample or row with which its mean over the mask becomes that over all its elements."""
+def over_all(op: str, pred: Tensor, mask: Mask, normalise: str, dims: int) -> Tensor | None:
+    """The factor with which the mean of a sample or row over the mask becomes that over all its elements; None is 1."""
     if not isinstance(normalise, str) or normalise not in ("sum", "count"):
         raise ValueError(f"{op}: normalise must be 'sum' or 'count', got {normalise!r}")
-    if normalise == "sum" or mask is None or reduction is Reduction.sum:
-        return weight
-    dims = max(1 if level is None else level._dims(), leading(weight))
+    if normalise == "sum" or mask is None:
+        return None
     rows = in_rows(pred, dims)
     kept = kept_elements(rows, in_rows(mask.on(pred) if isinstance(mask, Drawn) else mask, dims))
     assert isinstance(kept, Tensor)
-    return product(weight, (kept / (rows.numel() // max(rows.shape[0], 1) or 1)).reshape(pred.shape[:dims]))
+    return (kept / (rows.numel() // max(rows.shape[0], 1) or 1)).reshape(pred.shape[:dims])
 
 
 def check_level_weight(op: str, schedule: Schedule, level_weight: Tensor) -> None:

@@ -20,6 +20,7 @@ from ..checks import as_number, check_per_sample, like, promote, samples
 from ..coefficients import Formula, Level, changing, leading, level_for, stack_rows
 from ..kernels.spec import (
     ABSENT,
+    BLEND,
     KINDS,
     NOISE,
     REDUCTIONS,
@@ -341,10 +342,22 @@ def _terms(op: str, terms: Sequence[Any]) -> tuple[Term, ...]:
 
 
 @overload
-def weighted_sum(*terms: Term, also: None = None, out: Tensor | None = None) -> Tensor: ...
+def weighted_sum(
+    *terms: Term,
+    also: None = None,
+    out: Tensor | None = None,
+    where: Tensor | None = None,
+    otherwise: Tensor | None = None,
+) -> Tensor: ...
 @overload
 def weighted_sum(*terms: Term, also: Sequence[Coefficient], out: None = None) -> tuple[Tensor, Tensor]: ...
-def weighted_sum(*terms: Term, also: Sequence[Coefficient] | None = None, out: Tensor | None = None) -> Any:
+def weighted_sum(
+    *terms: Term,
+    also: Sequence[Coefficient] | None = None,
+    out: Tensor | None = None,
+    where: Tensor | None = None,
+    otherwise: Tensor | None = None,
+) -> Any:
     """c_0*x_0 + c_1*x_1 + ..., sample by sample, in one launch.
 
     terms: (coefficient, what): a coefficient is a float or a tensor (), (B,) or of more leading dimensions (B, F), of
@@ -352,11 +365,16 @@ def weighted_sum(*terms: Term, also: Sequence[Coefficient] | None = None, out: T
         five tensors, one of them perhaps a Noise; one of the terms clamped
     also: as many coefficients, of a second output of the same terms
     out: written instead of a new tensor; may be one of the terms. Not with `also`
+    where, otherwise: the sum is mixed into `otherwise`, like the terms: otherwise + where * (sum - otherwise), in the
+        same launch. `where`: bool, or floating in [0, 1], of as many dimensions, (B, 1, H, W) say; where it is 0 or 1
+        the one or the other, whatever the other holds. Of a tensor or of two terms, none clamped, and not with `also`
     returns: like the tensors, mixed dtypes promoted; with `also` a pair
     Reads each tensor once; a Noise is never stored. Arithmetic is in fp32 (fp64 for fp64), rounded once.
     Gradient: of every tensor and every coefficient that is one. Raises TypeError or ValueError, naming the term.
     """
     op = "weighted_sum"
+    if where is not None or otherwise is not None:
+        return _blended(op, terms, where, otherwise, also, out)
     if not is_compiling():
         # The usual form: numbers or tensors times tensors and a Noise.
         coefficients, given, noise = [], [], -1
@@ -385,6 +403,51 @@ def weighted_sum(*terms: Term, also: Sequence[Coefficient] | None = None, out: T
 def _simple_plan(count: int, noise: int, also: bool) -> Map | None:
     uses = tuple(Use(k, count + k if also else ABSENT) for k in range(count))
     return plan("weighted_sum", uses, None, noise, also)
+
+
+def _blended(op: str, terms: Sequence[Any], where: Any, otherwise: Any, also: Any, out: Tensor | None) -> Any:
+    """A weighted sum with `where` and `otherwise`."""
+    coefficients, given = zip(*_terms(op, terms), strict=True)
+    drawn = [isinstance(value, Noise) for value in given]
+    if also is not None or len(given) > 2 or all(drawn) or any(isinstance(value, Clamped) for value in given):
+        raise ValueError(f"{op}: with where there is one output, of a tensor or of two terms, none clamped")
+    if where is None or otherwise is None:
+        raise ValueError(f"{op}: where and otherwise are given together")
+    spec = (_made_blend if is_dynamo_compiling() else _kept_blend)(op, tuple(drawn))
+    if not is_compiling():
+        done = fast_map(spec.core, (*given, where, otherwise), coefficients, None, None, out)
+        if done is not None:
+            if out is not None:
+                written(out)
+            return done
+    names = *(f"term {k}" for k in range(len(given))), "otherwise"
+    if not isinstance(otherwise, Tensor):
+        raise TypeError(f"{op}: otherwise must be a tensor, got {type(otherwise).__name__}")
+    x, given, _ = checked(op, names, (*given, otherwise))
+    if not isinstance(where, Tensor) or (where.dtype != torch.bool and where.dtype not in checks.DTYPES):
+        got = where.dtype if isinstance(where, Tensor) else type(where).__name__
+        raise TypeError(f"{op}: where must be a bool or floating tensor, got {got}")
+    mask = spread(op, "where", where.to(x.dtype), x)
+    row = [check_per_sample(op, f"the coefficient of term {k}", c, x) for k, c in enumerate(coefficients)]
+
+    def rows() -> Coefficients:
+        return stack_rows(op, tuple(row), x, compute_dtype(x.dtype))
+
+    names = *names[:-1], "where", "otherwise"
+    return launched(spec, names, (*given[:-1], mask, given[-1]), rows, leading(*row), None, out)
+
+
+def _made_blend(op: str, drawn: tuple[bool, ...]) -> Map:
+    """The map of one or two terms, the mask and what stands elsewhere."""
+    slots, columns = [X, Z], [ABSENT, BLEND, ABSENT, BLEND]
+    of_terms = [Z if d else slots.pop(0) for d in drawn]
+    for column, slot in enumerate(of_terms):
+        columns[slot] = column
+    given = [NOISE if d else slot for d, slot in zip(drawn, of_terms, strict=True)]
+    return map_of(op, tuple(columns), None, (*given, Y, W))
+
+
+_kept_blend = lru_cache(maxsize=8)(_made_blend)
 
 
 def summed(op: str, names: tuple[str, ...], given: tuple[Any, ...], row: tuple[Any, ...], out: Tensor | None) -> Any:
@@ -611,18 +674,23 @@ def mask_of(op: str, pred: Tensor, mask: Any) -> Mask:
         raise TypeError(f"{op}: mask must be a bool tensor, weights or a corruption, got {got}")
     if mask.is_floating_point():
         mask = mask.to(compute_dtype(pred.dtype))
-    if mask.device != pred.device:
-        raise ValueError(f"{op}: mask must be on {pred.device} like pred, got {mask.device}")
-    if mask.dim() not in (0, pred.dim()):
+    return spread(op, "mask", mask, pred)
+
+
+def spread(op: str, name: str, mask: Tensor, x: Tensor) -> Tensor:
+    """Of x's shape, expanded without a copy."""
+    if mask.device != x.device:
+        raise ValueError(f"{op}: {name} must be on {x.device} like the samples, got {mask.device}")
+    if mask.dim() not in (0, x.dim()):
         # (B, H, W) would be taken for (C, H, W) where B = C.
         raise ValueError(
-            f"{op}: mask must have as many dimensions as {tuple(pred.shape)}, 1 where it is broadcast (mask[:, None], "
+            f"{op}: {name} must have as many dimensions as {tuple(x.shape)}, 1 where it is broadcast ({name}[:, None], "
             f"say), got {tuple(mask.shape)}"
         )
     try:
-        return mask.expand(pred.shape)
+        return mask.expand(x.shape)
     except RuntimeError:
-        raise ValueError(f"{op}: mask must be broadcastable to {tuple(pred.shape)}, got {tuple(mask.shape)}") from None
+        raise ValueError(f"{op}: {name} must be broadcastable to {tuple(x.shape)}, got {tuple(mask.shape)}") from None
 
 
 def loss_of_rows(spec: Any, operands: Residual, rows: Coefficients, weight: Tensor | None, dims: int) -> Weighed:

@@ -1,7 +1,8 @@
 """A loss whose elements have weights of their own: sum_i m_i rho(r_i) / sum_i m_i.
 
-The kernels' residual selects elements and weighs whole samples, so this takes two launches, with r in memory between
-them, and torch's arithmetic for rho.
+The CPU's kernels take the weights in their one pass (residuals.py), unless these want a gradient. The GPU's select
+elements and weigh whole samples, so this takes two launches, with r in memory between them, and torch's arithmetic for
+rho.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def sample_means(spec: Loss, operands: Residual, rows: Coefficients) -> Tensor:
     else:
         sums = reference.per_sample_sum(m * reference.penalty(r, spec.kind, delta))
     total = totals(weights).to(sums.dtype)
-    counts = total > 0
+    counts = total != 0
     return torch.where(counts, sums / torch.where(counts, total, 1), 0)
 
 

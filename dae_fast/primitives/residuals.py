@@ -92,8 +92,8 @@ def residual_loss(spec: Loss, operands: Residual, rows: Coefficients, weight: Te
         return residual_loss(spec, _filled(operands), rows, weight)
     also = pred.new_empty(2, dtype=compute_dtype(pred.dtype)) if spec.has_also else None
     assert summed or also is None, "further means are those of a loss that is summed"
-    direct = mesh is None and not has_weights(mask)
-    if direct and route(op, pred, y, z, rows.tensor, weight, *tensors_of(mask)) is Route.DIRECT:
+    way = None if mesh is not None else route(op, pred, y, z, rows.tensor, weight, *tensors_of(mask))
+    if way is Route.DIRECT and (not has_weights(mask) or _in_one_pass(op, pred, mask)):
         if not wants_grad(pred, y, z, rows.tensor, weight):
             wanted = Wanted(loss=summed, weight=weight, also=also)
             means, loss, _ = kernels(pred, op).residual(spec, operands, rows, wanted)
@@ -115,6 +115,12 @@ def residual_loss(spec: Loss, operands: Residual, rows: Coefficients, weight: Te
         factors = beside(gather(op, rows, pred).detach()[:, list(spec.columns[4:])], means)
         also = (means[:, None] * factors).mean(0)
     return loss, means, also
+
+
+def _in_one_pass(op: str, pred: Tensor, weights: Tensor) -> bool:
+    """Whether the kernels take a mask of weights; none makes a gradient of them."""
+    module = kernels(pred, op)
+    return not wants_grad(weights) and hasattr(module, "weighs") and module.weighs(pred)
 
 
 def _filled(operands: Residual) -> Residual:
@@ -192,19 +198,22 @@ def pred_gradient_in_torch(spec: Loss, upstream: Tensor, operands: Residual, row
         mask = mask.on(pred)
     r = affine(map_of(spec.op, COLUMNS), (pred, y, z, None), noise, rows)[0]
     kept = kept_elements(pred, mask)
-    scale = upstream / (kept.clamp(min=1) if isinstance(kept, Tensor) else max(kept, 1))
-    if mask is not None:
+    scale = upstream / (torch.where(kept == 0, 1, kept) if isinstance(kept, Tensor) else max(kept, 1))
+    if mask is not None and not has_weights(mask):
         r = torch.where(mask, r, 0)
     column = spec.columns[2]
     delta = None if column == ABSENT else row_of(gather(spec.op, rows, r).detach(), column, r)
     slope = reference.slope(r.to(scale.dtype), spec.kind, delta)
+    if has_weights(mask):
+        slope = slope * mask
     return (scale.reshape(-1, *[1] * (pred.dim() - 1)) * slope).to(pred.dtype)
 
 
 def gradients(needs: Any, spec: Loss, upstream: Tensor, operands: Residual, rows: Coefficients) -> Gradients:
     """Of pred, y, z and the table, from the gradient (B,) of the sample means."""
     dtype = operands.pred.dtype
-    if any(needs[1:4]):  # which are made of pred's, that would overflow in fp16 where they do not
+    # Those of the others are made of pred's, that would overflow in fp16 where they do not.
+    if dtype != compute_dtype(dtype) and (needs[1] or needs[2] or needs[3]):
         operands = operands._replace(**{name: widened(getattr(operands, name)) for name in ("pred", "y", "z")})
     _, y, z, noise, _ = operands
     found: Gradients = [None] * 4

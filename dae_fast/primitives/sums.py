@@ -155,11 +155,30 @@ def gradients(
     given = [(g, spec.columns_of(k)) for k, g in enumerate(grads) if g is not None]
     if not given:
         return [None] * 6
+    if spec.blends:
+        return _blended_gradients(needs, given[0][0], spec, inputs, noise, rows)
     if spec.inner is not None:
         assert bounds is not None
         return _clamped_gradients(needs, given, spec, inputs, noise, rows, bounds)
     of_table = _table_gradient(given, inputs, noise, rows, spec) if needs[5] else None
     return [*_input_gradients(needs, given, rows, spec.op), of_table]
+
+
+def _blended_gradients(
+    needs: Sequence[bool], g: Tensor, spec: Map, inputs: Inputs, noise: Noise | Tensor | None, rows: Coefficients
+) -> Gradients:
+    """Of w + m*(v - w): v, the sum of x and z, has m*g, w the rest of g, and m (v - w)*g."""
+    x, m, z, w = (widened(t) for t in inputs)
+    c0, _, c2, _ = spec.columns
+    of_sum = map_of(spec.op, (c0, ABSENT, c2, ABSENT))
+    wide = widened(g)
+    of_v = m * wide
+    *found, of_table = gradients((needs[0], False, *needs[2:]), (of_v,), of_sum, (x, None, z, None), noise, rows)
+    if needs[1]:
+        found[1] = (affine(of_sum, (x, None, z, None), noise, rows)[0] - w) * wide
+    if needs[3]:
+        found[3] = wide - of_v
+    return [*(None if t is None else t.to(g.dtype) for t in found), of_table]
 
 
 def _input_gradients(needs: Sequence[bool], given: Given, rows: Coefficients, op: str) -> Gradients:
@@ -294,7 +313,7 @@ class _Affine(DirectFunction):
         inputs = x, y, z, w
         read: tuple[Tensor | None, ...] = ()
         constants = type(table) is tuple
-        if not constants and table.requires_grad:
+        if spec.blends or (not constants and table.requires_grad):
             read = *inputs, v
         elif spec.inner is not None:
             read = x, y, None, w, None

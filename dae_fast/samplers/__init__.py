@@ -45,11 +45,13 @@ from .functions import (
     probability_flow,
 )
 from .langevin import AnnealedLangevin, langevin
+from .mcmc import mala, sgld, underdamped
 from .mixture import GaussianMixture
 from .multistep import DEIS, LMS, PLMS
 from .ode import Euler, Heun
 from .predictor_corrector import PredictorCorrector
 from .probability_flow import ProbabilityFlow
+from .repaint import RePaint
 from .unipc import UniPC
 
 __all__ = [
@@ -76,6 +78,7 @@ __all__ = [
     "Inpainting",
     "PredictorCorrector",
     "ProbabilityFlow",
+    "RePaint",
     "Sampler",
     "Trajectory",
     "UniPC",
@@ -90,6 +93,9 @@ __all__ = [
     "flow_midpoint",
     "heun",
     "langevin",
+    "mala",
     "predictor_corrector",
     "probability_flow",
+    "sgld",
+    "underdamped",
 ]

@@ -13,6 +13,7 @@ from ..ops.reparameterisation import reparameterise
 from ..schedule import Schedule
 from .arguments import ONE_OF_LEVELS
 from .base import More, Sampler, Walk
+from .density import of_learned_variance
 from .steps import Place, Step, forward_variance, implicit_step, posterior_std
 
 
@@ -21,13 +22,15 @@ class DDPM(Sampler):
     """Ancestral sampling, one step per level unless `steps` or `levels` says otherwise.
 
     variance: of the step, "small" (the posterior's), "large" (that of q(x_t | x_s), beta_t), or "learned":
-        net returns one more tensor, or twice the channels, v in [-1, 1], which interpolates between their logarithms
-        element by element (Nichol and Dhariwal 2021, eq. 15); the noise is added by a launch of its own, never stored
+        net returns v in [-1, 1] too, as in Sampler, which interpolates between their logarithms element by element
+        (Nichol and Dhariwal 2021, eq. 15); the noise is added by a launch of its own, never stored
     Other arguments and the errors as in Sampler. Ho et al. 2020, algorithm 2.
     """
 
     op: ClassVar[str] = "ddpm"
     checks: ClassVar = {"variance": checks.one_of("small", "large", "learned"), "schedule": ONE_OF_LEVELS}
+
+    reads_variance: ClassVar[bool] = True
 
     schedule: Schedule = field(kw_only=False)
     variance: str = "small"
@@ -47,22 +50,18 @@ class DDPM(Sampler):
         columns = [torch.where(noisy, c, 0.0) for c in (middle, half_width)]
         return More(torch.stack(columns, 1), noisy.tolist())
 
-    def _parts(self) -> tuple[str, ...]:
-        parts = super()._parts()
-        return (*(parts or ("prediction",)), "v") if self.variance == "learned" else parts
-
-    def _read(self, made: Any, x: Tensor) -> tuple[Tensor, ...]:
-        if (
-            self.variance == "learned"
-            and isinstance(made, Tensor)
-            and made.dim() > 1
-            and made.shape[1] == 2 * x.shape[1]
-        ):
-            made = made.chunk(2, 1)
-        return super()._read(made, x)
-
     def _is_one_launch(self) -> bool:
         return self.variance != "learned"
+
+    def _log_density(
+        self, i: int, x_t: Tensor, x_s: Tensor, prediction: tuple[Tensor, ...], history: tuple[Tensor, ...]
+    ) -> Tensor:
+        if self.variance != "learned" or not (self._plan.facts and self._plan.facts[i]):
+            return super()._log_density(i, x_t, x_s, prediction, history)
+        launches, table = self._plan.launches, self._table(x_t)
+        x_t, x_s, *read = (t.to(table.dtype) for t in (x_t, x_s, *prediction))
+        (mean,) = launches(table, i, x_t, read[:-1], None, (), "mean")
+        return of_learned_variance(x_s, mean, read[-1], *table[launches.first_row(i), -2:])
 
     def _extra(self) -> object:
         return self.variance
@@ -84,7 +83,7 @@ class DDPM(Sampler):
             # The affine map has one factor a sample; here each element has its own.
             middle, half_width = table[self._plan.launches.first_row(i), -2:]
             log_var = torch.addcmul(middle, half_width, prediction[-1])
-            x, _ = reparameterise(x, log_var, self._drawn(i, noise))
+            x, _ = reparameterise(x, log_var, self._drawn(i, noise, x))
         return x, history, x0
 
 

@@ -10,12 +10,14 @@ from torch import Tensor
 from .. import checks
 from ..continuous import ContinuousSchedule
 from ..noise import Noise
+from ..ops.brownian import BrownianNoise
 from ..ops.parameterisation import check_name
 from ..schedule import Schedule
 from .levels import SPACINGS
 
 Network = Callable[..., Any]
 Start = Tensor | Sequence[int]
+Noises = Noise | BrownianNoise  # of a whole loop
 
 ONE_OF_LEVELS = checks.instance(Schedule, "a Schedule")  # of samplers that take a step for each level
 
@@ -23,6 +25,12 @@ ONE_OF_LEVELS = checks.instance(Schedule, "a Schedule")  # of samplers that take
 def some_steps(op: str, name: str, value: Any) -> int | None:
     """None is one per level."""
     return None if value is None else checks.integer(op, name, value)
+
+
+def some_variance(op: str, name: str, value: Any) -> None:
+    """None is none."""
+    if value is not None:
+        checks.one_of("learned")(op, name, value)
 
 
 ARGUMENTS: dict[str, checks.Check] = {
@@ -44,6 +52,8 @@ ARGUMENTS: dict[str, checks.Check] = {
     "S_tmax": checks.real("no NaN"),
     "S_noise": checks.real("finite and not negative"),
     "guidance_rescale": checks.real("in [0, 1]"),
+    "self_condition": checks.flag,
+    "variance": some_variance,
     "spacing": checks.one_of(*SPACINGS),
     "use_clipped_model_output": checks.flag,
     "denoise": checks.flag,

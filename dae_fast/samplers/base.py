@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple, overload
@@ -19,18 +20,19 @@ from .._torch import outside_modes
 from ..coefficients import Level
 from ..kernels.spec import compute_dtype
 from ..noise import Noise
+from ..ops.brownian import BrownianNoise
 from ..ops.conversions import Bounds
 from ..ops.parameterisation import Parameterisation
-from ..routing import fast_map
+from ..routing import beside, fast_step
 from ..schedule import Schedule
-from .arguments import ARGUMENTS, Network, Start, looked_at
+from .arguments import ARGUMENTS, Network, Noises, Start, looked_at
 from .density import REDUCTIONS, Density
-from .launch import Launches
+from .launch import Guided, Launches
 from .levels import Conditioning, Levels, Route, Schedules, Told, grid, model_times, walked
-from .network import OUTPUT, Guidance, bound, call_model, guidance_scales, model_time, outputs
-from .running import progressed, rounded, run
-from .start import check_start, device_of_start, draw_start, warn_of_signal
-from .steps import Place, Step
+from .network import OUTPUT, Guidance, bound, call_model, guidance_scales, model_time, outputs, with_variance
+from .running import Capture, called_back, progressed, rounded, run
+from .start import check_start, device_of_start, draw_start, stream_of, warn_of_signal
+from .steps import Place, Step, path_times
 from .x0_clip import x0_clip
 
 Callback = Callable[[int, float, Tensor, Tensor], Any]
@@ -63,7 +65,7 @@ class Plan(NamedTuple):
     """What is worked out once for a sampler.
 
     quick: of each look what a plain step needs, where a step is one launch      where: the name of the first level
-    facts: what else a method wants to know of each look
+    facts: what else a method wants to know of each look      times: of a path of noise, at each look and at the end
     """
 
     levels: tuple[int, ...]
@@ -76,6 +78,15 @@ class Plan(NamedTuple):
     where: str = ""
     quick: list[Quick] | None = None
     facts: list[bool] | None = None
+    times: tuple[float, ...] = ()
+
+
+class Asked(NamedTuple):
+    """The network of a loop, the dtype that it takes, and whether the loop wants its estimates of x0."""
+
+    net: Network
+    dtype: torch.dtype
+    wants_x0: bool
 
 
 class More(NamedTuple):
@@ -131,6 +142,7 @@ class Base:
     net_name: ClassVar[str] = "net"
     what: ClassVar[str] = OUTPUT  # what the network's output is called
     keeps: ClassVar[str] = ""  # what a look keeps for later ones, as in Walk
+    reads_variance: ClassVar[bool] = False  # a learned one; else it is left out
 
     schedule: Schedules
     _: KW_ONLY
@@ -139,6 +151,8 @@ class Base:
     threshold: float | None = None
     guidance: Guidance = None
     guidance_rescale: float = 0.0
+    self_condition: bool = False
+    variance: str | None = None
     history: tuple[Tensor, ...] = field(init=False, default=())
 
     def __post_init__(self) -> None:
@@ -180,7 +194,8 @@ class Base:
 
     def _launches(self, walk: Walk) -> Launches:
         g = guidance_scales(self.op, self.guidance, walk.told)
-        return Launches(self.op, walk.at, walk.step, self.predict, self._clip, g, walk.keeps, self.guidance_rescale)
+        guided = None if g is None else Guided(g, self.guidance_rescale)
+        return Launches(self.op, walk.at, walk.step, self.predict, self._clip, guided, walk.keeps)
 
     def _options(self) -> dict[str, Any]:
         """As they were given."""
@@ -208,7 +223,7 @@ class Base:
         wide = x.to(compute_dtype(x.dtype))
         return [model_time(wide, t) for t in self._plan.told]
 
-    def start(self, shape: Any, noise: Noise, *, device: torch.device | str | None = None) -> Tensor:
+    def start(self, shape: Any, noise: Noises, *, device: torch.device | str | None = None) -> Tensor:
         """Pure noise of the size that x has at the first level, (B, ...) fp32: noise.fold_in(START_TAG).
 
         Warns where the first level is not nearly pure noise.
@@ -220,10 +235,10 @@ class Base:
         return x
 
     @overload
-    def step(self, i: int, x: Tensor, pred: Any, noise: Noise | Tensor | None = None) -> Tensor: ...
+    def step(self, i: int, x: Tensor, pred: Any, noise: Noises | Tensor | None = None) -> Tensor: ...
     @overload
     def step(
-        self, i: int, x: Tensor, pred: Any, noise: Noise | Tensor | None = None, *, return_x0: Literal[True]
+        self, i: int, x: Tensor, pred: Any, noise: Noises | Tensor | None = None, *, return_x0: Literal[True]
     ) -> tuple[Tensor, Tensor]: ...
     @overload
     def step(
@@ -231,7 +246,7 @@ class Base:
         i: int,
         x: Tensor,
         pred: Any,
-        noise: Noise | Tensor | None = None,
+        noise: Noises | Tensor | None = None,
         *,
         return_log_prob: Literal[True],
         reduction: str = "mean",
@@ -242,7 +257,7 @@ class Base:
         i: int,
         x: Tensor,
         pred: Any,
-        noise: Noise | Tensor | None = None,
+        noise: Noises | Tensor | None = None,
         *,
         return_x0: Literal[True],
         return_log_prob: Literal[True],
@@ -253,7 +268,7 @@ class Base:
         i: int,
         x: Tensor,
         pred: Any,
-        noise: Noise | Tensor | None = None,
+        noise: Noises | Tensor | None = None,
         *,
         return_x0: bool = False,
         return_log_prob: bool = False,
@@ -264,22 +279,26 @@ class Base:
         i: in [0, len(levels)); a sampler that keeps something from look to look (`history`) starts anew at 0
         x: (B, ...) fp16/bf16/fp32/fp64, in a half-precision loop best kept in fp32
         pred: like x, or under guidance a tuple (conditional, unconditional), whatever the dtype
-        noise: a Noise, of which the look takes noise.fold_in(its level), or one tensor like x for this look
+        noise: a Noise, of which the look takes noise.fold_in(its level); a BrownianNoise, of which it takes the
+            increment from its time to the next; or one tensor like x for this look
         return_x0: the x0 estimate, limited as the options say, too
         return_log_prob, reduction: log_prob(i, x, the result, pred), too, of a step that adds noise
         returns: like x, or a tuple of it and what is asked for besides, in this order
         Gradient: of x and pred. Raises ValueError or TypeError on a mismatch, or where noise is wanted and missing.
         """
         quick = not (return_x0 or return_log_prob)
-        if quick and type(x) is Tensor and type(pred) is Tensor and not is_compiling():
-            done = self._quick(i, x, pred, noise)
+        if quick and not is_compiling():
+            done = fast_step(self._plan.quick, self._tables, self.history, i, x, pred, noise)
             if done is not None:
-                return done
+                x_s, self.history = done
+                return x_s
         i = checks.integer(self.op, "i", i, 0, len(self._plan.told) - 1)
         checks.samples(self.op, "x", x)
         prediction = self._read(pred, x)
         if isinstance(noise, Noise):
             noise._check(self.op, x.shape[0], x.device)
+        elif isinstance(noise, BrownianNoise):
+            noise._noise._check(self.op, x.shape[0], x.device)
         elif noise is not None:
             checks.like(self.op, "noise", noise, "x", x)
             noise = noise.to(x.dtype)
@@ -293,72 +312,87 @@ class Base:
         if quick:
             return x_s
         more = (x0,) if return_x0 else ()
-        return (x_s, *more, self._log_prob(i, x, x_s, prediction, reduction)) if return_log_prob else (x_s, *more)
+        if not return_log_prob:
+            return (x_s, *more)
+        return (x_s, *more, self._log_prob(i, x, x_s, prediction, history, reduction))
 
-    def log_prob(self, i: int, x_t: Tensor, x_s: Tensor, pred: Any, *, reduction: str = "mean") -> Tensor:
+    def log_prob(
+        self,
+        i: int,
+        x_t: Tensor,
+        x_s: Tensor,
+        pred: Any,
+        *,
+        history: Sequence[Tensor] = (),
+        reduction: str = "mean",
+    ) -> Tensor:
         """log p(x_s | x_t) of step i where it led from x_t to x_s: log N(x_s; mean(x_t, pred), std^2).
 
         i: of a step that adds noise      x_t, x_s: (B, ...), as they were stored, whatever the dtype
         pred: what the network returns now, as in `step`
+        history: of a step that reads what those before it keep, `sampler.history` as it was then: the density is that
+            given x_t and it
         reduction: over a sample's elements, "mean" (Flow-GRPO, DDPO) or "sum" (the density)
         returns: (B,) fp32 (fp64 for fp64)
         One pass where the mean is an affine map of x_t and pred, which then gives the gradient of pred too; two under
-        guidance or limits of x0. Of the same stored tensors and predictions it is what `step` gave, bit for bit, so the
-        ratio exp(log_prob - old) is 1 exactly, however the batch is split (in fp64 on a GPU: of the same batch).
-        Gradient: of pred, x_t and x_s. Raises ValueError for a step without
-        noise or of another density. Black et al. 2024 (DDPO), eq. 6; Liu et al. 2025 (Flow-GRPO).
+        guidance, limits of x0 or of what was kept, more of a learned variance. Of the same stored tensors and
+        predictions it is what `step` gave, bit for bit, so the ratio exp(log_prob - old) is 1 exactly, however the
+        batch is split (in fp64 on a GPU: of the same batch).
+        Gradient: of pred, x_t, x_s and history. Raises ValueError for a step without noise or a Gaussian density.
+        Black et al. 2024 (DDPO), eq. 6; Liu et al. 2025 (Flow-GRPO).
         """
         i = checks.integer(self.op, "i", i, 0, len(self._plan.told) - 1)
         checks.samples(self.op, "x_t", x_t)
         checks.like(self.op, "x_s", x_s, "x_t", x_t)
         self._check_batch(x_t)
-        return self._log_prob(i, x_t, x_s.to(x_t.dtype), self._read(pred, x_t), reduction)
+        for kept in history:
+            checks.like(self.op, "what history keeps", kept, "x_t", x_t)
+        read = tuple(kept.to(x_t.dtype) for kept in history)
+        return self._log_prob(i, x_t, x_s.to(x_t.dtype), self._read(pred, x_t), read, reduction)
 
-    def _log_prob(self, i: int, x_t: Tensor, x_s: Tensor, prediction: tuple[Tensor, ...], reduction: str) -> Tensor:
-        look = self._plan.launches.looks[i]
+    def _log_prob(
+        self,
+        i: int,
+        x_t: Tensor,
+        x_s: Tensor,
+        prediction: tuple[Tensor, ...],
+        history: tuple[Tensor, ...],
+        reduction: str,
+    ) -> Tensor:
         checks.one_of(*REDUCTIONS)(self.op, "reduction", reduction)
-        if not self._is_one_launch() or look.reads or not look.noisy:
-            why = "adds no noise" if not look.noisy else "is no Gaussian of x_t and the prediction alone"
-            raise ValueError(f"{self.op}: step {i} has no density: it {why}")
-        return self._density(self._table(x_t), i, x_t, x_s, prediction, reduction)
+        reads = self._plan.launches.looks[i].reads
+        if len(history) < reads:
+            raise ValueError(
+                f"{self.op}: step {i} reads what the steps before it keep: history must have {reads}, as "
+                f"sampler.history before the step, got {len(history)}"
+            )
+        mean = self._log_density(i, x_t, x_s, prediction, history[:reads])
+        return mean if reduction == "mean" else mean * (x_t[0].numel() if len(x_t) else 0)
+
+    def _log_density(
+        self, i: int, x_t: Tensor, x_s: Tensor, prediction: tuple[Tensor, ...], history: tuple[Tensor, ...]
+    ) -> Tensor:
+        """(B,), the mean over a sample's elements."""
+        if not self._is_gaussian(i):
+            raise ValueError(f"{self.op}: step {i} has no density: it is no Gaussian of x_t and the prediction")
+        if not self._plan.launches.looks[i].noisy:
+            raise ValueError(f"{self.op}: step {i} has no density: it adds no noise")
+        return self._density(self._table(x_t), i, x_t, x_s, prediction, history)
+
+    def _is_gaussian(self, i: int) -> bool:
+        """Whether a step that adds noise has a mean and a size of it that depend on x_t and the prediction alone."""
+        return True
 
     def _check_batch(self, x: Tensor) -> None:
         B = self._plan.launches.batch
         if B is not None and x.shape[0] != B:
             raise ValueError(f"{self.op}: guidance must have shape ({x.shape[0]},), one for each sample, got ({B},)")
 
-    def _quick(self, i: int, x: Tensor, pred: Any, noise: Any) -> Any:
-        """A plain step, straight to the core; None for anything else, which is then checked."""
-        table, quick = self._tables.get((x.dtype, x.device)), self._plan.quick
-        if table is None or quick is None or type(i) is not int or not 0 <= i < len(quick):
-            return None
-        core, bounds, z, w, v, tag, reads, keeps = quick[i]
-        if tag is None:
-            noise = None
-        elif type(noise) is Noise:
-            noise = noise.fold_in(tag)
-        else:
-            return None
-        if not (keeps or z or w or v):
-            return fast_map(core, (x, pred, None, None, noise), table, i, bounds, None)
-        history = self.history
-        if len(history) < reads:
-            return None
-        streams = (None, None, pred, None, *history)
-        made = fast_map(core, (x, pred, streams[z], streams[w], streams[v] if v else noise), table, i, bounds, None)
-        if made is None:
-            return None
-        if keeps > 0:
-            self.history = (made[1], *history[: keeps - 1]) if i else made[1:]
-            return made[0]
-        self.history = (x,) if keeps else ()
-        return made
-
     def _table(self, x: Tensor) -> Tensor:
         """In the dtype of the arithmetic, on x's device: copied once."""
-        key = x.dtype, x.device
+        key = compute_dtype(x.dtype), x.device
         if key not in self._tables:
-            table = rounded(self.op, self._plan.table, compute_dtype(x.dtype)).to(x.device)
+            table = rounded(self.op, self._plan.table, key[0]).to(x.device)
             if is_compiling():
                 return table
             self._tables[key] = table
@@ -366,38 +400,49 @@ class Base:
 
     def _parts(self) -> tuple[str, ...]:
         """What the network returns, where that is a tuple."""
-        return self._plan.launches.parts
+        parts = self._plan.launches.parts
+        return (*(parts or ("prediction",)), "v") if self.variance == "learned" else parts
 
     def _read(self, made: Any, x: Tensor) -> tuple[Tensor, ...]:
         """What a network returned, checked, in x's dtype."""
-        return outputs(self.op, made, x, self._parts(), self.what)
+        if self.variance != "learned":
+            return outputs(self.op, made, x, self._parts(), self.what)
+        parts = self._parts()
+        read = outputs(self.op, with_variance(made, x, len(parts) > 2), x, parts, self.what)
+        return read if self.reads_variance else read[:-1]
 
     def _is_one_launch(self) -> bool:
         """Whether _advance is that of this class: a step is one launch."""
         return True
 
-    def _fresh(self, i: int, noise: Noise | Tensor | None) -> Noise | Tensor | None:
-        """The noise of a look, None where it adds none."""
-        return self._drawn(i, noise) if self._plan.launches.looks[i].noisy else None
-
-    def _drawn(self, i: int, noise: Noise | Tensor | None) -> Noise | Tensor:
+    def _drawn(self, i: int, noise: Noises | Tensor | None, x: Tensor) -> Noise | Tensor:
+        """The noise of a look that adds some."""
         if noise is None:
             raise TypeError(f"{self.op}: step {i} adds noise: noise must be a Noise or a tensor like x, got None")
-        return noise.fold_in(self._plan.tags[i]) if isinstance(noise, Noise) else noise
+        if isinstance(noise, Noise):
+            return noise.fold_in(self._plan.tags[i])
+        return self._increment(i, noise, x) if isinstance(noise, BrownianNoise) else noise
+
+    def _increment(self, i: int, path: BrownianNoise, x: Tensor) -> Tensor:
+        t, s = self._plan.times[i : i + 2]
+        if t == s or not math.isfinite(t):
+            why = "moves at one level" if t == s else "is from a level without signal"
+            raise ValueError(f"{self.op}: step {i} {why}, where a path has no increment: noise must be a Noise")
+        return beside(path.increment(t, s, x.shape, dtype=x.dtype, device=x.device), x)
 
     def _advance(
         self,
         i: int,
         x: Tensor,
         prediction: tuple[Tensor, ...],
-        noise: Noise | Tensor | None,
+        noise: Noises | Tensor | None,
         history: tuple[Tensor, ...],
         table: Tensor,
         wants_x0: bool = False,
     ) -> tuple[Tensor, tuple[Tensor, ...], Any]:
         """x after look i, what is kept then, and the x0 estimate where wanted. No state is changed."""
         plan, launches = self._plan, self._plan.launches
-        fresh, keeps = self._fresh(i, noise), launches.keeps
+        fresh, keeps = self._drawn(i, noise, x) if launches.looks[i].noisy else None, launches.keeps
         if keeps in ("x0", "eps"):
             x_s, kept = launches(table, i, x, prediction, fresh, history, "kept")
             x0 = kept
@@ -410,7 +455,7 @@ class Base:
         x_s, x0 = launches(table, i, x, prediction, fresh, history, "x0")
         return x_s, held, x0
 
-    def _before_look(self, i: int, x: Tensor, noise: Noise, table: Tensor) -> Tensor:
+    def _before_look(self, i: int, x: Tensor, noise: Noises, table: Tensor) -> Tensor:
         """x as the network sees it at look i."""
         return x
 
@@ -420,7 +465,7 @@ class Base:
         self,
         net: Network,
         x: Start,
-        noise: Noise,
+        noise: Noises,
         *,
         net_arguments: Mapping[str, Any] | None = None,
         progress: bool = False,
@@ -433,7 +478,9 @@ class Base:
         net(x_t, t): the network, like x_t, told t (B,), as `conditioning` says
         x: x_T (B, ...) fp16/bf16/fp32/fp64, or a shape: then `start`'s, on the CPU (with graph on the current CUDA
             device)
-        noise: Noise; the step from level t uses noise.fold_in(t)
+        noise: Noise; the step from level t uses noise.fold_in(t). Or a BrownianNoise, whose path is the same for any
+            number of steps: its times are sigma/alpha, as k-diffusion's sigma, sigma alone in a flow, and a step takes
+            the increment between its two, over the root of their distance; a start of a shape is its Noise's
         net_arguments: {name: value}, class labels say, which net is handed by name at every look; with graph bind them
             to the network instead (functools.partial), and keep that
         progress: show a bar      graph: replay the loop as a CUDA graph
@@ -459,9 +506,14 @@ class Base:
                 x = self.start(x, noise, device=device_of_start(op, graph))
             check_start(op, x, noise)
             self._check_batch(x)
-            loop = partial(self._loop, partial(self._looked, net, x.dtype, callback is not None), progress, callback)
-            options = self.op, self._clip, self._plan.told, self._plan.launches.looks, self._extra()
-            return run(op, net, loop, x, noise, self._plan.table, options, progress, graph)
+            path = (lambda key: key) if isinstance(noise, Noise) else noise._of
+            wants_x0 = callback is not None or self.self_condition
+            looked = partial(self._looked, Asked(net, x.dtype, wants_x0))
+            loop = partial(self._loop, looked, progress, callback, path)
+            ends = None if isinstance(noise, Noise) else (noise._t0, noise._t1, noise._depth)
+            options = self.op, self._clip, self._plan.told, self._plan.launches.looks, self._extra(), wants_x0, ends
+            capture = Capture(net, options, progress) if graph else None
+            return run(op, loop, x, stream_of(noise), self._plan.table, capture)
 
     def _extra(self) -> object:
         """What the loop depends on besides the table, the launches and what the network is told."""
@@ -469,26 +521,22 @@ class Base:
 
     def _looked(
         self,
-        net: Network,
-        dtype: torch.dtype,
-        wants_x0: bool,
+        asked: Asked,
         i: int,
         x: Tensor,
         history: tuple[Tensor, ...],
-        noise: Noise,
+        noise: Noises,
         table: Tensor,
+        estimate: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor, ...], Any]:
-        """Look i and its step, a function of its arguments alone."""
+        """Look i and its step, a function of its arguments alone. estimate: of x0, that the network is told."""
+        net, dtype, wants_x0 = asked
         x = self._before_look(i, x, noise, table)
-        prediction = self._read(call_model(net, dtype, x, self._plan.told[i]), x)
-        quick = self._plan.quick
-        if quick is not None and not (wants_x0 or history or is_compiling()):
-            core, bounds, z, w, v, tag, _, keeps = quick[i]
-            if not (keeps or z or w or v):
-                streams = (x, prediction[0], None, None, None if tag is None else noise.fold_in(tag))
-                done = fast_map(core, streams, table, i, bounds, None)
-                if done is not None:
-                    return done, (), None
+        prediction = self._read(call_model(net, dtype, x, self._plan.told[i], estimate), x)
+        if not (wants_x0 or is_compiling()):
+            done = fast_step(self._plan.quick, table, history, i, x, prediction[0], noise)
+            if done is not None:
+                return *done, None
         return self._advance(i, x, prediction, noise, history, table, wants_x0)
 
     def _loop(
@@ -496,25 +544,21 @@ class Base:
         looked: Callable[..., Any],
         progress: bool,
         callback: Callback | None,
+        path: Callable[[Noise], Noises],
         x: Tensor,
-        noise: Noise,
+        key: Noise,
         table: Tensor,
     ) -> Tensor:
+        noise = path(key)
         if torch.is_grad_enabled():
             looked = partial(checkpoint, looked, use_reentrant=False)
         history: tuple[Tensor, ...] = ()
+        x0 = torch.zeros_like(x) if self.self_condition else None
         for i in progressed(range(len(self._plan.told)), progress, self.op):
-            x, history, x0 = looked(i, x, history, noise, table)
+            x, history, x0 = looked(i, x, history, noise, table, x0 if self.self_condition else None)
             if callback is not None:
-                x = self._called_back(callback, i, x, x0)
+                x = called_back(self.op, callback, x, i, self._plan.told[i], x, x0)
         return x
-
-    def _called_back(self, callback: Callback, i: int, x: Tensor, x0: Tensor) -> Tensor:
-        changed = callback(i, self._plan.told[i], x, x0)
-        if changed is None:
-            return x
-        checks.like(self.op, "what callback returned", changed, "x", x)
-        return changed.to(x.dtype)
 
 
 _plans: OrderedDict[Hashable, Plan] = OrderedDict()
@@ -528,7 +572,7 @@ class Sampler(Base):
     steps: in [1, T], levels from the noisiest down; None is all
     levels: instead of steps, one's own, decreasing; a start of a shape is of the first. A deterministic sampler may go
         up too (inversion), to `to_level`. Read, the level of each look
-    spacing: of `steps` levels: "linspace", "leading" and "trailing" in index, as diffusers' timestep_spacing (leading
+    spacing: of `steps` levels: "linspace", "leading" and "trailing" in index, as diffusers' DDIM has them (leading
         without its offset); "karras" (rho = 7) and "exponential" in sigma/alpha, the nearest levels
     from_level: the first level, T - 1 unless given, of an image that is noised to there, say
     to_level: where the last step ends, a level instead of the data
@@ -544,6 +588,10 @@ class Sampler(Base):
         the look and what the network is told; or a tensor (B,), one for each sample, read once
     guidance_rescale: phi in [0, 1], how far the prediction gets the conditional one's standard deviation in each sample
         (Lin et al. 2024, section 3.4), in passes of their own
+    self_condition: net is called by `sample` with x_self_cond= the x0 estimate of the look before, zeros at first, as
+        nn.DenoisingLoss(self_condition=) trains it (Chen, Zhang and Hinton 2023)
+    variance: "learned", net returns one tensor more, v, or twice the channels, under guidance in both of its
+        predictions; DDPM steps by it, the others leave it out, as guided-diffusion's ddim_sample
     Raises ValueError for a level from which `predict` gives no step: eps where alpha = 0 (predict v there).
     """
 
@@ -570,10 +618,13 @@ class Sampler(Base):
     def inverted(self) -> Self:
         """The sampler that takes the same levels from the last up to the first, where a deterministic one came from.
 
-        What it starts from, the data, stands for x at the last level. DDIM inversion (Song, Meng and Ermon 2021).
+        It starts from x at `to_level`; without, from the data, which stands for x at the last level. DDIM inversion
+        (Song, Meng and Ermon 2021).
         """
+        if not self._goes_up():
+            raise ValueError(f"{self.op}: inverted needs a deterministic sampler, got {self!r}")
         schedule = walked(self.op, self.schedule, self._looks(), self._levels)
-        first, *others = dict.fromkeys(self.levels)
+        first, *others = dict.fromkeys(self._passed())
         return replace(
             self,
             schedule=schedule,
@@ -584,14 +635,22 @@ class Sampler(Base):
             to_level=first,
         )
 
+    def _passed(self) -> tuple[int, ...]:
+        """The levels at which x is, one after the other."""
+        return self.levels if self.to_level is None else (*self.levels, self.to_level)
+
     def reached(self) -> list[Level]:
         """Where each look's step leads."""
+        return self.stops()[1:]
+
+    def stops(self) -> list[Level]:
+        """Where x is at each look, and after the last."""
         schedule = walked(self.op, self.schedule, self._looks(), self._levels)
         ends = (
             [1.0, 0.0] if self.to_level is None else [float(c[self.to_level]) for c in (schedule.alpha, schedule.sigma)]
         )
-        later = list(self.levels[1:])
-        pairs = zip(schedule.alpha[later].tolist(), schedule.sigma[later].tolist(), strict=True)
+        levels = list(self.levels)
+        pairs = zip(schedule.alpha[levels].tolist(), schedule.sigma[levels].tolist(), strict=True)
         return [Level(alpha, sigma) for alpha, sigma in (*pairs, ends)]
 
     def _goes_up(self) -> bool:
@@ -620,7 +679,11 @@ class Sampler(Base):
         schedule = walked(self.op, self.schedule, self._looks(), self._levels)
         walk = self.walk(schedule)
         walk = walk._replace(where=f"level {walk.levels[0]} of {schedule}")
-        plan = planned(walk, self._launches(walk), self._is_one_launch(), self._more(schedule, walk))
+        one_launch = self._is_one_launch() and self.variance != "learned"
+        plan = planned(walk, self._launches(walk), one_launch, self._more(schedule, walk))
+        after = self._after(schedule, walk.at).at([-1])
+        stops = [pair for place in (walk.at, after) for pair in zip(*(c.tolist() for c in place), strict=True)]
+        plan = plan._replace(times=path_times(stops))
         schedule._require_finite(self.op, plan.table, [t for t in walk.levels for _ in range(plan.launches.batch or 1)])
         return plan
 

@@ -115,6 +115,10 @@ class FlowMidpoint(Sampler):
     def _looks(self) -> int | None:
         return None if self.steps is None else 2 * self.steps
 
+    def _passed(self) -> tuple[int, ...]:
+        passed = super()._passed()
+        return passed[:-1] if self.to_level is None else passed  # not the middle of the step to the data
+
     def walk(self, schedule: Schedule) -> Walk:
         if self._levels is None and self.steps is not None:
             checks.integer(self.op, "steps", self.steps, 1, len(schedule) // 2)

@@ -23,7 +23,7 @@ from .base import Sampler, Walk
 from .double_well import DoubleWell
 from .mixture import GaussianMixture
 from .network import GUIDED, bound, guidance_scale, outputs
-from .running import progressed
+from .running import called_back, progressed
 from .start import check_start
 from .steps import Place, Step
 
@@ -44,6 +44,7 @@ def _per_sample(op: str, name: str, value: Any) -> None:
     steps=checks.whole(0),
     progress=checks.flag,
     graph=checks.flag,
+    callback=checks.function,
 )
 def langevin(
     score: Callable[[Tensor], Any],
@@ -57,6 +58,7 @@ def langevin(
     net_arguments: Mapping[str, Any] | None = None,
     progress: bool = False,
     graph: bool = False,
+    callback: Callable[[int, Tensor], Any] | None = None,
 ) -> Tensor:
     """`steps` unadjusted Langevin updates of all rows of x: x + h*score(x) + noise_scale*sqrt(2h)*eps.
 
@@ -67,12 +69,15 @@ def langevin(
     guidance: g, for a score that returns (conditional, unconditional): u + g*(c - u) (Ho and Salimans 2022)
     net_arguments: as in ddpm, for the score
     graph: replay the loop as a CUDA graph; x must be on a CUDA device
+    callback(k, x): called after step k; a tensor that it returns goes on as x. Not with graph
     With a unit Gaussian the chain settles at variance 1/(1 - h/2): the bias of the discrete step.
     Raises ValueError on a negative step size or a score of another shape. Welling and Teh 2011.
     """
     op = "langevin"
     check_start(op, x, noise)
     score = bound(op, score, net_arguments, graph)
+    if graph and callback is not None:
+        raise ValueError(f"{op}: graph=True runs the loop without Python: leave out callback")
     step_size = check_per_sample(op, "step_size", step_size, x)
     noise_scale = check_per_sample(op, "noise_scale", noise_scale, x)
     readable = not isinstance(step_size, Tensor) or can_read(step_size)
@@ -80,7 +85,7 @@ def langevin(
         raise ValueError(f"{op}: step_size must not be negative, got {float(torch.as_tensor(step_size).min())}")
     g = guidance_scale(op, guidance)
     tensors = isinstance(step_size, Tensor) or isinstance(noise_scale, Tensor)
-    if isinstance(score, (GaussianMixture, DoubleWell)) and guidance is None and not progress and not tensors:
+    if isinstance(score, (GaussianMixture, DoubleWell)) and guidance is None and not (progress or tensors or callback):
         moved = score.chain(x, float(step_size), float(noise_scale * (2 * step_size) ** 0.5), steps, noise)
         if moved is not None:
             return moved
@@ -95,6 +100,8 @@ def langevin(
             c, *u = outputs(op, score(x if dtype == compute else x.to(dtype)), x, parts, SCORE)
             of_u, w = (3, u[0]) if u else (ABSENT, None)
             (x,) = affine(map_of(op, (0, 1, 2, of_u)), (x, c, None, w), noise.fold_in(k), rows)
+            if callback is not None:
+                x = called_back(op, callback, x, k, x)
         return x.to(dtype)
 
     if not graph:

@@ -48,13 +48,19 @@ def estimate(predict: Parameterisation, at: Place, to: Parameterisation) -> tupl
     return torch.zeros_like(at.alpha) + a_x, torch.zeros_like(at.alpha) + a_p
 
 
+class Guided(NamedTuple):
+    """Guidance g, (L,), or (L, B) for samples with their own, and how far the result is rescaled."""
+
+    g: Tensor
+    rescale: float
+
+
 class Launches:
     """One launch a look: x_s, and with `keeps` what later looks read ("x0" or "eps"; "x" is kept as it is).
 
     at: where x_t is at each look
-    guidance: (L,), or (L, B) for samples with their own; the prediction is g*c + (1 - g)*u of a conditional c and an
-        unconditional u (Ho and Salimans 2022), both read by the launch while it has room: else combined before it,
-        as where it is rescaled by `rescale`
+    guided: the prediction is g*c + (1 - g)*u of a conditional c and an unconditional u (Ho and Salimans 2022), both
+        read by the launch while it has room: else combined before it, as where it is rescaled
     table: (L, K) float64, or (L*B, K)
     Where x0_hat is not limited its coefficients are multiplied into those of x and the prediction: none is made.
     """
@@ -66,10 +72,10 @@ class Launches:
         step: Step,
         predict: Parameterisation,
         clip: X0Clip,
-        guidance: Tensor | None = None,
+        guided: Guided | None = None,
         keeps: str = "",
-        rescale: float = 0.0,
     ) -> None:
+        guidance, self.rescale = (None, 0.0) if guided is None else guided
         self.op, self.clip, self.keeps, self.bounds = op, clip, keeps, clip.bounds
         self.parts = () if guidance is None else GUIDED
         self.batch = guidance.shape[1] if guidance is not None and guidance.dim() == 2 else None
@@ -77,7 +83,6 @@ class Launches:
         self._columns = columns = _folded(at, step, predict, clip.bounds is not None, keeps)
         self.noisy: list[bool] = (columns["noise"] != 0).tolist()
         streams = [self._streams(i, guidance is not None) for i in range(len(at.alpha))]
-        self.rescale = rescale if guidance is not None else 0.0
         self.combines = self.rescale != 0 or any(len(s) > 3 for s in streams)
         if guidance is not None:
             g = guidance if guidance.dim() == 2 else guidance[:, None]

@@ -40,9 +40,24 @@ def model_time(x: Tensor, t: float) -> Tensor:
     return beside(torch.full(x.shape[:1], t, dtype=torch.int64 if isinstance(t, int) else x.dtype, device=x.device), x)
 
 
-def call_model(net: Network, dtype: torch.dtype, x: Tensor, t: float) -> Any:
-    """net(x, t) of the state x in `dtype`, for all samples at t."""
-    return net(x if x.dtype == dtype else x.to(dtype), model_time(x, t))
+def call_model(net: Network, dtype: torch.dtype, x: Tensor, t: float, estimate: Tensor | None) -> Any:
+    """net(x, t) of the state x in `dtype`, for all samples at t; x_self_cond=estimate too, where there is one."""
+    told = {} if estimate is None else {"x_self_cond": estimate.to(dtype)}
+    return net(x if x.dtype == dtype else x.to(dtype), model_time(x, t), **told)
+
+
+def with_variance(made: Any, x: Tensor, guided: bool) -> Any:
+    """The parts of what a network of a learned variance returned as twice the channels; v is the conditional's."""
+
+    def is_double(t: Any) -> bool:
+        return isinstance(t, Tensor) and t.dim() > 1 and x.dim() > 1 and t.shape[1] == 2 * x.shape[1]
+
+    if is_double(made):
+        return made.chunk(2, 1)
+    if guided and isinstance(made, (tuple, list)) and len(made) == 2 and all(map(is_double, made)):
+        (conditional, v), (unconditional, _) = (t.chunk(2, 1) for t in made)
+        return conditional, unconditional, v
+    return made
 
 
 def outputs(op: str, made: Any, x: Tensor, parts: tuple[str, ...], what: str) -> tuple[Tensor, ...]:
@@ -52,7 +67,10 @@ def outputs(op: str, made: Any, x: Tensor, parts: tuple[str, ...], what: str) ->
         return (made if made.dtype == x.dtype else made.to(x.dtype),)
     if not isinstance(made, (tuple, list)) or len(made) != len(parts):
         got = f"{len(made)} of them" if isinstance(made, (tuple, list)) else type(made).__name__
-        raise TypeError(f"{op}: {what} must be a tuple ({', '.join(parts)}), got {got}")
+        doubled = ""
+        if parts[-1] == "v" and isinstance(made, Tensor):
+            doubled, got = f" or of twice the channels of {tuple(x.shape)}", str(tuple(made.shape))
+        raise TypeError(f"{op}: {what} must be a tuple ({', '.join(parts)}){doubled}, got {got}")
     for part, value in zip(parts, made, strict=True):
         like(op, f"{what} ({part})", value, "x", x)
     return tuple(value.to(x.dtype) for value in made)
@@ -82,7 +100,10 @@ def guidance_scales(op: str, guidance: Guidance, told: Sequence[float]) -> Tenso
     if isinstance(guidance, (list, tuple)):
         if len(guidance) != len(told):
             raise ValueError(f"{op}: guidance must be one, or {len(told)}, one for each look, got {len(guidance)}")
-        return torch.tensor([guidance_scale(op, math.nan if g is None else g) for g in guidance], dtype=torch.float64)
+        for g in guidance:
+            if g is None or isinstance(g, Tensor):
+                raise TypeError(f"{op}: guidance of a look must be a number, got {type(g).__name__}")
+        return torch.tensor([guidance_scale(op, g) for g in guidance], dtype=torch.float64)
     one = guidance_scale(op, guidance)
     return None if one is None else torch.full((len(told),), one, dtype=torch.float64)
 

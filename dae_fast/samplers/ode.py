@@ -13,6 +13,7 @@ from ..kernels.spec import ABSENT, map_of
 from ..noise import Noise
 from ..primitives.sums import affine
 from ..schedule import Schedule
+from .arguments import Noises
 from .base import More, Sampler, Walk
 from .steps import Place, corrected_step, implicit_step, in_order
 
@@ -56,9 +57,12 @@ class Churned(Sampler):
         """x as the network is to see it at look i: raised by S_churn where a step begins, else as it is."""
         return self._before_look(i, x, noise, self._table(x))
 
-    def _before_look(self, i: int, x: Tensor, noise: Noise, table: Tensor) -> Tensor:
+    def _before_look(self, i: int, x: Tensor, noise: Noises, table: Tensor) -> Tensor:
         if not (self._plan.facts and self._plan.facts[i]):
             return x
+        if not isinstance(noise, Noise):
+            got = type(noise).__name__
+            raise TypeError(f"{self.op}: S_churn goes back along the levels: noise must be a Noise, got {got}")
         # A launch of its own: the network must see the raised x.
         width = table.shape[1]
         raising = map_of(self.op, (width - 2, ABSENT, width - 1, ABSENT))

@@ -82,6 +82,9 @@ class PredictorCorrector(Sampler):
         K = self.corrector_steps
         return i > 0 and (i - 1) % (K + 1) < K
 
+    def _is_gaussian(self, i: int) -> bool:
+        return not self._corrects(i)  # whose step size is by the size of the noise
+
     def _is_one_launch(self) -> bool:
         return self.corrector_steps == 0
 
@@ -127,7 +130,7 @@ class PredictorCorrector(Sampler):
         else:
             pred = launches.combined(table, i, prediction)
         row = launches.first_row(i)
-        return self._langevin(x, pred, self._drawn(i, noise), table[row : row + 1, -6:]), (), x0
+        return self._langevin(x, pred, self._drawn(i, noise, x), table[row : row + 1, -6:]), (), x0
 
     def _langevin(self, x: Tensor, pred: Tensor, noise: Noise | Tensor, row: Tensor) -> Tensor:
         """x + h * score + sqrt(2h) z, score = q_x * x + q_p * pred and h = scale * |z|^2 / |score / q_p|^2.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from .. import checks
 from ..checks import can_read
 from ..graphs import replayed
 from ..kernels.spec import compute_dtype
@@ -19,18 +20,23 @@ from .arguments import Network
 T = TypeVar("T")
 
 
+class Capture(NamedTuple):
+    """What a CUDA graph of a loop is kept under, besides its tensors: options, whatever else the loop depends on."""
+
+    net: Network
+    options: object
+    progress: bool
+
+
 def run(
     op: str,
-    net: Network,
     loop: Callable[[Tensor, Noise, Tensor], Tensor],
     x: Tensor,
     noise: Noise,
     table: Tensor,
-    options: object,
-    progress: bool,
-    graph: bool,
+    capture: Capture | None,
 ) -> Tensor:
-    """loop(x, noise, table), with graph replayed. options: what else the loop depends on.
+    """loop(x, noise, table), with `capture` replayed.
 
     The state, and all that a step keeps, is of the dtype of the arithmetic, as the table is, rounded once: in half
     precision a small step would be lost in x. The caller is handed x's own dtype.
@@ -41,7 +47,8 @@ def run(
     def whole(x: Tensor, noise: Noise, table: Tensor) -> Tensor:
         return narrowed(op, loop(x.to(compute), noise, table), dtype)
 
-    if graph:
+    if capture is not None:
+        net, options, progress = capture
         # By repr, for a network told level 1 is not one told sigma 1.0.
         return replayed(op, net, whole, x, noise, progress, table=table, options=repr(options))
     return whole(x, noise, table.to(x.device))
@@ -81,6 +88,15 @@ def _rounded(op: str, table: Tensor, dtype: torch.dtype) -> Tensor:
                 f"{op}: a coefficient of {beyond:.3g} overflows {dtype}: give x in float64, or other levels"
             )
     return narrow
+
+
+def called_back(op: str, callback: Callable[..., Any], x: Tensor, i: int, *seen: Any) -> Tensor:
+    """What goes on as x after callback(i, *seen): what it returned, or x."""
+    changed = callback(i, *seen)
+    if changed is None:
+        return x
+    checks.like(op, "what callback returned", changed, "x", x)
+    return changed.to(x.dtype)
 
 
 def progressed(plan: Sequence[T], progress: bool, what: str) -> Iterable[T]:

@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from .. import checks
 from ..checks import samples
 from ..graphs import start_device
 from ..noise import Noise, noise_for
+from ..ops.brownian import BrownianNoise
+from .arguments import Noises
 
 START_TAG = 0x7374617274  # "start"
 UNNOISED = 0.1  # alpha/sigma from which a start of pure noise is not the law of x_t
@@ -22,14 +25,15 @@ PACKAGE = str(Path(__file__).parents[1])
 
 
 def draw_start(
-    op: str, shape: Sequence[int], noise: Noise, alpha: float, sigma: float, device: torch.device | str
+    op: str, shape: Sequence[int], noise: Noises, alpha: float, sigma: float, device: torch.device | str
 ) -> Tensor:
-    """noise.fold_in(START_TAG), times sigma unless alpha^2 + sigma^2 = 1.
+    """noise.fold_in(START_TAG), of a path that of its Noise, times sigma unless alpha^2 + sigma^2 = 1.
 
     So one key is one start, whatever the schedule, its levels and the sampler.
     """
     if not isinstance(shape, Sequence) or isinstance(shape, str):
         raise TypeError(f"{op}: x must be a tensor or a shape (B, ...), got {type(shape).__name__}")
+    noise = stream_of(noise)
     if not isinstance(noise, Noise):
         raise TypeError(f"{op}: noise must be a Noise, got {type(noise).__name__}")
     shape = checks.shape(f"{op}: x must be a tensor or a shape", shape)
@@ -41,11 +45,16 @@ def device_of_start(op: str, graph: bool) -> torch.device:
     return start_device(op) if graph else torch.device("cpu")
 
 
-def check_start(op: str, x: Tensor, noise: Noise) -> None:
+def stream_of(noise: Any) -> Any:
+    """The Noise of a path; anything else as it is."""
+    return noise._noise if isinstance(noise, BrownianNoise) else noise
+
+
+def check_start(op: str, x: Tensor, noise: Noises) -> None:
     samples(op, "x", x)
     if isinstance(noise, Tensor):
         raise TypeError(f"{op}: noise must be a Noise, of which every step takes its own, got a tensor")
-    noise_for(op, noise, x, "x")
+    noise_for(op, stream_of(noise), x, "x")
 
 
 def warn_of_signal(op: str, where: str, alpha: float, sigma: float) -> None:

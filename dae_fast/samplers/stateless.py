@@ -8,17 +8,21 @@ from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import checks
 from .._torch import outside_modes
 from ..checks import can_read
 from ..coefficients import Level, alpha_sigma, level_for, singular
 from ..noise import Noise
+from ..ops.brownian import BrownianNoise
 from ..ops.conversions import Bounds, bounds
 from ..ops.parameterisation import Parameterisation, check_name
 from ..primitives import clamped, weighted_sum
+from ..routing import beside
+from .arguments import Noises
 from .launch import estimate, times
-from .steps import Place, posterior_std
+from .steps import Place, path_times, posterior_std
 
 __all__ = ["step"]
 
@@ -42,7 +46,7 @@ def step(
     pred: Tensor,
     level: Level,
     next_level: Level,
-    noise: Noise | Tensor | None = None,
+    noise: Noises | Tensor | None = None,
     *,
     solver: str = "ddim",
     eta: float | None = None,
@@ -56,7 +60,7 @@ def step(
     pred: Tensor,
     level: Level,
     next_level: Level,
-    noise: Noise | Tensor | None = None,
+    noise: Noises | Tensor | None = None,
     *,
     solver: str = "ddim",
     eta: float | None = None,
@@ -69,7 +73,7 @@ def step(
     pred: Tensor,
     level: Level,
     next_level: Level,
-    noise: Noise | Tensor | None = None,
+    noise: Noises | Tensor | None = None,
     *,
     solver: str = "ddim",
     eta: float | None = None,
@@ -82,7 +86,8 @@ def step(
     x: (B, ...) fp16/bf16/fp32/fp64      pred: like x, what `predict` says
     level, next_level: Levels, of all samples, of each, or of each frame, the one or the other the noisier;
         Level(1.0, 0.0) is the data. Up, where next_level is the noisier, std is 0
-    noise: a Noise or a tensor like x, taken as it is; wanted where eta > 0
+    noise: a Noise or a tensor like x, taken as it is, or a BrownianNoise, of which levels that are numbers take the
+        increment between their sigma/alpha (sigma where alpha + sigma = 1); wanted where eta > 0
     solver: "ddim", eta in [0, 1], 0 unless given; "ddpm", eta 1; "euler", eta 0, which "flow" paths are as well;
         "euler_ancestral", eta >= 0, 1 unless given: std = min(eta * that of the posterior, sigma_s)
     clamp: c or (low, high), the limits of x0_hat; eps_hat is then that of the limited one
@@ -106,7 +111,9 @@ def step(
     checks.like(op, "pred", pred, "x", x)
     if noise is None and size:
         raise TypeError(f"{op}: noise must be a Noise or a tensor like x, got None")
-    if noise is not None and not isinstance(noise, Noise):
+    if isinstance(noise, BrownianNoise):
+        noise = _increment(op, noise, x, (level, next_level)) if size else None
+    elif noise is not None and not isinstance(noise, Noise):
         checks.like(op, "noise", noise, "x", x)
     return_x0 = checks.flag(op, "return_x0", return_x0)
     row = _row_of(op, x, (level, next_level), (predict, size, clamp is not None))
@@ -123,9 +130,25 @@ def step(
 Options = tuple[Parameterisation, float, bool]  # predict, eta, whether x0_hat is limited
 
 
-def _row_of(op: str, x: Tensor, levels: tuple[Level, Level], options: Options) -> _Row:
+def _numbers(levels: tuple[Level, Level]) -> list[tuple[Any, Any]]:
+    """Their alpha and sigma, where those are numbers; else nothing, as in a trace, where a table's are none."""
+    if is_compiling():
+        return []
     pairs = [(level.alpha, level.sigma) for level in levels if not isinstance(level.t, Tensor)]
-    if len(pairs) == 2 and not any(isinstance(v, Tensor) for pair in pairs for v in pair):
+    return pairs if len(pairs) == 2 and not any(isinstance(v, Tensor) for pair in pairs for v in pair) else []
+
+
+def _increment(op: str, path: BrownianNoise, x: Tensor, levels: tuple[Level, Level]) -> Tensor | None:
+    pairs = _numbers(levels)
+    if not pairs:
+        raise ValueError(f"{op}: noise may be a BrownianNoise where level and next_level are numbers, outside a trace")
+    t, s = path_times(pairs)
+    return beside(path.increment(t, s, x.shape, dtype=x.dtype, device=x.device), x)
+
+
+def _row_of(op: str, x: Tensor, levels: tuple[Level, Level], options: Options) -> _Row:
+    pairs = _numbers(levels)
+    if pairs:
         return _row_of_numbers(op, pairs[0], pairs[1], options)
     dims = max(level._dims() for level in levels)
     t, s = (Place(*(_leading(v, level._dims(), dims, x) for v in alpha_sigma(op, level, x))) for level in levels)
@@ -141,7 +164,7 @@ def _leading(value: Tensor, own: int, dims: int, x: Tensor) -> Tensor:
     """A level's alpha or sigma, () or of its rows, broadcastable to x's first `dims` dimensions."""
     if not value.dim():
         return value
-    return value.reshape(*x.shape[:own], *[1] * (dims - own)) if value.numel() > 1 else value.reshape(())
+    return value.reshape(*x.shape[:own], *[1] * (dims - own)) if value.numel() != 1 else value.reshape(())
 
 
 @lru_cache(maxsize=1024)

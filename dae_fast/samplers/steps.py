@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -26,6 +27,13 @@ class Place(NamedTuple):
 
     def at(self, looks: Sequence[int] | slice) -> Place:
         return Place(self.alpha[looks], self.sigma[looks])
+
+
+def path_times(levels: Sequence[tuple[float, float]]) -> tuple[float, ...]:
+    """Of a path of noise at (alpha, sigma): sigma/alpha, as k-diffusion's sigma, or sigma where alpha + sigma = 1."""
+    if all(abs(alpha + sigma - 1) < 1e-9 for alpha, sigma in levels):
+        return tuple(sigma for _, sigma in levels)
+    return tuple(sigma / alpha if alpha else math.inf for alpha, sigma in levels)
 
 
 class Step(NamedTuple):

@@ -29,6 +29,7 @@ PHILOX_W1 = tl.constexpr(0xBB67AE85)
 NO_NOISE = tl.constexpr(0)
 FOLDED = tl.constexpr(1)
 RAW = tl.constexpr(2)
+BLEND = tl.constexpr(-2)  # as in spec.py
 SPANNED = tl.constexpr(3)  # first_sample: that, rows of a sample, its first block, blocks from row to row
 
 # What is written of a loss.
@@ -443,6 +444,12 @@ def half_slope(r, delta, KIND: tl.constexpr):
 
 
 @triton.jit
+def blend(m, v, w):
+    """w + m*(v - w); where m is 0 or 1 the one or the other, as csrc/ops.h."""
+    return tl.where(m == 0, w, tl.where(m == 1, v, mul_add(m, v - w, w)))
+
+
+@triton.jit
 def clamp(v, low, high):
     """Comparisons, not minimum and maximum: NaN passes through."""
     return tl.where(v < low, low, tl.where(v > high, high, v))
@@ -510,6 +517,7 @@ def affine_kernel(
     """out = c0*x + c1*y + c2*z + c3*w by COLUMNS, out2 by COLUMNS2; with CLAMP y becomes clamp(a0*x + a1*y + a3*w).
 
     FIFTH: of five streams, the columns of c4 in out and out2, which v has; noise is then v and not z.
+    BLEND as the column of y and w: the sum of x and z is blended into w by y.
     """
     row0, row = rows_of(B, ROWS)
     if row0 >= B:
@@ -562,6 +570,8 @@ def affine_kernel(
                 v2 = mul_add(e[1], vv, v2)
             tl.store(at(out2, row, first, D, sizes, out2_strides, LANES, V), narrow(v2, DTYPE), mask=live)
         v1 = affine(c, xv, yv, zv, wv, COLUMNS)
+        if COLUMNS[1] == BLEND:
+            v1 = blend(yv, v1, wv)
         if FIFTH is not None and FIFTH[0] >= 0:
             v1 = mul_add(e[0], vv, v1)
         tl.store(at(out, row, first, D, sizes, out_strides, LANES, V), narrow(v1, DTYPE), mask=live)
