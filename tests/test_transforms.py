@@ -383,6 +383,7 @@ OP_CALLS: dict[str, tuple[str, list[Any]]] = {
         "affine",
         affine_arguments(x=leaf(dtype=torch.float64), key=KEY, table=torch.rand(2, 3).double()),
     ),
+    "embedding": ("embedding", [leaf(3, 2, dtype=torch.float64), torch.rand(2, 4, dtype=torch.float64), 9, True, "f"]),
     "affine2": ("affine2", affine_arguments(x=leaf(), key=KEY, columns=[0, -1, 1, -1, 2, -1, 3, -1])),
     "affine2 learned": (
         "affine2",
