@@ -190,6 +190,8 @@ class Kernel:
 
     def op_cvt(self, rest: list[str], operands: list[str]) -> str:
         *modifiers, to, from_ = rest
+        if modifiers == ["rni"] and to == from_:
+            return f"{self.register(operands[0])} = put<{C_TYPES[to]}>(std::rint({self.get(from_, operands[1])}));"
         if set(modifiers) - {"rn"}:
             raise ValueError(f"cvt.{'.'.join(rest)}")
         values = ", ".join(self.get(from_, operand) for operand in operands[1:])
