@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn.functional import interpolate
 
 from .. import checks as numbers
+from .._torch import dispatch_modes, outside_modes
 from ..checks import DTYPES, as_number
 from ..kernels.spec import compute_dtype
 from ..noise import Noise
@@ -142,11 +146,11 @@ class PyramidNoise(StructuredNoise):
         if not sizes or not x.numel():
             return None, self._noise, norm, norm
         compute, stream, first = compute_dtype(x.dtype), self._noise.fold_in(PYRAMID_TAG), self._first_channel(x)
-        total = torch.zeros(x.shape, dtype=compute, device=x.device)
+        total = torch.zeros((), dtype=compute, device=x.device)
         for k, smaller in enumerate(sizes, 1):
             own = stream._at(first * math.prod(smaller)).fold_in(k)
             n = own.normal((*x.shape[:2], *smaller), dtype=compute, device=x.device)
-            total = total + self._discount**k * enlarge(n, size)
+            total = torch.add(total, enlarge(n, size), alpha=self._discount**k)
         return total.to(x.dtype), self._noise, norm, norm
 
     def __repr__(self) -> str:
@@ -167,8 +171,18 @@ def enlarge(n: Tensor, size: tuple[int, ...]) -> Tensor:
     mode = ("linear", "bilinear", "trilinear")[len(size) - 1]
     made = interpolate(n, size, mode=mode)
     # An element is a weighted sum, along each dimension: it is divided by the norm of the weights.
+    norms = _norms if is_compiling() or dispatch_modes() else _kept_norms
     for d, (smaller, larger) in enumerate(zip(n.shape[2:], size, strict=True)):
-        one_by_one = torch.eye(smaller, dtype=n.dtype, device=n.device)[None]
-        norms = interpolate(one_by_one, larger, mode="linear").norm(dim=1)[0]
-        made = made / norms.reshape(-1, *[1] * (len(size) - 1 - d))
+        made = made / norms(smaller, larger, n.dtype, n.device).reshape(-1, *[1] * (len(size) - 1 - d))
     return made
+
+
+def _norms(smaller: int, larger: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    one_by_one = torch.eye(smaller, dtype=dtype, device=device)[None]
+    return interpolate(one_by_one, larger, mode="linear").norm(dim=1)[0]
+
+
+@lru_cache(maxsize=256)
+def _kept_norms(*of: Any) -> Tensor:
+    with outside_modes():
+        return _norms(*of)
