@@ -656,7 +656,7 @@ class FastNormal : FastCall {
 
  private:
   static bool is_shape(PyObject* shape) {
-    if (!PyTuple_CheckExact(shape) || !PyTuple_GET_SIZE(shape)) return false;
+    if (!PyTuple_Check(shape) || !PyTuple_GET_SIZE(shape)) return false;  // a torch.Size too
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(shape); ++i)
       if (!PyLong_CheckExact(PyTuple_GET_ITEM(shape, i))) return false;
     return true;

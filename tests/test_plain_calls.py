@@ -33,6 +33,10 @@ def tensors(dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
 
 
 LOSSES: dict[str, Call] = {
+    "huber": lambda p, x, n, level: df.denoising_loss(p, x, n, level, kind="huber", delta=0.7),
+    "pseudo-Huber of x0": lambda p, x, n, level: df.denoising_loss(
+        p, x, n, level, predict="x0", kind="pseudo_huber", delta=0.2
+    ),
     "noise_mse": lambda p, x0, noise, level: df.noise_mse(p, noise),
     "noise_mse, sum": lambda p, x0, noise, level: df.noise_mse(p, noise, reduction="sum"),
     "l1_penalty": lambda p, x0, noise, level: df.l1_penalty(p),
@@ -310,7 +314,8 @@ def test_what_is_not_plain(with_kernels: str, spy: Spy) -> None:
         lambda: loss(pred, x0.double(), noise, level, predict="v"),
         lambda: loss(pred, leaf, noise, level, predict="v"),
         lambda: loss(pred, x0, df.OffsetNoise(noise), level),
-        lambda: loss(pred, x0, noise, level, kind="huber", delta=1.0),
+        lambda: loss(pred, x0, noise, level, predict="v", kind="huber", delta=1.0),
+        lambda: loss(pred, x0, noise, level, kind="huber", delta=lambda alpha, sigma: alpha),
         lambda: loss(pred, x0, noise, level, mask=x0 > 0),
         lambda: loss(pred, x0, noise, level, reduction="none"),
         lambda: df.noise_mse(pred, noise, reduction="none"),

@@ -16,6 +16,7 @@ from ..checks import as_number, can_read, flag, like, per_sample, promote, sampl
 from ..coefficients import Formula, Level, gather, is_one, leading, level_for, stack_rows, value_at
 from ..kernels.spec import (
     ABSENT,
+    KINDS,
     Coefficients,
     Kind,
     KindName,
@@ -256,10 +257,10 @@ def denoising_loss(
     if level is not None and not isinstance(level, Level):
         level_for(op, level)
     weighting, w = weight_for(op, weight, level, pred, predict)
-    alone = log_variance is None and delta is None and return_per_sample is False and _is_sum(normalise)
+    alone = log_variance is None and return_per_sample is False and _is_sum(normalise)
     if mask is None and alone and not is_compiling():
         known = _fast_loss(op, predict, weighting, _name(kind), _name(reduction))
-        done = None if known is None else _run_plain(known, Compared(pred, x0, noise, level), w)
+        done = None if known is None else _run_plain(known, Compared(pred, x0, noise, level), w, delta)
         if done is not None:
             return done[0]
     columns = LossColumns(predict, weighting)
@@ -365,8 +366,8 @@ class _Plain:
 
 @lru_cache(maxsize=128)
 def _plain(op: str, columns: LossColumns, kind: str, reduction: str) -> _Plain | None:
-    """None for what is not plain, or wrong."""
-    if kind not in ("mse", "l1") or reduction not in SUMMED:
+    """None for what is not plain, or wrong: a delta has its column in a row of constants alone."""
+    if kind not in KINDS or reduction not in SUMMED or (KINDS[kind].has_delta and columns.row is None):
         return None
     return _Plain(op, columns, Kind[kind], SUMMED[reduction])
 
@@ -393,7 +394,7 @@ def fast_against_target(
     return None if known is None else _run_plain(known, compared, weight)
 
 
-def _run_plain(known: _Plain, compared: Compared, weight: Tensor | None) -> Summed | None:
+def _run_plain(known: _Plain, compared: Compared, weight: Tensor | None, delta: Delta | None = None) -> Summed | None:
     pred, x0, noise, level = compared
     generated = z = None
     if type(noise) is Noise:
@@ -408,6 +409,12 @@ def _run_plain(known: _Plain, compared: Compared, weight: Tensor | None) -> Summ
     if not isinstance(x0, Tensor):
         return None
     source: Any = known.row
+    if known.loss.columns[2] != ABSENT:
+        if type(delta) is not float or not 0 < delta < math.inf:
+            return None
+        source = *source[:3], delta, *source[3:]
+    elif delta is not None:
+        return None
     if source is None:
         if type(level) is not Level:
             return None
