@@ -99,7 +99,8 @@ DAE_FN double taylor(double x, double sum = 0) {
   if constexpr (kPower < 2) {
     return sum;
   } else {
-    return taylor<kPower - 1>(x, mul_add(sum, x, 1 / factorial(kPower)));
+    constexpr double kFactor = 1 / factorial(kPower);  // made here, not at -O0 in the kernel
+    return taylor<kPower - 1>(x, mul_add(sum, x, kFactor));
   }
 }
 
