@@ -38,6 +38,7 @@ static const Api kApi = {
     [] { return CURRENT_DEVICE; },
     [](const ChainArgs&, Queue) -> const char* { return nullptr; },
     [](const NormalSumArgs&, Queue) -> const char* { return nullptr; },
+    [](const EmbeddingArgs&, Queue) -> const char* { return nullptr; },
     true,
 };
 extern "C" const Api* dae_cuda_api() { return &kApi; }

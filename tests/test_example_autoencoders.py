@@ -63,6 +63,7 @@ def test_multi_scale_runs(tmp_path: Path) -> None:
     assert held_out[-1] < gaussian[-1] / 4  # and distance
 
 
+@LONGER
 def test_latent_diffusion_runs(tmp_path: Path) -> None:
     output = run("latent_diffusion", tmp_path, steps=60)
     confidence = figures(output, "(reconstructions)")[0]

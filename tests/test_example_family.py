@@ -46,6 +46,7 @@ def figures(output: str, row: str) -> list[float]:
     return [float(number) for number in re.findall(r"\d+\.\d+", cells[1])]
 
 
+@LONGER
 def test_mixture_score_runs(tmp_path: Path) -> None:
     output = run("mixture_score", tmp_path, steps=200)
     error, cosine, *_ = figures(output, "learned")
@@ -64,6 +65,7 @@ def test_stacked_runs(tmp_path: Path) -> None:
     assert figures(output, "untrained 2") != figures(output, "trained 2")
 
 
+@LONGER
 def test_anomaly_runs(tmp_path: Path) -> None:
     output = run("anomaly", tmp_path, steps=20)
     by_class = torch.tensor([figures(output, str(c)) for c in range(10)])

@@ -69,6 +69,8 @@ __device__ inline void __threadfence() { __nvvm_membar_gl(); }
 __device__ inline float __fsqrt_rn(float a) { return shim::fsqrt_rn(a); }
 __device__ inline double __dsqrt_rn(double a) { return shim::dsqrt_rn(a); }
 __device__ double exp(double);
+__device__ double rint(double);
+__device__ float rintf(float);
 #endif
 
 __device__ inline double __shfl_xor_sync(unsigned, double value, int lanes) {
