@@ -99,11 +99,12 @@ class Crowd {
   using Clock = std::chrono::steady_clock;
   bool here(double work) const { return work < kSlices && Clock::now().time_since_epoch().count() < until_; }
 
-  void judge(Clock::time_point began, double work) {
+  // elements: of which each may cost a part of a new page, many times its arithmetic.
+  void judge(Clock::time_point began, double work, double elements) {
     const Clock::time_point now = Clock::now();
     const double took = std::chrono::duration<double, std::nano>(now - began).count();
     const int64_t patience = patience_;
-    if (took < kLate + 4 * work) {
+    if (took < kLate + 4 * work + kNsOfNewPage * elements) {
       if (patience > kShortest) patience_ = patience / 2;
       return;
     }
@@ -112,7 +113,7 @@ class Crowd {
   }
 
  private:
-  static constexpr double kSlices = 20e6, kLate = 2e6;                       // nanoseconds
+  static constexpr double kSlices = 20e6, kLate = 2e6, kNsOfNewPage = 5;     // nanoseconds
   static constexpr int64_t kShortest = 50'000'000, kLongest = 1'600'000'000;  // the same
   std::atomic<int64_t> until_{0}, patience_{kShortest};  // several threads of Python's: what they lose of it is no harm
 } g_crowd;
@@ -150,7 +151,7 @@ void parallel_run(int64_t units, double work, void (*run)(const void*, int64_t, 
         t.run(t.body, t.units * i / n, t.units * (i + 1) / n);
       },
       &team, static_cast<unsigned>(threads), 0);
-  g_crowd.judge(began, work);
+  g_crowd.judge(began, work, static_cast<double>(units) * kSegment);
 }
 
 }  // namespace dae::cpu
