@@ -42,14 +42,17 @@ class Layout:
                 raise ValueError(f"{op}: all DTensors must be on one mesh, got {self.mesh} and {t.device_mesh}")
             for p in t.placements:
                 if not (_cut(p) or p.is_replicate() or p.is_partial()):  # nobody says which elements its parts are
-                    raise NotImplementedError(f"{op}: a DTensor may be Shard, Replicate or Partial, got {p}")
+                    raise NotImplementedError(
+                        f"{op}: a DTensor may be Shard, Replicate or Partial, got {p}: nothing says which elements a "
+                        "rank has of it, and so which noise; redistribute it"
+                    )
         self.placements = tuple(p if _cut(p) else Replicate() for p in first.placements)
         self.box = self._box()
         if [n for _, n in self.box] != list(self.local(first).shape):
             # FSDP over tensor parallel, say: its parts are interleaved, and their noise would be other elements'.
             raise NotImplementedError(
                 f"{op}: a DTensor must be cut as distribute_tensor cuts it, got {tuple(first.to_local().shape)} of "
-                f"{tuple(self.shape)} on this rank"
+                f"{tuple(self.shape)} on this rank: interleaved parts would get other elements' noise; redistribute it"
             )
 
     def _box(self) -> Box:
@@ -116,7 +119,10 @@ class Layout:
         (b, B), *inner = self.box
         rows, first = noise._span or (1, 0)
         if b % rows or B % rows:  # a Noise is moved by whole samples: a part's rows may begin within one
-            raise NotImplementedError(f"{self.op}: levels of several dimensions need whole samples on every rank")
+            raise NotImplementedError(
+                f"{self.op}: levels of several dimensions need whole samples on every rank, a Noise being moved by "
+                "whole samples: redistribute the batch"
+            )
         ids = noise._sample
         ids = None if ids is None else ids[b // rows : (b + B) // rows]
         at = noise._first_sample if ids is not None else to_signed(noise._first_sample + b // rows)
@@ -249,7 +255,10 @@ def check_rows(op: str, dims: int, *tensors: Tensor | None) -> None:
     """Where each row of so many dimensions has its level, the rows of a sample are together."""
     if dims > 1 and Layout(op, *tensors).sharded(range(1, dims)):
         # A rank has the levels of whole samples, as they are gathered by the batch alone.
-        raise NotImplementedError(f"{op}: levels of {dims} dimensions need samples that are whole in those")
+        raise NotImplementedError(
+            f"{op}: levels of {dims} dimensions need samples that are whole in those, as every rank has the levels of "
+            "whole samples: redistribute the samples"
+        )
 
 
 def beside(t: Tensor, x: Tensor) -> Tensor:

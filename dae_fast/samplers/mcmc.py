@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,16 +22,17 @@ from .start import START_TAG, check_start
 
 Score = Callable[[Tensor], Any]
 ChainCallback = Callable[[int, Tensor], Any]
-
-
-@torch.no_grad()
-@checks.arguments(
-    score=checks.function,
+_checked = partial(
+    checks.arguments,
     noise=checks.instance(Noise, "a Noise"),
     steps=checks.whole(0),
     progress=checks.flag,
     callback=checks.function,
 )
+
+
+@torch.no_grad()
+@_checked(score=checks.function)
 def sgld(
     score: Score,
     x: Tensor,
@@ -70,13 +72,7 @@ def sgld(
 
 
 @torch.no_grad()
-@checks.arguments(
-    score=checks.function,
-    noise=checks.instance(Noise, "a Noise"),
-    steps=checks.whole(0),
-    progress=checks.flag,
-    callback=checks.function,
-)
+@_checked(score=checks.function)
 def underdamped(
     score: Score,
     x: Tensor,
@@ -127,13 +123,7 @@ def underdamped(
 
 
 @torch.no_grad()
-@checks.arguments(
-    target=checks.function,
-    noise=checks.instance(Noise, "a Noise"),
-    steps=checks.whole(0),
-    progress=checks.flag,
-    callback=checks.function,
-)
+@_checked(target=checks.function)
 def mala(
     target: Callable[[Tensor], Any],
     x: Tensor,

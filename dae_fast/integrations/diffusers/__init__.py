@@ -40,7 +40,9 @@ def fuse(pipe_or_scheduler: T, noise: Literal["torch", "fused"] = "torch") -> T:
     for kind in METHODS[upstream.__name__].values():
         what = kind.not_covered(scheduler.config)
         if what is not None:  # a formula that is not written here: upstream's step would be no fused one, in silence
-            raise NotImplementedError(f"fuse: {upstream.__name__} with {what} is not covered; use it as it is")
+            raise NotImplementedError(
+                f"fuse: {upstream.__name__} with {what} is not covered: no fused step has its formula; use it as it is"
+            )
     if isinstance(scheduler, Fused) and scheduler.noise_source != noise:
         unfuse(scheduler)  # what was drawn of the other is not gone on with
     if not isinstance(scheduler, Fused):

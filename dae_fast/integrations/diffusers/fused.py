@@ -167,7 +167,9 @@ def _method(upstream: type, name: str, kind: Kind) -> Callable[..., Any]:
     names = [p.name for p in parameters]
     unknown = set(names) - ARGUMENTS - set(kind.options)
     if unknown:  # of a later diffusers: left aside, they would change nothing, and nobody would know
-        raise NotImplementedError(f"fuse: {upstream.__name__}.{name} has arguments unknown here: {sorted(unknown)}")
+        raise NotImplementedError(
+            f"fuse: {upstream.__name__}.{name} has arguments unknown here, which would be ignored: {sorted(unknown)}"
+        )
     defaults = {p.name: p.default for p in parameters if p.default is not Parameter.empty}
 
     @functools.wraps(theirs)
