@@ -79,6 +79,32 @@ def _given_brownian(noise: df.Noise, like: Tensor, dtype: torch.dtype) -> Tensor
 BROWNIAN = Law(torch.randn_like, _given_brownian)  # by hand: normals, of no path
 
 
+MALA_STEP = 0.05
+
+
+def _gaussian_target(y: Tensor) -> tuple[Tensor, Tensor]:
+    return -0.5 * y.flatten(1).square().sum(1), -y
+
+
+def _unlikely(inputs: Inputs, g: torch.Generator) -> None:
+    """A start whose proposal is always taken: the result does not hang on uniform numbers, which no law gives."""
+    inputs["log_prob"] = torch.full(inputs["t"].shape, -1e30)
+
+
+def _mala(i: Inputs) -> Tensor:
+    return df.mala_step(_gaussian_target, i["x"], i["log_prob"], i["score"], MALA_STEP, i["noise"]).x
+
+
+def _plain_mala(i: Inputs, eps: Tensor) -> Tensor:
+    x, h = i["x"], MALA_STEP
+    y = x + h * i["score"] + (2 * h) ** 0.5 * eps
+    log_prob, score = _gaussian_target(y)
+    there, back = ((to - at - h * s).flatten(1).square().sum(1) for to, at, s in ((y, x, i["score"]), (x, y, score)))
+    log_ratio = log_prob - i["log_prob"] + (there - back) / (4 * h)
+    taken = torch.rand_like(log_ratio).log() < log_ratio
+    return torch.where(taken.reshape(-1, *[1] * (x.dim() - 1)), y, x)
+
+
 def _sampler_step(eta: float, clamp: float, guidance: float | None = None) -> Call:
     """One turn of a sampler's loop, the network's output (outputs, under guidance) being given."""
     sampler = df.samplers.DDIM(
@@ -169,6 +195,7 @@ def _network(x_t: Tensor, pred: Tensor) -> Tensor:
 CASES = (
     Case("normal-fresh", _noise_alone, lambda i, eps: eps, ("x0",), (), streams=1),
     Case("brownian_increment", _brownian, lambda i, eps: eps, ("x0",), (), law=BROWNIAN, streams=1),
+    Case("mala_step", _mala, _plain_mala, ("x", "score"), (), streams=3, extra=_unlikely),
     Case("ddpm_step-fresh", _sampler_step(1.0, 1.0), _plain_ddpm, ("x", "pred"), (), streams=3),
     Case(
         "guided_step-fresh",
