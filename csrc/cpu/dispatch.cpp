@@ -6,8 +6,13 @@
 #endif
 
 #include <atomic>
+#include <cctype>
 #include <chrono>
+#include <cmath>
 #include <cstring>
+#include <fstream>
+#include <string>
+#include <utility>
 
 namespace dae::cpu {
 
@@ -56,6 +61,20 @@ const Isa& best_isa() {
 }
 
 const Isa* g_isa = &best_isa();
+
+// Linux says it by itself; what the processor says of it is wrong in many virtual machines.
+double found_cache_share() {
+  std::ifstream size("/sys/devices/system/cpu/cpu0/cache/index3/size");
+  std::ifstream sharers("/sys/devices/system/cpu/cpu0/cache/index3/shared_cpu_map");
+  double kib = 0;
+  int processors = 0;
+  if (!(size >> kib)) return HUGE_VAL;
+  for (char digit; sharers >> digit;)
+    if (std::isxdigit(digit)) processors += __builtin_popcount(std::stoi(std::string(1, digit), nullptr, 16));
+  return 1024 * kib / (processors ? processors : 1);
+}
+
+double g_cache_share = found_cache_share();
 
 // torch brings its own OpenMP runtime. A second copy would mean a second thread pool that
 // torch.set_num_threads does not govern, so nothing is linked: the one already loaded is looked up.
@@ -123,6 +142,10 @@ class Crowd {
 const Isa& isa() { return *g_isa; }
 
 bool has_isa(const char* name) { return find_isa(name) != nullptr; }
+
+double cache_share() { return g_cache_share; }
+
+double use_cache_share(double bytes) { return std::exchange(g_cache_share, bytes); }
 
 bool use_isa(const char* name) {
   const Isa* found = find_isa(name);

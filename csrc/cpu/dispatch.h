@@ -17,6 +17,8 @@ bool has_isa(const char* name);
 bool use_isa(const char* name);
 // How many threads a call may use now: torch.set_num_threads governs it; 1 without OpenMP.
 int max_threads();
+// Another share of the last cache than the machine's (cache_share), for tests; returns the former.
+double use_cache_share(double bytes);
 
 // Over the rows of a batch; the same for every number of threads.
 void column_sums(const ColumnSumsArgs& a);
