@@ -6,6 +6,7 @@ import math
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
@@ -19,10 +20,10 @@ from ..ops.brownian import BrownianNoise
 from ..ops.conversions import Bounds, bounds
 from ..ops.parameterisation import Parameterisation, check_name
 from ..primitives import clamped, weighted_sum
-from ..routing import beside
+from ..routing import beside, wants_grad
 from .arguments import Noises
 from .launch import estimate, times
-from .steps import Place, path_times, posterior_std
+from .steps import Place, library_of, path_times, posterior_std
 
 __all__ = ["step"]
 
@@ -152,12 +153,15 @@ def _row_of(op: str, x: Tensor, levels: tuple[Level, Level], options: Options) -
         return _row_of_numbers(op, pairs[0], pairs[1], options)
     dims = max(level._dims() for level in levels)
     t, s = (Place(*(_leading(v, level._dims(), dims, x) for v in alpha_sigma(op, level, x))) for level in levels)
-    row = _row(t, s, options)
-    table = torch.stack(torch.broadcast_tensors(*row), -1).detach()
-    if can_read(table) and not bool(table.isfinite().all()):
-        place = tuple((~table.isfinite().all(-1)).nonzero()[0].tolist())
+    if wants_grad(*t, *s) or not (can_read(t.alpha) and can_read(s.alpha)):
+        return _row(t, s, options)
+    at, after = (Place(*(v.numpy() for v in place)) for place in (t, s))  # type: ignore[arg-type]
+    with np.errstate(all="ignore"):
+        row = np.stack(np.broadcast_arrays(*_row(at, after, options)))
+    if not np.isfinite(row).all():
+        place = tuple(np.argwhere(~np.isfinite(row).all(0))[0].tolist())
         raise ValueError(singular(op, f"sample {place or 0}, a level of {levels}"))
-    return row
+    return _Row(*torch.from_numpy(row).unbind())
 
 
 def _leading(value: Tensor, own: int, dims: int, x: Tensor) -> Tensor:
@@ -179,8 +183,9 @@ def _row_of_numbers(op: str, t: tuple[float, float], s: tuple[float, float], opt
 
 def _row(t: Place, s: Place, options: Options) -> _Row:
     predict, eta, clips = options
-    std = torch.minimum(eta * posterior_std(t, s), s.sigma) if eta else torch.zeros_like(s.sigma + t.sigma)
-    keep = (s.sigma.square() - std.square()).clamp(min=0).sqrt()
+    library = library_of(t.sigma)
+    std = library.minimum(eta * posterior_std(t, s), s.sigma) if eta else library.zeros_like(s.sigma + t.sigma)
+    keep = (s.sigma**2 - std**2).clip(min=0) ** 0.5
     (a_x, a_p), (b_x, b_p) = estimate(predict, t, "x0"), estimate(predict, t, "eps")
     if clips:
         x = times(keep, 1 / t.sigma)
