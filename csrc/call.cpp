@@ -243,7 +243,7 @@ class FastCall {
     read.rows = 1;
   }
 
-  // Worked out here, in double and rounded once; False where one is not finite, wants a gradient, or lies on a GPU.
+  // Worked out here, in double and rounded once; False where one is not finite or lies on a GPU.
   bool read_columns(PyObject* columns, Table& read) {
     const Py_ssize_t count = PyTuple_GET_SIZE(columns);
     if (count > kMaxConstants) return false;
@@ -261,8 +261,9 @@ class FastCall {
       views[k] = View::of_plain(c);
       Dtype dtype;
       if (!views[k] || !views[k]->is_cpu() || is_for_gpu() || !views[k]->dtype(dtype) || !views[k]->is_contiguous() ||
-          (dtype != Dtype::f32 && dtype != Dtype::f64) || wants_grad(c))
+          (dtype != Dtype::f32 && dtype != Dtype::f64))
         return false;
+      learned_ |= wants_grad(c);
       if (views[k]->dims() && !(views[k]->dims() == 1 && views[k]->size(0) == 1)) {
         if (!constant && views[k]->dims() != leading_) return false;  // each its own rows: the general way broadcasts
         if (!take_rows_of(*views[k])) return false;
@@ -277,6 +278,18 @@ class FastCall {
     if (constant && is_for_gpu()) read.data = nullptr;
     if (!constant || std::any_of(views, views + count, [](const auto& v) { return v.has_value(); })) table_ = nullptr;
     return filled;
+  }
+
+  // As a tensor, for what outlives this call.
+  void keep_table(const Table& read) {
+    if (table_) return;
+    static PyObject *const empty = member("torch", "empty"), *const options = Py_BuildValue("(s)", "dtype");
+    const Owned shape(Py_BuildValue("LL", static_cast<long long>(read.rows), static_cast<long long>(read.columns)));
+    PyObject* const given[] = {shape.get(), compute_dtype()};
+    kept_.emplace(PyObject_Vectorcall(empty, given, 1, options));
+    table_ = kept_->get();
+    const View view(table_);
+    std::copy_n(static_cast<const char*>(read.data), view.bytes(), static_cast<char*>(view.data()));
   }
 
   template <class R>
@@ -328,6 +341,9 @@ class FastCall {
 
   PyObject* index() const { return index_ ? index_->get() : Py_None; }
 
+  // What the table was worked out of.
+  PyObject* columns(PyObject* source) const { return columns_ ? columns_->get() : source; }
+
   // launcher.name(aligned, (B, D), dtype, *arguments); aligned: every tensor lies on 16 bytes.
   template <class... Arguments>
   void launch_elsewhere(PyObject* name, Arguments... arguments) const {
@@ -360,7 +376,8 @@ class FastCall {
     throw PythonError();
   }
 
-  PyObject *x_ = nullptr, *table_ = nullptr;  // table_: nullptr where nothing but this call could read it
+  PyObject *x_ = nullptr, *table_ = nullptr;  // table_: nullptr where it is worked out here, of tensors
+  bool learned_ = false;                      // whether one of those wants a gradient
   std::optional<View> first_;                 // of x
   Batch batch_{};
   int leading_ = 1;
@@ -370,6 +387,7 @@ class FastCall {
   uintptr_t places_ = 0;          // of all tensors, or-ed
   std::optional<Owned> index_;    // the table's rows
   std::optional<Owned> columns_;  // of a level made by hand
+  std::optional<Owned> kept_;     // the table as a tensor
   std::vector<double> storage_;   // of a table that is worked out here
 };
 
@@ -436,12 +454,14 @@ class FastMap : protected FastCall {
         if (k) slots[k] = Py_None;
       }
     }
+    differentiable |= learned_;
     if (into != Py_None && (differentiable || map.outputs != 1 || !read_out(into, slots, 5, args.out)))
       return Py_NewRef(Py_None);
     if (differentiable || !is_ours()) {
-      if (!table_ || (differentiable && leading_ > 1)) return Py_NewRef(Py_None);  // made again in the general way
+      if (differentiable && leading_ > 1) return Py_NewRef(Py_None);  // made again in the general way
+      keep_table(args.table);
       const Owned inputs(PyTuple_Pack(4, slots[0], slots[1], slots[2], slots[3]));
-      const Owned rows(PyTuple_Pack(2, table_, index()));
+      const Owned rows(PyTuple_Pack(2, table_, learned_ ? columns(source) : index()));
       const Owned last(stored           ? Py_NewRef(slots[kFifth])
                        : tag == Py_None ? Py_NewRef(noise)
                                         : PyObject_CallMethodOneArg(noise, names().fold_in, tag));
@@ -548,7 +568,8 @@ class FastLoss : FastCall {
         !read_source(a[5], a[6], args.table) || !read_its_noise(noise, args.noise))
       return Py_NewRef(Py_None);
     const bool wanted = wants_grad(pred);
-    if (wanted && (!table_ || leading_ > 1)) return Py_NewRef(Py_None);
+    if ((wanted && leading_ > 1) || learned_) return Py_NewRef(Py_None);
+    if (wanted) keep_table(args.table);
     const bool later = wanted && batch_.dtype == Dtype::f16;  // its gradient, whose scale is not known yet
     LossArgs of_loss{};
     if (weight != Py_None) {
