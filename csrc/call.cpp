@@ -283,10 +283,8 @@ class FastCall {
   // As a tensor, for what outlives this call.
   void keep_table(const Table& read) {
     if (table_) return;
-    static PyObject *const empty = member("torch", "empty"), *const options = Py_BuildValue("(s)", "dtype");
-    const Owned shape(Py_BuildValue("LL", static_cast<long long>(read.rows), static_cast<long long>(read.columns)));
-    PyObject* const given[] = {shape.get(), compute_dtype()};
-    kept_.emplace(PyObject_Vectorcall(empty, given, 1, options));
+    kept_.emplace(
+        new_tensor(Py_BuildValue("LL", static_cast<long long>(read.rows), static_cast<long long>(read.columns))));
     table_ = kept_->get();
     const View view(table_);
     std::copy_n(static_cast<const char*>(read.data), view.bytes(), static_cast<char*>(view.data()));
@@ -325,6 +323,14 @@ class FastCall {
   }
 
   PyObject* compute_dtype() const { return batch_.dtype == Dtype::f64 ? dae::torch().f64 : dae::torch().f32; }
+
+  // Of the compute type, on the first tensor's device. shape: given away.
+  PyObject* new_tensor(PyObject* shape) const {
+    static PyObject *const empty = member("torch", "empty"), *const options = Py_BuildValue("(ss)", "dtype", "device");
+    const Owned sizes(shape), device = device_of_first();
+    PyObject* const given[] = {sizes.get(), compute_dtype(), device.get()};
+    return PyObject_Vectorcall(empty, given, 1, options);
+  }
 
   // A new tensor like the first; `place` becomes its memory.
   PyObject* empty_like_first(void*& place) {
@@ -553,7 +559,9 @@ class FastStep : FastMap {
 
 // (loss, pred, y, z, noise, source, key, weight, scratch): the loss of pred against y and z or noise, without a mask;
 // weight: None or (B,). The result is (loss, its gradient, None if pred wants none, False if backward makes it, `also` or
-// None without its columns, the table, its rows). scratch(device, doubles) is what a GPU's reduction needs.
+// None without its columns, the table, its rows). Of a loss that is not summed, or where y or z want a gradient, `loss` is
+// the samples' means, without the weight, and the gradient True, or None where none is wanted. scratch(device, doubles) is
+// what a GPU's reduction needs.
 class FastLoss : FastCall {
  public:
   static constexpr Py_ssize_t kArguments = 9;
@@ -569,7 +577,6 @@ class FastLoss : FastCall {
       return Py_NewRef(Py_None);
     const bool wanted = wants_grad(pred);
     if ((wanted && leading_ > 1) || learned_) return Py_NewRef(Py_None);
-    if (wanted) keep_table(args.table);
     const bool later = wanted && batch_.dtype == Dtype::f16;  // its gradient, whose scale is not known yet
     LossArgs of_loss{};
     if (weight != Py_None) {
@@ -591,9 +598,19 @@ class FastLoss : FastCall {
       z = noise = Py_None, args.z = {}, args.noise = {};
     else if ((z == Py_None) == (noise == Py_None))
       return Py_NewRef(Py_None);
-    for (PyObject* t : {y, z})
-      if (t != Py_None && wants_grad(t)) return Py_NewRef(Py_None);
+    bool others = false;
+    for (PyObject* t : {y, z}) others |= t != Py_None && wants_grad(t);
     args.penalty = static_cast<Penalty>(spec.kind);
+    const bool means = others || static_cast<Reduction>(spec.reduction) == Reduction::none;
+    if (means && (leading_ > 1 || columns[4] != kAbsent || !is_ours())) return Py_NewRef(Py_None);
+    if (wanted || means) keep_table(args.table);
+    if (means) {
+      const Owned made(new_tensor(Py_BuildValue("(L)", static_cast<long long>(batch_.B))));
+      LossArgs alone{Reduction::none};
+      alone.per_sample = address(made.get());
+      launch_loss(args, alone, a[8]);
+      return PyTuple_Pack(5, made.get(), wanted || others ? Py_True : Py_None, Py_None, table_, index());
+    }
 
     const Owned loss(new_numbers(kOne));
     const Owned grad(later ? Py_NewRef(Py_False) : wanted ? empty_like_first(args.grad.data) : Py_NewRef(Py_None));
@@ -609,17 +626,7 @@ class FastLoss : FastCall {
       of_loss.weight_column = columns[3];
       of_loss.also_columns[0] = columns[4], of_loss.also_columns[1] = columns[5];
       if (also.get() != Py_None) of_loss.also = address(also.get());
-      std::optional<Owned> scratch;  // until the kernel is launched
-      Scratch room;
-      if (is_for_gpu()) {
-        const Owned device = attribute(x_, names().device);
-        const Owned doubles(PyLong_FromLongLong(scratch_doubles(batch_.B, batch_.D, 1)));
-        PyObject* const given[] = {device.get(), doubles.get()};
-        scratch.emplace(PyObject_Vectorcall(a[8], given, 2, nullptr));
-        room = {static_cast<double*>(address(PyTuple_GET_ITEM(scratch->get(), 0))),
-                static_cast<uint32_t*>(address(PyTuple_GET_ITEM(scratch->get(), 1)))};
-      }
-      launch([&](const Api& api, Queue queue) { return api.residual(args, of_loss, room, queue); });
+      launch_loss(args, of_loss, a[8]);
     }
     return PyTuple_Pack(5, loss.get(), grad.get(), also.get(), table_ ? table_ : Py_None, index());
   }
@@ -627,21 +634,29 @@ class FastLoss : FastCall {
  private:
   enum Shape { kOne, kTwo };  // (), (2,)
 
+  void launch_loss(const ResidualArgs& args, const LossArgs& loss, PyObject* workspace) const {
+    std::optional<Owned> scratch;  // until the kernel is launched
+    Scratch room;
+    if (is_for_gpu()) {
+      const Owned device = attribute(x_, names().device);
+      const Owned doubles(PyLong_FromLongLong(scratch_doubles(batch_.B, batch_.D, 1)));
+      PyObject* const given[] = {device.get(), doubles.get()};
+      scratch.emplace(PyObject_Vectorcall(workspace, given, 2, nullptr));
+      room = {static_cast<double*>(address(PyTuple_GET_ITEM(scratch->get(), 0))),
+              static_cast<uint32_t*>(address(PyTuple_GET_ITEM(scratch->get(), 1)))};
+    }
+    launch([&](const Api& api, Queue queue) { return api.residual(args, loss, room, queue); });
+  }
+
   // Of the compute type, on the first tensor's device. Like a tensor that is kept: torch.empty itself takes longer.
   PyObject* new_numbers(Shape shape) const {
     static std::map<std::array<int, 3>, PyObject*> kept;
     PyObject*& like = kept[{shape, first_->device(), batch_.dtype == Dtype::f64}];
-    if (!like) like = make_numbers(shape);
+    if (!like) like = new_tensor(shape == kOne ? PyTuple_New(0) : Py_BuildValue("(i)", 2));
     PyObject* const given[] = {like};
     return PyObject_Vectorcall(TorchState::get().empty_like, given, 1, nullptr);
   }
 
-  PyObject* make_numbers(Shape shape) const {
-    const Owned sizes(shape == kOne ? PyTuple_New(0) : Py_BuildValue("(i)", 2)), device = attribute(x_, names().device);
-    const Owned empty(member("torch", "empty")), arguments(PyTuple_Pack(1, sizes.get()));
-    const Owned options(Py_BuildValue("{sOsO}", "dtype", compute_dtype(), "device", device.get()));
-    return Owned(PyObject_Call(empty.get(), arguments.get(), options.get())).release();
-  }
 };
 
 // (noise, shape, dtype, device): its normals.

@@ -17,6 +17,7 @@ from ..coefficients import Formula, Level, gather, is_one, leading, level_for, s
 from ..kernels.spec import (
     ABSENT,
     KINDS,
+    REDUCTIONS,
     Coefficients,
     Kind,
     KindName,
@@ -46,8 +47,7 @@ Delta = float | Callable[[Tensor, Tensor], Any]
 AnyNoise = Noise | Tensor | StructuredNoise
 MINUS_TARGET = (1.0, -1.0, -1.0)  # a table's row for pred - y, pred - z and pred - noise
 AGAINST_NOISE = (ABSENT, 2, ABSENT, ABSENT, ABSENT, ABSENT)  # columns of a loss in it
-SUMMED: dict[str, Reduction] = {"mean": Reduction.mean, "sum": Reduction.sum}
-_NOISE_MSE = {name: loss_of("noise_mse", Kind.mse, how, AGAINST_NOISE) for name, how in SUMMED.items()}
+_NOISE_MSE = {name: loss_of("noise_mse", Kind.mse, how, AGAINST_NOISE) for name, how in REDUCTIONS.items()}
 
 
 def _either(noise: Any) -> tuple[Any, Noise | None]:
@@ -367,9 +367,9 @@ class _Plain:
 @lru_cache(maxsize=128)
 def _plain(op: str, columns: LossColumns, kind: str, reduction: str) -> _Plain | None:
     """None for what is not plain, or wrong: a delta has its column in a row of constants alone."""
-    if kind not in KINDS or reduction not in SUMMED or (KINDS[kind].has_delta and columns.row is None):
+    if kind not in KINDS or reduction not in REDUCTIONS or (KINDS[kind].has_delta and columns.row is None):
         return None
-    return _Plain(op, columns, Kind[kind], SUMMED[reduction])
+    return _Plain(op, columns, Kind[kind], REDUCTIONS[reduction])
 
 
 @lru_cache(maxsize=128)

@@ -43,7 +43,7 @@ Weighed = tuple[Tensor, Tensor, Tensor | None]  # the loss, the samples' means, 
 def fast_residual_loss(
     spec: Loss, operands: tuple[Any, Any, Any, Noise | None], source: Any, key: Any, weight: Tensor | None = None
 ) -> Summed | None:
-    """The loss of a plain call that is summed, without mask; None where residual_loss has to look.
+    """The loss of a plain call without mask; None where residual_loss has to look.
 
     operands: pred, y, z, noise      source, key: as of fast_loss
     """
@@ -53,10 +53,14 @@ def fast_residual_loss(
     if made is None:
         return None
     loss, grad, also, table, t = made
-    if grad is None:
+    if grad is None and spec.reduction is not Reduction.none:
         return loss, also
+    rows, residual = rows_at(table, t), Residual(*operands)
+    if grad is None or grad is True:
+        means = loss if grad is None else _sample_means(spec, residual, rows, loss)
+        return _reduced(spec, residual, _weighted(spec, means, weight, rows)), None
     made = loss, None if grad is False else grad
-    return _keep_gradient(spec, Residual(*operands), rows_at(table, t), weight, made, None), also
+    return _keep_gradient(spec, residual, rows, weight, made, None), also
 
 
 def _keep_gradient(
@@ -105,16 +109,21 @@ def residual_loss(spec: Loss, operands: Residual, rows: Coefficients, weight: Te
             means, loss, grad = kernels(pred, op).residual(spec, operands, rows, wanted)
             return _keep_gradient(spec, operands, rows, weight, (loss, grad), means), means, also
     means = sample_means(spec, operands, rows)
-    loss = _weighted(spec, means, weight, rows)
-    if spec.reduction is Reduction.mean:
-        loss = loss.mean()
-    elif spec.reduction is Reduction.sum:
-        loss = (loss * kept_elements(pred, mask)).sum()
+    loss = _reduced(spec, operands, _weighted(spec, means, weight, rows))
     means = means.detach()
     if also is not None:
         factors = beside(gather(op, rows, pred).detach()[:, list(spec.columns[4:])], means)
         also = (means[:, None] * factors).mean(0)
     return loss, means, also
+
+
+def _reduced(spec: Loss, operands: Residual, each: Tensor) -> Tensor:
+    """The loss of the samples' weighted means."""
+    if spec.reduction is Reduction.none:
+        return each
+    if spec.reduction is Reduction.mean:
+        return each.mean()
+    return (each * kept_elements(operands.pred, operands.mask)).sum()
 
 
 def _in_one_pass(op: str, pred: Tensor, weights: Tensor) -> bool:
@@ -148,7 +157,9 @@ def sample_means(spec: Loss, operands: Residual, rows: Coefficients) -> Tensor:
         pred, y, z, noise, mask = operands
     way = route(spec.op, pred, y, z, rows.tensor, *tensors_of(mask))
     if way is Route.DIRECT:
-        return _SampleMeans.apply(pred, y, z, rows.table, (rows.t, spec, noise, mask))
+        means = kernels(pred, spec.op).residual(spec, operands, rows, Wanted()).means
+        wanted = wants_grad(pred, y, z, rows.tensor)
+        return _sample_means(spec, operands, rows, means) if wanted else means
     if way is Route.REFERENCE:
         sums, kept = reference.residual_sums(spec, operands, rows)
         return sums / kept.clamp(min=1)
@@ -212,17 +223,20 @@ def pred_gradient_in_torch(spec: Loss, upstream: Tensor, operands: Residual, row
 def gradients(needs: Any, spec: Loss, upstream: Tensor, operands: Residual, rows: Coefficients) -> Gradients:
     """Of pred, y, z and the table, from the gradient (B,) of the sample means."""
     dtype = operands.pred.dtype
+    others = [k for k in (1, 2) if needs[k]]
+    exact = isinstance(rows.table, tuple) and all(abs(rows.table[k]) == 1 for k in others)
     # Those of the others are made of pred's, that would overflow in fp16 where they do not.
-    if dtype != compute_dtype(dtype) and (needs[1] or needs[2] or needs[3]):
+    if dtype != compute_dtype(dtype) and (needs[3] or (others and not exact)):
         operands = operands._replace(**{name: widened(getattr(operands, name)) for name in ("pred", "y", "z")})
     _, y, z, noise, _ = operands
     found: Gradients = [None] * 4
     g = _pred_gradient(spec, upstream, operands, rows)
     found[0] = g.to(dtype)
-    for k in (1, 2):
-        if needs[k]:
-            made = affine(map_of(spec.op, (k, ABSENT, ABSENT, ABSENT)), (g, None, None, None), None, rows)[0]
-            found[k] = made.to(dtype)
+    if others:
+        columns = tuple(c for k in others for c in (k, ABSENT, ABSENT, ABSENT))
+        made = affine(map_of(spec.op, columns), (g, None, None, None), None, rows)
+        for k, t in zip(others, made, strict=True):
+            found[k] = t.to(dtype)
     if needs[3]:
         dots = row_dots(spec.op, g, (None, y, z, None), noise).to(rows.table.dtype)
         dots = torch.nn.functional.pad(dots, (0, rows.table.shape[1] - dots.shape[1]))  # none for a delta
@@ -233,6 +247,12 @@ def gradients(needs: Any, spec: Loss, upstream: Tensor, operands: Residual, rows
     return found
 
 
+def _sample_means(spec: Loss, operands: Residual, rows: Coefficients, means: Tensor) -> Tensor:
+    """Those means, with gradients."""
+    pred, y, z, noise, mask = operands
+    return _SampleMeans.apply(pred, y, z, rows.table, (means, rows.t, spec, noise, mask))
+
+
 class _SampleMeans(DirectFunction):
     """Eager; the gradient is made in backward, when its scale is known."""
 
@@ -240,15 +260,13 @@ class _SampleMeans(DirectFunction):
     def forward(
         ctx: Any, pred: Tensor, y: Tensor | None, z: Tensor | None, table: Any, rest: tuple[Any, ...]
     ) -> Tensor:
-        index, spec, noise, mask = rest
+        means, index, spec, noise, mask = rest
         stored = mask if isinstance(mask, Tensor) else None
         read = _read_again(noise, mask)
         ctx.save_for_backward(pred, y, z, table if isinstance(table, Tensor) else None, index, stored, *read)
         ctx.rest = spec, noise, mask if isinstance(mask, Drawn) else None, table if isinstance(table, tuple) else None
-        operands = Residual(pred, y, z, noise, mask)
-        means = kernels(pred, spec.op).residual(spec, operands, Coefficients(table, index), Wanted()).means
-        assert means is not None
-        return means
+        made: Tensor = means
+        return made
 
     @staticmethod
     @batchable
