@@ -60,6 +60,12 @@ Queue queue_of_device(int device) {
   return device < 0 ? Queue{} : Queue{device, current_stream(device)};
 }
 
+// Of a tensor's device; None where there is none.
+PyObject* launcher_of(const View& view) {
+  PyObject* const launcher = view.is_cpu() ? g_on_cpu : (view.is_gpu() ? g_on_gpu : Py_None);
+  return launcher == Py_True && view.is_gpu() && !cuda_api() ? Py_None : launcher;
+}
+
 bool is_tensor(PyObject* object) {
   return PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(dae::torch().tensor));
 }
@@ -114,8 +120,8 @@ class FastCall {
     if (!first_) return false;
     const View& view = *first_;
     if (!view.is_contiguous() || !view.dtype(batch_.dtype) || !view.dims() || is_negated(x)) return false;
-    launcher_ = view.is_cpu() ? g_on_cpu : (view.is_gpu() ? g_on_gpu : Py_None);
-    if (launcher_ == Py_None || (is_ours() && view.is_gpu() && !cuda_api())) return false;
+    launcher_ = launcher_of(view);
+    if (launcher_ == Py_None) return false;
     take_rows(1);
     places_ = reinterpret_cast<uintptr_t>(view.data());
     return batch_.B && batch_.D;
@@ -807,6 +813,22 @@ PyObject* all_within(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   }
 }
 
+// Whether tensors (None: none), the first of which is there, are plain, with nothing around the call, and kernels run on
+// the first one's device.
+PyObject* are_plain(PyObject*, PyObject* const* tensors, Py_ssize_t count) {
+  try {
+    if (!nothing_around(TorchState::get())) Py_RETURN_FALSE;
+    for (Py_ssize_t k = 0; k < count; ++k) {
+      if (tensors[k] == Py_None) continue;
+      const auto view = View::of_plain(tensors[k]);
+      if (!view || is_negated(tensors[k]) || (!k && launcher_of(*view) == Py_None)) Py_RETURN_FALSE;
+    }
+    Py_RETURN_TRUE;
+  } catch (const PythonError&) {
+    return nullptr;
+  }
+}
+
 // Whether a gradient from upstream changes nothing: a plain number in the CPU's memory, which is 1.
 PyObject* is_one(PyObject*, PyObject* upstream) {
   try {
@@ -850,6 +872,7 @@ PyMethodDef g_methods[] = {
     fast_method<FastNormal>(),
     method("use_fast", use_fast, "Who launches plain calls on the CPU, and on a GPU."),
     {"use_gradients", use_gradients, METH_O, "What is called for plain calls of the affine map that want gradients."},
+    method("are_plain", are_plain, "Whether tensors are plain, with nothing around the call."),
     {"is_one", is_one, METH_O, "Whether a plain number in the CPU's memory is 1."},
     method("all_within", all_within, "Whether a plain tensor's values on the CPU lie within bounds."),
     {nullptr, nullptr, 0, nullptr},

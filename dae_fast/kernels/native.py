@@ -55,6 +55,7 @@ max_threads = _core.max_threads
 philox4x32_10 = _core.philox4x32_10
 fast_normal = _core.fast_normal
 all_within = _core.all_within
+are_plain = _core.are_plain
 is_one = _core.is_one
 use_fast = _core.use_fast
 use_gradients = _core.use_gradients
@@ -189,8 +190,8 @@ def residual(spec: Loss, operands: Residual, rows: Coefficients, wanted: Wanted)
     loss = pred.new_empty((), dtype=compute) if wanted.loss and not again else None
     grad = torch.empty_like(pred) if wanted.grad and wanted.made is None else wanted.made
     room = _scratch(pred, 1)
-    kept, weight = None, wanted.weight
-    if mask is not None and not (in_memory is not None and in_memory.is_floating_point()):
+    kept, weight = wanted.kept, wanted.weight
+    if kept is None and mask is not None and not (in_memory is not None and in_memory.is_floating_point()):
         kept = pred.new_empty(pred.shape[0], dtype=torch.float64)
         upstream = None if wanted.made is None else wanted.upstream  # 1: what was made stands, and no counts are needed
         _core.mask_count(pred if in_memory is None else in_memory, of_mask, upstream, kept, room)
@@ -200,7 +201,7 @@ def residual(spec: Loss, operands: Residual, rows: Coefficients, wanted: Wanted)
     bad = _core.residual(spec.core, (pred, y, z, noise), (table, index), of_mask, factors, results, room)
     if bad >= 0 and index is not None:
         raise_bad_level(spec.op, table, index, bad)
-    return Found(means, loss, grad)
+    return Found(means, loss, grad, kept)
 
 
 def weighs(x: Tensor) -> bool:

@@ -57,7 +57,7 @@ def fast_residual_loss(
         return loss, also
     rows, residual = rows_at(table, t), Residual(*operands)
     if grad is None or grad is True:
-        means = loss if grad is None else _sample_means(spec, residual, rows, loss)
+        means = loss if grad is None else _sample_means(spec, residual, rows, (loss, None))
         return _reduced(spec, residual, _weighted(spec, means, weight, rows)), None
     made = loss, None if grad is False else grad
     return _keep_gradient(spec, residual, rows, weight, made, None), also
@@ -100,13 +100,13 @@ def residual_loss(spec: Loss, operands: Residual, rows: Coefficients, weight: Te
     if way is Route.DIRECT and (not has_weights(mask) or _in_one_pass(op, pred, mask)):
         if not wants_grad(pred, y, z, rows.tensor, weight):
             wanted = Wanted(loss=summed, weight=weight, also=also)
-            means, loss, _ = kernels(pred, op).residual(spec, operands, rows, wanted)
+            means, loss, *_ = kernels(pred, op).residual(spec, operands, rows, wanted)
             return loss if summed else _weighted(spec, means, weight, rows), means, also
         if summed and not wants_grad(y, z, rows.tensor):
             # fp16's is left to backward: a loss scale must reach the gradient before it is rounded.
             now = wants_grad(pred) and pred.dtype != torch.float16
             wanted = Wanted(loss=True, grad=now, weight=weight, also=also)
-            means, loss, grad = kernels(pred, op).residual(spec, operands, rows, wanted)
+            means, loss, grad, _ = kernels(pred, op).residual(spec, operands, rows, wanted)
             return _keep_gradient(spec, operands, rows, weight, (loss, grad), means), means, also
     means = sample_means(spec, operands, rows)
     loss = _reduced(spec, operands, _weighted(spec, means, weight, rows))
@@ -157,9 +157,9 @@ def sample_means(spec: Loss, operands: Residual, rows: Coefficients) -> Tensor:
         pred, y, z, noise, mask = operands
     way = route(spec.op, pred, y, z, rows.tensor, *tensors_of(mask))
     if way is Route.DIRECT:
-        means = kernels(pred, spec.op).residual(spec, operands, rows, Wanted()).means
+        means, _, _, kept = kernels(pred, spec.op).residual(spec, operands, rows, Wanted())
         wanted = wants_grad(pred, y, z, rows.tensor)
-        return _sample_means(spec, operands, rows, means) if wanted else means
+        return _sample_means(spec, operands, rows, (means, kept)) if wanted else means
     if way is Route.REFERENCE:
         sums, kept = reference.residual_sums(spec, operands, rows)
         return sums / kept.clamp(min=1)
@@ -184,13 +184,16 @@ def _factor(spec: Loss, rows: Coefficients, x: Tensor) -> Tensor | None:
     return None if column == ABSENT else gather(spec.op, rows, x).detach()[:, column]
 
 
-def _pred_gradient(spec: Loss, upstream: Tensor, operands: Residual, rows: Coefficients) -> Tensor:
+def _pred_gradient(
+    spec: Loss, upstream: Tensor, operands: Residual, rows: Coefficients, kept: Tensor | None = None
+) -> Tensor:
     """upstream[b] / kept[b] * rho'(r), upstream (B,) being the gradient of the sample means."""
     pred, y, z, noise, mask = operands
     way = route(spec.op, pred, y, z, upstream)
     if way is Route.DIRECT and not torch.is_grad_enabled():
         each = loss_of(spec.op, spec.kind, Reduction.none, (*spec.columns[:3], *[ABSENT] * 3))
-        grad = kernels(pred, spec.op).residual(each, operands, rows, Wanted(grad=True, weight=upstream)).grad
+        wanted = Wanted(grad=True, weight=upstream, kept=kept)
+        grad = kernels(pred, spec.op).residual(each, operands, rows, wanted).grad
         assert grad is not None
         return grad
     if way is Route.DISPATCHER and not torch.is_grad_enabled():
@@ -220,17 +223,21 @@ def pred_gradient_in_torch(spec: Loss, upstream: Tensor, operands: Residual, row
     return (scale.reshape(-1, *[1] * (pred.dim() - 1)) * slope).to(pred.dtype)
 
 
-def gradients(needs: Any, spec: Loss, upstream: Tensor, operands: Residual, rows: Coefficients) -> Gradients:
-    """Of pred, y, z and the table, from the gradient (B,) of the sample means."""
+def gradients(
+    needs: Any, spec: Loss, upstream: Tensor, operands: Residual, rows: Coefficients, kept: Tensor | None = None
+) -> Gradients:
+    """Of pred, y, z and the table, from the gradient (B,) of the sample means; kept: of a mask, once it is counted."""
     dtype = operands.pred.dtype
     others = [k for k in (1, 2) if needs[k]]
-    exact = isinstance(rows.table, tuple) and all(abs(rows.table[k]) == 1 for k in others)
+    exact = (
+        isinstance(rows.table, tuple) and all(abs(rows.table[k]) == 1 for k in others) and not torch.is_grad_enabled()
+    )
     # Those of the others are made of pred's, that would overflow in fp16 where they do not.
     if dtype != compute_dtype(dtype) and (needs[3] or (others and not exact)):
         operands = operands._replace(**{name: widened(getattr(operands, name)) for name in ("pred", "y", "z")})
     _, y, z, noise, _ = operands
     found: Gradients = [None] * 4
-    g = _pred_gradient(spec, upstream, operands, rows)
+    g = _pred_gradient(spec, upstream, operands, rows, kept)
     found[0] = g.to(dtype)
     if others:
         columns = tuple(c for k in others for c in (k, ABSENT, ABSENT, ABSENT))
@@ -247,10 +254,10 @@ def gradients(needs: Any, spec: Loss, upstream: Tensor, operands: Residual, rows
     return found
 
 
-def _sample_means(spec: Loss, operands: Residual, rows: Coefficients, means: Tensor) -> Tensor:
-    """Those means, with gradients."""
+def _sample_means(spec: Loss, operands: Residual, rows: Coefficients, made: tuple[Any, Any]) -> Tensor:
+    """Means that were made, with gradients. made: they, and how many elements of each sample count."""
     pred, y, z, noise, mask = operands
-    return _SampleMeans.apply(pred, y, z, rows.table, (means, rows.t, spec, noise, mask))
+    return _SampleMeans.apply(pred, y, z, rows.table, (made, rows.t, spec, noise, mask))
 
 
 class _SampleMeans(DirectFunction):
@@ -260,10 +267,10 @@ class _SampleMeans(DirectFunction):
     def forward(
         ctx: Any, pred: Tensor, y: Tensor | None, z: Tensor | None, table: Any, rest: tuple[Any, ...]
     ) -> Tensor:
-        means, index, spec, noise, mask = rest
+        (means, kept), index, spec, noise, mask = rest
         stored = mask if isinstance(mask, Tensor) else None
         read = _read_again(noise, mask)
-        ctx.save_for_backward(pred, y, z, table if isinstance(table, Tensor) else None, index, stored, *read)
+        ctx.save_for_backward(pred, y, z, table if isinstance(table, Tensor) else None, index, stored, kept, *read)
         ctx.rest = spec, noise, mask if isinstance(mask, Drawn) else None, table if isinstance(table, tuple) else None
         made: Tensor = means
         return made
@@ -271,10 +278,10 @@ class _SampleMeans(DirectFunction):
     @staticmethod
     @batchable
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        pred, y, z, table, index, mask, *_ = ctx.saved_tensors
+        pred, y, z, table, index, mask, kept, *_ = ctx.saved_tensors
         spec, noise, drawn, row = ctx.rest
         operands, rows = Residual(pred, y, z, noise, drawn or mask), Coefficients(table if row is None else row, index)
-        return (*gradients(ctx.needs_input_grad, spec, upstream, operands, rows), None)
+        return (*gradients(ctx.needs_input_grad, spec, upstream, operands, rows, kept), None)
 
 
 class _Loss(DirectFunction):
