@@ -45,7 +45,7 @@ class Look(NamedTuple):
 def estimate(predict: Parameterisation, at: Place, to: Parameterisation) -> tuple[Tensor, Tensor]:
     """`to` = a_x * x_t + a_p * prediction: the columns."""
     a_x, a_p = conversion(predict, to)(*at)
-    zero = library_of(at.alpha).zeros_like(at.alpha)
+    zero = 0 * at.alpha
     return zero + a_x, zero + a_p
 
 
@@ -227,8 +227,9 @@ def _of_estimate(name: str, bounds: object) -> bool:
 
 def times(column: Tensor | None, factor: Tensor) -> Tensor:
     """0 where the column is 0, whatever the factor."""
-    library = library_of(factor)
-    product: Tensor = library.zeros_like(factor) if column is None else library.where(column == 0, 0.0, column * factor)
+    if column is None:
+        return torch.zeros_like(factor)
+    product: Tensor = library_of(factor).where(column == 0, 0.0, column * factor)
     return product
 
 
