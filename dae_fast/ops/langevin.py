@@ -38,7 +38,10 @@ def langevin_step(
     h, scale = step_size, noise_scale
     if not (type(h) is type(scale) is float and h >= 0):
         h, scale = _checked(op, x, h, scale)
-    return summed(op, ("x", "score", "noise"), (x, score, noise), (1.0, h, scale * (2 * h) ** 0.5), out)
+    spread = (2 * h) ** 0.5
+    if not (type(scale) is float and scale == 1):
+        spread = scale * spread
+    return summed(op, ("x", "score", "noise"), (x, score, noise), (1.0, h, spread), out)
 
 
 def _checked(
