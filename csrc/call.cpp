@@ -584,15 +584,6 @@ class FastLoss : FastCall {
     const bool wanted = wants_grad(pred);
     if ((wanted && leading_ > 1) || learned_) return Py_NewRef(Py_None);
     const bool later = wanted && batch_.dtype == Dtype::f16;  // its gradient, whose scale is not known yet
-    LossArgs of_loss{};
-    if (weight != Py_None) {
-      const auto view = dense(weight);
-      Dtype dtype;
-      if (!view || !view->dtype(dtype) || (dtype != Dtype::f32 && dtype != Dtype::f64) ||
-          view->elements() != batch_.B || view->dims() != leading_ || wants_grad(weight))
-        return Py_NewRef(Py_None);
-      of_loss.weight = view->data(), of_loss.weight_is_double = dtype == Dtype::f64;
-    }
     args.batch = batch_;
     args.pred.data = first_->data();
     std::copy_n(columns, 3, args.columns);
@@ -611,6 +602,11 @@ class FastLoss : FastCall {
     if (means && (leading_ > 1 || columns[4] != kAbsent || !is_ours())) return Py_NewRef(Py_None);
     if (wanted || means) keep_table(args.table);
     if (means) {
+      if (weight != Py_None) {  // () or (B,), which torch multiplies by
+        const auto view = dense(weight);
+        Dtype dtype;
+        if (!view || !view->dtype(dtype) || view->dims() > 1 || (view->dims() && view->size(0) != batch_.B)) return Py_NewRef(Py_None);
+      }
       const Owned made(new_tensor(Py_BuildValue("(L)", static_cast<long long>(batch_.B))));
       LossArgs alone{Reduction::none};
       alone.per_sample = address(made.get());
@@ -618,6 +614,15 @@ class FastLoss : FastCall {
       return PyTuple_Pack(5, made.get(), wanted || others ? Py_True : Py_None, Py_None, table_, index());
     }
 
+    LossArgs of_loss{};
+    if (weight != Py_None) {
+      const auto view = dense(weight);
+      Dtype dtype;
+      if (!view || !view->dtype(dtype) || (dtype != Dtype::f32 && dtype != Dtype::f64) ||
+          view->elements() != batch_.B || view->dims() != leading_ || wants_grad(weight))
+        return Py_NewRef(Py_None);
+      of_loss.weight = view->data(), of_loss.weight_is_double = dtype == Dtype::f64;
+    }
     const Owned loss(new_numbers(kOne));
     const Owned grad(later ? Py_NewRef(Py_False) : wanted ? empty_like_first(args.grad.data) : Py_NewRef(Py_None));
     const Owned also(columns[4] == kAbsent ? Py_NewRef(Py_None) : new_numbers(kTwo));
