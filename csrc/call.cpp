@@ -330,11 +330,11 @@ class FastCall {
 
   PyObject* compute_dtype() const { return batch_.dtype == Dtype::f64 ? dae::torch().f64 : dae::torch().f32; }
 
-  // Of the compute type, on the first tensor's device. shape: given away.
-  PyObject* new_tensor(PyObject* shape) const {
+  // Of the compute type unless given, on the first tensor's device. shape: given away.
+  PyObject* new_tensor(PyObject* shape, PyObject* dtype = nullptr) const {
     static PyObject *const empty = member("torch", "empty"), *const options = Py_BuildValue("(ss)", "dtype", "device");
     const Owned sizes(shape), device = device_of_first();
-    PyObject* const given[] = {sizes.get(), compute_dtype(), device.get()};
+    PyObject* const given[] = {sizes.get(), dtype ? dtype : compute_dtype(), device.get()};
     return PyObject_Vectorcall(empty, given, 1, options);
   }
 
@@ -563,23 +563,24 @@ class FastStep : FastMap {
   }
 };
 
-// (loss, pred, y, z, noise, source, key, weight, scratch): the loss of pred against y and z or noise, without a mask;
-// weight: None or (B,). The result is (loss, its gradient, None if pred wants none, False if backward makes it, `also` or
-// None without its columns, the table, its rows). Of a loss that is not summed, or where y or z want a gradient, `loss` is
+// (loss, pred, y, z, noise, mask, source, key, weight, scratch): the loss of pred against y and z or noise; mask: None, or
+// on the CPU a bool tensor like pred or a Drawn; weight: None or (B,). The result is (loss, its gradient, None if pred wants
+// none, False if backward makes it, `also` or None without its columns, the table, its rows, how many elements of each
+// sample the mask keeps). Of a loss that is not summed, or where y or z want a gradient, `loss` is
 // the samples' means, without the weight, and the gradient True, or None where none is wanted. scratch(device, doubles) is
 // what a GPU's reduction needs.
 class FastLoss : FastCall {
  public:
-  static constexpr Py_ssize_t kArguments = 9;
+  static constexpr Py_ssize_t kArguments = 10;
   static constexpr const char* kName = "fast_loss";
 
   PyObject* run(PyObject* const* a) {
     const LossObject& spec = loss_of(a[0]);
-    PyObject *pred = a[1], *y = a[2], *z = a[3], *noise = a[4], *weight = a[7];
+    PyObject *pred = a[1], *y = a[2], *z = a[3], *noise = a[4], *weight = a[8], *workspace = a[9];
     const int* columns = spec.columns;
     ResidualArgs args{};
     if (!read_first(pred) || !read_another(y, args.y) || !read_another(z, args.z) ||
-        !read_source(a[5], a[6], args.table) || !read_its_noise(noise, args.noise))
+        !read_source(a[6], a[7], args.table) || !read_its_noise(noise, args.noise) || !read_mask(a[5], args))
       return Py_NewRef(Py_None);
     const bool wanted = wants_grad(pred);
     if ((wanted && leading_ > 1) || learned_) return Py_NewRef(Py_None);
@@ -601,6 +602,8 @@ class FastLoss : FastCall {
     const bool means = others || static_cast<Reduction>(spec.reduction) == Reduction::none;
     if (means && (leading_ > 1 || columns[4] != kAbsent || !is_ours())) return Py_NewRef(Py_None);
     if (wanted || means) keep_table(args.table);
+    const Owned kept(a[5] == Py_None ? Py_NewRef(Py_None) : count_kept(args));
+    const auto* const counts = static_cast<const double*>(a[5] == Py_None ? nullptr : address(kept.get()));
     if (means) {
       if (weight != Py_None) {  // () or (B,), which torch multiplies by
         const auto view = dense(weight);
@@ -609,9 +612,10 @@ class FastLoss : FastCall {
       }
       const Owned made(new_tensor(Py_BuildValue("(L)", static_cast<long long>(batch_.B))));
       LossArgs alone{Reduction::none};
-      alone.per_sample = address(made.get());
-      launch_loss(args, alone, a[8]);
-      return PyTuple_Pack(5, made.get(), wanted || others ? Py_True : Py_None, Py_None, table_, index());
+      alone.per_sample = address(made.get()), alone.kept = counts;
+      launch_loss(args, alone, workspace);
+      PyObject* const grad = wanted || others ? Py_True : Py_None;
+      return PyTuple_Pack(6, made.get(), grad, Py_None, table_, index(), kept.get());
     }
 
     LossArgs of_loss{};
@@ -633,17 +637,44 @@ class FastLoss : FastCall {
       launch_elsewhere(names().fast_loss, spec.owner, operands.get(), rows.get(), weight, results.get());
     } else {
       of_loss.reduction = static_cast<Reduction>(spec.reduction);
-      of_loss.loss = address(loss.get());
+      of_loss.loss = address(loss.get()), of_loss.kept = counts;
       of_loss.weight_column = columns[3];
       of_loss.also_columns[0] = columns[4], of_loss.also_columns[1] = columns[5];
       if (also.get() != Py_None) of_loss.also = address(also.get());
-      launch_loss(args, of_loss, a[8]);
+      launch_loss(args, of_loss, workspace);
     }
-    return PyTuple_Pack(5, loss.get(), grad.get(), also.get(), table_ ? table_ : Py_None, index());
+    return PyTuple_Pack(6, loss.get(), grad.get(), also.get(), table_ ? table_ : Py_None, index(), kept.get());
   }
 
  private:
   enum Shape { kOne, kTwo };  // (), (2,)
+
+  bool read_mask(PyObject* mask, ResidualArgs& args) const {
+    if (mask == Py_None) return true;
+    if (leading_ > 1 || is_for_gpu() || !is_ours()) return false;
+    if (!PyTuple_Check(mask)) {
+      const auto view = dense(mask);
+      if (!view || !view->is_bool() || !view->has_shape_of(*first_)) return false;
+      args.mask.data = view->data();
+      return true;
+    }
+    const auto thresholds = dense(PyTuple_GET_ITEM(mask, 1));
+    if (!thresholds || !thresholds->is_int64() || thresholds->dims() != 2) return false;
+    args.choice.thresholds = static_cast<const int64_t*>(thresholds->data());
+    args.choice.rows = thresholds->size(0);
+    args.choice.keeps = PyTuple_GET_ITEM(mask, 2) == Py_True;
+    return (args.choice.rows == 1 || args.choice.rows == batch_.B) &&
+           read_its_noise(PyTuple_GET_ITEM(mask, 0), args.choice.noise);
+  }
+
+  // (B,) doubles.
+  PyObject* count_kept(const ResidualArgs& args) const {
+    Owned kept(new_tensor(Py_BuildValue("(L)", static_cast<long long>(batch_.B)), dae::torch().f64));
+    auto* const counts = static_cast<double*>(address(kept.get()));
+    const MaskArgs of_mask{batch_, args.mask, args.choice};
+    launch([&](const Api& api, Queue queue) { return api.mask_count(of_mask, counts, {}, queue); });
+    return kept.release();
+  }
 
   void launch_loss(const ResidualArgs& args, const LossArgs& loss, PyObject* workspace) const {
     std::optional<Owned> scratch;  // until the kernel is launched

@@ -132,14 +132,14 @@ fast_step = _core.fast_step
 
 
 def fast_loss(
-    core: Any, operands: tuple[Any, ...], source: Any, key: Any, weight: Tensor | None
-) -> tuple[Tensor, Tensor | bool | None, Tensor | None, Any, Tensor | int | None] | None:
-    """(loss, gradient of pred or None, also or None, table, t) of a plain call on (pred, y, z, noise); else None.
+    core: Any, operands: Residual, source: Any, key: Any, weight: Tensor | None
+) -> tuple[Tensor, Tensor | bool | None, Tensor | None, Any, Tensor | int | None, Tensor | None] | None:
+    """(loss, gradient of pred or None, also or None, table, t, kept or None) of a plain call; else None.
 
-    The gradient is False where it is wanted and made in backward: of fp16.
+    The gradient is False where it is wanted and made in backward, of fp16; True where `loss` is the samples' means,
+    whose gradients are made there: of a target's tensors too, or of a loss that is not summed.
     """
-    pred, y, z, noise = operands
-    return _core.fast_loss(core, pred, y, z, noise, source, key, weight, workspace)
+    return _core.fast_loss(core, *operands, source, key, weight, workspace)
 
 
 def _scratch(x: Tensor, columns: int = 1) -> tuple[Tensor | None, Tensor | None]:

@@ -143,10 +143,13 @@ def noise_mse(
     """
     op = "noise_mse"
     how = _NOISE_MSE.get(reduction) if isinstance(reduction, str) else None
-    alone = level is None and level_weight is None and mask is None and return_x0_mse is False and _is_sum(normalise)
-    if how is not None and alone and (weight is None or type(weight) is Tensor):
+    alone = level is None and level_weight is None and return_x0_mse is False and _is_sum(normalise)
+    if how is not None and alone and (weight is None or type(weight) is Tensor) and not is_compiling():
         tensor, generated = _either(noise)
-        done = fast_residual_loss(how, (pred, None, tensor, generated), MINUS_TARGET, None, weight)
+        if mask is not None:
+            samples(op, "pred", pred)
+        chosen = None if mask is None else mask_of(op, pred, mask)
+        done = fast_residual_loss(how, Residual(pred, None, tensor, generated, chosen), MINUS_TARGET, None, weight)
         if done is not None:
             return done[0]
     by = reduction_of(op, pred, reduction)
@@ -258,9 +261,12 @@ def denoising_loss(
         level_for(op, level)
     weighting, w = weight_for(op, weight, level, pred, predict)
     alone = log_variance is None and return_per_sample is False and _is_sum(normalise)
-    if mask is None and alone and not is_compiling():
+    if mask is not None:
+        samples(op, "pred", pred)
+    chosen = None if mask is None else mask_of(op, pred, mask)
+    if alone and not is_compiling():
         known = _fast_loss(op, predict, weighting, _name(kind), _name(reduction))
-        done = None if known is None else _run_plain(known, Compared(pred, x0, noise, level), w, delta)
+        done = None if known is None else _run_plain(known, Compared(pred, x0, noise, level), w, delta, chosen)
         if done is not None:
             return done[0]
     columns = LossColumns(predict, weighting)
@@ -269,7 +275,7 @@ def denoising_loss(
     if level is not None:
         level._check(op, pred)
     how = reduction_of(op, pred, reduction)
-    chosen, u = mask_of(op, pred, mask), None
+    u = None
     share = over_all(op, pred, chosen, normalise, max(1 if level is None else level._dims(), leading(w)))
     w = w if how is Reduction.sum else product(w, share)
     if log_variance is not None:
@@ -394,9 +400,12 @@ def fast_against_target(
     return None if known is None else _run_plain(known, compared, weight)
 
 
-def _run_plain(known: _Plain, compared: Compared, weight: Tensor | None, delta: Delta | None = None) -> Summed | None:
+def _run_plain(
+    known: _Plain, compared: Compared, weight: Tensor | None, delta: Delta | None = None, mask: Mask = None
+) -> Summed | None:
     pred, x0, noise, level = compared
-    generated = z = None
+    generated: Noise | None = None
+    z: Any = None
     if type(noise) is Noise:
         generated = noise
     elif noise is None:
@@ -423,7 +432,7 @@ def _run_plain(known: _Plain, compared: Compared, weight: Tensor | None, delta: 
         level._check(known.loss.op, pred)
         if level._dims() > 1:
             return None
-    return fast_residual_loss(known.loss, (pred, x0, z, generated), source, known.formula, weight)
+    return fast_residual_loss(known.loss, Residual(pred, x0, z, generated, mask), source, known.formula, weight)
 
 
 def against_target(

@@ -41,7 +41,7 @@ def l1_penalty(h: Tensor, *, reduction: ReductionName = "mean") -> Tensor:
     """
     op, plain = "l1_penalty", _PLAIN.get(reduction) if isinstance(reduction, str) else None
     if plain is not None:
-        done = fast_residual_loss(plain, (h, None, None, None), _ALONE, None)
+        done = fast_residual_loss(plain, Residual(h, None, None, None), _ALONE, None)
         if done is not None:
             return done[0]
     checks.samples(op, "h", h)

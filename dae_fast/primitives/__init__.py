@@ -614,13 +614,12 @@ def residual_loss(
     if isinstance(w, float):
         at = changing(checks.number(op, "weight", w, "finite"), pred)
         w = at if isinstance(at, Tensor) else torch.full((), at, dtype=torch.float64, device=pred.device)
-    dims = leading(*row, w)
-    if mask is None and dims == 1:
-        done = fast_residual_loss(spec, (pred, y, z, noise), row, None, w)
-        if done is not None:
-            return done[0]
+    dims, operands = leading(*row, w), Residual(pred, y, z, noise, mask_of(op, pred, mask))
+    done = fast_residual_loss(spec, operands, row, None, w) if dims == 1 else None
+    if done is not None:
+        return done[0]
     rows = stack_rows(op, row, pred, compute_dtype(pred.dtype))
-    return loss_of_rows(spec, Residual(pred, y, z, noise, mask_of(op, pred, mask)), rows, w, dims)[0]
+    return loss_of_rows(spec, operands, rows, w, dims)[0]
 
 
 def _operands(given: Sequence[Any]) -> tuple[Any, Any, Any, tuple[int, int]]:

@@ -41,26 +41,26 @@ Weighed = tuple[Tensor, Tensor, Tensor | None]  # the loss, the samples' means, 
 
 
 def fast_residual_loss(
-    spec: Loss, operands: tuple[Any, Any, Any, Noise | None], source: Any, key: Any, weight: Tensor | None = None
+    spec: Loss, operands: Residual, source: Any, key: Any, weight: Tensor | None = None
 ) -> Summed | None:
-    """The loss of a plain call without mask; None where residual_loss has to look.
+    """The loss of a plain call; None where residual_loss has to look.
 
-    operands: pred, y, z, noise      source, key: as of fast_loss
+    source, key: as of fast_loss
     """
     if is_compiling():
         return None
-    made = fast_loss(spec.core, operands, source, key, weight)
-    if made is None:
+    found = fast_loss(spec.core, operands, source, key, weight)
+    if found is None:
         return None
-    loss, grad, also, table, t = made
+    loss, grad, also, table, t, kept = found
     if grad is None and spec.reduction is not Reduction.none:
         return loss, also
-    rows, residual = rows_at(table, t), Residual(*operands)
+    rows = rows_at(table, t)
     if grad is None or grad is True:
-        means = loss if grad is None else _sample_means(spec, residual, rows, (loss, None))
-        return _reduced(spec, residual, _weighted(spec, means, weight, rows)), None
+        means = loss if grad is None else _sample_means(spec, operands, rows, (loss, kept))
+        return _reduced(spec, operands, _weighted(spec, means, weight, rows)), None
     made = loss, None if grad is False else grad
-    return _keep_gradient(spec, residual, rows, weight, made, None), also
+    return _keep_gradient(spec, operands, rows, weight, made, None), also
 
 
 def _keep_gradient(
@@ -74,7 +74,7 @@ def _keep_gradient(
     read_again = () if noise is None and mask is None else _read_again(noise, mask)
     others = y, z, rows.t, mask if isinstance(mask, Tensor) else None, means, *read_again
     # In a tuple: of an argument that is returned autograd makes a view.
-    return _Loss.apply(pred, weight, made, others, (spec, noise, rows.table, None if means is None else mask))
+    return _Loss.apply(pred, weight, made, others, (spec, noise, rows.table, mask if isinstance(mask, Drawn) else None))
 
 
 def _read_again(noise: Noise | None, mask: Any) -> list[Tensor | None]:
@@ -310,7 +310,7 @@ class _Loss(DirectFunction):
         if grad is not None and not ctx.needs_input_grad[1] and is_one(upstream) and not torch.is_grad_enabled():
             return grad.data, None, None, None, None  # a tensor of its own, which pred.grad takes without a copy
         spec, noise, table, drawn = ctx.call
-        operands = Residual(pred, y, z, noise, drawn if isinstance(drawn, Drawn) else mask)
+        operands = Residual(pred, y, z, noise, drawn or mask)
         rows, nothing = Coefficients(table, index), (None,) * 3
         in_torch = torch.is_grad_enabled() or route(spec.op, upstream, pred) is not Route.DIRECT
         of_weight = None
