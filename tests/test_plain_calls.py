@@ -353,6 +353,7 @@ def test_coefficients_with_gradients(with_kernels: str, spy: Spy, wanting: str) 
         lambda: df.langevin_step(x, y, h, df.Noise(2)),
         lambda: df.langevin_step(x, y, h, eps.detach(), noise_scale=0.5),
         lambda: df.weighted_sum((h, x), (0.25, y), (h, eps), (2.0, x), (h, df.Noise(2)), also=(1.0, h, 0.5, h, 2.0)),
+        lambda: df.weighted_sum((h, x), (torch.linspace(1, 2, 5), y)),
         lambda: df.add_noise(x, eps, df.Level(h, 0.5)) + 0 * y,
         lambda: df.to_x0(x, y, df.Level(h, 0.5), clamp=0.5),
     ):
