@@ -144,11 +144,12 @@ def noise_mse(
     op = "noise_mse"
     how = _NOISE_MSE.get(reduction) if isinstance(reduction, str) else None
     alone = level is None and level_weight is None and return_x0_mse is False and _is_sum(normalise)
-    if how is not None and alone and (weight is None or type(weight) is Tensor) and not is_compiling():
+    if how is not None and alone and (weight is None or type(weight) is Tensor):
         tensor, generated = _either(noise)
-        if mask is not None:
+        chosen = None
+        if mask is not None and not is_compiling():
             samples(op, "pred", pred)
-        chosen = None if mask is None else mask_of(op, pred, mask)
+            chosen = mask_of(op, pred, mask)
         done = fast_residual_loss(how, Residual(pred, None, tensor, generated, chosen), MINUS_TARGET, None, weight)
         if done is not None:
             return done[0]
@@ -261,9 +262,10 @@ def denoising_loss(
         level_for(op, level)
     weighting, w = weight_for(op, weight, level, pred, predict)
     alone = log_variance is None and return_per_sample is False and _is_sum(normalise)
+    chosen = None
     if mask is not None:
         samples(op, "pred", pred)
-    chosen = None if mask is None else mask_of(op, pred, mask)
+        chosen = mask_of(op, pred, mask)
     if alone and not is_compiling():
         known = _fast_loss(op, predict, weighting, _name(kind), _name(reduction))
         done = None if known is None else _run_plain(known, Compared(pred, x0, noise, level), w, delta, chosen)
