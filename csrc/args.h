@@ -39,6 +39,8 @@ struct Batch {
   Dtype dtype;
 };
 
+constexpr int bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
+
 // Sample b has key fold_in(key, sample[b]), or `key` itself when fold is false (a raw stream). A GPU reads
 // the key through key_at where that is set: a captured graph then sees new keys.
 // A sample is one row of the batch, or rows_per_sample of them (a video's frames); its rows begin at block first_block

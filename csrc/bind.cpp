@@ -371,6 +371,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("philox4x32_10", &philox);
   m.def("box_muller", &box_muller);
   m.def("use_isa", &use_isa);
+  m.def("use_cache_share", &cpu::use_cache_share);
   m.def("isa", [] { return cpu::isa().name; });
   m.def("isas", [] {
     std::vector<std::string> names;

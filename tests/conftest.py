@@ -105,10 +105,12 @@ def backend(request: pytest.FixtureRequest):
 
 @pytest.fixture
 def restore_isa():
-    """Leaves the instruction set as it was."""
-    before = df.kernels.native.isa()
+    """Leaves the instruction set as it was, and where outputs go past the caches."""
+    before, share = df.kernels.native.isa(), df.kernels.native.use_cache_share(0)
+    df.kernels.native.use_cache_share(share)
     yield
     df.kernels.native.use_isa(before)
+    df.kernels.native.use_cache_share(share)
 
 
 @pytest.fixture

@@ -106,6 +106,7 @@ def restore():
     torch.set_num_threads(threads)
     if ISAS:
         df.kernels.native.use_isa(ISAS[-1])
+        df.kernels.native.use_cache_share(math.inf)
 
 
 @st.composite
@@ -115,6 +116,7 @@ def machines(draw):
     torch.set_num_threads(draw(st.integers(1, 3)))
     if ISAS:
         df.kernels.native.use_isa(draw(st.sampled_from(ISAS)))
+        df.kernels.native.use_cache_share(draw(st.sampled_from((0, math.inf))))
     return backend
 
 

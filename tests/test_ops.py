@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -142,6 +144,25 @@ def test_losses_are_the_same_on_every_instruction_set_and_thread_count(case: Cas
             assert torch.equal(case.ours(inputs), expected)
     finally:
         torch.set_num_threads(before)
+
+
+@all_cases
+@pytest.mark.usefixtures("restore_isa")
+def test_outputs_that_go_past_the_caches_have_the_same_bits(case: Case) -> None:
+    """In whole lines and what is before and after them: 1300 elements are no whole number of those."""
+
+    def found(dtype: torch.dtype, share: float) -> list[Tensor]:
+        native.use_cache_share(share)
+        inputs = case.inputs((9, 1300), dtype)
+        wanted = require_grads(case, inputs)
+        made = outputs(case.ours(inputs))
+        return [*made, *torch.autograd.grad([m.sum() for m in made], wanted)]
+
+    for isa in ISAS:
+        native.use_isa(isa)
+        for dtype in DTYPES:
+            for a, b in zip(found(dtype, 0), found(dtype, math.inf), strict=True):
+                assert torch.equal(a, b)
 
 
 def cut(inputs: Inputs, D: int) -> Inputs:

@@ -1,13 +1,19 @@
 #include "dispatch.h"
 
 #include <dlfcn.h>
+#include <sys/mman.h>
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
 
 #include <atomic>
+#include <cctype>
 #include <chrono>
+#include <cmath>
 #include <cstring>
+#include <fstream>
+#include <string>
+#include <utility>
 
 namespace dae::cpu {
 
@@ -56,6 +62,20 @@ const Isa& best_isa() {
 }
 
 const Isa* g_isa = &best_isa();
+
+// Linux says it by itself; what the processor says of it is wrong in many virtual machines.
+double found_cache_share() {
+  std::ifstream size("/sys/devices/system/cpu/cpu0/cache/index3/size");
+  std::ifstream sharers("/sys/devices/system/cpu/cpu0/cache/index3/shared_cpu_map");
+  double kib = 0;
+  int processors = 0;
+  if (!(size >> kib)) return HUGE_VAL;
+  for (char digit; sharers >> digit;)
+    if (std::isxdigit(digit)) processors += __builtin_popcount(std::stoi(std::string(1, digit), nullptr, 16));
+  return 1024 * kib / (processors ? processors : 1);
+}
+
+double g_cache_share = found_cache_share();
 
 // torch brings its own OpenMP runtime. A second copy would mean a second thread pool that
 // torch.set_num_threads does not govern, so nothing is linked: the one already loaded is looked up.
@@ -124,10 +144,27 @@ const Isa& isa() { return *g_isa; }
 
 bool has_isa(const char* name) { return find_isa(name) != nullptr; }
 
+double cache_share() { return g_cache_share; }
+
+double use_cache_share(double bytes) { return std::exchange(g_cache_share, bytes); }
+
 bool use_isa(const char* name) {
   const Isa* found = find_isa(name);
   if (found) g_isa = found;
   return found != nullptr;
+}
+
+void expect_writes(const Batch& batch, const Operand& out) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = uintptr_t{2} << 20, kMapped = uintptr_t{32} << 20;
+  const uintptr_t bytes = static_cast<uintptr_t>(batch.B) * batch.D * bytes_of(batch.dtype);
+  if (!out.data || bytes <= kMapped) return;
+  const uintptr_t data = reinterpret_cast<uintptr_t>(out.data), begin = (data + kPage - 1) / kPage * kPage;
+  // Advice alone: what comes of it is the system's affair.
+  madvise(reinterpret_cast<void*>(begin), (data + bytes - begin) / kPage * kPage, MADV_HUGEPAGE);
+#else
+  (void)batch, (void)out;
+#endif
 }
 
 int max_threads() { return openmp().present() ? openmp().max_threads() : 1; }

@@ -6,6 +6,7 @@
 #include "units.h"
 #include "convert.h"
 #include "noise.h"
+#include "output.h"
 #include "../ops.h"
 
 // Of a unit without elements, which there is not, an output's buffer would be written from as it is.
@@ -22,16 +23,17 @@ namespace DAE_ISA {
 // A stretch of the batch, in logical order: part of one row, or whole rows.
 struct Unit {
   int64_t row, rows, begin, length;  // `length` elements of each row, from element `begin`
+  bool streams;                      // its outputs go past the caches
   int64_t count() const { return rows * length; }
 };
 
-static inline Unit unit_at(const Batch& batch, const Cut& cut, int64_t u) {
+static inline Unit unit_at(const Batch& batch, const Cut& cut, int64_t u, bool streams) {
   if (cut.segments_per_row > 1) {
     const int64_t begin = u % cut.segments_per_row * kSegment, left = cut.D - begin;
-    return {u / cut.segments_per_row, 1, begin, left < kSegment ? left : kSegment};
+    return {u / cut.segments_per_row, 1, begin, left < kSegment ? left : kSegment, streams};
   }
   const int64_t row = u * cut.rows_per_unit, left = batch.B - row;
-  return {row, left < cut.rows_per_unit ? left : cut.rows_per_unit, 0, cut.D};
+  return {row, left < cut.rows_per_unit ? left : cut.rows_per_unit, 0, cut.D, streams};
 }
 
 // The walk of every kernel: calls body(unit, segment) for each, the latter being the place of its first row among all
@@ -39,8 +41,11 @@ static inline Unit unit_at(const Batch& batch, const Cut& cut, int64_t u) {
 template <class Body>
 static inline void for_each_unit(const Batch& batch, int64_t unit_begin, int64_t unit_end, Body body) {
   const Cut cut(batch.B, batch.D);
+  const double share = static_cast<double>(unit_end - unit_begin) / static_cast<double>(cut.units);
+  const bool past = streams(share * static_cast<double>(batch.B) * static_cast<double>(batch.D) * bytes_of(batch.dtype));
   for (int64_t u = unit_begin; u < unit_end; ++u)
-    body(unit_at(batch, cut, u), cut.segments_per_row > 1 ? u : u * cut.rows_per_unit);
+    body(unit_at(batch, cut, u, past), cut.segments_per_row > 1 ? u : u * cut.rows_per_unit);
+  if (past) finish_streams();
 }
 
 // Calls run(memory offset, position in the unit, run length, stride) for each stretch of a strided
@@ -96,20 +101,22 @@ static inline const To* read(const Batch& batch, const Operand& operand, const U
 
 // Where to put an output: its memory where that holds `From`, or `buffer`, which write() then stores.
 template <class T, class From>
-static inline From* target(const Batch& batch, const Operand& operand, const Unit& unit, From* buffer) {
-  if (operand.strides || sizeof(T) != sizeof(From)) return buffer;
-  return reinterpret_cast<From*>(operand.data) + unit.row * batch.D + unit.begin;
+static inline Output<From> target(const Batch& batch, const Operand& operand, const Unit& unit, From* buffer) {
+  if (operand.strides || sizeof(T) != sizeof(From)) return {buffer};
+  return {reinterpret_cast<From*>(operand.data) + unit.row * batch.D + unit.begin, unit.streams};
 }
 
 template <class T, class From>
-static inline void write(const Batch& batch, const Operand& operand, const Unit& unit, const From* buffer) {
+static inline void write(const Batch& batch, const Operand& operand, const Unit& unit, const Output<From>& from) {
   T* data = static_cast<T*>(operand.data);
+  const From* buffer = from.data;
   if (operand.strides) {
     for_each_run(batch, operand, unit, [&](int64_t offset, int64_t at, int64_t n, int64_t stride) {
       for (int64_t i = 0; i < n; ++i) convert(buffer[at + i], data[offset + i * stride]);
     });
   } else if (sizeof(T) != sizeof(From)) {
-    convert_block(buffer, data + unit.row * batch.D + unit.begin, unit.count());
+    const Output<T> out = {data + unit.row * batch.D + unit.begin, unit.streams};
+    out.put(unit.count(), [&](int64_t i, T* to, int64_t m) { convert_block(buffer + i, to, m); });
   }
 }
 
@@ -188,28 +195,32 @@ struct Fifth {
 // may hold an infinity, and 0 times that is not 0.
 template <class R, class X, class Y, class W, class Out>
 static inline void apply_columns(const Coefficients<R>& c, const int* columns, const X* x, const Y* y, const R* z,
-                                 const W* w, const Fifth<R>& fifth, Out* out, int64_t n) {
+                                 const W* w, const Fifth<R>& fifth, const Output<Out>& out, int64_t n) {
   if (columns[0] == kAbsent) x = zeros<X>();
   if (columns[1] == kAbsent) y = zeros<Y>();
   if (columns[2] == kAbsent) z = zeros<R>();
   const R c0 = c[columns[0]], c1 = c[columns[1]], c2 = c[columns[2]], c3 = c[columns[3]];
-  // out may be one of the inputs.
+  const auto each = [=](auto value) {
+    out.put(n, [=](int64_t from, Out* to, int64_t m) {
+#pragma GCC ivdep  // though `to` may be one of the inputs
+      for (int64_t i = 0; i < m; ++i) narrow(value(from + i), to[i]);
+    });
+  };
+  const auto xs = [=](int64_t i) { return R(widen(x[i])); };
+  const auto ys = [=](int64_t i) { return R(widen(y[i])); };
+  const auto ws = [=](int64_t i) { return R(widen(w[i])); };
   if (fifth.column != kAbsent) {
     const R c4 = c[fifth.column];
-    const R* v = fifth.v;
     if (columns[3] == kAbsent) w = zeros<W>();
-#pragma GCC ivdep
-    for (int64_t i = 0; i < n; ++i) {
-      const R four = affine(c0, R(widen(x[i])), c1, R(widen(y[i])), c2, z[i], c3, R(widen(w[i])));
-      narrow(mul_add(c4, v[i], four), out[i]);
-    }
-  } else if (columns[3] == kAbsent) {
-#pragma GCC ivdep
-    for (int64_t i = 0; i < n; ++i) narrow(affine(c0, R(widen(x[i])), c1, R(widen(y[i])), c2, z[i]), out[i]);
+    each([=](int64_t i) { return mul_add(c4, fifth.v[i], affine(c0, xs(i), c1, ys(i), c2, z[i], c3, ws(i))); });
+  } else if (columns[3] != kAbsent) {
+    each([=](int64_t i) { return affine(c0, xs(i), c1, ys(i), c2, z[i], c3, ws(i)); });
+  } else if (columns[2] != kAbsent) {
+    each([=](int64_t i) { return affine(c0, xs(i), c1, ys(i), c2, z[i]); });
+  } else if (columns[1] != kAbsent) {
+    each([=](int64_t i) { return affine(c0, xs(i), c1, ys(i)); });
   } else {
-#pragma GCC ivdep
-    for (int64_t i = 0; i < n; ++i)
-      narrow(affine(c0, R(widen(x[i])), c1, R(widen(y[i])), c2, z[i], c3, R(widen(w[i]))), out[i]);
+    each([=](int64_t i) { return affine(c0, xs(i)); });
   }
 }
 
@@ -219,17 +230,19 @@ static inline void apply_clamped(const AffineArgs& a, const Coefficients<R>& c, 
                                  R* out, int64_t n) {
   const int columns[] = {a.inner[0], a.inner[1], kAbsent, a.inner[2]};
   const Clamp<R> clamp = {static_cast<R>(a.lo), static_cast<R>(a.hi)};
-  apply_columns(c, columns, x, y, zeros<R>(), w, {}, out, n);
+  apply_columns(c, columns, x, y, zeros<R>(), w, {}, Output<R>{out}, n);
   for (int64_t i = 0; i < n; ++i) out[i] = clamp(out[i]);
 }
 
 // The sum of x and z made first, in `middle`.
 template <class R, class L>
 static inline void apply_blend(const Coefficients<R>& c, const int* columns, const L* x, const L* m, const R* z, const L* w,
-                               R* middle, L* out, int64_t n) {
-  apply_columns(c, columns, x, zeros<L>(), z, zeros<L>(), {}, middle, n);
+                               R* middle, const Output<L>& out, int64_t n) {
+  apply_columns(c, columns, x, zeros<L>(), z, zeros<L>(), {}, Output<R>{middle}, n);
+  out.put(n, [=](int64_t from, L* to, int64_t many) {
 #pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) narrow(blend(R(widen(m[i])), middle[i], R(widen(w[i]))), out[i]);
+    for (int64_t i = 0; i < many; ++i) narrow(blend(R(widen(m[from + i])), middle[from + i], R(widen(w[from + i]))), to[i]);
+  });
 }
 
 // Eight buffers of doubles for a whole unit would be more stack than some threads have.
@@ -247,10 +260,10 @@ template <int64_t kPart>
 static inline Unit part_of(const Unit& unit, int64_t k) {
   if (unit.length > kPart) {
     const int64_t begin = k * kPart, left = unit.length - begin;
-    return {unit.row, 1, unit.begin + begin, left < kPart ? left : kPart};
+    return {unit.row, 1, unit.begin + begin, left < kPart ? left : kPart, unit.streams};
   }
   const int64_t rows = kPart / unit.length, first = k * rows, left = unit.rows - first;
-  return {unit.row + first, left < rows ? left : rows, unit.begin, unit.length};
+  return {unit.row + first, left < rows ? left : rows, unit.begin, unit.length, unit.streams};
 }
 
 template <class T>
@@ -265,8 +278,8 @@ static inline void affine_part(const AffineArgs& a, const Unit& unit) {
   const R* z = a.five ? read<T>(a.batch, a.z, unit, zs) : read_z<T>(a.batch, a.z, a.noise, unit, zs);
   const R* v = a.five ? read_z<T>(a.batch, a.v, a.noise, unit, vs) : zeros<R>();
   const L* w = read<T>(a.batch, a.w, unit, ws);
-  L* out = target<T>(a.batch, a.out, unit, outs);
-  L* out2 = a.out2.data ? target<T>(a.batch, a.out2, unit, outs2) : nullptr;
+  const Output<L> out = target<T>(a.batch, a.out, unit, outs);
+  const Output<L> out2 = a.out2.data ? target<T>(a.batch, a.out2, unit, outs2) : Output<L>{};
   for (int64_t r = 0; r < unit.rows; ++r) {
     const int64_t at = r * unit.length, n = unit.length;
     const Coefficients<R> c = coefficients<R>(a.table, unit.row + r);
@@ -385,7 +398,7 @@ static void residual_units(const ResidualWork& a, int64_t unit_begin, int64_t un
     const bool masked = !a.weighs && (a.mask.data || a.choice.noise.present);
     const uint8_t* mask = masked ? read_mask(a.batch, a.mask, a.choice, unit, masks) : nullptr;
     const R* weights = a.weighs ? read<R>(a.batch, a.mask, unit, weighing) : nullptr;
-    L* grad = a.grad.data ? target<T>(a.batch, a.grad, unit, grads) : nullptr;
+    const Output<L> grad = a.grad.data ? target<T>(a.batch, a.grad, unit, grads) : Output<L>{};
     for (int64_t r = 0; r < unit.rows; ++r) {
       const int64_t at = r * unit.length, n = unit.length;
       const Coefficients<R> c = coefficients<R>(a.table, unit.row + r);
@@ -401,7 +414,10 @@ static void residual_units(const ResidualWork& a, int64_t unit_begin, int64_t un
                                     : penalise(a.penalty, delta, residual, n);
       const R scale = static_cast<R>(a.scale[unit.row + r]);
       if (grad)
-        for (int64_t i = 0; i < n; ++i) narrow(scale * residual[i], grad[at + i]);
+        (grad + at).put(n, [&](int64_t from, L* to, int64_t m) {
+          if (unit.streams) read_ahead(pred + at + from + kSegment, m), read_ahead(y + at + from + kSegment, m);
+          for (int64_t i = 0; i < m; ++i) narrow(scale * residual[from + i], to[i]);
+        });
     }
     if (grad) write<T>(a.batch, a.grad, unit, grad);
   });
@@ -449,16 +465,19 @@ static void corrupt_units(const CorruptArgs& a, int64_t unit_begin, int64_t unit
   const R low = static_cast<R>(a.low), high = static_cast<R>(a.high);
   for_each_unit(a.batch, unit_begin, unit_end, [&](const Unit& unit, int64_t) {
     const L* x = read<T>(a.batch, a.x, unit, xs);
-    L* out = target<T>(a.batch, a.out, unit, outs);
+    const Output<L> out = target<T>(a.batch, a.out, unit, outs);
     generate_words(a.choice.noise, unit, words);
     for (int64_t r = 0; r < unit.rows; ++r) {
       const int64_t at = r * unit.length;
       const int64_t row = unit.row + r, first = a.choice.threshold(row, 0), second = a.choice.threshold(row, 1);
+      (out + at).put(unit.length, [&](int64_t from, L* to, int64_t m) {
 #pragma GCC ivdep
-      for (int64_t i = at; i < at + unit.length; ++i) {
-        const R own = widen(x[i]), replaced = words[i] < first ? low : high;
-        narrow(words[i] < second ? replaced : own, out[i]);
-      }
+        for (int64_t i = 0; i < m; ++i) {
+          const int64_t k = at + from + i;
+          const R own = widen(x[k]), replaced = words[k] < first ? low : high;
+          narrow(words[k] < second ? replaced : own, to[i]);
+        }
+      });
     }
     write<T>(a.batch, a.out, unit, out);
   });
@@ -483,15 +502,18 @@ static void gaussian_units(const GaussianWork& a, int64_t unit_begin, int64_t un
     const L* mu = read<T>(a.batch, a.mu, unit, mus);
     const L* log_var = read<T>(a.batch, a.log_var, unit, log_vars);
     const R* eps = read_z<T>(a.batch, a.eps, a.noise, unit, es);
-    L* z = target<T>(a.batch, a.z, unit, outs);
+    const Output<L> z = target<T>(a.batch, a.z, unit, outs);
     const int64_t n = unit.count();
     exponentials_of_halves(log_var, divergence, n);
+    z.put(n, [&](int64_t from, L* to, int64_t m) {
 #pragma GCC ivdep
-    for (int64_t i = 0; i < n; ++i) {
-      const Gaussian<R> g(widen(mu[i]), grown(widen(log_var[i]), divergence[i]));
-      divergence[i] = g.kl();
-      narrow(g.sample(eps[i]), z[i]);
-    }
+      for (int64_t i = 0; i < m; ++i) {
+        const int64_t k = from + i;
+        const Gaussian<R> g(widen(mu[k]), grown(widen(log_var[k]), divergence[k]));
+        divergence[k] = g.kl();
+        narrow(g.sample(eps[k]), to[i]);
+      }
+    });
     for (int64_t r = 0; r < unit.rows; ++r)
       a.sums[segment + r] = sum(divergence + r * unit.length, unit.length);
     write<T>(a.batch, a.z, unit, z);
@@ -509,16 +531,16 @@ static void gaussian_grad_units(const GaussianGradArgs& a, int64_t unit_begin, i
     const L* log_var = read<T>(a.batch, a.log_var, unit, log_vars);
     const L* z_grad = read<T>(a.batch, a.z_grad, unit, grads);
     const R* eps = read_z<T>(a.batch, a.eps, a.noise, unit, es);
-    L* mu_grad = target<T>(a.batch, a.mu_grad, unit, outs);
-    L* log_var_grad = target<T>(a.batch, a.log_var_grad, unit, outs2);
+    const Output<L> mu_grad = target<T>(a.batch, a.mu_grad, unit, outs);
+    const Output<L> log_var_grad = target<T>(a.batch, a.log_var_grad, unit, outs2);
     exponentials_of_halves(log_var, exponentials, unit.count());
     for (int64_t r = 0; r < unit.rows; ++r) {
       const R kl_grad = a.kl_grad ? static_cast<const R*>(a.kl_grad)[unit.row + r] : R(0);
 #pragma GCC ivdep
       for (int64_t i = r * unit.length; i < (r + 1) * unit.length; ++i) {
         const Gaussian<R> g(widen(mu[i]), grown(widen(log_var[i]), exponentials[i]));
-        narrow(g.mu_grad(widen(z_grad[i]), kl_grad), mu_grad[i]);
-        narrow(g.log_var_grad(widen(z_grad[i]), kl_grad, eps[i]), log_var_grad[i]);
+        narrow(g.mu_grad(widen(z_grad[i]), kl_grad), mu_grad.data[i]);
+        narrow(g.log_var_grad(widen(z_grad[i]), kl_grad, eps[i]), log_var_grad.data[i]);
       }
     }
     write<T>(a.batch, a.mu_grad, unit, mu_grad);
@@ -623,18 +645,19 @@ static void embedding_units(const EmbeddingArgs& a, int64_t unit_begin, int64_t 
       }
       const Unit of_sine{row, 1, unit.begin + (a.flip ? half : 0), n};
       const Unit of_cosine{row, 1, unit.begin + (a.flip ? 0 : half), n};
-      float* const sine = target<T>(a.batch, a.out, of_sine, sines);
-      float* const cosine = target<T>(a.batch, a.out, of_cosine, cosines);
+      const Output<float> sine = target<T>(a.batch, a.out, of_sine, sines);
+      const Output<float> cosine = target<T>(a.batch, a.out, of_cosine, cosines);
 #pragma GCC ivdep
       for (int64_t i = 0; i < n; ++i) {
-        sincos_2pi(turns[i], sine[i], cosine[i]);
+        sincos_2pi(turns[i], sine.data[i], cosine.data[i]);
       }
       write<T>(a.batch, a.out, of_sine, sine);
       write<T>(a.batch, a.out, of_cosine, cosine);
       if (D % 2 && unit.begin + n == half) {
         const Unit last{row, 1, D - 1, 1};
-        float zero, *const at = target<T>(a.batch, a.out, last, &zero);
-        *at = 0;
+        float zero;
+        const Output<float> at = target<T>(a.batch, a.out, last, &zero);
+        *at.data = 0;
         write<T>(a.batch, a.out, last, at);
       }
     }

@@ -37,6 +37,9 @@ struct GaussianWork : GaussianArgs {
   double* sums;  // one per segment
 };
 
+// Bytes of the last cache, as each of the processors that share it has of them; none are known of: without end.
+double cache_share();
+
 struct Kernels {
   void (*affine)(const AffineArgs&, int64_t unit_begin, int64_t unit_end);
   void (*residual)(const ResidualWork&, int64_t unit_begin, int64_t unit_end);

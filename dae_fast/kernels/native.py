@@ -51,6 +51,7 @@ fold_in = _core.fold_in
 isa = _core.isa
 isas = _core.isas
 use_isa = _core.use_isa
+use_cache_share = _core.use_cache_share
 max_threads = _core.max_threads
 philox4x32_10 = _core.philox4x32_10
 fast_normal = _core.fast_normal
