@@ -56,6 +56,7 @@ max_threads = _core.max_threads
 philox4x32_10 = _core.philox4x32_10
 fast_normal = _core.fast_normal
 all_within = _core.all_within
+are_plain = _core.are_plain
 is_one = _core.is_one
 use_fast = _core.use_fast
 use_gradients = _core.use_gradients
@@ -132,14 +133,14 @@ fast_step = _core.fast_step
 
 
 def fast_loss(
-    core: Any, operands: tuple[Any, ...], source: Any, key: Any, weight: Tensor | None
-) -> tuple[Tensor, Tensor | bool | None, Tensor | None, Any, Tensor | int | None] | None:
-    """(loss, gradient of pred or None, also or None, table, t) of a plain call on (pred, y, z, noise); else None.
+    core: Any, operands: Residual, source: Any, key: Any, weight: Tensor | None
+) -> tuple[Tensor, Tensor | bool | None, Tensor | None, Any, Tensor | int | None, Tensor | None] | None:
+    """(loss, gradient of pred or None, also or None, table, t, kept or None) of a plain call; else None.
 
-    The gradient is False where it is wanted and made in backward: of fp16.
+    The gradient is False where it is wanted and made in backward, of fp16; True where `loss` is the samples' means,
+    whose gradients are made there: of a target's tensors too, or of a loss that is not summed.
     """
-    pred, y, z, noise = operands
-    return _core.fast_loss(core, pred, y, z, noise, source, key, weight, workspace)
+    return _core.fast_loss(core, *operands, source, key, weight, workspace)
 
 
 def _scratch(x: Tensor, columns: int = 1) -> tuple[Tensor | None, Tensor | None]:
@@ -190,8 +191,8 @@ def residual(spec: Loss, operands: Residual, rows: Coefficients, wanted: Wanted)
     loss = pred.new_empty((), dtype=compute) if wanted.loss and not again else None
     grad = torch.empty_like(pred) if wanted.grad and wanted.made is None else wanted.made
     room = _scratch(pred, 1)
-    kept, weight = None, wanted.weight
-    if mask is not None and not (in_memory is not None and in_memory.is_floating_point()):
+    kept, weight = wanted.kept, wanted.weight
+    if kept is None and mask is not None and not (in_memory is not None and in_memory.is_floating_point()):
         kept = pred.new_empty(pred.shape[0], dtype=torch.float64)
         upstream = None if wanted.made is None else wanted.upstream  # 1: what was made stands, and no counts are needed
         _core.mask_count(pred if in_memory is None else in_memory, of_mask, upstream, kept, room)
@@ -201,7 +202,7 @@ def residual(spec: Loss, operands: Residual, rows: Coefficients, wanted: Wanted)
     bad = _core.residual(spec.core, (pred, y, z, noise), (table, index), of_mask, factors, results, room)
     if bad >= 0 and index is not None:
         raise_bad_level(spec.op, table, index, bad)
-    return Found(means, loss, grad)
+    return Found(means, loss, grad, kept)
 
 
 def weighs(x: Tensor) -> bool:

@@ -16,18 +16,17 @@ from ..checks import as_number, can_read, function, integer
 from ..coefficients import changing, stack_rows
 from ..kernels.dispatch import kernels
 from ..kernels.reference import per_sample_sum
-from ..kernels.spec import ABSENT, Kind, ReductionName, Residual, compute_dtype, loss_of
+from ..kernels.spec import ABSENT, REDUCTIONS, Kind, ReductionName, Residual, compute_dtype, loss_of
 from ..noise import Noise
 from ..primitives import loss_of_rows, reduction_of
 from ..primitives.residuals import fast_residual_loss
 from ..routing import Route, on_mesh, route, wants_grad
-from .losses import SUMMED
 
 __all__ = ["contraction", "kl_sparsity", "l1_penalty", "sigmoid_contraction"]
 
 _ALONE = (1.0, 0.0, 0.0)  # a residual's row: against nothing
 _COLUMNS = (ABSENT,) * 6
-_PLAIN = {name: loss_of("l1_penalty", Kind.l1, how, _COLUMNS) for name, how in SUMMED.items()}
+_PLAIN = {name: loss_of("l1_penalty", Kind.l1, how, _COLUMNS) for name, how in REDUCTIONS.items()}
 CONTRACTION_TAG = 0x6A61636F  # "jaco"; of the directions, so that they do not depend on a corruption of the same noise
 
 
@@ -42,7 +41,7 @@ def l1_penalty(h: Tensor, *, reduction: ReductionName = "mean") -> Tensor:
     """
     op, plain = "l1_penalty", _PLAIN.get(reduction) if isinstance(reduction, str) else None
     if plain is not None:
-        done = fast_residual_loss(plain, (h, None, None, None), _ALONE, None)
+        done = fast_residual_loss(plain, Residual(h, None, None, None), _ALONE, None)
         if done is not None:
             return done[0]
     checks.samples(op, "h", h)
