@@ -218,6 +218,28 @@ void column_sums(const ColumnSumsArgs& a) {
                [&](int64_t begin, int64_t end) { isa().kernels->column_sums(a, begin, end); });
 }
 
+void contraction(const ContractionArgs& a) {
+  std::vector<double> sums(a.batch.B * Cut(a.batch.B, a.batch.D).segments_per_row);
+  launch(isa().kernels->contraction, ContractionWork{a, sums.data()}, kNsResidual);
+  sum_rows(sums, a.batch.B, [&](int64_t b, double sum) { a.out[b] = sum; });
+}
+
+void contraction_grad(const ContractionGradArgs& a) {
+  if (a.h_grad.data) launch(isa().kernels->contraction_grad, a, kNsResidual);
+  if (!a.squares_grad) return;
+  const double work = static_cast<double>(a.batch.B) * static_cast<double>(a.batch.D) * kNsResidual;
+  parallel_for((a.batch.D + kSegment - 1) / kSegment, work,
+               [&](int64_t begin, int64_t end) { isa().kernels->squares_grad(a, begin, end); });
+}
+
+void bound(const BoundArgs& a) {
+  std::vector<double> sums(a.batch.B * Cut(a.batch.B, a.batch.D).segments_per_row);
+  launch(isa().kernels->bound, BoundWork{a, sums.data()}, kNsExponential);
+  sum_rows(sums, a.batch.B, [&](int64_t b, double sum) { a.out[b] = sum; });
+}
+
+void bound_grad(const BoundGradArgs& a) { launch(isa().kernels->bound_grad, a, kNsExponential); }
+
 const Api kApi = {affine,        residual, row_dots,    mask_count, corrupt, gaussian,
                   gaussian_grad, bits,     fold_in_key, devices,    nullptr, chain,
                   normal_sum,    embedding};

@@ -37,6 +37,13 @@ struct GaussianWork : GaussianArgs {
   double* sums;  // one per segment
 };
 
+struct ContractionWork : ContractionArgs {
+  double* sums;  // one per segment
+};
+struct BoundWork : BoundArgs {
+  double* sums;  // one per segment
+};
+
 // Bytes of the last cache, as each of the processors that share it has of them; none are known of: without end.
 double cache_share();
 
@@ -53,6 +60,11 @@ struct Kernels {
   void (*normal_sum)(const NormalSumArgs&, int64_t unit_begin, int64_t unit_end);
   void (*embedding)(const EmbeddingArgs&, int64_t unit_begin, int64_t unit_end);  // of pairs
   void (*column_sums)(const ColumnSumsArgs&, int64_t unit_begin, int64_t unit_end);  // of kSegment columns
+  void (*contraction)(const ContractionWork&, int64_t unit_begin, int64_t unit_end);
+  void (*contraction_grad)(const ContractionGradArgs&, int64_t unit_begin, int64_t unit_end);
+  void (*squares_grad)(const ContractionGradArgs&, int64_t unit_begin, int64_t unit_end);  // of kSegment columns
+  void (*bound)(const BoundWork&, int64_t unit_begin, int64_t unit_end);
+  void (*bound_grad)(const BoundGradArgs&, int64_t unit_begin, int64_t unit_end);
 };
 
 // One table per instruction set; nullptr where this build has none.
