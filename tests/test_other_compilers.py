@@ -50,6 +50,6 @@ def test_clang_compiles_it_for_amd(part: str, tmp_path: Path) -> None:
     code = tmp_path / "code.s"
     clang([*HIP, "-o", code], part)
     spills = re.findall(r"\.vgpr_spill_count:\s*(\d+)", code.read_text())
-    assert len(spills) == {"f32": 33, "api": 5, "chain": 4}[part]
+    assert len(spills) == {"f32": 37, "api": 5, "chain": 4}[part]
     assert sorted(set(spills)) == (["0", "8"] if part == "f32" else ["0"])
     assert spills.count("8") <= 2  # of any strides: of four streams and of five
