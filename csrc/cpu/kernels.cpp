@@ -403,19 +403,26 @@ static void residual_units(const ResidualWork& a, int64_t unit_begin, int64_t un
       const int64_t at = r * unit.length, n = unit.length;
       const Coefficients<R> c = coefficients<R>(a.table, unit.row + r);
       const R n1 = c[a.columns[0]], n2 = c[a.columns[1]];
+      if (a.columns[1] == kAbsent) {
 #pragma GCC ivdep
-      for (int64_t i = 0; i < n; ++i)
-        residual[i] = affine(R(1), R(widen(pred[at + i])), n1, R(widen(y[at + i])), n2, z[at + i]);
+        for (int64_t i = 0; i < n; ++i) residual[i] = affine(R(1), R(widen(pred[at + i])), n1, R(widen(y[at + i])));
+      } else {
+#pragma GCC ivdep
+        for (int64_t i = 0; i < n; ++i)
+          residual[i] = affine(R(1), R(widen(pred[at + i])), n1, R(widen(y[at + i])), n2, z[at + i]);
+      }
       // A select, not a product: what is masked out may be NaN.
       if (masked)
         for (int64_t i = 0; i < n; ++i) residual[i] = mask[at + i] ? residual[i] : R(0);
       const R delta = c[a.columns[2]];
-      a.sums[segment + r] = weights ? penalise_weighed(a.penalty, delta, weights + at, residual, n)
-                                    : penalise(a.penalty, delta, residual, n);
+      if (weights)
+        a.sums[segment + r] = penalise_weighed(a.penalty, delta, weights + at, residual, n);
+      else if (a.summed || a.penalty != Penalty::mse)  // whose residual is its own half slope
+        a.sums[segment + r] = penalise(a.penalty, delta, residual, n);
       const R scale = static_cast<R>(a.scale[unit.row + r]);
       if (grad)
         (grad + at).put(n, [&](int64_t from, L* to, int64_t m) {
-          if (unit.streams) read_ahead(pred + at + from + kSegment, m), read_ahead(y + at + from + kSegment, m);
+          if (unit.streams && sizeof(T) == sizeof(L)) read_ahead(pred + at + from + kSegment, m), read_ahead(y + at + from + kSegment, m);
           for (int64_t i = 0; i < m; ++i) narrow(scale * residual[from + i], to[i]);
         });
     }

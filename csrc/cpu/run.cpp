@@ -114,9 +114,10 @@ void residual_as(const ResidualArgs& a, LossArgs loss) {
   for (int64_t b = 0; b < B; ++b)
     scale[b] = gradient_scale(loss.weight_of<R>(a.table, b), upstream, loss.kept_of(b, D), loss.reduction, B);
   expect_writes(a.batch, a.grad);
-  ResidualWork work{a, scale.data(), sums.data()};
+  const bool summed = loss.loss || loss.per_sample || loss.also;
+  ResidualWork work{a, scale.data(), sums.data(), summed};
   launch(isa().kernels->residual, work, kNsResidual + of_noise(a.noise) + of_noise(a.choice.noise));
-  finish_loss<R>(sums, a, loss);
+  if (summed) finish_loss<R>(sums, a, loss);
 }
 
 const char* residual(const ResidualArgs& a, const LossArgs& loss, Scratch, Queue) {

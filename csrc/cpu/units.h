@@ -25,6 +25,7 @@ struct Cut {
 struct ResidualWork : ResidualArgs {
   const double* scale;  // (B,)
   double* sums;         // one per segment
+  bool summed;          // someone reads them: a gradient that is made in backward wants no loss
 };
 struct RowDotsWork : RowDotsArgs {
   double* sums;  // three per segment
