@@ -231,6 +231,7 @@ void contraction(const ContractionArgs& a) {
 }
 
 void contraction_grad(const ContractionGradArgs& a) {
+  expect_writes(a.batch, a.h_grad);
   if (a.h_grad.data) launch(isa().kernels->contraction_grad, a, kNsResidual);
   if (!a.squares_grad) return;
   const double work = static_cast<double>(a.batch.B) * static_cast<double>(a.batch.D) * kNsResidual;
@@ -244,7 +245,12 @@ void bound(const BoundArgs& a) {
   sum_rows(sums, a.batch.B, [&](int64_t b, double sum) { a.out[b] = sum; });
 }
 
-void bound_grad(const BoundGradArgs& a) { launch(isa().kernels->bound_grad, a, kNsExponential); }
+void bound_grad(const BoundGradArgs& a) {
+  Batch wide = a.batch;
+  wide.dtype = a.batch.dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32;
+  expect_writes(a.batch, a.v_grad), expect_writes(wide, {a.away_grad});
+  launch(isa().kernels->bound_grad, a, kNsExponential);
+}
 
 const Api kApi = {affine,        residual, row_dots,    mask_count, corrupt, gaussian,
                   gaussian_grad, bits,     fold_in_key, devices,    nullptr, chain,
