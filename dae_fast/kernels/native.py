@@ -279,6 +279,40 @@ def kl_sparsity(h: Tensor, rate: float, with_slope: bool) -> tuple[Tensor, Tenso
     return loss, slope, _core.kl_sparsity(h, rate, loss, slope)
 
 
+def contraction(h: Tensor, squares: Tensor) -> Tensor:
+    """On the CPU: (B,) fp64, sum_j squares_j (h_bj (1 - h_bj))^2. h: (B, D); squares: (D,) of the compute type."""
+    out = torch.empty(h.shape[0], dtype=torch.float64)
+    _core.contraction(h, squares, out)
+    return out
+
+
+def contraction_grad(
+    h: Tensor, squares: Tensor, upstream: Tensor, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of h, and of squares in fp64, those that are wanted, from the gradient (B,), fp64, of the sums."""
+    of_h = torch.empty_like(h) if wanted[0] else None
+    of_squares = torch.empty(h.shape[1], dtype=torch.float64) if wanted[1] else None
+    _core.contraction_grad(h, squares, upstream.contiguous(), of_h, of_squares)
+    return of_h, of_squares
+
+
+def bound(v: Tensor, away: Tensor, table: Tensor, is_log: bool) -> Tensor:
+    """On the CPU: (B,) fp64, a step's divergence summed over each row (StepDivergence in csrc/ops.h), in nats.
+
+    v, away: (B, D), away contiguous and of the compute type; table: (B, 5), as ops.variational has it
+    """
+    out = torch.empty(v.shape[0], dtype=torch.float64)
+    _core.bound(v, away, table, is_log, out)
+    return out
+
+
+def bound_grad(v: Tensor, away: Tensor, table: Tensor, is_log: bool, upstream: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of v and away, from the gradient (B,), fp64, of the sums."""
+    grads = torch.empty_like(v), torch.empty_like(away)
+    _core.bound_grad(v, away, table, is_log, upstream.contiguous(), grads)
+    return grads
+
+
 def row_dots(g: Tensor, inputs: Inputs, noise: Noise | None) -> Tensor:
     """(B, 3) fp64: the sums over each row of g*x, g*y and g*z."""
     g, x, y, z = _dense(g, *inputs[:3])
