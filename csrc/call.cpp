@@ -608,7 +608,8 @@ class FastLoss : FastCall {
       if (weight != Py_None) {  // () or (B,), which torch multiplies by
         const auto view = dense(weight);
         Dtype dtype;
-        if (!view || !view->dtype(dtype) || view->dims() > 1 || (view->dims() && view->size(0) != batch_.B)) return Py_NewRef(Py_None);
+        if (!view || !view->dtype(dtype) || view->dims() > 1 || (view->dims() && view->size(0) != batch_.B))
+          return Py_NewRef(Py_None);
       }
       const Owned made(new_tensor(Py_BuildValue("(L)", static_cast<long long>(batch_.B))));
       LossArgs alone{Reduction::none};
@@ -698,7 +699,6 @@ class FastLoss : FastCall {
     PyObject* const given[] = {like};
     return PyObject_Vectorcall(TorchState::get().empty_like, given, 1, nullptr);
   }
-
 };
 
 // (noise, shape, dtype, device): its normals.

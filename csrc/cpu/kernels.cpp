@@ -422,7 +422,9 @@ static void residual_units(const ResidualWork& a, int64_t unit_begin, int64_t un
       const R scale = static_cast<R>(a.scale[unit.row + r]);
       if (grad)
         (grad + at).put(n, [&](int64_t from, L* to, int64_t m) {
-          if (unit.streams && sizeof(T) == sizeof(L)) read_ahead(pred + at + from + kSegment, m), read_ahead(y + at + from + kSegment, m);
+          const bool lies_so = sizeof(T) == sizeof(L);  // else it is read from a buffer
+          if (unit.streams && lies_so)
+            read_ahead(pred + at + from + kSegment, m), read_ahead(y + at + from + kSegment, m);
           for (int64_t i = 0; i < m; ++i) narrow(scale * residual[from + i], to[i]);
         });
     }
