@@ -98,16 +98,18 @@ def native_commands() -> tuple[str, str]:
     return f"{cxx} -MMD -MF $out.d {CFLAGS} {headers} {extra}", link
 
 
-def torch_has(runtime: str) -> bool:
-    """Of "cuda" and "hip", by the torch in the environment that is installed into; isolated builds cannot import it."""
+def torch_version(runtime: str) -> str:
+    """Of "cuda" or "hip", "" for none, of the torch that is installed into, which an isolated build cannot import."""
     version = Path(sysconfig.get_path("purelib"), "torch", "version.py")
-    return version.exists() and re.search(rf"^{runtime}\b.*=\s*['\"]", version.read_text(), re.MULTILINE) is not None
+    text = version.read_text() if version.exists() else ""
+    found = re.search(rf"^{runtime}\b.*=\s*['\"](.*)['\"]", text, re.MULTILINE)
+    return found[1] if found else ""
 
 
 def gpu_compiler(runtime: str, title: str, variables: tuple[str, str], name: str, home: str) -> str:
     """Where nvcc or hipcc is. variables: those that name it and its architectures; either asks for the library."""
     compiler, toolkit = os.environ.get(variables[0], name), Path(home) / "bin"
-    if not set(variables) & set(os.environ) and not torch_has(runtime):
+    if not set(variables) & set(os.environ) and not torch_version(runtime):
         raise NotBuilt(
             f"no torch with {title} is installed here; to build it all the same set {variables[0]}={name}, "
             "then reinstall"
@@ -144,6 +146,12 @@ def hip_commands() -> tuple[str, str]:
     home = os.environ.get("ROCM_PATH", "/opt/rocm")
     path = gpu_compiler("hip", "ROCm", ("HIPCXX", "DAE_HIP_ARCHS"), "hipcc", home)
     hipcc = f"env HIP_PLATFORM=amd {path}"  # where it finds an nvcc it would compile for NVIDIA's GPUs
+    said = subprocess.run(shlex.split(f"{hipcc} --version"), capture_output=True, text=True).stdout
+    version, torchs = re.search(r"HIP version: (\d+)", said), torch_version("hip")
+    if version and torchs and version[1] != torchs.partition(".")[0]:
+        raise NotBuilt(
+            f"{path} has HIP {version[1]}, torch HIP {torchs}: one process would have two runtimes; install torch's"
+        )
     probe = BUILD / "probe.hip"
     probe.parent.mkdir(parents=True, exist_ok=True)
     probe.write_text("")

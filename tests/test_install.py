@@ -276,7 +276,7 @@ def test_libraries_for_gpus_are_built_where_they_are_asked_for(tmp_path):
     """By a torch with CUDA or ROCm, or by the environment."""
     code = (
         "import sysconfig, libraries; sysconfig.get_path = lambda name: '.'; "
-        "print(*(name for name in ('cuda', 'hip') if libraries.torch_has(name)))"
+        "print(*(name for name in ('cuda', 'hip') if libraries.torch_version(name)))"
     )
     (tmp_path / "torch").mkdir()
     for cuda, hip, wanted in (("'13.0'", None, "cuda"), (None, "'6.4.43484'", "hip"), (None, None, "")):
@@ -288,7 +288,8 @@ def test_libraries_for_gpus_are_built_where_they_are_asked_for(tmp_path):
 def test_hip_architectures(tmp_path):
     """Of the default ones those that the compiler knows; one that is asked for and is not known stops the build."""
     hipcc = tmp_path / "hipcc"
-    hipcc.write_text('#!/bin/sh\ncase "$*" in *gfx90a*) ;; *) echo "unknown: $3" >&2; exit 1;; esac\n')
+    answers = "--version) echo 'HIP version: 5.2.1';; *gfx90a*) ;; *) echo \"unknown: $3\" >&2; exit 1;;"
+    hipcc.write_text(f'#!/bin/sh\ncase "$*" in {answers} esac\n')
     hipcc.chmod(0o755)
     code = "import libraries; print(libraries.hip_commands()[1])"
     ask = {"cwd": tmp_path, "PYTHONPATH": ROOT / "csrc"}
@@ -296,6 +297,8 @@ def test_hip_architectures(tmp_path):
     assert done.stdout.strip() == f"env HIP_PLATFORM=amd {hipcc} -shared --offload-arch=gfx90a $in -o $out"
     done = run("-c", code, HIPCXX=hipcc, DAE_HIP_ARCHS="gfx90a;gfx0", **ask)
     assert done.stderr.strip().endswith("DAE_HIP_ARCHS: unknown: --offload-arch=gfx0")
+    done = run("-c", f"import libraries; libraries.torch_version = lambda name: '6.4.4'; {code}", HIPCXX=hipcc, **ask)
+    assert f"{hipcc} has HIP 5, torch HIP 6.4.4: one process would have two runtimes" in done.stderr
     done = run("-c", code, HIPCXX="none", **ask)
     assert "no ROCm compiler: 'none' is neither on the PATH nor in /opt/rocm/bin" in done.stderr
 
