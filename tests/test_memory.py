@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
+
+import dae_fast as df
 
 from .conftest import BACKENDS
 
@@ -71,3 +76,36 @@ def test_a_small_stack():
     """Of 96 KiB, of which Python and torch take a part: the fp64 map alone took 64."""
     done = subprocess.run([sys.executable, "-c", SMALL_STACK], capture_output=True, text=True)
     assert done.returncode == 0, (done.returncode, done.stderr)
+
+
+def huge_pages_asked_for(x: Tensor) -> bool:
+    """Linux's flag of the mapping that holds the middle of x."""
+    at, inside = x.data_ptr() + x.nbytes // 2, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if "-" in first:
+            begin, end = (int(part, 16) for part in first.split("-"))
+            inside = begin <= at < end
+        elif inside and first == "VmFlags:":
+            return "hg" in line.split()
+    raise AssertionError("no such mapping")
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a kernel without huge pages")
+def test_huge_pages_for_large_outputs():
+    """A new page of 4 KiB costs more than the arithmetic on it; a small output has pages already."""
+    x, noise = torch.zeros(9, 1_000_000, requires_grad=True), df.Noise(0)
+    mu, log_var = (torch.zeros_like(x, requires_grad=True) for _ in range(2))
+    z, kl = df.reparameterise(mu, log_var, noise)
+    df.noise_mse(x, noise).backward()
+    torch.autograd.backward((z, kl), (torch.zeros_like(z), torch.zeros_like(kl)))
+    made = (
+        df.add_noise(x.detach(), noise, df.Level(0.6, 0.8)),
+        df.corrupt(x.detach(), df.Masking(0.5, noise)),
+        z,
+        x.grad,
+        mu.grad,
+        log_var.grad,
+    )
+    assert [huge_pages_asked_for(out) for out in made] == [True] * len(made)
+    assert not huge_pages_asked_for(torch.zeros_like(x))

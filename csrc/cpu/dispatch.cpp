@@ -1,6 +1,7 @@
 #include "dispatch.h"
 
 #include <dlfcn.h>
+#include <sys/mman.h>
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -151,6 +152,19 @@ bool use_isa(const char* name) {
   const Isa* found = find_isa(name);
   if (found) g_isa = found;
   return found != nullptr;
+}
+
+void expect_writes(const Batch& batch, const Operand& out) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = uintptr_t{2} << 20, kMapped = uintptr_t{32} << 20;
+  const uintptr_t bytes = static_cast<uintptr_t>(batch.B) * batch.D * bytes_of(batch.dtype);
+  if (!out.data || bytes <= kMapped) return;
+  const uintptr_t data = reinterpret_cast<uintptr_t>(out.data), begin = (data + kPage - 1) / kPage * kPage;
+  // Advice alone: what comes of it is the system's affair.
+  madvise(reinterpret_cast<void*>(begin), (data + bytes - begin) / kPage * kPage, MADV_HUGEPAGE);
+#else
+  (void)batch, (void)out;
+#endif
 }
 
 int max_threads() { return openmp().present() ? openmp().max_threads() : 1; }

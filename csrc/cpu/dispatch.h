@@ -20,6 +20,10 @@ int max_threads();
 // Another share of the last cache than the machine's (cache_share), for tests; returns the former.
 double use_cache_share(double bytes);
 
+// Says that `out` will be written whole. The allocator maps anew what is larger than 32 MiB, and each new page of 4 KiB
+// costs as much as many arithmetic passes: Linux is asked for pages of 2 MiB.
+void expect_writes(const Batch& batch, const Operand& out);
+
 // Over the rows of a batch; the same for every number of threads.
 void column_sums(const ColumnSumsArgs& a);
 

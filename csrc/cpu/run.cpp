@@ -64,6 +64,7 @@ void sum_rows(const std::vector<N>& sums, int64_t B, Done done) {
 }
 
 const char* affine(const AffineArgs& a, Queue) {
+  expect_writes(a.batch, a.out), expect_writes(a.batch, a.out2);
   launch(isa().kernels->affine, a, kNsMap + of_noise(a.noise));
   return nullptr;
 }
@@ -112,6 +113,7 @@ void residual_as(const ResidualArgs& a, LossArgs loss) {
   std::vector<double> scale(B), sums(B * Cut(B, D).segments_per_row);
   for (int64_t b = 0; b < B; ++b)
     scale[b] = gradient_scale(loss.weight_of<R>(a.table, b), upstream, loss.kept_of(b, D), loss.reduction, B);
+  expect_writes(a.batch, a.grad);
   ResidualWork work{a, scale.data(), sums.data()};
   launch(isa().kernels->residual, work, kNsResidual + of_noise(a.noise) + of_noise(a.choice.noise));
   finish_loss<R>(sums, a, loss);
@@ -148,6 +150,7 @@ const char* mask_count(const MaskArgs& a, double* kept, Scratch, Queue) {
 }
 
 const char* corrupt(const CorruptArgs& a, Queue) {
+  expect_writes(a.batch, a.out);
   launch(isa().kernels->corrupt, a, kNsMap + kNsNormal);
   return nullptr;
 }
@@ -157,6 +160,7 @@ const char* gaussian(const GaussianArgs& a, void* kl, Scratch, Queue) {
     const int64_t B = a.batch.B;
     std::vector<double> sums(B * Cut(B, a.batch.D).segments_per_row);
     GaussianWork work{a, sums.data()};
+    expect_writes(a.batch, a.z);
     launch(isa().kernels->gaussian, work, kNsExponential + of_noise(a.noise));
     const bool wide = a.batch.dtype == Dtype::f64;
     sum_rows(sums, B, [&](int64_t b, double sum) {
@@ -169,6 +173,7 @@ const char* gaussian(const GaussianArgs& a, void* kl, Scratch, Queue) {
 }
 
 const char* gaussian_grad(const GaussianGradArgs& a, Queue) {
+  expect_writes(a.batch, a.mu_grad), expect_writes(a.batch, a.log_var_grad);
   launch(isa().kernels->gaussian_grad, a, kNsExponential + of_noise(a.noise));
   return nullptr;
 }
