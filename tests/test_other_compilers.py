@@ -70,8 +70,17 @@ def test_clang_compiles_it_for_amd(part: str, tmp_path: Path) -> None:
 @pytest.mark.skipif(HIPCC is None, reason="there is no hipcc")
 @pytest.mark.parametrize("part", some_longer(KERNELS, ["api", "chain"]))
 def test_hipcc_compiles_it(part: str, tmp_path: Path) -> None:
-    """Without a warning, and with no register spilled."""
+    """Without a warning, with no register spilled, rounding to nearest and keeping subnormals. Before a ticket
+    every wave fences, and only then the barrier joins them."""
     code = tmp_path / "code.s"
     unused = "-Wno-unused-command-line-argument"  # of what hipcc itself adds
     compiles([HIPCC, *HIP, unused, f"--offload-arch={ARCHITECTURE}", "-o", code], part)
     assert set(spills(code, part)) == {0}
+    text = code.read_text()
+    modes = re.findall(r"\.amdhsa_float_(round|denorm)_mode_(?:32|16_64) (\d)", text)
+    assert len(modes) == 4 * KERNELS[part] and set(modes) == {("round", "0"), ("denorm", "3")}
+    before_tickets = [lines[: lines.rindex("s_barrier")] for lines in text.split("global_atomic_add")[:-1]]
+    assert bool(before_tickets) == (part != "chain")
+    for before in before_tickets:
+        fence = "".join(before.splitlines()[-4:])
+        assert "vmcnt(0)" in fence and "buffer_wbinvl1" in fence

@@ -71,7 +71,7 @@ __device__ __forceinline__ void sum_rows(int64_t rows, int64_t length, Value val
 
 // True in the thread block that comes here last, when the partial sums of all others can be read. The first fence puts
 // this block's sums before its ticket, the second those of the others before what follows; each by one thread, for all
-// that a barrier put before it, or puts behind it. HIP's barrier orders shared memory alone, so each thread fences there.
+// that a barrier put before it, or puts behind it. HIP's barrier promises that of shared memory alone: there each fences.
 __device__ __forceinline__ bool is_last_block(uint32_t* counter) {
 #if defined(__HIP__)
   constexpr bool kEach = true;
