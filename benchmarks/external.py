@@ -1,4 +1,4 @@
-"""Other people's libraries as peers: diffusers, denoising-diffusion-pytorch, torch.func._random, numpy.
+"""Other people's libraries as peers: diffusers, denoising-diffusion-pytorch, torchsde, torch.func._random, numpy.
 
 Each entry is the library's own call for the maths of one case, on the same inputs, in the same dtype, drawing its
 own noise where the case draws it. What the library makes once per run (its tables) is made once here too.
@@ -6,9 +6,10 @@ own noise where the case draws it. What the library makes once per run (its tabl
 
 from __future__ import annotations
 
+import itertools
 import math
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
@@ -33,6 +34,7 @@ CPU = torch.device("cpu")
 # 1 - alpha_bar in it, low levels have lost digits (diffusers is off by 3.7e-6, plain torch with good tables by 2e-7).
 TABLE_ERROR = 1e-5
 GUIDANCE, OFFSET = 3.0, 0.1
+TREE_STEPS = 50
 STEP_LEVEL = 500  # of the sampler steps: any level will do, it changes coefficients alone
 
 
@@ -67,16 +69,31 @@ def _noise_alone(i: Inputs) -> Tensor:
     return i["noise"].normal(x0.shape, dtype=x0.dtype, device=x0.device)
 
 
+STEP_ENDS = 0.3, 0.55  # of time in [0, 1]
+
+
 def _brownian(i: Inputs) -> Tensor:
     x = i["x0"]
-    return df.BrownianNoise(i["noise"], 0.0, 1.0).increment(0.3, 0.55, x.shape, dtype=x.dtype, device=x.device)
+    return df.BrownianNoise(i["noise"], 0.0, 1.0).increment(*STEP_ENDS, x.shape, dtype=x.dtype, device=x.device)
+
+
+def _by_hand(like: Tensor) -> Tensor:
+    """The same tree of bridges, each node's normals from a generator of its seed: an increment of a path too."""
+    terms, apart = df.BrownianNoise(df.Noise(0), 0.0, 1.0)._moved("increment", *STEP_ENDS)
+    generator = torch.Generator(like.device)
+    total = torch.zeros(like.shape, device=like.device)
+    entropy = int(torch.randint(2**31, ()))
+    for node, c in terms.items():
+        eps = torch.randn(like.shape, device=like.device, generator=generator.manual_seed(hash((entropy, node))))
+        total.add_(eps, alpha=c / apart**0.5)
+    return total.to(like.dtype)
 
 
 def _given_brownian(noise: df.Noise, like: Tensor, dtype: torch.dtype) -> Tensor:
     return _brownian({"x0": like.to(dtype), "noise": noise})
 
 
-BROWNIAN = Law(torch.randn_like, _given_brownian)  # by hand: normals, of no path
+BROWNIAN = Law(_by_hand, _given_brownian)
 
 
 MALA_STEP = 0.05
@@ -276,6 +293,23 @@ def _lucidrains(dtype: torch.dtype, device: torch.device) -> Calls:
 
 
 @lru_cache
+def _torchsde(dtype: torch.dtype, device: torch.device) -> Calls:
+    """The steps of a sampler, as k-diffusion's and diffusers' BrownianTreeNoiseSampler take them; then a new path."""
+    from torchsde import BrownianTree
+
+    def steps(like: Tensor) -> Iterator[Tensor]:
+        for entropy in itertools.count():
+            path = BrownianTree(0.0, torch.zeros_like(like), 1.0, entropy=entropy)
+            for k in range(TREE_STEPS):
+                t, s = k / TREE_STEPS, (k + 1) / TREE_STEPS
+                yield path(t, s) / (s - t) ** 0.5
+
+    # Of the last shape.
+    of = lru_cache(maxsize=1)(lambda shape: steps(torch.empty(shape, dtype=dtype, device=device)))
+    return {"brownian_increment": lambda i: next(of(i["x0"].shape))}
+
+
+@lru_cache
 def _torch_random(dtype: torch.dtype, device: torch.device) -> Calls:
     """The same stream as ours, made into a tensor."""
     from .peers import STEP
@@ -346,6 +380,7 @@ LIBRARIES = (
         "pip install .[peers-torchvision], which brings the torch that torchvision wants",
         _lucidrains_fits,
     ),
+    Library("torchsde", _torchsde, "pip install .[peers]"),
     Library("torch.func._random", _torch_random, "on the CPU it comes with torch 2.14"),
     Library("numpy", _numpy, "pip install numpy", _numpy_fits),
 )

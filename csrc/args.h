@@ -247,6 +247,42 @@ struct ColumnSumsArgs {
   double* sums;  // (D,)
 };
 
+// A code h against the squares (D,), of the compute type, of its units' weights: out[b] is the sum over j of
+// squares[j] * (h_bj (1 - h_bj))^2.
+struct ContractionArgs {
+  Batch batch;
+  Operand h;
+  const void* squares;
+  double* out;  // (B,)
+};
+
+// The gradients of h and, where there is room for them, of the squares, from those of each row.
+struct ContractionGradArgs {
+  Batch batch;
+  Operand h, h_grad;
+  const void* squares;
+  const double* upstream;  // (B,)
+  double* squares_grad;    // (D,) or nullptr
+};
+
+// A step's divergence (StepDivergence) summed over each row, in nats: row b has the coefficients table[b], of the compute
+// type, by the columns below; v is of the batch's type, `away` of the compute type and contiguous.
+enum BoundColumn { kSmall, kMiddle, kHalfWidth, kShare, kScale, kBoundColumns };
+struct BoundArgs {
+  Batch batch;
+  Operand v;
+  const void *away, *table;
+  bool is_log;  // v is the logarithm of the variance itself
+  double* out;  // (B,)
+};
+
+// The gradients of v and `away` from those of each row.
+struct BoundGradArgs : BoundArgs {
+  const double* upstream;  // (B,)
+  Operand v_grad;
+  void* away_grad;
+};
+
 // Sines and cosines of 2 pi u, u = the sum over k of x[b][k] * W[k][i], in double and rounded once to fp32: row b of out
 // is [sines, cosines], the cosines first where `flip`, and a 0 at the end of an odd row.
 struct EmbeddingArgs {

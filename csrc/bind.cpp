@@ -216,6 +216,46 @@ double kl_sparsity(const py::object& h, double rate, const py::object& loss, con
                                    : sparsity<float>(sums, batch.B, rate, loss, slope);
 }
 
+// Work on the CPU alone, without the GIL where it takes long.
+template <class Args>
+void run_on_cpu(void (*function)(const Args&), const Args& a) {
+  std::optional<py::gil_scoped_release> release;
+  if (a.batch.B * a.batch.D > kReleaseGil) release.emplace();
+  function(a);
+}
+
+static double* doubles(const py::object& tensor) { return static_cast<double*>(address_or_null(tensor)); }
+
+// h (B, D); squares (D,) of the compute type; out (B,) double.
+void contraction(const py::object& h, const py::object& squares, const py::object& out) {
+  const Operands operands(h.ptr(), {h.ptr()}, true);
+  run_on_cpu(&cpu::contraction, ContractionArgs{operands.batch, operands[0], address(squares.ptr()), doubles(out)});
+}
+
+// upstream (B,) double; h_grad like h, or None; squares_grad (D,) double, or None.
+void contraction_grad(const py::object& h, const py::object& squares, const py::object& upstream,
+                      const py::object& h_grad, const py::object& squares_grad) {
+  const Operands operands(h.ptr(), {h.ptr(), h_grad.ptr()}, true);
+  run_on_cpu(&cpu::contraction_grad, ContractionGradArgs{operands.batch, operands[0], operands[1], address(squares.ptr()),
+                                                         doubles(upstream), doubles(squares_grad)});
+}
+
+// v, away (B, D), away and the table (B, 5) contiguous and of the compute type; out (B,) double.
+void bound(const py::object& v, const py::object& away, const py::object& table, bool is_log, const py::object& out) {
+  const Operands operands(v.ptr(), {v.ptr()}, true);
+  run_on_cpu(&cpu::bound, BoundArgs{operands.batch, operands[0], address(away.ptr()), address(table.ptr()), is_log,
+                                    doubles(out)});
+}
+
+// upstream (B,) double; the gradients are like v and away.
+void bound_grad(const py::object& v, const py::object& away, const py::object& table, bool is_log,
+                const py::object& upstream, const std::tuple<py::object, py::object>& grads) {
+  const auto& [v_grad, away_grad] = grads;
+  const Operands operands(v.ptr(), {v.ptr(), v_grad.ptr()}, true);
+  const BoundArgs of{operands.batch, operands[0], address(away.ptr()), address(table.ptr()), is_log, nullptr};
+  run_on_cpu(&cpu::bound_grad, BoundGradArgs{of, doubles(upstream), operands[1], address(away_grad.ptr())});
+}
+
 static float* numbers(const py::object& tensor) { return static_cast<float*>(address(tensor.ptr())); }
 
 using Update = std::tuple<float, float, int64_t>;  // step, spread, steps
@@ -365,6 +405,10 @@ PYBIND11_MODULE(_core, m) {
   m.def("normal_sum", &normal_sum);
   m.def("embedding", &embedding);
   m.def("kl_sparsity", &kl_sparsity);
+  m.def("contraction", &contraction);
+  m.def("contraction_grad", &contraction_grad);
+  m.def("bound", &bound);
+  m.def("bound_grad", &bound_grad);
   m.def("fold_in", &fold_in_key);
   m.def("fold_in_tensor", &fold_in_tensor);
   m.def("scratch_doubles", &scratch_doubles);

@@ -60,6 +60,12 @@ Queue queue_of_view(const View& tensor) {
   return tensor.device() < 0 ? Queue{} : Queue{tensor.device(), current_stream(tensor)};
 }
 
+// Of a tensor's device; None where there is none.
+PyObject* launcher_of(const View& view) {
+  PyObject* const launcher = view.is_cpu() ? g_on_cpu : (view.is_gpu() ? g_on_gpu : Py_None);
+  return launcher == Py_True && view.is_gpu() && !cuda_api() ? Py_None : launcher;
+}
+
 bool is_tensor(PyObject* object) {
   return PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(dae::torch().tensor));
 }
@@ -114,8 +120,8 @@ class FastCall {
     if (!first_) return false;
     const View& view = *first_;
     if (!view.is_contiguous() || !view.dtype(batch_.dtype) || !view.dims() || is_negated(x)) return false;
-    launcher_ = view.is_cpu() ? g_on_cpu : (view.is_gpu() ? g_on_gpu : Py_None);
-    if (launcher_ == Py_None || (is_ours() && view.is_gpu() && !cuda_api())) return false;
+    launcher_ = launcher_of(view);
+    if (launcher_ == Py_None) return false;
     take_rows(1);
     places_ = reinterpret_cast<uintptr_t>(view.data());
     return batch_.B && batch_.D;
@@ -243,7 +249,7 @@ class FastCall {
     read.rows = 1;
   }
 
-  // Worked out here, in double and rounded once; False where one is not finite, wants a gradient, or lies on a GPU.
+  // Worked out here, in double and rounded once; False where one is not finite or lies on a GPU.
   bool read_columns(PyObject* columns, Table& read) {
     const Py_ssize_t count = PyTuple_GET_SIZE(columns);
     if (count > kMaxConstants) return false;
@@ -261,8 +267,9 @@ class FastCall {
       views[k] = View::of_plain(c);
       Dtype dtype;
       if (!views[k] || !views[k]->is_cpu() || is_for_gpu() || !views[k]->dtype(dtype) || !views[k]->is_contiguous() ||
-          (dtype != Dtype::f32 && dtype != Dtype::f64) || wants_grad(c))
+          (dtype != Dtype::f32 && dtype != Dtype::f64))
         return false;
+      learned_ |= wants_grad(c);
       if (views[k]->dims() && !(views[k]->dims() == 1 && views[k]->size(0) == 1)) {
         if (!constant && views[k]->dims() != leading_) return false;  // each its own rows: the general way broadcasts
         if (!take_rows_of(*views[k])) return false;
@@ -277,6 +284,16 @@ class FastCall {
     if (constant && is_for_gpu()) read.data = nullptr;
     if (!constant || std::any_of(views, views + count, [](const auto& v) { return v.has_value(); })) table_ = nullptr;
     return filled;
+  }
+
+  // As a tensor, for what outlives this call.
+  void keep_table(const Table& read) {
+    if (table_) return;
+    kept_.emplace(
+        new_tensor(Py_BuildValue("LL", static_cast<long long>(read.rows), static_cast<long long>(read.columns))));
+    table_ = kept_->get();
+    const View view(table_);
+    std::copy_n(static_cast<const char*>(read.data), view.bytes(), static_cast<char*>(view.data()));
   }
 
   template <class R>
@@ -313,6 +330,14 @@ class FastCall {
 
   PyObject* compute_dtype() const { return batch_.dtype == Dtype::f64 ? dae::torch().f64 : dae::torch().f32; }
 
+  // Of the compute type unless given, on the first tensor's device. shape: given away.
+  PyObject* new_tensor(PyObject* shape, PyObject* dtype = nullptr) const {
+    static PyObject *const empty = member("torch", "empty"), *const options = Py_BuildValue("(ss)", "dtype", "device");
+    const Owned sizes(shape), device = device_of_first();
+    PyObject* const given[] = {sizes.get(), dtype ? dtype : compute_dtype(), device.get()};
+    return PyObject_Vectorcall(empty, given, 1, options);
+  }
+
   // A new tensor like the first; `place` becomes its memory.
   PyObject* empty_like_first(void*& place) {
     PyObject* const given[] = {x_};
@@ -327,6 +352,9 @@ class FastCall {
   }
 
   PyObject* index() const { return index_ ? index_->get() : Py_None; }
+
+  // What the table was worked out of.
+  PyObject* columns(PyObject* source) const { return columns_ ? columns_->get() : source; }
 
   // launcher.name(aligned, (B, D), dtype, *arguments); aligned: every tensor lies on 16 bytes.
   template <class... Arguments>
@@ -360,7 +388,8 @@ class FastCall {
     throw PythonError();
   }
 
-  PyObject *x_ = nullptr, *table_ = nullptr;  // table_: nullptr where nothing but this call could read it
+  PyObject *x_ = nullptr, *table_ = nullptr;  // table_: nullptr where it is worked out here, of tensors
+  bool learned_ = false;                      // whether one of those wants a gradient
   std::optional<View> first_;                 // of x
   Batch batch_{};
   int leading_ = 1;
@@ -370,6 +399,7 @@ class FastCall {
   uintptr_t places_ = 0;          // of all tensors, or-ed
   std::optional<Owned> index_;    // the table's rows
   std::optional<Owned> columns_;  // of a level made by hand
+  std::optional<Owned> kept_;     // the table as a tensor
   std::vector<double> storage_;   // of a table that is worked out here
 };
 
@@ -436,12 +466,14 @@ class FastMap : protected FastCall {
         if (k) slots[k] = Py_None;
       }
     }
+    differentiable |= learned_;
     if (into != Py_None && (differentiable || map.outputs != 1 || !read_out(into, slots, 5, args.out)))
       return Py_NewRef(Py_None);
     if (differentiable || !is_ours()) {
-      if (!table_ || (differentiable && leading_ > 1)) return Py_NewRef(Py_None);  // made again in the general way
+      if (differentiable && leading_ > 1) return Py_NewRef(Py_None);  // made again in the general way
+      keep_table(args.table);
       const Owned inputs(PyTuple_Pack(4, slots[0], slots[1], slots[2], slots[3]));
-      const Owned rows(PyTuple_Pack(2, table_, index()));
+      const Owned rows(PyTuple_Pack(2, table_, learned_ ? columns(source) : index()));
       const Owned last(stored           ? Py_NewRef(slots[kFifth])
                        : tag == Py_None ? Py_NewRef(noise)
                                         : PyObject_CallMethodOneArg(noise, names().fold_in, tag));
@@ -531,34 +563,28 @@ class FastStep : FastMap {
   }
 };
 
-// (loss, pred, y, z, noise, source, key, weight, scratch): the loss of pred against y and z or noise, without a mask;
-// weight: None or (B,). The result is (loss, its gradient, None if pred wants none, False if backward makes it, `also` or
-// None without its columns, the table, its rows). scratch(device, doubles) is what a GPU's reduction needs.
+// (loss, pred, y, z, noise, mask, source, key, weight, scratch): the loss of pred against y and z or noise; mask: None, or
+// on the CPU a bool tensor like pred or a Drawn; weight: None or (B,). The result is (loss, its gradient, None if pred wants
+// none, False if backward makes it, `also` or None without its columns, the table, its rows, how many elements of each
+// sample the mask keeps). Of a loss that is not summed, or where y or z want a gradient, `loss` is
+// the samples' means, without the weight, and the gradient True, or None where none is wanted. scratch(device, doubles) is
+// what a GPU's reduction needs.
 class FastLoss : FastCall {
  public:
-  static constexpr Py_ssize_t kArguments = 9;
+  static constexpr Py_ssize_t kArguments = 10;
   static constexpr const char* kName = "fast_loss";
 
   PyObject* run(PyObject* const* a) {
     const LossObject& spec = loss_of(a[0]);
-    PyObject *pred = a[1], *y = a[2], *z = a[3], *noise = a[4], *weight = a[7];
+    PyObject *pred = a[1], *y = a[2], *z = a[3], *noise = a[4], *weight = a[8], *workspace = a[9];
     const int* columns = spec.columns;
     ResidualArgs args{};
     if (!read_first(pred) || !read_another(y, args.y) || !read_another(z, args.z) ||
-        !read_source(a[5], a[6], args.table) || !read_its_noise(noise, args.noise))
+        !read_source(a[6], a[7], args.table) || !read_its_noise(noise, args.noise) || !read_mask(a[5], args))
       return Py_NewRef(Py_None);
     const bool wanted = wants_grad(pred);
-    if (wanted && (!table_ || leading_ > 1)) return Py_NewRef(Py_None);
+    if ((wanted && leading_ > 1) || learned_) return Py_NewRef(Py_None);
     const bool later = wanted && batch_.dtype == Dtype::f16;  // its gradient, whose scale is not known yet
-    LossArgs of_loss{};
-    if (weight != Py_None) {
-      const auto view = dense(weight);
-      Dtype dtype;
-      if (!view || !view->dtype(dtype) || (dtype != Dtype::f32 && dtype != Dtype::f64) ||
-          view->elements() != batch_.B || view->dims() != leading_ || wants_grad(weight))
-        return Py_NewRef(Py_None);
-      of_loss.weight = view->data(), of_loss.weight_is_double = dtype == Dtype::f64;
-    }
     args.batch = batch_;
     args.pred.data = first_->data();
     std::copy_n(columns, 3, args.columns);
@@ -570,10 +596,37 @@ class FastLoss : FastCall {
       z = noise = Py_None, args.z = {}, args.noise = {};
     else if ((z == Py_None) == (noise == Py_None))
       return Py_NewRef(Py_None);
-    for (PyObject* t : {y, z})
-      if (t != Py_None && wants_grad(t)) return Py_NewRef(Py_None);
+    bool others = false;
+    for (PyObject* t : {y, z}) others |= t != Py_None && wants_grad(t);
     args.penalty = static_cast<Penalty>(spec.kind);
+    const bool means = others || static_cast<Reduction>(spec.reduction) == Reduction::none;
+    if (means && (leading_ > 1 || columns[4] != kAbsent || !is_ours())) return Py_NewRef(Py_None);
+    if (wanted || means) keep_table(args.table);
+    const Owned kept(a[5] == Py_None ? Py_NewRef(Py_None) : count_kept(args));
+    const auto* const counts = static_cast<const double*>(a[5] == Py_None ? nullptr : address(kept.get()));
+    if (means) {
+      if (weight != Py_None) {  // () or (B,), which torch multiplies by
+        const auto view = dense(weight);
+        Dtype dtype;
+        if (!view || !view->dtype(dtype) || view->dims() > 1 || (view->dims() && view->size(0) != batch_.B)) return Py_NewRef(Py_None);
+      }
+      const Owned made(new_tensor(Py_BuildValue("(L)", static_cast<long long>(batch_.B))));
+      LossArgs alone{Reduction::none};
+      alone.per_sample = address(made.get()), alone.kept = counts;
+      launch_loss(args, alone, workspace);
+      PyObject* const grad = wanted || others ? Py_True : Py_None;
+      return PyTuple_Pack(6, made.get(), grad, Py_None, table_, index(), kept.get());
+    }
 
+    LossArgs of_loss{};
+    if (weight != Py_None) {
+      const auto view = dense(weight);
+      Dtype dtype;
+      if (!view || !view->dtype(dtype) || (dtype != Dtype::f32 && dtype != Dtype::f64) ||
+          view->elements() != batch_.B || view->dims() != leading_ || wants_grad(weight))
+        return Py_NewRef(Py_None);
+      of_loss.weight = view->data(), of_loss.weight_is_double = dtype == Dtype::f64;
+    }
     const Owned loss(new_numbers(kOne));
     const Owned grad(later ? Py_NewRef(Py_False) : wanted ? empty_like_first(args.grad.data) : Py_NewRef(Py_None));
     const Owned also(columns[4] == kAbsent ? Py_NewRef(Py_None) : new_numbers(kTwo));
@@ -584,43 +637,68 @@ class FastLoss : FastCall {
       launch_elsewhere(names().fast_loss, spec.owner, operands.get(), rows.get(), weight, results.get());
     } else {
       of_loss.reduction = static_cast<Reduction>(spec.reduction);
-      of_loss.loss = address(loss.get());
+      of_loss.loss = address(loss.get()), of_loss.kept = counts;
       of_loss.weight_column = columns[3];
       of_loss.also_columns[0] = columns[4], of_loss.also_columns[1] = columns[5];
       if (also.get() != Py_None) of_loss.also = address(also.get());
-      std::optional<Owned> scratch;  // until the kernel is launched
-      Scratch room;
-      if (is_for_gpu()) {
-        const Owned device = attribute(x_, names().device);
-        const Owned doubles(PyLong_FromLongLong(scratch_doubles(batch_.B, batch_.D, 1)));
-        PyObject* const given[] = {device.get(), doubles.get()};
-        scratch.emplace(PyObject_Vectorcall(a[8], given, 2, nullptr));
-        room = {static_cast<double*>(address(PyTuple_GET_ITEM(scratch->get(), 0))),
-                static_cast<uint32_t*>(address(PyTuple_GET_ITEM(scratch->get(), 1)))};
-      }
-      launch([&](const Api& api, Queue queue) { return api.residual(args, of_loss, room, queue); });
+      launch_loss(args, of_loss, workspace);
     }
-    return PyTuple_Pack(5, loss.get(), grad.get(), also.get(), table_ ? table_ : Py_None, index());
+    return PyTuple_Pack(6, loss.get(), grad.get(), also.get(), table_ ? table_ : Py_None, index(), kept.get());
   }
 
  private:
   enum Shape { kOne, kTwo };  // (), (2,)
 
+  bool read_mask(PyObject* mask, ResidualArgs& args) const {
+    if (mask == Py_None) return true;
+    if (leading_ > 1 || is_for_gpu() || !is_ours()) return false;
+    if (!PyTuple_Check(mask)) {
+      const auto view = dense(mask);
+      if (!view || !view->is_bool() || !view->has_shape_of(*first_)) return false;
+      args.mask.data = view->data();
+      return true;
+    }
+    const auto thresholds = dense(PyTuple_GET_ITEM(mask, 1));
+    if (!thresholds || !thresholds->is_int64() || thresholds->dims() != 2) return false;
+    args.choice.thresholds = static_cast<const int64_t*>(thresholds->data());
+    args.choice.rows = thresholds->size(0);
+    args.choice.keeps = PyTuple_GET_ITEM(mask, 2) == Py_True;
+    return (args.choice.rows == 1 || args.choice.rows == batch_.B) &&
+           read_its_noise(PyTuple_GET_ITEM(mask, 0), args.choice.noise);
+  }
+
+  // (B,) doubles.
+  PyObject* count_kept(const ResidualArgs& args) const {
+    Owned kept(new_tensor(Py_BuildValue("(L)", static_cast<long long>(batch_.B)), dae::torch().f64));
+    auto* const counts = static_cast<double*>(address(kept.get()));
+    const MaskArgs of_mask{batch_, args.mask, args.choice};
+    launch([&](const Api& api, Queue queue) { return api.mask_count(of_mask, counts, {}, queue); });
+    return kept.release();
+  }
+
+  void launch_loss(const ResidualArgs& args, const LossArgs& loss, PyObject* workspace) const {
+    std::optional<Owned> scratch;  // until the kernel is launched
+    Scratch room;
+    if (is_for_gpu()) {
+      const Owned device = attribute(x_, names().device);
+      const Owned doubles(PyLong_FromLongLong(scratch_doubles(batch_.B, batch_.D, 1)));
+      PyObject* const given[] = {device.get(), doubles.get()};
+      scratch.emplace(PyObject_Vectorcall(workspace, given, 2, nullptr));
+      room = {static_cast<double*>(address(PyTuple_GET_ITEM(scratch->get(), 0))),
+              static_cast<uint32_t*>(address(PyTuple_GET_ITEM(scratch->get(), 1)))};
+    }
+    launch([&](const Api& api, Queue queue) { return api.residual(args, loss, room, queue); });
+  }
+
   // Of the compute type, on the first tensor's device. Like a tensor that is kept: torch.empty itself takes longer.
   PyObject* new_numbers(Shape shape) const {
     static std::map<std::array<int, 3>, PyObject*> kept;
     PyObject*& like = kept[{shape, first_->device(), batch_.dtype == Dtype::f64}];
-    if (!like) like = make_numbers(shape);
+    if (!like) like = new_tensor(shape == kOne ? PyTuple_New(0) : Py_BuildValue("(i)", 2));
     PyObject* const given[] = {like};
     return PyObject_Vectorcall(TorchState::get().empty_like, given, 1, nullptr);
   }
 
-  PyObject* make_numbers(Shape shape) const {
-    const Owned sizes(shape == kOne ? PyTuple_New(0) : Py_BuildValue("(i)", 2)), device = attribute(x_, names().device);
-    const Owned empty(member("torch", "empty")), arguments(PyTuple_Pack(1, sizes.get()));
-    const Owned options(Py_BuildValue("{sOsO}", "dtype", compute_dtype(), "device", device.get()));
-    return Owned(PyObject_Call(empty.get(), arguments.get(), options.get())).release();
-  }
 };
 
 // (noise, shape, dtype, device): its normals.
@@ -771,6 +849,22 @@ PyObject* all_within(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   }
 }
 
+// Whether tensors (None: none), the first of which is there, are plain, with nothing around the call, and kernels run on
+// the first one's device.
+PyObject* are_plain(PyObject*, PyObject* const* tensors, Py_ssize_t count) {
+  try {
+    if (!nothing_around(TorchState::get())) Py_RETURN_FALSE;
+    for (Py_ssize_t k = 0; k < count; ++k) {
+      if (tensors[k] == Py_None) continue;
+      const auto view = View::of_plain(tensors[k]);
+      if (!view || is_negated(tensors[k]) || (!k && launcher_of(*view) == Py_None)) Py_RETURN_FALSE;
+    }
+    Py_RETURN_TRUE;
+  } catch (const PythonError&) {
+    return nullptr;
+  }
+}
+
 // Whether a gradient from upstream changes nothing: a plain number in the CPU's memory, which is 1.
 PyObject* is_one(PyObject*, PyObject* upstream) {
   try {
@@ -814,6 +908,7 @@ PyMethodDef g_methods[] = {
     fast_method<FastNormal>(),
     method("use_fast", use_fast, "Who launches plain calls on the CPU, and on a GPU."),
     {"use_gradients", use_gradients, METH_O, "What is called for plain calls of the affine map that want gradients."},
+    method("are_plain", are_plain, "Whether tensors are plain, with nothing around the call."),
     {"is_one", is_one, METH_O, "Whether a plain number in the CPU's memory is 1."},
     method("all_within", all_within, "Whether a plain tensor's values on the CPU lie within bounds."),
     {nullptr, nullptr, 0, nullptr},

@@ -135,6 +135,30 @@ struct Gaussian {
   }
 };
 
+// (h (1 - h))^2 and half its derivative: a sigmoid's slope, squared.
+template <class R>
+struct SquaredSlope {
+  R h, slope;
+  DAE_FN explicit SquaredSlope(R code) : h(code), slope(code * (R(1) - code)) {}
+  DAE_FN R value() const { return slope * slope; }
+  DAE_FN R half_grad() const { return slope * (R(1) - 2 * h); }
+};
+
+// KL(q || p) of two Gaussians in nats, q having e^r times the variance of p, and means that are scale * away of q's
+// standard deviations apart: (e^r - 1 - r + (scale * away)^2 e^r) / 2, and its derivatives. An upstream gradient of 0 gives
+// 0, whatever overflows.
+template <class R>
+struct StepDivergence {
+  R scale, apart;
+  Growth<R> ratio;
+  DAE_FN StepDivergence(R of_away, R away, R r) : scale(of_away), apart(of_away * away), ratio(growth(r)) {}
+  DAE_FN R nats() const { return R(0.5) * mul_add(apart * apart, ratio.value, ratio.rest); }
+  DAE_FN R away_grad(R upstream) const { return upstream == 0 ? R(0) : upstream * (scale * apart * ratio.value); }
+  DAE_FN R ratio_grad(R upstream) const {
+    return upstream == 0 ? R(0) : upstream * R(0.5) * mul_add(apart * apart, ratio.value, ratio.minus_1);
+  }
+};
+
 // Of one component at a lane's elements: what it pulls by, (mean - x) * precision; their part of the squared distance.
 struct Pull {
   float by[kOfLane], square = 0;

@@ -92,6 +92,7 @@ class View : DlTensor {
 
   // False: no type that kernels compute in.
   bool dtype(Dtype& found) const;
+  bool is_bool() const { return type_code == kBool && bits == 8; }
   bool is_int64() const { return type_code == kInt && bits == 64; }
   bool is_index() const { return type_code == kInt && (bits == 64 || bits == 32); }
   int64_t elements() const {
@@ -111,7 +112,7 @@ class View : DlTensor {
  private:
   View() = default;
 
-  static constexpr int kInt = 0, kFloat = 2, kBfloat = 4;  // type codes
+  static constexpr int kInt = 0, kFloat = 2, kBfloat = 4, kBool = 6;  // type codes
 };
 
 inline void* address(PyObject* tensor) { return View(tensor).data(); }

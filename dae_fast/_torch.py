@@ -146,9 +146,10 @@ def batchable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(backward)
     def run(ctx: Any, *grads: Tensor | None) -> Any:
-        if any(g is not None and is_batched(g) for g in grads):
-            with _ToDispatcher():
-                return backward(ctx, *grads)
+        for g in grads:  # any() of a generator takes three times as long
+            if g is not None and is_batched(g):
+                with _ToDispatcher():
+                    return backward(ctx, *grads)
         return backward(ctx, *grads)
 
     return run

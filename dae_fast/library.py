@@ -24,6 +24,7 @@ from .primitives.masks import FlatMask
 from .primitives.residuals import gradients as residual_gradients
 from .primitives.residuals import pred_gradient_in_torch
 from .primitives.sums import gradients as affine_gradients
+from .primitives.sums import table_gradient
 
 _NOISE = "Tensor? key, Tensor? sample, SymInt first_sample, SymInt rows_per_sample, SymInt first_element"
 _ROWS = "Tensor table, Tensor? index"
@@ -238,8 +239,9 @@ def _backward_affine(ctx: Any, *grads: Tensor | None) -> Any:
     *place, columns, op = ctx.rest
     noise: Any = FlatNoise(key, sample, *place).whole() if v is None else v
     spec = map_of(op, tuple(columns))
-    found = affine_gradients(ctx.needs_input_grad[1:], grads, spec, (x, y, z, w), noise, Coefficients(table, index))
-    return (None, *found, *[None] * 8)
+    rows = Coefficients(table, index)
+    *found, sums = affine_gradients(ctx.needs_input_grad[1:], grads, spec, (x, y, z, w), noise, rows)
+    return (None, *found, table_gradient(sums, rows), *[None] * 8)
 
 
 def _setup_means(ctx: Any, inputs: Any) -> None:

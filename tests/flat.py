@@ -80,7 +80,7 @@ class Flat:
     ) -> Any:
         spec = _loss(op, kind, reduction, columns)
         wanted = Wanted(want_loss, want_grad, weight, also, upstream, made)
-        return self._module.residual(spec, Residual(pred, y, z, noise, mask), Coefficients(table, index), wanted)
+        return self._module.residual(spec, Residual(pred, y, z, noise, mask), Coefficients(table, index), wanted)[:3]
 
     def row_dots(self, g: Tensor, x: Any, y: Any, z: Any, noise: Any) -> Tensor:
         return self._module.row_dots(g, (x, y, z, None), noise)

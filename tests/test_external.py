@@ -27,6 +27,7 @@ OFFERED = {
         "to_eps-x0",
         "objective-fresh",
     },
+    "torchsde": {"brownian_increment"},
     "torch.func._random": {"normal-fresh", "add_noise-fresh"},
     "numpy": {"normal-fresh", "add_noise-fresh", "add_noise-tensor", "to_x0-eps"},
 }

@@ -129,6 +129,31 @@ class TestSigmoidContraction:
         assert got.dtype == torch.float32
         torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=0)
 
+    @pytest.mark.parametrize("of_h", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+    @pytest.mark.parametrize("shape", [(70, 37), (5, 2500)], ids=str)
+    def test_kernels(self, of_h: torch.dtype, shape: tuple[int, int], restore_isa, restore_threads) -> None:
+        """Against fp64, and the same bits from every instruction set and number of threads."""
+        torch.manual_seed(2)
+        h = torch.rand(shape[::-1]).to(of_h).t().requires_grad_()  # strided
+        W = torch.randn(shape[1], 3).to(torch.promote_types(of_h, torch.float32)).requires_grad_()
+        scale = torch.rand(shape[0], dtype=W.dtype)
+        wide, weight = (t.detach().double().requires_grad_() for t in (h, W))
+        slope = wide * (1 - wide)
+        exact = (slope**2) @ (weight**2).sum(1)
+        right = exact, *torch.autograd.grad(exact, (wide, weight), scale.double())
+        found = set()
+        for isa in df.kernels.native.isas():
+            df.kernels.native.use_isa(isa)
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                each = df.sigmoid_contraction(h, W, reduction="none")
+                got = each.detach(), *torch.autograd.grad(each, (h, W), scale)
+                found.add(b"".join(g.contiguous().view(torch.uint8).numpy().tobytes() for g in got))
+        assert len(found) == 1
+        for g, r in zip(got, right, strict=True):
+            rounding = torch.finfo(g.dtype).eps * r.abs() + (1e-14 if of_h == torch.float64 else 1e-6) * r.abs().max()
+            assert ((g.double() - r).abs() <= rounding).all()
+
 
 class TestContraction:
     def encoder(self) -> torch.nn.Module:

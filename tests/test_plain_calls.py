@@ -299,6 +299,79 @@ def test_levels_by_hand_and_weights(with_kernels: str, spy: Spy) -> None:
         both_ways(spy, lambda weight=weight: (df.denoising_loss(pred, x0, noise, level, predict="v", weight=weight),))
 
 
+STRUCK = df.Masking(0.3, df.Noise(5))
+# Of (pred, x0, noise, weight): losses whose gradients are made in backward, and losses with a mask.
+IN_BACKWARD: dict[str, Call] = {
+    "none": lambda p, x, n, w: df.noise_mse(p, n, reduction="none"),
+    "none, weight": lambda p, x, n, w: df.noise_mse(p, n, weight=w, reduction="none"),
+    "v": lambda p, x, n, w: df.denoising_loss(p, x, n, SCHEDULE[LEVELS], predict="v"),
+    "v, weights": lambda p, x, n, w: df.denoising_loss(p, x, n, SCHEDULE[7], predict="v", weight=w, reduction="sum"),
+    "v, none, min_snr": lambda p, x, n, w: df.denoising_loss(
+        p, x, n, SCHEDULE[LEVELS], predict="v", weight="min_snr", reduction="none"
+    ),
+    "residual_loss": lambda p, x, n, w: df.residual_loss(p, (0.5, x), (w.detach(), n), weight=2.0, reduction="none"),
+    "stored mask": lambda p, x, n, w: df.noise_mse(p, n, mask=x > 0),
+    "drawn mask": lambda p, x, n, w: df.noise_mse(p, n, mask=STRUCK.visible, reduction="sum"),
+    "drawn mask, none": lambda p, x, n, w: df.noise_mse(p, n, mask=STRUCK, reduction="none"),
+    "drawn mask, x0": lambda p, x, n, w: df.denoising_loss(p, x, None, None, predict="x0", mask=STRUCK),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("wanting", [(), (0,), (0, 1), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("name", IN_BACKWARD)
+def test_losses_of_rows_and_masks(
+    with_kernels: str, spy: Spy, name: str, wanting: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    if with_kernels != "native":
+        pytest.skip("these are general calls there")
+    inputs = [t.requires_grad_(k in wanting) for k, t in enumerate(tensors(dtype))]
+    noise: Any = inputs[2] if 2 in wanting else df.Noise(4).fold_in(9)
+    weight = torch.rand(5, generator=torch.Generator().manual_seed(1))
+
+    def call() -> tuple[Tensor, ...]:
+        loss = IN_BACKWARD[name](*inputs[:2], noise, weight)
+        if not loss.requires_grad:
+            return (loss,)
+        leaves, upstream = [inputs[k] for k in wanting], torch.full_like(loss, 3.0)
+        found = torch.autograd.grad(loss, leaves, upstream, allow_unused=True)
+        return loss.detach(), *(torch.full((), 99.0) if t is None else t for t in found)
+
+    both_ways(spy, call)
+
+
+@pytest.mark.parametrize("wanting", ["numbers", "rows", "one for all"])
+def test_coefficients_with_gradients(with_kernels: str, spy: Spy, wanting: str) -> None:
+    """The table is worked out by the core, and each coefficient has the sum of its rows' gradients."""
+    if with_kernels != "native":
+        pytest.skip("these are general calls there")
+    x, y, eps = (t.requires_grad_() for t in tensors())
+    h: Any = torch.rand(5, generator=torch.Generator().manual_seed(1)) + 0.1
+    h = {"numbers": h, "rows": h.requires_grad_(), "one for all": h[:1].reshape(()).requires_grad_()}[wanting]
+    leaves = [x, y, *([h] if h.requires_grad else [])]
+    for made in (
+        lambda: df.langevin_step(x, y, h, df.Noise(2)),
+        lambda: df.langevin_step(x, y, h, eps.detach(), noise_scale=0.5),
+        lambda: df.weighted_sum((h, x), (0.25, y), (h, eps), (2.0, x), (h, df.Noise(2)), also=(1.0, h, 0.5, h, 2.0)),
+        lambda: df.weighted_sum((h, x), (torch.linspace(1, 2, 5), y)),
+        lambda: df.add_noise(x, eps, df.Level(h, 0.5)) + 0 * y,
+        lambda: df.to_x0(x, y, df.Level(h, 0.5), clamp=0.5),
+    ):
+
+        def call(made: Any = made) -> tuple[Tensor, ...]:
+            outputs = made()
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            return tuple(o.detach() for o in outputs) + torch.autograd.grad(
+                outputs, leaves, [o.detach() for o in outputs]
+            )
+
+        both_ways(spy, call)
+    assert torch.autograd.gradgradcheck(
+        lambda *t: df.langevin_step(t[0], t[1], t[2], df.Noise(2)),
+        [t.detach().double().requires_grad_() for t in (x, y, h)],
+    )
+
+
 def test_what_is_not_plain(with_kernels: str, spy: Spy) -> None:
     """Another layout, type or gradient goes the general way; what is wrong is refused, and read by nobody."""
     pred, x0, eps = tensors()
@@ -307,18 +380,15 @@ def test_what_is_not_plain(with_kernels: str, spy: Spy) -> None:
     loss(pred, x0, noise, level, predict="v")
     spy.taken = 0
     strided = pred.transpose(1, 2).contiguous().transpose(1, 2)
-    leaf = x0.clone().requires_grad_()
     for call in (
         lambda: loss(strided, x0, noise, level, predict="v"),
         lambda: loss(pred, strided, noise, level, predict="v"),
         lambda: loss(pred, x0.double(), noise, level, predict="v"),
-        lambda: loss(pred, leaf, noise, level, predict="v"),
         lambda: loss(pred, x0, df.OffsetNoise(noise), level),
         lambda: loss(pred, x0, noise, level, predict="v", kind="huber", delta=1.0),
         lambda: loss(pred, x0, noise, level, kind="huber", delta=lambda alpha, sigma: alpha),
-        lambda: loss(pred, x0, noise, level, mask=x0 > 0),
-        lambda: loss(pred, x0, noise, level, reduction="none"),
-        lambda: df.noise_mse(pred, noise, reduction="none"),
+        lambda: loss(pred, x0, noise, level, mask=x0[:, :1] > 0),
+        lambda: loss(pred, x0, noise, level, mask=x0.abs()),
         lambda: df.l1_penalty(strided),
     ):
         assert torch.isfinite(call()).all()

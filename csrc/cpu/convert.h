@@ -43,11 +43,10 @@ static inline void narrow(float v, float& out) { out = v; }
 static inline void narrow(double v, double& out) { out = v; }
 static inline void narrow(float v, double& out) { out = v; }
 
+// A NaN of arithmetic is quiet, which its upper half says; rounding it could carry into the sign.
 static inline void narrow(float v, BFloat16& out) {
-  const uint32_t u = bits_as<uint32_t>(v);
-  const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  const bool is_nan = (u & 0x7fffffffu) > 0x7f800000u;
-  out.bits = static_cast<uint16_t>(is_nan ? (u >> 16) | 0x40u : rounded);
+  const uint32_t u = bits_as<uint32_t>(v), half = 0x7fffu + ((u >> 16) & 1u);
+  out.bits = static_cast<uint16_t>((u + (v != v ? 0u : half)) >> 16);
 }
 
 static inline void narrow(float v, Half& out) {
@@ -86,6 +85,10 @@ static inline void convert_block(const T* in, U* out, int64_t n) {
 #if defined(__F16C__)
 static inline void convert_block(const Half* in, float* out, int64_t n) {
   int64_t i = 0;
+#if defined(__AVX512F__)
+  for (; i + 16 <= n; i += 16)
+    _mm512_storeu_ps(out + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + i))));
+#endif
   for (; i + 8 <= n; i += 8)
     _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
   for (; i < n; ++i) out[i] = widen(in[i]);
@@ -93,6 +96,11 @@ static inline void convert_block(const Half* in, float* out, int64_t n) {
 
 static inline void convert_block(const float* in, Half* out, int64_t n) {
   int64_t i = 0;
+#if defined(__AVX512F__)
+  for (; i + 16 <= n; i += 16)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i),
+                        _mm512_cvtps_ph(_mm512_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT));
+#endif
   for (; i + 8 <= n; i += 8)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i),
                      _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT));

@@ -26,6 +26,10 @@ void expect_writes(const Batch& batch, const Operand& out);
 
 // Over the rows of a batch; the same for every number of threads.
 void column_sums(const ColumnSumsArgs& a);
+void contraction(const ContractionArgs& a);
+void contraction_grad(const ContractionGradArgs& a);
+void bound(const BoundArgs& a);
+void bound_grad(const BoundGradArgs& a);
 
 void parallel_run(int64_t units, double work, void (*run)(const void*, int64_t, int64_t), const void* body);
 

@@ -403,19 +403,26 @@ static void residual_units(const ResidualWork& a, int64_t unit_begin, int64_t un
       const int64_t at = r * unit.length, n = unit.length;
       const Coefficients<R> c = coefficients<R>(a.table, unit.row + r);
       const R n1 = c[a.columns[0]], n2 = c[a.columns[1]];
+      if (a.columns[1] == kAbsent) {
 #pragma GCC ivdep
-      for (int64_t i = 0; i < n; ++i)
-        residual[i] = affine(R(1), R(widen(pred[at + i])), n1, R(widen(y[at + i])), n2, z[at + i]);
+        for (int64_t i = 0; i < n; ++i) residual[i] = affine(R(1), R(widen(pred[at + i])), n1, R(widen(y[at + i])));
+      } else {
+#pragma GCC ivdep
+        for (int64_t i = 0; i < n; ++i)
+          residual[i] = affine(R(1), R(widen(pred[at + i])), n1, R(widen(y[at + i])), n2, z[at + i]);
+      }
       // A select, not a product: what is masked out may be NaN.
       if (masked)
         for (int64_t i = 0; i < n; ++i) residual[i] = mask[at + i] ? residual[i] : R(0);
       const R delta = c[a.columns[2]];
-      a.sums[segment + r] = weights ? penalise_weighed(a.penalty, delta, weights + at, residual, n)
-                                    : penalise(a.penalty, delta, residual, n);
+      if (weights)
+        a.sums[segment + r] = penalise_weighed(a.penalty, delta, weights + at, residual, n);
+      else if (a.summed || a.penalty != Penalty::mse)  // whose residual is its own half slope
+        a.sums[segment + r] = penalise(a.penalty, delta, residual, n);
       const R scale = static_cast<R>(a.scale[unit.row + r]);
       if (grad)
         (grad + at).put(n, [&](int64_t from, L* to, int64_t m) {
-          if (unit.streams) read_ahead(pred + at + from + kSegment, m), read_ahead(y + at + from + kSegment, m);
+          if (unit.streams && sizeof(T) == sizeof(L)) read_ahead(pred + at + from + kSegment, m), read_ahead(y + at + from + kSegment, m);
           for (int64_t i = 0; i < m; ++i) narrow(scale * residual[from + i], to[i]);
         });
     }
@@ -680,6 +687,115 @@ static void column_sums_units(const ColumnSumsArgs& a, int64_t unit_begin, int64
   }
 }
 
+template <class T>
+static void contraction_units(const ContractionWork& a, int64_t unit_begin, int64_t unit_end) {
+  using R = typename ComputeType<T>::type;
+  using L = typename LoopType<T>::type;
+  alignas(64) L hs[kSegment];
+  alignas(64) R values[kSegment];
+  for_each_unit(a.batch, unit_begin, unit_end, [&](const Unit& unit, int64_t segment) {
+    const L* h = read<T>(a.batch, a.h, unit, hs);
+    const R* squares = static_cast<const R*>(a.squares) + unit.begin;
+    for (int64_t i = 0; i < unit.count(); ++i) values[i] = SquaredSlope<R>(widen(h[i])).value();
+    for (int64_t r = 0; r < unit.rows; ++r)
+      a.sums[segment + r] = dot(values + r * unit.length, squares, unit.length);
+  });
+}
+
+template <class T>
+static void contraction_grad_units(const ContractionGradArgs& a, int64_t unit_begin, int64_t unit_end) {
+  using R = typename ComputeType<T>::type;
+  using L = typename LoopType<T>::type;
+  alignas(64) L hs[kSegment], grads[kSegment];
+  for_each_unit(a.batch, unit_begin, unit_end, [&](const Unit& unit, int64_t) {
+    const L* h = read<T>(a.batch, a.h, unit, hs);
+    const R* squares = static_cast<const R*>(a.squares) + unit.begin;
+    const Output<L> grad = target<T>(a.batch, a.h_grad, unit, grads);
+    for (int64_t r = 0; r < unit.rows; ++r) {
+      const int64_t at = r * unit.length;
+      const R twice = static_cast<R>(2 * a.upstream[unit.row + r]);
+      (grad + at).put(unit.length, [=](int64_t from, L* to, int64_t m) {
+#pragma GCC ivdep
+        for (int64_t i = 0; i < m; ++i)
+          narrow(twice * squares[from + i] * SquaredSlope<R>(widen(h[at + from + i])).half_grad(), to[i]);
+      });
+    }
+    write<T>(a.batch, a.h_grad, unit, grad);
+  });
+}
+
+template <class T>
+static void squares_grad_units(const ContractionGradArgs& a, int64_t unit_begin, int64_t unit_end) {
+  using R = typename ComputeType<T>::type;
+  alignas(64) R hs[kSegment];
+  alignas(64) double sums[kSegment];
+  for (int64_t begin = unit_begin * kSegment; begin < unit_end * kSegment; begin += kSegment) {
+    const int64_t left = a.batch.D - begin, n = left < kSegment ? left : kSegment;
+    for (int64_t i = 0; i < n; ++i) sums[i] = 0;
+    for (int64_t row = 0; row < a.batch.B; ++row) {
+      const R* h = read<T>(a.batch, a.h, Unit{row, 1, begin, n, false}, hs);
+      for (int64_t i = 0; i < n; ++i) sums[i] += a.upstream[row] * static_cast<double>(SquaredSlope<R>(h[i]).value());
+    }
+    memcpy(a.squares_grad + begin, sums, n * sizeof(double));
+  }
+}
+
+// A row of a bound's table: the logarithm r of the variances' ratio is start + slope * v.
+template <class R>
+struct BoundRow {
+  R start, slope, scale;
+  BoundRow(const BoundArgs& a, int64_t row) {
+    const R* c = static_cast<const R*>(a.table) + row * kBoundColumns;
+    start = a.is_log ? c[kSmall] : -c[kHalfWidth];  // of the range's middle + half width * v: without what cancels
+    slope = a.is_log ? R(-1) : -c[kHalfWidth];
+    scale = c[kScale];
+  }
+  StepDivergence<R> at(R away, R v) const { return {scale, away, mul_add(slope, v, start)}; }
+};
+
+template <class T>
+static void bound_units(const BoundWork& a, int64_t unit_begin, int64_t unit_end) {
+  using R = typename ComputeType<T>::type;
+  using L = typename LoopType<T>::type;
+  alignas(64) L vs[kSegment];
+  alignas(64) R nats[kSegment];
+  for_each_unit(a.batch, unit_begin, unit_end, [&](const Unit& unit, int64_t segment) {
+    const L* v = read<T>(a.batch, a.v, unit, vs);
+    const R* away = static_cast<const R*>(a.away) + unit.row * a.batch.D + unit.begin;
+    const int64_t n = unit.length;
+    for (int64_t r = 0; r < unit.rows; ++r, v += n, away += n) {
+      const BoundRow<R> row(a, unit.row + r);
+      for (int64_t i = 0; i < n; ++i) nats[i] = row.at(away[i], widen(v[i])).nats();
+      a.sums[segment + r] = sum(nats, n);
+    }
+  });
+}
+
+template <class T>
+static void bound_grad_units(const BoundGradArgs& a, int64_t unit_begin, int64_t unit_end) {
+  using R = typename ComputeType<T>::type;
+  using L = typename LoopType<T>::type;
+  alignas(64) L vs[kSegment], grads[kSegment];
+  for_each_unit(a.batch, unit_begin, unit_end, [&](const Unit& unit, int64_t) {
+    const int64_t first = unit.row * a.batch.D + unit.begin, n = unit.length;
+    const L* v = read<T>(a.batch, a.v, unit, vs);
+    const R* away = static_cast<const R*>(a.away) + first;
+    R* away_grad = static_cast<R*>(a.away_grad) + first;
+    const Output<L> v_grad = target<T>(a.batch, a.v_grad, unit, grads);
+    for (int64_t r = 0; r < unit.rows; ++r) {
+      const BoundRow<R> row(a, unit.row + r);
+      const R upstream = static_cast<R>(a.upstream[unit.row + r]);
+#pragma GCC ivdep
+      for (int64_t i = r * n; i < (r + 1) * n; ++i) {
+        const StepDivergence<R> step = row.at(away[i], widen(v[i]));
+        away_grad[i] = step.away_grad(upstream);
+        narrow(row.slope * step.ratio_grad(upstream), v_grad.data[i]);
+      }
+    }
+    write<T>(a.batch, a.v_grad, unit, v_grad);
+  });
+}
+
 // One switch over the element types for every kernel.
 #define DAE_BY_DTYPE(name, Args)                                                \
   static void name(const Args& a, int64_t unit_begin, int64_t unit_end) {       \
@@ -698,6 +814,11 @@ DAE_BY_DTYPE(gaussian, GaussianWork)
 DAE_BY_DTYPE(gaussian_grad, GaussianGradArgs)
 DAE_BY_DTYPE(embedding, EmbeddingArgs)
 DAE_BY_DTYPE(column_sums, ColumnSumsArgs)
+DAE_BY_DTYPE(contraction, ContractionWork)
+DAE_BY_DTYPE(contraction_grad, ContractionGradArgs)
+DAE_BY_DTYPE(squares_grad, ContractionGradArgs)
+DAE_BY_DTYPE(bound, BoundWork)
+DAE_BY_DTYPE(bound_grad, BoundGradArgs)
 #undef DAE_BY_DTYPE
 
 }  // namespace DAE_ISA
@@ -705,6 +826,8 @@ DAE_BY_DTYPE(column_sums, ColumnSumsArgs)
 const Kernels DAE_JOIN(kernels_, DAE_ISA) = {DAE_ISA::affine, DAE_ISA::residual, DAE_ISA::row_dots,
                                              DAE_ISA::mask_count, DAE_ISA::corrupt, DAE_ISA::gaussian,
                                              DAE_ISA::gaussian_grad, DAE_ISA::bits, DAE_ISA::chain, DAE_ISA::normal_sum,
-                                             DAE_ISA::embedding, DAE_ISA::column_sums};
+                                             DAE_ISA::embedding, DAE_ISA::column_sums, DAE_ISA::contraction,
+                                             DAE_ISA::contraction_grad, DAE_ISA::squares_grad, DAE_ISA::bound,
+                                             DAE_ISA::bound_grad};
 
 }  // namespace dae::cpu

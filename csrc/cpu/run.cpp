@@ -114,9 +114,10 @@ void residual_as(const ResidualArgs& a, LossArgs loss) {
   for (int64_t b = 0; b < B; ++b)
     scale[b] = gradient_scale(loss.weight_of<R>(a.table, b), upstream, loss.kept_of(b, D), loss.reduction, B);
   expect_writes(a.batch, a.grad);
-  ResidualWork work{a, scale.data(), sums.data()};
+  const bool summed = loss.loss || loss.per_sample || loss.also;
+  ResidualWork work{a, scale.data(), sums.data(), summed};
   launch(isa().kernels->residual, work, kNsResidual + of_noise(a.noise) + of_noise(a.choice.noise));
-  finish_loss<R>(sums, a, loss);
+  if (summed) finish_loss<R>(sums, a, loss);
 }
 
 const char* residual(const ResidualArgs& a, const LossArgs& loss, Scratch, Queue) {
@@ -221,6 +222,34 @@ void column_sums(const ColumnSumsArgs& a) {
   const double work = static_cast<double>(a.batch.B) * static_cast<double>(a.batch.D) * kNsMap;
   parallel_for((a.batch.D + kSegment - 1) / kSegment, work,
                [&](int64_t begin, int64_t end) { isa().kernels->column_sums(a, begin, end); });
+}
+
+void contraction(const ContractionArgs& a) {
+  std::vector<double> sums(a.batch.B * Cut(a.batch.B, a.batch.D).segments_per_row);
+  launch(isa().kernels->contraction, ContractionWork{a, sums.data()}, kNsResidual);
+  sum_rows(sums, a.batch.B, [&](int64_t b, double sum) { a.out[b] = sum; });
+}
+
+void contraction_grad(const ContractionGradArgs& a) {
+  expect_writes(a.batch, a.h_grad);
+  if (a.h_grad.data) launch(isa().kernels->contraction_grad, a, kNsResidual);
+  if (!a.squares_grad) return;
+  const double work = static_cast<double>(a.batch.B) * static_cast<double>(a.batch.D) * kNsResidual;
+  parallel_for((a.batch.D + kSegment - 1) / kSegment, work,
+               [&](int64_t begin, int64_t end) { isa().kernels->squares_grad(a, begin, end); });
+}
+
+void bound(const BoundArgs& a) {
+  std::vector<double> sums(a.batch.B * Cut(a.batch.B, a.batch.D).segments_per_row);
+  launch(isa().kernels->bound, BoundWork{a, sums.data()}, kNsExponential);
+  sum_rows(sums, a.batch.B, [&](int64_t b, double sum) { a.out[b] = sum; });
+}
+
+void bound_grad(const BoundGradArgs& a) {
+  Batch wide = a.batch;
+  wide.dtype = a.batch.dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32;
+  expect_writes(a.batch, a.v_grad), expect_writes(wide, {a.away_grad});
+  launch(isa().kernels->bound_grad, a, kNsExponential);
 }
 
 const Api kApi = {affine,        residual, row_dots,    mask_count, corrupt, gaussian,

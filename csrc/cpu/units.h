@@ -25,6 +25,7 @@ struct Cut {
 struct ResidualWork : ResidualArgs {
   const double* scale;  // (B,)
   double* sums;         // one per segment
+  bool summed;          // someone reads them: a gradient that is made in backward wants no loss
 };
 struct RowDotsWork : RowDotsArgs {
   double* sums;  // three per segment
@@ -34,6 +35,13 @@ struct MaskCountWork : MaskArgs {
 };
 
 struct GaussianWork : GaussianArgs {
+  double* sums;  // one per segment
+};
+
+struct ContractionWork : ContractionArgs {
+  double* sums;  // one per segment
+};
+struct BoundWork : BoundArgs {
   double* sums;  // one per segment
 };
 
@@ -53,6 +61,11 @@ struct Kernels {
   void (*normal_sum)(const NormalSumArgs&, int64_t unit_begin, int64_t unit_end);
   void (*embedding)(const EmbeddingArgs&, int64_t unit_begin, int64_t unit_end);  // of pairs
   void (*column_sums)(const ColumnSumsArgs&, int64_t unit_begin, int64_t unit_end);  // of kSegment columns
+  void (*contraction)(const ContractionWork&, int64_t unit_begin, int64_t unit_end);
+  void (*contraction_grad)(const ContractionGradArgs&, int64_t unit_begin, int64_t unit_end);
+  void (*squares_grad)(const ContractionGradArgs&, int64_t unit_begin, int64_t unit_end);  // of kSegment columns
+  void (*bound)(const BoundWork&, int64_t unit_begin, int64_t unit_end);
+  void (*bound_grad)(const BoundGradArgs&, int64_t unit_begin, int64_t unit_end);
 };
 
 // One table per instruction set; nullptr where this build has none.

@@ -56,6 +56,7 @@ max_threads = _core.max_threads
 philox4x32_10 = _core.philox4x32_10
 fast_normal = _core.fast_normal
 all_within = _core.all_within
+are_plain = _core.are_plain
 is_one = _core.is_one
 use_fast = _core.use_fast
 use_gradients = _core.use_gradients
@@ -137,14 +138,14 @@ fast_step = _core.fast_step
 
 
 def fast_loss(
-    core: Any, operands: tuple[Any, ...], source: Any, key: Any, weight: Tensor | None
-) -> tuple[Tensor, Tensor | bool | None, Tensor | None, Any, Tensor | int | None] | None:
-    """(loss, gradient of pred or None, also or None, table, t) of a plain call on (pred, y, z, noise); else None.
+    core: Any, operands: Residual, source: Any, key: Any, weight: Tensor | None
+) -> tuple[Tensor, Tensor | bool | None, Tensor | None, Any, Tensor | int | None, Tensor | None] | None:
+    """(loss, gradient of pred or None, also or None, table, t, kept or None) of a plain call; else None.
 
-    The gradient is False where it is wanted and made in backward: of fp16.
+    The gradient is False where it is wanted and made in backward, of fp16; True where `loss` is the samples' means,
+    whose gradients are made there: of a target's tensors too, or of a loss that is not summed.
     """
-    pred, y, z, noise = operands
-    return _core.fast_loss(core, pred, y, z, noise, source, key, weight, workspace)
+    return _core.fast_loss(core, *operands, source, key, weight, workspace)
 
 
 def _scratch(x: Tensor, columns: int = 1) -> tuple[Tensor | None, Tensor | None]:
@@ -195,8 +196,8 @@ def residual(spec: Loss, operands: Residual, rows: Coefficients, wanted: Wanted)
     loss = pred.new_empty((), dtype=compute) if wanted.loss and not again else None
     grad = torch.empty_like(pred) if wanted.grad and wanted.made is None else wanted.made
     room = _scratch(pred, 1)
-    kept, weight = None, wanted.weight
-    if mask is not None and not (in_memory is not None and in_memory.is_floating_point()):
+    kept, weight = wanted.kept, wanted.weight
+    if kept is None and mask is not None and not (in_memory is not None and in_memory.is_floating_point()):
         kept = pred.new_empty(pred.shape[0], dtype=torch.float64)
         upstream = None if wanted.made is None else wanted.upstream  # 1: what was made stands, and no counts are needed
         _core.mask_count(pred if in_memory is None else in_memory, of_mask, upstream, kept, room)
@@ -206,7 +207,7 @@ def residual(spec: Loss, operands: Residual, rows: Coefficients, wanted: Wanted)
     bad = _core.residual(spec.core, (pred, y, z, noise), (table, index), of_mask, factors, results, room)
     if bad >= 0 and index is not None:
         raise_bad_level(spec.op, table, index, bad)
-    return Found(means, loss, grad)
+    return Found(means, loss, grad, kept)
 
 
 def weighs(x: Tensor) -> bool:
@@ -281,6 +282,40 @@ def kl_sparsity(h: Tensor, rate: float, with_slope: bool) -> tuple[Tensor, Tenso
     loss = torch.empty((), dtype=compute)
     slope = torch.empty(h.shape[1:], dtype=compute) if with_slope else None
     return loss, slope, _core.kl_sparsity(h, rate, loss, slope)
+
+
+def contraction(h: Tensor, squares: Tensor) -> Tensor:
+    """On the CPU: (B,) fp64, sum_j squares_j (h_bj (1 - h_bj))^2. h: (B, D); squares: (D,) of the compute type."""
+    out = torch.empty(h.shape[0], dtype=torch.float64)
+    _core.contraction(h, squares, out)
+    return out
+
+
+def contraction_grad(
+    h: Tensor, squares: Tensor, upstream: Tensor, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of h, and of squares in fp64, those that are wanted, from the gradient (B,), fp64, of the sums."""
+    of_h = torch.empty_like(h) if wanted[0] else None
+    of_squares = torch.empty(h.shape[1], dtype=torch.float64) if wanted[1] else None
+    _core.contraction_grad(h, squares, upstream.contiguous(), of_h, of_squares)
+    return of_h, of_squares
+
+
+def bound(v: Tensor, away: Tensor, table: Tensor, is_log: bool) -> Tensor:
+    """On the CPU: (B,) fp64, a step's divergence summed over each row (StepDivergence in csrc/ops.h), in nats.
+
+    v, away: (B, D), away contiguous and of the compute type; table: (B, 5), as ops.variational has it
+    """
+    out = torch.empty(v.shape[0], dtype=torch.float64)
+    _core.bound(v, away, table, is_log, out)
+    return out
+
+
+def bound_grad(v: Tensor, away: Tensor, table: Tensor, is_log: bool, upstream: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of v and away, from the gradient (B,), fp64, of the sums."""
+    grads = torch.empty_like(v), torch.empty_like(away)
+    _core.bound_grad(v, away, table, is_log, upstream.contiguous(), grads)
+    return grads
 
 
 def row_dots(g: Tensor, inputs: Inputs, noise: Noise | None) -> Tensor:

@@ -134,9 +134,15 @@ def coefficients(table: Tensor, index: Tensor | None, op: str, x: Tensor) -> Ten
     """(B or 1, K) rows of the table on x's device. A level outside it raises on the CPU and is NaN elsewhere."""
     if index is None:
         return on_device(table, x.device)
-    inside = (index >= 0) & (index < table.shape[0])
     unreadable = torch.compiler.is_compiling() or in_functorch() or dispatch_modes() or jit_tracing() is not None
-    if not unreadable and type(index) is Tensor and index.device.type == "cpu" and not inside.all():
+    readable = not unreadable and type(index) is Tensor and index.device.type == "cpu"
+    if readable:
+        try:
+            return table.index_select(0, index)  # which looks at each index by itself
+        except IndexError:
+            pass
+    inside = (index >= 0) & (index < table.shape[0])
+    if readable:
         raise_bad_level(op, table, index, int((~inside).nonzero()[0, 0]))
     rows = table[index.long().clamp(0, table.shape[0] - 1)]
     return torch.where(inside[:, None], rows, torch.nan)

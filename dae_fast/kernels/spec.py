@@ -243,6 +243,7 @@ class Wanted(NamedTuple):
 
     weight: (B,)      loss, grad: whether they are made      also: (2,), written      upstream: () times the gradient
     made: the gradient for an upstream of 1, kept where that is what upstream turns out to be and written anew else
+    kept: what a pass over the same mask has found
     """
 
     loss: bool = False
@@ -251,14 +252,19 @@ class Wanted(NamedTuple):
     also: Tensor | None = None
     upstream: Tensor | None = None
     made: Tensor | None = None
+    kept: Tensor | None = None
 
 
 class Found(NamedTuple):
-    """What the pass gave: the samples' unweighted means, the loss, the gradient of pred; None where not wanted."""
+    """What the pass gave: the samples' unweighted means, the loss, the gradient of pred; None where not wanted.
+
+    kept: how many elements of each sample a mask keeps, where they were counted
+    """
 
     means: Tensor | None
     loss: Tensor | None
     grad: Tensor | None
+    kept: Tensor | None = None
 
 
 class Update(NamedTuple):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from ..checks import as_number, can_read, check_per_sample, samples
+from ..coefficients import all_within
 from ..noise import Noise
 from ..primitives import summed
 
@@ -35,7 +38,10 @@ def langevin_step(
     h, scale = step_size, noise_scale
     if not (type(h) is type(scale) is float and h >= 0):
         h, scale = _checked(op, x, h, scale)
-    return summed(op, ("x", "score", "noise"), (x, score, noise), (1.0, h, scale * (2 * h) ** 0.5), out)
+    spread = (2 * h) ** 0.5
+    if not (type(scale) is float and scale == 1):
+        spread = scale * spread
+    return summed(op, ("x", "score", "noise"), (x, score, noise), (1.0, h, spread), out)
 
 
 def _checked(
@@ -45,9 +51,10 @@ def _checked(
         samples(op, "x", x)
     h = _factor(op, "step_size", step_size, x)
     scale = _factor(op, "noise_scale", noise_scale, x)
-    negative = (
-        bool((h < 0).any()) if isinstance(h, Tensor) and can_read(h) else not isinstance(h, Tensor) and not h >= 0
-    )
+    if not isinstance(h, Tensor):
+        negative = not h >= 0
+    else:
+        negative = not all_within(h, 0.0, math.inf) and can_read(h) and bool((h < 0).any())
     if negative:
         raise ValueError(f"{op}: step_size must not be negative, got {float(torch.as_tensor(h).min())}")
     return h, scale

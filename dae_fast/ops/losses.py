@@ -17,6 +17,7 @@ from ..coefficients import Formula, Level, gather, is_one, leading, level_for, s
 from ..kernels.spec import (
     ABSENT,
     KINDS,
+    REDUCTIONS,
     Coefficients,
     Kind,
     KindName,
@@ -46,8 +47,7 @@ Delta = float | Callable[[Tensor, Tensor], Any]
 AnyNoise = Noise | Tensor | StructuredNoise
 MINUS_TARGET = (1.0, -1.0, -1.0)  # a table's row for pred - y, pred - z and pred - noise
 AGAINST_NOISE = (ABSENT, 2, ABSENT, ABSENT, ABSENT, ABSENT)  # columns of a loss in it
-SUMMED: dict[str, Reduction] = {"mean": Reduction.mean, "sum": Reduction.sum}
-_NOISE_MSE = {name: loss_of("noise_mse", Kind.mse, how, AGAINST_NOISE) for name, how in SUMMED.items()}
+_NOISE_MSE = {name: loss_of("noise_mse", Kind.mse, how, AGAINST_NOISE) for name, how in REDUCTIONS.items()}
 
 
 def _either(noise: Any) -> tuple[Any, Noise | None]:
@@ -143,10 +143,14 @@ def noise_mse(
     """
     op = "noise_mse"
     how = _NOISE_MSE.get(reduction) if isinstance(reduction, str) else None
-    alone = level is None and level_weight is None and mask is None and return_x0_mse is False and _is_sum(normalise)
+    alone = level is None and level_weight is None and return_x0_mse is False and _is_sum(normalise)
     if how is not None and alone and (weight is None or type(weight) is Tensor):
         tensor, generated = _either(noise)
-        done = fast_residual_loss(how, (pred, None, tensor, generated), MINUS_TARGET, None, weight)
+        chosen = None
+        if mask is not None and not is_compiling():
+            samples(op, "pred", pred)
+            chosen = mask_of(op, pred, mask)
+        done = fast_residual_loss(how, Residual(pred, None, tensor, generated, chosen), MINUS_TARGET, None, weight)
         if done is not None:
             return done[0]
     by = reduction_of(op, pred, reduction)
@@ -258,9 +262,13 @@ def denoising_loss(
         level_for(op, level)
     weighting, w = weight_for(op, weight, level, pred, predict)
     alone = log_variance is None and return_per_sample is False and _is_sum(normalise)
-    if mask is None and alone and not is_compiling():
+    chosen = None
+    if mask is not None:
+        samples(op, "pred", pred)
+        chosen = mask_of(op, pred, mask)
+    if alone and not is_compiling():
         known = _fast_loss(op, predict, weighting, _name(kind), _name(reduction))
-        done = None if known is None else _run_plain(known, Compared(pred, x0, noise, level), w, delta)
+        done = None if known is None else _run_plain(known, Compared(pred, x0, noise, level), w, delta, chosen)
         if done is not None:
             return done[0]
     columns = LossColumns(predict, weighting)
@@ -269,7 +277,7 @@ def denoising_loss(
     if level is not None:
         level._check(op, pred)
     how = reduction_of(op, pred, reduction)
-    chosen, u = mask_of(op, pred, mask), None
+    u = None
     share = over_all(op, pred, chosen, normalise, max(1 if level is None else level._dims(), leading(w)))
     w = w if how is Reduction.sum else product(w, share)
     if log_variance is not None:
@@ -367,9 +375,9 @@ class _Plain:
 @lru_cache(maxsize=128)
 def _plain(op: str, columns: LossColumns, kind: str, reduction: str) -> _Plain | None:
     """None for what is not plain, or wrong: a delta has its column in a row of constants alone."""
-    if kind not in KINDS or reduction not in SUMMED or (KINDS[kind].has_delta and columns.row is None):
+    if kind not in KINDS or reduction not in REDUCTIONS or (KINDS[kind].has_delta and columns.row is None):
         return None
-    return _Plain(op, columns, Kind[kind], SUMMED[reduction])
+    return _Plain(op, columns, Kind[kind], REDUCTIONS[reduction])
 
 
 @lru_cache(maxsize=128)
@@ -394,9 +402,12 @@ def fast_against_target(
     return None if known is None else _run_plain(known, compared, weight)
 
 
-def _run_plain(known: _Plain, compared: Compared, weight: Tensor | None, delta: Delta | None = None) -> Summed | None:
+def _run_plain(
+    known: _Plain, compared: Compared, weight: Tensor | None, delta: Delta | None = None, mask: Mask = None
+) -> Summed | None:
     pred, x0, noise, level = compared
-    generated = z = None
+    generated: Noise | None = None
+    z: Any = None
     if type(noise) is Noise:
         generated = noise
     elif noise is None:
@@ -423,7 +434,7 @@ def _run_plain(known: _Plain, compared: Compared, weight: Tensor | None, delta: 
         level._check(known.loss.op, pred)
         if level._dims() > 1:
             return None
-    return fast_residual_loss(known.loss, (pred, x0, z, generated), source, known.formula, weight)
+    return fast_residual_loss(known.loss, Residual(pred, x0, z, generated, mask), source, known.formula, weight)
 
 
 def against_target(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import checks
 from ..checks import can_read, check_per_sample, like, samples
+from ..coefficients import all_within
 from ..kernels.spec import compute_dtype
 from ..noise import Noise, noise_for
 from ..primitives import Use, summed, summed_twice, weighted_sum
@@ -19,6 +20,7 @@ from .reparameterisation import reparameterise
 
 __all__ = ["mala_step", "sgld_step", "underdamped_step"]
 
+SMALLEST = math.ulp(0.0)  # above 0
 ACCEPTANCE_TAG = 0x616363  # "acc"; the words that decide on a proposal
 
 
@@ -27,7 +29,7 @@ def _positive(op: str, name: str, value: float | Tensor, x: Tensor) -> float | T
     found = check_per_sample(op, name, value, x)
     if isinstance(found, Tensor):
         found = found.double()
-        if can_read(found) and not bool((found > 0).all()):
+        if not all_within(found, SMALLEST, math.inf) and can_read(found) and not bool((found > 0).all()):
             raise ValueError(f"{op}: {name} must be positive, got {float(found.min())}")
     elif not 0 < found < math.inf:
         raise ValueError(f"{op}: {name} must be positive and finite, got {found}")

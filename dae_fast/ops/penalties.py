@@ -16,18 +16,17 @@ from ..checks import as_number, can_read, function, integer
 from ..coefficients import changing, stack_rows
 from ..kernels.dispatch import kernels
 from ..kernels.reference import per_sample_sum
-from ..kernels.spec import ABSENT, Kind, ReductionName, Residual, compute_dtype, loss_of
+from ..kernels.spec import ABSENT, REDUCTIONS, Kind, ReductionName, Residual, compute_dtype, loss_of
 from ..noise import Noise
 from ..primitives import loss_of_rows, reduction_of
 from ..primitives.residuals import fast_residual_loss
 from ..routing import Route, on_mesh, route, wants_grad
-from .losses import SUMMED
 
 __all__ = ["contraction", "kl_sparsity", "l1_penalty", "sigmoid_contraction"]
 
 _ALONE = (1.0, 0.0, 0.0)  # a residual's row: against nothing
 _COLUMNS = (ABSENT,) * 6
-_PLAIN = {name: loss_of("l1_penalty", Kind.l1, how, _COLUMNS) for name, how in SUMMED.items()}
+_PLAIN = {name: loss_of("l1_penalty", Kind.l1, how, _COLUMNS) for name, how in REDUCTIONS.items()}
 CONTRACTION_TAG = 0x6A61636F  # "jaco"; of the directions, so that they do not depend on a corruption of the same noise
 
 
@@ -42,7 +41,7 @@ def l1_penalty(h: Tensor, *, reduction: ReductionName = "mean") -> Tensor:
     """
     op, plain = "l1_penalty", _PLAIN.get(reduction) if isinstance(reduction, str) else None
     if plain is not None:
-        done = fast_residual_loss(plain, (h, None, None, None), _ALONE, None)
+        done = fast_residual_loss(plain, Residual(h, None, None, None), _ALONE, None)
         if done is not None:
             return done[0]
     checks.samples(op, "h", h)
@@ -134,8 +133,8 @@ def sigmoid_contraction(h: Tensor, W: Tensor, *, reduction: ReductionName = "mea
     h: (B, H) fp16/bf16/fp32/fp64, the layer's output      W: (H, D), its weight, as torch.nn.Linear's
     reduction: "mean" or "sum" over the batch, or "none": (B,)
     returns: fp32 (fp64 for fp64) scalar, or (B,)
-    Neither the Jacobian nor x is needed: B H + H D operations. Gradient: torch's, of h and W. Raises ValueError on a
-    shape mismatch or the mean of an empty batch. Rifai et al. 2011, eq. 7.
+    Neither the Jacobian nor x is needed: B H + H D operations. Gradient: of h and W; on the CPU a pass each, elsewhere
+    torch's. Raises ValueError on a shape mismatch or the mean of an empty batch. Rifai et al. 2011, eq. 7.
     """
     op = "sigmoid_contraction"
     checks.samples(op, "h", h)
@@ -144,13 +143,59 @@ def sigmoid_contraction(h: Tensor, W: Tensor, *, reduction: ReductionName = "mea
         raise ValueError(f"{op}: h must be (B, H) and W (H, D), got {tuple(h.shape)} and {tuple(W.shape)}")
     if h.device != W.device:
         raise ValueError(f"{op}: W must be on {h.device} like h, got {W.device}")
+    reduction_of(op, h, reduction)
     compute = torch.promote_types(compute_dtype(h.dtype), compute_dtype(W.dtype))
-    wide, weight = h.to(compute), W.to(compute)
+    in_kernel = h.device.type == "cpu" and compute == compute_dtype(h.dtype) and h.numel() and W.numel()
+    if in_kernel and route(op, h, W) is Route.DIRECT and hasattr(kernels(h, op), "contraction"):
+        found: Tensor = _Contraction.apply(h, W, reduction) if wants_grad(h, W) else _contracted(h, W, reduction)[0]
+        return found
+    return _contracted_in_torch(h, W, reduction)
+
+
+def _contracted_in_torch(h: Tensor, W: Tensor, reduction: ReductionName) -> Tensor:
+    compute = torch.promote_types(compute_dtype(h.dtype), compute_dtype(W.dtype))
+    wide = h.to(compute)
     slope = wide * (1 - wide)
     # Not a product of matrices, which autocast would run in half precision.
-    each = (slope.square() * weight.square().sum(1)).sum(1)
-    reduction_of(op, h, reduction)
-    return _reduced(each, reduction)
+    return _reduced((slope.square() * _squared_norms(W, compute)).sum(1), reduction)
+
+
+def _squared_norms(W: Tensor, compute: torch.dtype) -> Tensor:
+    return W.to(compute).square().sum(1)
+
+
+def _contracted(h: Tensor, W: Tensor, reduction: ReductionName) -> tuple[Tensor, Tensor]:
+    """The loss, and the squared norms of W's rows."""
+    compute = compute_dtype(h.dtype)
+    norms = _squared_norms(W, compute)
+    return _reduced(kernels(h, "sigmoid_contraction").contraction(h, norms), reduction).to(compute), norms
+
+
+class _Contraction(DirectFunction):
+    """Eager, on the CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, W: Tensor, reduction: ReductionName) -> Tensor:
+        loss, norms = _contracted(h, W, reduction)
+        ctx.save_for_backward(h, W, norms)
+        ctx.reduction = reduction
+        return loss
+
+    @staticmethod
+    @batchable
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        h, W, norms = ctx.saved_tensors
+        op, (of_h, of_W, _) = "sigmoid_contraction", ctx.needs_input_grad
+        if torch.is_grad_enabled() or route(op, upstream, h, W) is not Route.DIRECT:
+            with torch.enable_grad():  # a graph of its own, for what is wanted of it
+                again = _contracted_in_torch(h, W, ctx.reduction)
+                wanted = [t for t, need in ((h, of_h), (W, of_W)) if need]
+                found = iter(torch.autograd.grad(again, wanted, upstream, create_graph=True))
+            return next(found) if of_h else None, next(found) if of_W else None, None
+        each = (upstream.double() / (len(h) if ctx.reduction == "mean" else 1)).expand(len(h))
+        h_grad, norms_grad = kernels(h, op).contraction_grad(h, norms, each, (of_h, of_W))
+        W_grad = None if norms_grad is None else (W * (2 * norms_grad).to(norms.dtype)[:, None]).to(W.dtype)
+        return h_grad, W_grad, None
 
 
 def contraction(

@@ -11,10 +11,13 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from .. import checks
+from .._torch import DirectFunction, batchable
 from ..checks import can_read, like, samples
 from ..coefficients import Formula, Level, gather, level_for, stack_rows
-from ..kernels.spec import ABSENT, Kind, ReductionName, Residual, compute_dtype, loss_of
+from ..kernels.dispatch import kernels
+from ..kernels.spec import ABSENT, Kind, Reduction, ReductionName, Residual, compute_dtype, loss_of
 from ..primitives import LevelOp, loss_of_rows, reduction_of
+from ..routing import Route, route, wants_grad
 from .losses import AnyNoise, denoising_loss
 from .noising import operands
 from .parameterisation import Parameterisation, check_name, conversion, mix
@@ -24,6 +27,7 @@ from .weighting import Weight, weight_for
 __all__ = ["hybrid_loss", "variational_bound"]
 
 Variance = Literal["range", "log"]
+Columns = tuple[Tensor, ...]
 HALF_BIN = 1 / 255  # of data in [-1, 1] that have 256 values
 _COLUMNS = (ABSENT,) * 6
 EDGE = 0.999  # beyond it is the outermost bin, which has no far side
@@ -49,9 +53,9 @@ def variational_bound(
     level: schedule[t], s being t - 1      predict: as in denoising_loss
     reduction: "mean"; "sum" (over all elements); "none" (of each sample)
     returns: fp32 (fp64 for fp64) scalar, or (B,)
-    T times the mean over uniform levels bounds -log2 p(x0), but for the prior's term. x0_hat - x0 is
-    one launch, x_t being no input; exponentials are torch's, the sum and its gradient a launch. Bins are integrals of
-    the Gaussian, whose logarithm is finite however unlikely they are.
+    T times the mean over uniform levels bounds -log2 p(x0), but for the prior's term. x0_hat - x0 is one launch, x_t
+    being no input, and on the CPU the divergence and its gradients are one each; else, and at level 0, exponentials are
+    torch's. Bins are integrals of the Gaussian, whose logarithm is finite however unlikely they are.
     Gradient: of pred and v, and all else that is a tensor. Raises ValueError on a shape mismatch, a level that is not a
     Schedule's, or one where pred does not determine x0. Ho et al. 2020, eq. 5 and 13; Nichol and Dhariwal 2021, eq. 4
     and 15.
@@ -66,21 +70,94 @@ def variational_bound(
     if level.t is None:
         raise ValueError(f"{op}: is of a step between levels and needs level=schedule[t]")
     compute = torch.promote_types(compute_dtype(torch.promote_types(pred.dtype, x0.dtype)), compute_dtype(v.dtype))
-    pred, v, x0 = (t.to(compute) for t in (pred, v, x0))
+    pred, x0 = pred.to(compute), x0.to(compute)
     y, eps, of_y, of_eps = operands(op, noise, x0)
     shared = of_y if y is not None else 0.0, of_eps if eps is not None else 0.0
     difference = (_made if is_dynamo_compiling() else _kept)(predict, *shared)
     away = difference.run(level, tuple(t for t in (pred, x0, y, eps) if t is not None))
-    small, middle, half_width, share = _columns(op, level, pred)
-    log_variance = v if variance == "log" else torch.addcmul(middle, half_width, v)
-    ratio = small - log_variance
-    nats = torch.addcmul(torch.expm1(ratio) - ratio, (share * away).square(), torch.exp(-log_variance)) * 0.5
+    table, is_log = gather(op, _LOGARITHMS.rows(level, pred, pred.dtype, op), pred), variance == "log"
+    v = v if compute_dtype(v.dtype) == compute else v.to(compute)
+    in_kernel = pred.device.type == "cpu" and pred.numel() and route(op, away, v, table) is Route.DIRECT
+    if in_kernel and hasattr(kernels(away, op), "bound"):
+        each = _summed_in_kernel(x0, away, v, table, level, is_log)
+        bits = 1 / math.log(2) if reduction == "sum" else 1 / (math.log(2) * pred[0].numel())
+        if reduction == "none":
+            return (each.reshape(len(pred), -1).sum(1) * bits).to(compute)
+        total = each.sum() * bits
+        return (total if reduction == "sum" else total / len(pred)).to(compute)
+    dims = level._dims() if len(table) > 1 else 1
+    shape = (*(pred.shape[:dims] if len(table) > 1 else (1,)), *[1] * (pred.dim() - dims))
+    columns, v = tuple(c.reshape(shape) for c in table.unbind(1)), v.to(compute)
+    nats = _nats(columns, away, v, is_log)
     at_data = _at_data(level, pred)
     if at_data is not None:
-        nats = torch.where(at_data, -_log_likelihood(x0, away, log_variance), nats)
+        nats = torch.where(at_data, -_log_likelihood(x0, away, _log_variance(columns, v, is_log)), nats)
+    return _summed(nats, how) / math.log(2)
+
+
+def _summed(nats: Tensor, how: Reduction) -> Tensor:
+    op = "variational_bound"
     summed = loss_of(op, Kind.l1, how, _COLUMNS)  # none is negative but by rounding
     rows = stack_rows(op, (1.0, 0.0, 0.0), nats, nats.dtype)
-    return loss_of_rows(summed, Residual(nats, None, None, None), rows, None, 1)[0] / math.log(2)
+    return loss_of_rows(summed, Residual(nats, None, None, None), rows, None, 1)[0]
+
+
+def _log_variance(columns: Columns, v: Tensor, is_log: bool) -> Tensor:
+    return v if is_log else torch.addcmul(columns[1], columns[2], v)
+
+
+def _nats(columns: Columns, away: Tensor, v: Tensor, is_log: bool) -> Tensor:
+    """KL(q || p) of each element."""
+    small, _, _, share, _ = columns
+    log_variance = _log_variance(columns, v, is_log)
+    ratio = small - log_variance
+    return torch.addcmul(torch.expm1(ratio) - ratio, (share * away).square(), torch.exp(-log_variance)) * 0.5
+
+
+def _summed_in_kernel(x0: Tensor, away: Tensor, v: Tensor, table: Tensor, level: Level, is_log: bool) -> Tensor:
+    """Nats of each row of the table, or of each sample where it has one, in fp64; those at level 0 by torch."""
+    table = table if len(table) > 1 else table.expand(len(away), -1).contiguous()
+    x0, away, v = (t.reshape(len(table), -1) for t in (x0, away, v))
+    away = away.contiguous()
+    sums = _Bound.apply(away, v, table, is_log) if wants_grad(away, v) else _bound(away, v, table, is_log)
+    t = torch.as_tensor(level.t).reshape(-1)
+    at_data = (t == 0).expand(len(table)).nonzero()[:, 0]
+    if not len(at_data):
+        return sums
+    columns = tuple(c[:, None] for c in table[at_data].unbind(1))
+    log_variance = _log_variance(columns, v[at_data].to(away.dtype), is_log)
+    each = _summed(-_log_likelihood(x0[at_data], away[at_data], log_variance), Reduction.none)
+    return sums.index_copy(0, at_data, each.double() * x0.shape[1])
+
+
+def _bound(away: Tensor, v: Tensor, table: Tensor, is_log: bool) -> Tensor:
+    made: Tensor = kernels(away, "variational_bound").bound(v, away, table, is_log)
+    return made
+
+
+class _Bound(DirectFunction):
+    """Eager, on the CPU: a row's divergence in nats, in fp64."""
+
+    @staticmethod
+    def forward(ctx: Any, away: Tensor, v: Tensor, table: Tensor, is_log: bool) -> Tensor:
+        ctx.save_for_backward(away, v, table)
+        ctx.is_log = is_log
+        return _bound(away, v, table, is_log)
+
+    @staticmethod
+    @batchable
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        away, v, table = ctx.saved_tensors
+        op, nothing = "variational_bound", (None, None)
+        if torch.is_grad_enabled() or route(op, upstream, away, v) is not Route.DIRECT:
+            columns = tuple(c[:, None] for c in table.unbind(1))
+            with torch.enable_grad():  # a graph of its own, for what is wanted of it
+                again = _nats(columns, away, v.to(away.dtype), ctx.is_log).sum(1)
+                wanted = [t for t, need in zip((away, v), ctx.needs_input_grad, strict=False) if need]
+                found = iter(torch.autograd.grad(again, wanted, upstream.to(again.dtype), create_graph=True))
+            return *(next(found) if need else None for need in ctx.needs_input_grad[:2]), *nothing
+        of_v, of_away = kernels(away, op).bound_grad(v, away, table, ctx.is_log, upstream)
+        return of_away, of_v, *nothing
 
 
 def hybrid_loss(
@@ -138,25 +215,18 @@ _kept = lru_cache(maxsize=64)(_made)
 def _logarithms(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
     """Of the posterior's variance, level 0 having that of level 1; the middle and half width from there to beta_t's.
 
-    Then what the posterior's mean has of x0, which is 1 at level 0.
+    Then what the posterior's mean has of x0, which is 1 at level 0; and that over the posterior's standard deviation.
     """
     alpha_s, sigma_s = (torch.cat((torch.full_like(c[:1], value), c[:-1])) for c, value in ((alpha, 1.0), (sigma, 0.0)))
     added = sigma.square() - (alpha / alpha_s * sigma_s).square()
     posterior = added * (sigma_s / sigma).square()
     small = torch.cat((posterior[1:2], posterior[1:])).log()
     large = added.log()
-    return small, (small + large) / 2, (large - small) / 2, alpha_s * added / sigma.square()
+    share = alpha_s * added / sigma.square()
+    return small, (small + large) / 2, (large - small) / 2, share, share * torch.exp(-0.5 * small)
 
 
-_LOGARITHMS = Formula("variational_bound", ("small", "middle", "half width", "share"), _logarithms)
-
-
-def _columns(op: str, level: Level, pred: Tensor) -> tuple[Tensor, ...]:
-    """Of each sample or row, shaped to multiply pred."""
-    table = gather(op, _LOGARITHMS.rows(level, pred, pred.dtype, op), pred)
-    dims = level._dims() if len(table) > 1 else 1
-    shape = (*(pred.shape[:dims] if len(table) > 1 else (1,)), *[1] * (pred.dim() - dims))
-    return tuple(c.reshape(shape) for c in table.unbind(1))
+_LOGARITHMS = Formula("variational_bound", ("small", "middle", "half width", "share", "scale"), _logarithms)
 
 
 def _at_data(level: Level, pred: Tensor) -> Tensor | None:

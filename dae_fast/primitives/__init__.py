@@ -44,7 +44,7 @@ from ..noise import Noise
 from ..routing import fast_map, on_mesh, wants_grad
 from .masks import Drawn, Mask
 from .memory import check_out
-from .residuals import Weighed
+from .residuals import Weighed, fast_residual_loss
 from .residuals import residual_loss as residual
 from .sums import affine_into, general_affine, written
 
@@ -614,8 +614,12 @@ def residual_loss(
     if isinstance(w, float):
         at = changing(checks.number(op, "weight", w, "finite"), pred)
         w = at if isinstance(at, Tensor) else torch.full((), at, dtype=torch.float64, device=pred.device)
+    dims, operands = leading(*row, w), Residual(pred, y, z, noise, mask_of(op, pred, mask))
+    done = fast_residual_loss(spec, operands, row, None, w) if dims == 1 else None
+    if done is not None:
+        return done[0]
     rows = stack_rows(op, row, pred, compute_dtype(pred.dtype))
-    return loss_of_rows(spec, Residual(pred, y, z, noise, mask_of(op, pred, mask)), rows, w, leading(*row, w))[0]
+    return loss_of_rows(spec, operands, rows, w, dims)[0]
 
 
 def _operands(given: Sequence[Any]) -> tuple[Any, Any, Any, tuple[int, int]]:

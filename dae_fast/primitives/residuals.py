@@ -41,22 +41,26 @@ Weighed = tuple[Tensor, Tensor, Tensor | None]  # the loss, the samples' means, 
 
 
 def fast_residual_loss(
-    spec: Loss, operands: tuple[Any, Any, Any, Noise | None], source: Any, key: Any, weight: Tensor | None = None
+    spec: Loss, operands: Residual, source: Any, key: Any, weight: Tensor | None = None
 ) -> Summed | None:
-    """The loss of a plain call that is summed, without mask; None where residual_loss has to look.
+    """The loss of a plain call; None where residual_loss has to look.
 
-    operands: pred, y, z, noise      source, key: as of fast_loss
+    source, key: as of fast_loss
     """
     if is_compiling():
         return None
-    made = fast_loss(spec.core, operands, source, key, weight)
-    if made is None:
+    found = fast_loss(spec.core, operands, source, key, weight)
+    if found is None:
         return None
-    loss, grad, also, table, t = made
-    if grad is None:
+    loss, grad, also, table, t, kept = found
+    if grad is None and spec.reduction is not Reduction.none:
         return loss, also
+    rows = rows_at(table, t)
+    if grad is None or grad is True:
+        means = loss if grad is None else _sample_means(spec, operands, rows, (loss, kept))
+        return _reduced(spec, operands, _weighted(spec, means, weight, rows)), None
     made = loss, None if grad is False else grad
-    return _keep_gradient(spec, Residual(*operands), rows_at(table, t), weight, made, None), also
+    return _keep_gradient(spec, operands, rows, weight, made, None), also
 
 
 def _keep_gradient(
@@ -70,7 +74,7 @@ def _keep_gradient(
     read_again = () if noise is None and mask is None else _read_again(noise, mask)
     others = y, z, rows.t, mask if isinstance(mask, Tensor) else None, means, *read_again
     # In a tuple: of an argument that is returned autograd makes a view.
-    return _Loss.apply(pred, weight, made, others, (spec, noise, rows.table, None if means is None else mask))
+    return _Loss.apply(pred, weight, made, others, (spec, noise, rows.table, mask if isinstance(mask, Drawn) else None))
 
 
 def _read_again(noise: Noise | None, mask: Any) -> list[Tensor | None]:
@@ -96,25 +100,30 @@ def residual_loss(spec: Loss, operands: Residual, rows: Coefficients, weight: Te
     if way is Route.DIRECT and (not has_weights(mask) or _in_one_pass(op, pred, mask)):
         if not wants_grad(pred, y, z, rows.tensor, weight):
             wanted = Wanted(loss=summed, weight=weight, also=also)
-            means, loss, _ = kernels(pred, op).residual(spec, operands, rows, wanted)
+            means, loss, *_ = kernels(pred, op).residual(spec, operands, rows, wanted)
             return loss if summed else _weighted(spec, means, weight, rows), means, also
         if summed and not wants_grad(y, z, rows.tensor):
             # fp16's is left to backward: a loss scale must reach the gradient before it is rounded.
             now = wants_grad(pred) and pred.dtype != torch.float16
             wanted = Wanted(loss=True, grad=now, weight=weight, also=also)
-            means, loss, grad = kernels(pred, op).residual(spec, operands, rows, wanted)
+            means, loss, grad, _ = kernels(pred, op).residual(spec, operands, rows, wanted)
             return _keep_gradient(spec, operands, rows, weight, (loss, grad), means), means, also
     means = sample_means(spec, operands, rows)
-    loss = _weighted(spec, means, weight, rows)
-    if spec.reduction is Reduction.mean:
-        loss = loss.mean()
-    elif spec.reduction is Reduction.sum:
-        loss = (loss * kept_elements(pred, mask)).sum()
+    loss = _reduced(spec, operands, _weighted(spec, means, weight, rows))
     means = means.detach()
     if also is not None:
         factors = beside(gather(op, rows, pred).detach()[:, list(spec.columns[4:])], means)
         also = (means[:, None] * factors).mean(0)
     return loss, means, also
+
+
+def _reduced(spec: Loss, operands: Residual, each: Tensor) -> Tensor:
+    """The loss of the samples' weighted means."""
+    if spec.reduction is Reduction.none:
+        return each
+    if spec.reduction is Reduction.mean:
+        return each.mean()
+    return (each * kept_elements(operands.pred, operands.mask)).sum()
 
 
 def _in_one_pass(op: str, pred: Tensor, weights: Tensor) -> bool:
@@ -148,7 +157,9 @@ def sample_means(spec: Loss, operands: Residual, rows: Coefficients) -> Tensor:
         pred, y, z, noise, mask = operands
     way = route(spec.op, pred, y, z, rows.tensor, *tensors_of(mask))
     if way is Route.DIRECT:
-        return _SampleMeans.apply(pred, y, z, rows.table, (rows.t, spec, noise, mask))
+        means, _, _, kept = kernels(pred, spec.op).residual(spec, operands, rows, Wanted())
+        wanted = wants_grad(pred, y, z, rows.tensor)
+        return _sample_means(spec, operands, rows, (means, kept)) if wanted else means
     if way is Route.REFERENCE:
         sums, kept = reference.residual_sums(spec, operands, rows)
         return sums / kept.clamp(min=1)
@@ -173,13 +184,16 @@ def _factor(spec: Loss, rows: Coefficients, x: Tensor) -> Tensor | None:
     return None if column == ABSENT else gather(spec.op, rows, x).detach()[:, column]
 
 
-def _pred_gradient(spec: Loss, upstream: Tensor, operands: Residual, rows: Coefficients) -> Tensor:
+def _pred_gradient(
+    spec: Loss, upstream: Tensor, operands: Residual, rows: Coefficients, kept: Tensor | None = None
+) -> Tensor:
     """upstream[b] / kept[b] * rho'(r), upstream (B,) being the gradient of the sample means."""
     pred, y, z, noise, mask = operands
     way = route(spec.op, pred, y, z, upstream)
     if way is Route.DIRECT and not torch.is_grad_enabled():
         each = loss_of(spec.op, spec.kind, Reduction.none, (*spec.columns[:3], *[ABSENT] * 3))
-        grad = kernels(pred, spec.op).residual(each, operands, rows, Wanted(grad=True, weight=upstream)).grad
+        wanted = Wanted(grad=True, weight=upstream, kept=kept)
+        grad = kernels(pred, spec.op).residual(each, operands, rows, wanted).grad
         assert grad is not None
         return grad
     if way is Route.DISPATCHER and not torch.is_grad_enabled():
@@ -209,20 +223,27 @@ def pred_gradient_in_torch(spec: Loss, upstream: Tensor, operands: Residual, row
     return (scale.reshape(-1, *[1] * (pred.dim() - 1)) * slope).to(pred.dtype)
 
 
-def gradients(needs: Any, spec: Loss, upstream: Tensor, operands: Residual, rows: Coefficients) -> Gradients:
-    """Of pred, y, z and the table, from the gradient (B,) of the sample means."""
+def gradients(
+    needs: Any, spec: Loss, upstream: Tensor, operands: Residual, rows: Coefficients, kept: Tensor | None = None
+) -> Gradients:
+    """Of pred, y, z and the table, from the gradient (B,) of the sample means; kept: of a mask, once it is counted."""
     dtype = operands.pred.dtype
+    others = [k for k in (1, 2) if needs[k]]
+    exact = (
+        isinstance(rows.table, tuple) and all(abs(rows.table[k]) == 1 for k in others) and not torch.is_grad_enabled()
+    )
     # Those of the others are made of pred's, that would overflow in fp16 where they do not.
-    if dtype != compute_dtype(dtype) and (needs[1] or needs[2] or needs[3]):
+    if dtype != compute_dtype(dtype) and (needs[3] or (others and not exact)):
         operands = operands._replace(**{name: widened(getattr(operands, name)) for name in ("pred", "y", "z")})
     _, y, z, noise, _ = operands
     found: Gradients = [None] * 4
-    g = _pred_gradient(spec, upstream, operands, rows)
+    g = _pred_gradient(spec, upstream, operands, rows, kept)
     found[0] = g.to(dtype)
-    for k in (1, 2):
-        if needs[k]:
-            made = affine(map_of(spec.op, (k, ABSENT, ABSENT, ABSENT)), (g, None, None, None), None, rows)[0]
-            found[k] = made.to(dtype)
+    if others:
+        columns = tuple(c for k in others for c in (k, ABSENT, ABSENT, ABSENT))
+        made = affine(map_of(spec.op, columns), (g, None, None, None), None, rows)
+        for k, t in zip(others, made, strict=True):
+            found[k] = t.to(dtype)
     if needs[3]:
         dots = row_dots(spec.op, g, (None, y, z, None), noise).to(rows.table.dtype)
         dots = torch.nn.functional.pad(dots, (0, rows.table.shape[1] - dots.shape[1]))  # none for a delta
@@ -233,6 +254,12 @@ def gradients(needs: Any, spec: Loss, upstream: Tensor, operands: Residual, rows
     return found
 
 
+def _sample_means(spec: Loss, operands: Residual, rows: Coefficients, made: tuple[Any, Any]) -> Tensor:
+    """Means that were made, with gradients. made: they, and how many elements of each sample count."""
+    pred, y, z, noise, mask = operands
+    return _SampleMeans.apply(pred, y, z, rows.table, (made, rows.t, spec, noise, mask))
+
+
 class _SampleMeans(DirectFunction):
     """Eager; the gradient is made in backward, when its scale is known."""
 
@@ -240,23 +267,21 @@ class _SampleMeans(DirectFunction):
     def forward(
         ctx: Any, pred: Tensor, y: Tensor | None, z: Tensor | None, table: Any, rest: tuple[Any, ...]
     ) -> Tensor:
-        index, spec, noise, mask = rest
+        (means, kept), index, spec, noise, mask = rest
         stored = mask if isinstance(mask, Tensor) else None
         read = _read_again(noise, mask)
-        ctx.save_for_backward(pred, y, z, table if isinstance(table, Tensor) else None, index, stored, *read)
+        ctx.save_for_backward(pred, y, z, table if isinstance(table, Tensor) else None, index, stored, kept, *read)
         ctx.rest = spec, noise, mask if isinstance(mask, Drawn) else None, table if isinstance(table, tuple) else None
-        operands = Residual(pred, y, z, noise, mask)
-        means = kernels(pred, spec.op).residual(spec, operands, Coefficients(table, index), Wanted()).means
-        assert means is not None
-        return means
+        made: Tensor = means
+        return made
 
     @staticmethod
     @batchable
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        pred, y, z, table, index, mask, *_ = ctx.saved_tensors
+        pred, y, z, table, index, mask, kept, *_ = ctx.saved_tensors
         spec, noise, drawn, row = ctx.rest
         operands, rows = Residual(pred, y, z, noise, drawn or mask), Coefficients(table if row is None else row, index)
-        return (*gradients(ctx.needs_input_grad, spec, upstream, operands, rows), None)
+        return (*gradients(ctx.needs_input_grad, spec, upstream, operands, rows, kept), None)
 
 
 class _Loss(DirectFunction):
@@ -285,7 +310,7 @@ class _Loss(DirectFunction):
         if grad is not None and not ctx.needs_input_grad[1] and is_one(upstream) and not torch.is_grad_enabled():
             return grad.data, None, None, None, None  # a tensor of its own, which pred.grad takes without a copy
         spec, noise, table, drawn = ctx.call
-        operands = Residual(pred, y, z, noise, drawn if isinstance(drawn, Drawn) else mask)
+        operands = Residual(pred, y, z, noise, drawn or mask)
         rows, nothing = Coefficients(table, index), (None,) * 3
         in_torch = torch.is_grad_enabled() or route(spec.op, upstream, pred) is not Route.DIRECT
         of_weight = None

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .._torch import DirectFunction, batchable, outside_modes
-from ..coefficients import changing, traced
+from ..coefficients import changing, stack_rows, traced
 from ..kernels import dispatch, reference
 from ..kernels.dispatch import kernels
-from ..kernels.spec import ABSENT, Bounds, Coefficients, Inputs, Map, compute_dtype, map_of, rows_at
+from ..kernels.spec import ABSENT, NOISE, Bounds, Coefficients, Inputs, Map, Z, compute_dtype, map_of, rows_at
 from ..noise import FlatNoise, Noise
 from ..routing import Route, fast_map, on_mesh, route, wants_grad
 
@@ -134,13 +134,13 @@ def of_estimate(spec: Map) -> Map:
     return map_of(spec.op, (a0, a1, ABSENT, a3))
 
 
-Gradients = list[Tensor | None]
+Gradients = list[Any]  # of tensors, None where not wanted; last the sums by column that the table's is made of
 Given = list[tuple[Tensor, Columns]]  # gradients of outputs, each with the five columns of its output
 _NOT_GIVEN = ((None, (ABSENT,) * 5),) * 2
 
 
 def gradients(
-    needs: Sequence[bool],
+    needs: Sequence[Any],
     grads: Sequence[Tensor | None],
     spec: Map,
     inputs: Inputs,
@@ -148,9 +148,10 @@ def gradients(
     rows: Coefficients,
     bounds: Bounds | None = None,
 ) -> Gradients:
-    """Of x, y, z, w, a tensor as `noise`, and the table; `needs` says which.
+    """Of x, y, z, w and a tensor as `noise`; then by column sums over each sample, (B,), of gradient times input.
 
-    inputs are read for a clamp and for the table's.
+    needs: which of the five; then the columns wanted, True for all
+    inputs: read for a clamp and for the sums
     """
     given = [(g, spec.columns_of(k)) for k, g in enumerate(grads) if g is not None]
     if not given:
@@ -160,12 +161,12 @@ def gradients(
     if spec.inner is not None:
         assert bounds is not None
         return _clamped_gradients(needs, given, spec, inputs, noise, rows, bounds)
-    of_table = _table_gradient(given, inputs, noise, rows, spec) if needs[5] else None
-    return [*_input_gradients(needs, given, rows, spec.op), of_table]
+    sums = _column_sums(needs[5], given, inputs, noise, spec) if needs[5] else None
+    return [*_input_gradients(needs, given, rows, spec.op), sums]
 
 
 def _blended_gradients(
-    needs: Sequence[bool], g: Tensor, spec: Map, inputs: Inputs, noise: Noise | Tensor | None, rows: Coefficients
+    needs: Sequence[Any], g: Tensor, spec: Map, inputs: Inputs, noise: Noise | Tensor | None, rows: Coefficients
 ) -> Gradients:
     """Of w + m*(v - w): v, the sum of x and z, has m*g, w the rest of g, and m (v - w)*g."""
     x, m, z, w = (widened(t) for t in inputs)
@@ -173,23 +174,28 @@ def _blended_gradients(
     of_sum = map_of(spec.op, (c0, ABSENT, c2, ABSENT))
     wide = widened(g)
     of_v = m * wide
-    *found, of_table = gradients((needs[0], False, *needs[2:]), (of_v,), of_sum, (x, None, z, None), noise, rows)
+    *found, sums = gradients((needs[0], False, *needs[2:]), (of_v,), of_sum, (x, None, z, None), noise, rows)
     if needs[1]:
         found[1] = (affine(of_sum, (x, None, z, None), noise, rows)[0] - w) * wide
     if needs[3]:
         found[3] = wide - of_v
-    return [*(None if t is None else t.to(g.dtype) for t in found), of_table]
+    return [*(None if t is None else t.to(g.dtype) for t in found), sums]
 
 
-def _input_gradients(needs: Sequence[bool], given: Given, rows: Coefficients, op: str) -> Gradients:
+def _input_gradients(needs: Sequence[Any], given: Given, rows: Coefficients, op: str) -> Gradients:
     """Of the five streams, from one to three gradients.
 
-    d x = c0 * g, and so on: affine maps of the output gradients, two inputs to a pass.
+    d x = c0 * g, and so on: affine maps of the output gradients, two inputs to a pass; where c0 is the number 1, g.
     """
     result: Gradients = [None] * 5
     (g1, columns1), (g2, columns2), (g3, columns3) = (*given, *_NOT_GIVEN)[:3]
     assert g1 is not None
     wanted = [k for k in range(5) if needs[k]]
+    if len(given) == 1 and isinstance(rows.table, tuple):
+        for k in wanted:
+            if rows.table[columns1[k]] == 1:
+                result[k] = g1
+        wanted = [k for k in wanted if result[k] is None]
     for first in range(0, len(wanted), 2):
         pair = wanted[first : first + 2]
         maps = tuple(c for k in pair for c in (columns1[k], columns2[k], columns3[k], ABSENT))
@@ -199,7 +205,7 @@ def _input_gradients(needs: Sequence[bool], given: Given, rows: Coefficients, op
 
 
 def _clamped_gradients(
-    needs: Sequence[bool],
+    needs: Sequence[Any],
     given: Given,
     spec: Map,
     inputs: Inputs,
@@ -217,8 +223,10 @@ def _clamped_gradients(
         return [*found, None]
     x, y, z, w = (widened(t) for t in inputs)
     clamped = affine(estimate, (x, y, None, w), None, rows)[0].clamp(*bounds)
-    of_outer = _table_gradient(given, (x, clamped, z, w), _wide_noise(noise), rows, spec)
-    return [*found, of_outer + _table_gradient(inner, (x, y, None, w), None, rows, estimate)]
+    sums = _column_sums(needs[5], given, (x, clamped, z, w), _wide_noise(noise), spec)
+    for c, of_inner in _column_sums(needs[5], inner, (x, y, None, w), None, estimate).items():
+        sums[c] = sums[c] + of_inner if c in sums else of_inner
+    return [*found, sums]
 
 
 def _estimate_gradient(given: Given, inputs: Inputs, rows: Coefficients, estimate: Map, bounds: Bounds) -> Tensor:
@@ -257,25 +265,39 @@ def _open_interval(lo: float, hi: float, dtype: torch.dtype) -> tuple[float, flo
     return low, high, None if lo == -math.inf else -math.inf, None if hi == math.inf else math.inf
 
 
-def _table_gradient(
-    given: Given, inputs: Inputs, noise: Noise | Tensor | None, rows: Coefficients, spec: Map
-) -> Tensor:
-    """Sums over each sample of output gradient times input, gathered to the table's rows."""
-    table, index = rows
-    B = given[0][0].shape[0]
-    columns_of = [table.new_zeros(B) for _ in range(table.shape[1])]
-    x, y, z, w = inputs
-    v, drawn = (noise, None) if isinstance(noise, Tensor) else (None, noise)
-    beside = drawn if spec.fifth else None
+def _column_sums(
+    wanted: Any, given: Given, inputs: Inputs, noise: Noise | Tensor | None, spec: Map
+) -> dict[int, Tensor]:
+    streams: list[Any] = [*inputs, None]
+    if noise is not None:
+        streams[NOISE if spec.fifth else Z] = noise
+    sums: dict[int, Tensor] = {}
     for g, columns in given:
-        dots = row_dots(spec.op, g, (x, y, z, None), None if spec.fifth else drawn).to(table.dtype)
-        if w is not None or spec.fifth:
-            of_w, of_v, of_noise = row_dots(spec.op, g, (w, v, None, None), beside).to(table.dtype).unbind(1)
-            dots = torch.cat((dots, torch.stack((of_w, of_v if beside is None else of_noise), 1)), 1)
-        for k, c in enumerate(columns):
-            if c != ABSENT:
-                columns_of[c] = columns_of[c] + dots[:, k]
-    per_row = torch.stack(columns_of, -1)
+        slots = [
+            k
+            for k, c in enumerate(columns)
+            if c != ABSENT and streams[k] is not None and (wanted is True or c in wanted)
+        ]
+        slots.sort(key=lambda k: isinstance(streams[k], Noise))  # whose place in a launch is the third
+        for some in (slots[:3], slots[3:]):
+            tensors = [streams[k] for k in some if isinstance(streams[k], Tensor)]
+            drawn = streams[some[-1]] if len(tensors) < len(some) else None
+            if some:
+                operands: Any = (*tensors, *[None] * (4 - len(tensors)))
+                dots = row_dots(spec.op, g, operands, drawn).to(compute_dtype(g.dtype)).unbind(1)
+                for k, dot in zip(some, (*dots[: len(tensors)], dots[2]), strict=False):
+                    c = columns[k]
+                    sums[c] = sums[c] + dot if c in sums else dot
+    return sums
+
+
+def table_gradient(sums: dict[int, Tensor] | None, rows: Coefficients) -> Tensor | None:
+    """Of the columns' sums, gathered to the table's rows."""
+    if not sums:
+        return None
+    table, index = rows
+    zero = torch.zeros_like(next(iter(sums.values())))
+    per_row = torch.stack([sums.get(c, zero) for c in range(table.shape[1])], -1)
     if index is not None:
         return torch.zeros_like(table).index_add(0, index, per_row)
     return per_row.sum(0, keepdim=True) if table.shape[0] == 1 else per_row
@@ -295,7 +317,10 @@ def row_dots(op: str, g: Tensor, inputs: Inputs, noise: Noise | None) -> Tensor:
 
 
 class _Affine(DirectFunction):
-    """Eager. The noise's key and ids are saved as tensors are, for a change before backward to be noticed."""
+    """Eager. The noise's key and ids are saved as tensors are, for a change before backward to be noticed.
+
+    columns: numbers and tensors, of which the core has worked the table out, where one of them wants a gradient
+    """
 
     @staticmethod
     def forward(
@@ -307,30 +332,56 @@ class _Affine(DirectFunction):
         v: Tensor | None,
         table: Any,
         rest: tuple[Any, ...],
+        *columns: Any,
     ) -> Any:
         index, spec, noise, bounds = rest
         ctx.set_materialize_grads(False)
         inputs = x, y, z, w
         read: tuple[Tensor | None, ...] = ()
         constants = type(table) is tuple
-        if spec.blends or (not constants and table.requires_grad):
+        if spec.blends or columns or (not constants and table.requires_grad):
             read = *inputs, v
         elif spec.inner is not None:
             read = x, y, None, w, None
+        learned = [c if isinstance(c, Tensor) else None for c in columns]
         in_memory = () if noise is None else tuple(t for t in (noise._key_tensor, noise._sample) if t is not None)
-        ctx.save_for_backward(None if constants else table, index, *read, *in_memory)
-        ctx.rest = noise, spec, bounds, table if constants else None, len(read)
+        ctx.save_for_backward(None if constants else table, index, *learned, *read, *in_memory)
+        numbers = [None if isinstance(c, Tensor) else c for c in columns]
+        ctx.rest = noise, spec, bounds, table if constants else None, len(read), numbers
         outputs = affine(spec, inputs, noise if v is None else v, (table, index), bounds)
         return outputs if len(outputs) > 1 else outputs[0]
 
     @staticmethod
     @batchable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        table, index, *read = ctx.saved_tensors
-        noise, spec, bounds, row, count = ctx.rest
-        x, y, z, w, v = read[:5] if count else (None,) * 5
+        table, index, *saved = ctx.saved_tensors
+        noise, spec, bounds, row, count, numbers = ctx.rest
+        learned, read = saved[: len(numbers)], saved[len(numbers) :]
+        inputs: Any = tuple(read[:4]) if count else (None,) * 4
+        v = read[4] if count else None
         rows, noise = Coefficients(table if row is None else row, index), noise if v is None else v
-        return (*gradients(ctx.needs_input_grad, grads, spec, (x, y, z, w), noise, rows, bounds), None)
+        needs = ctx.needs_input_grad
+        if not numbers:
+            *found, sums = gradients(needs, grads, spec, inputs, noise, rows, bounds)
+            return (*found, table_gradient(sums, rows), None)
+        if torch.is_grad_enabled():  # differentiable in turn
+            columns = tuple(n if c is None else c for n, c in zip(numbers, learned, strict=True))
+            rows = stack_rows(spec.op, columns, inputs[0], table.dtype)
+        wanted = [k for k, needed in enumerate(needs[7:]) if needed]
+        *found, sums = gradients((*needs[:5], wanted), grads, spec, inputs, noise, rows, bounds)
+        return (*found, None, None, *_column_gradients(learned, sums or {}, rows))
+
+
+def _column_gradients(columns: Sequence[Any], sums: dict[int, Tensor], rows: Coefficients) -> list[Tensor | None]:
+    """Of those of the columns that have sums."""
+    found: list[Tensor | None] = [None] * len(columns)
+    if rows.table.shape[0] == 1 and (of_one := table_gradient(sums, rows)) is not None:
+        sums = {k: of_one[:, k] for k in sums}
+    for k, each in sums.items():
+        if each.numel() > columns[k].numel():  # one number for all samples
+            each = each.double().sum()
+        found[k] = each.to(columns[k].dtype).reshape(columns[k].shape)
+    return found
 
 
 def with_gradients(
@@ -341,12 +392,15 @@ def with_gradients(
     bounds: Bounds | None,
     always_tuple: bool = False,
 ) -> Any:
-    """The outputs of a call that wants gradients; the core calls it for plain ones, whose t may be a row's number."""
+    """The outputs of a call that wants gradients; the core calls it for plain ones, whose t may be a row's number, or
+    the columns of a table that it has worked out of tensors that want gradients."""
     table, t = rows
+    columns = t if isinstance(t, tuple) else ()
     if isinstance(t, int):
         table, t = rows_at(table, t)
     v, drawn = (noise, None) if isinstance(noise, Tensor) else (None, noise)
-    made = _Affine.apply(*inputs, v, table, (t, spec.given_by_slot, drawn, bounds))
+    index = None if columns else t
+    made = _Affine.apply(*inputs, v, table, (index, spec.given_by_slot, drawn, bounds), *columns)
     return (made,) if always_tuple and not isinstance(made, tuple) else made
 
 

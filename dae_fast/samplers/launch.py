@@ -13,7 +13,7 @@ from ..noise import Noise
 from ..ops.parameterisation import Parameterisation, conversion
 from ..primitives.sums import At, affine
 from .network import GUIDED, cfg_combine, rescaled
-from .steps import Place, Step
+from .steps import Place, Step, library_of
 from .x0_clip import X0Clip, thresholded
 
 NOTHING, NOISE, RAW, UNCONDITIONAL, KEPT = range(5)  # what is read besides x and the prediction; KEPT + k: b_(k + 1)
@@ -45,7 +45,8 @@ class Look(NamedTuple):
 def estimate(predict: Parameterisation, at: Place, to: Parameterisation) -> tuple[Tensor, Tensor]:
     """`to` = a_x * x_t + a_p * prediction: the columns."""
     a_x, a_p = conversion(predict, to)(*at)
-    return torch.zeros_like(at.alpha) + a_x, torch.zeros_like(at.alpha) + a_p
+    zero = 0 * at.alpha
+    return zero + a_x, zero + a_p
 
 
 class Guided(NamedTuple):
@@ -226,7 +227,10 @@ def _of_estimate(name: str, bounds: object) -> bool:
 
 def times(column: Tensor | None, factor: Tensor) -> Tensor:
     """0 where the column is 0, whatever the factor."""
-    return torch.zeros_like(factor) if column is None else torch.where(column == 0, 0.0, column * factor)
+    if column is None:
+        return torch.zeros_like(factor)
+    product: Tensor = library_of(factor).where(column == 0, 0.0, column * factor)
+    return product
 
 
 def _folded(at: Place, step: Step, predict: Parameterisation, clips: bool, keeps: str) -> dict[str, Tensor]:

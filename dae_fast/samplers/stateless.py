@@ -6,6 +6,7 @@ import math
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
@@ -19,14 +20,15 @@ from ..ops.brownian import BrownianNoise
 from ..ops.conversions import Bounds, bounds
 from ..ops.parameterisation import Parameterisation, check_name
 from ..primitives import clamped, weighted_sum
-from ..routing import beside
+from ..routing import beside, wants_grad
 from .arguments import Noises
 from .launch import estimate, times
-from .steps import Place, path_times, posterior_std
+from .steps import Place, library_of, path_times, posterior_std
 
 __all__ = ["step"]
 
 ETA = {"ddim": 0.0, "ddpm": 1.0, "euler": 0.0, "euler_ancestral": 1.0}  # unless given
+_SOLVER = checks.one_of(*ETA)
 MOST = {"ddim": 1.0, "ddpm": 1.0, "euler": 0.0, "euler_ancestral": math.inf}
 
 
@@ -97,7 +99,7 @@ def step(
     Song, Meng and Ermon 2021, eq. 12.
     """
     op = "step"
-    checks.one_of(*ETA)(op, "solver", solver)
+    _SOLVER(op, "solver", solver)
     check_name(op, "predict", predict)
     level_for(op, level)
     if not isinstance(next_level, Level):
@@ -130,39 +132,50 @@ def step(
 Options = tuple[Parameterisation, float, bool]  # predict, eta, whether x0_hat is limited
 
 
-def _numbers(levels: tuple[Level, Level]) -> list[tuple[Any, Any]]:
-    """Their alpha and sigma, where those are numbers; else nothing, as in a trace, where a table's are none."""
-    if is_compiling():
-        return []
-    pairs = [(level.alpha, level.sigma) for level in levels if not isinstance(level.t, Tensor)]
-    return pairs if len(pairs) == 2 and not any(isinstance(v, Tensor) for pair in pairs for v in pair) else []
+def _pair(level: Level) -> tuple[float, float] | None:
+    """Its alpha and sigma, where those are numbers; in a trace a table's are none."""
+    if is_compiling() or isinstance(level.t, Tensor):
+        return None
+    alpha, sigma = level.alpha, level.sigma
+    return None if isinstance(alpha, Tensor) or isinstance(sigma, Tensor) else (alpha, sigma)
 
 
 def _increment(op: str, path: BrownianNoise, x: Tensor, levels: tuple[Level, Level]) -> Tensor | None:
-    pairs = _numbers(levels)
-    if not pairs:
+    pairs = [pair for pair in map(_pair, levels) if pair is not None]
+    if len(pairs) < 2:
         raise ValueError(f"{op}: noise may be a BrownianNoise where level and next_level are numbers, outside a trace")
     t, s = path_times(pairs)
     return beside(path.increment(t, s, x.shape, dtype=x.dtype, device=x.device), x)
 
 
 def _row_of(op: str, x: Tensor, levels: tuple[Level, Level], options: Options) -> _Row:
-    pairs = _numbers(levels)
-    if pairs:
-        return _row_of_numbers(op, pairs[0], pairs[1], options)
+    t, s = pairs = tuple(map(_pair, levels))
+    if t is not None and s is not None:
+        return _row_of_numbers(op, t, s, options)
     dims = max(level._dims() for level in levels)
-    t, s = (Place(*(_leading(v, level._dims(), dims, x) for v in alpha_sigma(op, level, x))) for level in levels)
-    row = _row(t, s, options)
-    table = torch.stack(torch.broadcast_tensors(*row), -1).detach()
-    if can_read(table) and not bool(table.isfinite().all()):
-        place = tuple((~table.isfinite().all(-1)).nonzero()[0].tolist())
-        raise ValueError(singular(op, f"sample {place or 0}, a level of {levels}"))
-    return row
+
+    def place(level: Level) -> Place:
+        return Place(*(_leading(v, level._dims(), dims, x) for v in alpha_sigma(op, level, x)))
+
+    looked_up = [place(level) for level, pair in zip(levels, pairs, strict=True) if pair is None]
+    if not all(can_read(v.alpha) and not wants_grad(*v) for v in looked_up):
+        return _row(place(levels[0]), place(levels[1]), options)
+    arrays = [Place(*(v.numpy() for v in found)) for found in looked_up]  # type: ignore[arg-type]
+    at, after = (arrays.pop(0) if pair is None else Place(*map(np.asarray, pair)) for pair in pairs)  # type: ignore[arg-type]
+    with np.errstate(all="ignore"):
+        made = _row(at, after, options)
+    row = np.empty((len(made), *np.broadcast(*made).shape))
+    for k, column in enumerate(made):
+        row[k] = column
+    if not np.isfinite(row).all():
+        sample = tuple(np.argwhere(~np.isfinite(row).all(0))[0].tolist())
+        raise ValueError(singular(op, f"sample {sample or 0}, a level of {levels}"))
+    return _Row(*torch.from_numpy(row).unbind())
 
 
 def _leading(value: Tensor, own: int, dims: int, x: Tensor) -> Tensor:
     """A level's alpha or sigma, () or of its rows, broadcastable to x's first `dims` dimensions."""
-    if not value.dim():
+    if not value.dim() or (dims == 1 and value.numel() != 1):
         return value
     return value.reshape(*x.shape[:own], *[1] * (dims - own)) if value.numel() != 1 else value.reshape(())
 
@@ -179,8 +192,8 @@ def _row_of_numbers(op: str, t: tuple[float, float], s: tuple[float, float], opt
 
 def _row(t: Place, s: Place, options: Options) -> _Row:
     predict, eta, clips = options
-    std = torch.minimum(eta * posterior_std(t, s), s.sigma) if eta else torch.zeros_like(s.sigma + t.sigma)
-    keep = (s.sigma.square() - std.square()).clamp(min=0).sqrt()
+    std = library_of(t.sigma).minimum(eta * posterior_std(t, s), s.sigma) if eta else 0 * (s.sigma + t.sigma)
+    keep = (s.sigma**2 - std**2).clip(min=0) ** 0.5
     (a_x, a_p), (b_x, b_p) = estimate(predict, t, "x0"), estimate(predict, t, "eps")
     if clips:
         x = times(keep, 1 / t.sigma)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
 class Place(NamedTuple):
-    """alpha and sigma (L,) float64 of some levels: x_t = alpha*x0 + sigma*eps."""
+    """alpha and sigma (L,) float64 of some levels: x_t = alpha*x0 + sigma*eps; of `step`, numpy's arrays too."""
 
     alpha: Tensor
     sigma: Tensor
@@ -73,14 +74,21 @@ def in_order(steps: Sequence[Step], order: Sequence[int]) -> Step:
 # Formulas that several methods share.
 
 
+def library_of(column: Any) -> Any:
+    """Numpy for its arrays, a batch of which takes it 0.3 us an operation where torch takes 2; else torch."""
+    return torch if isinstance(column, Tensor) else np
+
+
 def forward_variance(t: Place, s: Place) -> Tensor:
     """Of q(x_t | x_s), sigma_t^2 - (alpha_t/alpha_s)^2 sigma_s^2 (Kingma et al. 2021)."""
-    return (t.sigma.square() - (t.alpha / s.alpha * s.sigma).square()).clamp(min=0)
+    return (t.sigma**2 - (t.alpha / s.alpha * s.sigma) ** 2).clip(min=0)
 
 
 def posterior_std(t: Place, s: Place) -> Tensor:
     """Of q(x_s | x_t, x0); 0 to or from a level without noise, and to a noisier one."""
-    return forward_variance(t, s).sqrt() * torch.where((s.sigma > 0) & (t.sigma > 0), s.sigma / t.sigma, 0.0)
+    where = library_of(t.sigma).where
+    std: Tensor = forward_variance(t, s) ** 0.5 * where((s.sigma > 0) & (t.sigma > 0), s.sigma / t.sigma, 0.0)
+    return std
 
 
 def implicit_step(s: Place, std: Tensor | float = 0.0, noise: Tensor | None = None) -> Step:

@@ -569,12 +569,12 @@ def residual(spec: Loss, operands: Residual, rows: Coefficients, wanted: Wanted)
     if copied:
         lying = _contiguous(*lying)
         batch = _batch(lying, ordered)
-    choice, keeps, kept = _NO_CHOICE, False, None
+    choice, keeps, kept = _NO_CHOICE, False, wanted.kept
     unless_one = None if made is None else upstream
     if drawn is not None:
         choice, keeps = _choice(drawn.noise, drawn.thresholds, device), drawn.visible
-        kept = _count_drawn(shape, choice, keeps, device, unless_one)
-    elif lying[3] is not None:
+        kept = _count_drawn(shape, choice, keeps, device, unless_one) if kept is None else kept
+    elif lying[3] is not None and kept is None:
         kept = _count_stored(lying[3], unless_one)
     weight = None if wanted.weight is None else wanted.weight.contiguous()
     per_row, terms = (table, index, weight, kept, upstream), (keeps, made is not None)
@@ -582,7 +582,7 @@ def residual(spec: Loss, operands: Residual, rows: Coefficients, wanted: Wanted)
     _run_residual(spec, batch, terms, lying, streams, per_row, (means, loss, wanted.also))
     if copied:
         _copy_back(lying[4:], (grad,))
-    return Found(means, loss, grad)
+    return Found(means, loss, grad, kept)
 
 
 def fast_loss(
