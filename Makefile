@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: demo test test-long fuzz sanitize bench bench-normals profile matrix docs prove-gpu prove-cuda prove-triton prove-races gpu-pack gpu-check clean
+.PHONY: demo test test-long fuzz sanitize bench bench-normals profile matrix docs prove-gpu prove-cuda prove-hip prove-triton prove-races gpu-pack gpu-check clean
 
 demo: .venv/demo
 	$(BIN)/python examples/train_digits.py
@@ -66,14 +66,18 @@ docs: .venv/docs
 	$(BIN)/python -m mkdocs build
 
 # What can be shown of the GPUs' kernels without a GPU, beyond `make test`: nvcc's and Triton's PTX run on the CPU against
-# its bits, and races. Needs nvcc. Some twelve minutes on two cores.
+# its bits, what HIP has of its own in wavefronts of 64, hipcc's library where there is one, and races. Needs nvcc. Some
+# fifteen minutes on two cores.
 prove-gpu: .venv/test
-	$(MAKE) --no-print-directory -j 2 prove-cuda prove-triton prove-races
+	$(MAKE) --no-print-directory -j 2 prove-cuda prove-hip prove-triton prove-races
 
 prove-cuda:
 	$(BIN)/python -m pytest tests/test_cuda.py tests/test_chain.py --ptx
+prove-hip:
+	$(BIN)/python -m pytest tests/test_cuda.py tests/test_chain.py --hip
+	$(BIN)/python -m pytest tests/test_hip.py tests/test_other_compilers.py --longer
 prove-triton:
-	$(BIN)/python -m pytest tests/test_triton_code.py tests/test_other_compilers.py --longer
+	$(BIN)/python -m pytest tests/test_triton_code.py --longer
 	$(BIN)/python -m tests.triton_ptx
 prove-races:
 	$(BIN)/python -m tests.races
@@ -103,4 +107,4 @@ gpu-check:
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info dae_fast/_core*.so dae_fast/_cuda.so dae_fast/_build.json
+	rm -rf .venv build dist *.egg-info dae_fast/_core*.so dae_fast/_cuda.so dae_fast/_hip.so dae_fast/_build.json

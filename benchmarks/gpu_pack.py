@@ -80,8 +80,8 @@ def build_script(source: Path) -> ModuleType:
 
 def compile_into(place: Path) -> None:
     place.mkdir(parents=True, exist_ok=True)
-    notes = build_script(ROOT).build_all(place / CORE, place / CUDA, place / NOTE)
-    if errors := [f"{part}: {error}" for part, error in notes.items() if error]:
+    notes = build_script(ROOT).build_all(place / CORE, place)
+    if errors := [f"{part}: {error}" for part in ("native", "cuda") if (error := notes[part])]:
         sys.exit("\n".join(errors))
 
 

@@ -9,7 +9,7 @@ namespace dae {
 // Where a GPU's kernels are launched, its device being the current one; the CPU has none.
 struct Queue {
   int device = -1;
-  void* stream = nullptr;  // cudaStream_t
+  void* stream = nullptr;  // cudaStream_t or hipStream_t
 };
 
 // Memory that a GPU's reduction needs: doubles for partial sums, and a counter that is 0 before and after each
@@ -48,6 +48,7 @@ struct Api {
   const char* (*normal_sum)(const NormalSumArgs&, Queue);
   const char* (*embedding)(const EmbeddingArgs&, Queue);
   bool on_host = false;  // computes on tensors in host memory: a build for a CPU, which then gets theirs
+  const char* runtime = "CUDA";  // that its errors come from
 };
 
 namespace cpu {
@@ -56,5 +57,5 @@ extern const Api kApi;
 
 }  // namespace dae
 
-// Of the CUDA library.
+// Of the CUDA library, or the HIP library, made of the same sources.
 extern "C" const dae::Api* dae_cuda_api();

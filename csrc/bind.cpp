@@ -42,7 +42,7 @@ void run(const Queue& queue, const Batch& batch, Function Api::*function, const 
   }
   if (!error) return;
   if (error == kNoMemory) throw std::bad_alloc();  // pybind11's MemoryError
-  throw std::runtime_error(std::string("dae_fast: CUDA error: ") + error);
+  throw std::runtime_error(std::string("dae_fast: ") + api.runtime + " error: " + error);
 }
 
 using Bounds = std::optional<std::tuple<double, double>>;

@@ -55,9 +55,9 @@ bool is_negated(PyObject* t) { return is_true(call(t, names().is_neg)); }
 // A CUDA library that was built for a CPU takes its tensors.
 bool pretends_gpu() { return cuda_api() && cuda_api()->on_host; }
 
-Queue queue_of_device(int device) {
+Queue queue_of_view(const View& tensor) {
   if (pretends_gpu()) return {0, nullptr};
-  return device < 0 ? Queue{} : Queue{device, current_stream(device)};
+  return tensor.device() < 0 ? Queue{} : Queue{tensor.device(), current_stream(tensor)};
 }
 
 // Of a tensor's device; None where there is none.
@@ -369,7 +369,7 @@ class FastCall {
   // Without the GIL where it takes long; raises what went wrong.
   template <class Launch>
   void launch(Launch kernel) const {
-    const Queue queue = queue_of_device(first_->device());
+    const Queue queue = queue_of_view(*first_);
     const Api& api = api_of(queue);
     const char* error;
     {
@@ -384,7 +384,7 @@ class FastCall {
     }
     if (!error) return;
     if (error == kNoMemory) throw std::bad_alloc();
-    PyErr_Format(PyExc_RuntimeError, "dae_fast: CUDA error: %s", error);
+    PyErr_Format(PyExc_RuntimeError, "dae_fast: %s error: %s", api.runtime, error);
     throw PythonError();
   }
 
@@ -947,7 +947,7 @@ OnDevice::~OnDevice() {
   Py_XDECREF(nothing);
 }
 
-Queue queue_of(PyObject* tensor) { return queue_of_device(View(tensor).device()); }
+Queue queue_of(PyObject* tensor) { return queue_of_view(View(tensor)); }
 
 Table read_table(PyObject* table, PyObject* index, bool for_gpu) {
   const View view(table);

@@ -10,7 +10,7 @@
 
 namespace dae {
 
-// The CUDA library's functions, once it is loaded.
+// The functions of the CUDA library, or the HIP library, once it is loaded.
 const Api*& cuda_api();
 const Api& api_of(const Queue& queue);
 // torch's current stream of a GPU tensor's device.

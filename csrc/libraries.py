@@ -1,7 +1,8 @@
 """What the libraries are made of and how: compilers, flags, and the table of objects; ninja compiles what has changed.
 
 What cannot be built is left out, and `build_all` notes why. setup.py calls it, and so can whoever has no setuptools.
-Read from the environment: CXX, CXXFLAGS, LDFLAGS; CUDACXX (nvcc; "none" for no CUDA); DAE_CUDA_ARCHS ("90;100").
+Read from the environment: CXX, CXXFLAGS, LDFLAGS; CUDACXX (nvcc; "none" for no CUDA); DAE_CUDA_ARCHS ("90;100");
+HIPCXX (hipcc; "none" for no HIP); DAE_HIP_ARCHS ("gfx90a;gfx942").
 """
 
 from __future__ import annotations
@@ -41,19 +42,27 @@ if platform.machine() in ("x86_64", "AMD64"):
 # Of the CUDA library: a binary for each, of those that nvcc knows, and PTX of the first for what lies between or after.
 CUDA_ARCHS = "80;90;100;120"
 CUDA_FLAGS = "-std=c++17 -O3 -fmad=false -Xfatbin -compress-all -Xcompiler -fPIC,-fvisibility=hidden"
-CUDA_ELEMENTS = {"f32": "float", "f64": "double", "bf16": "__nv_bfloat16", "f16": "__half"}
+# Of the HIP library, those that hipcc and its device libraries know. ROCm's default would fuse products and sums.
+HIP_ARCHS = "gfx90a;gfx942;gfx1030;gfx1100"
+HIP_FLAGS = (
+    "-x hip -std=c++17 -O3 -fPIC -fvisibility=hidden -fno-strict-aliasing -ffp-contract=off "
+    "-fno-gpu-flush-denormals-to-zero -Wall -Wextra"
+)
+GPU_ELEMENTS = {"f32": "float", "f64": "double", "bf16": "__nv_bfloat16", "f16": "__half"}
 
+GPU_OBJECTS = [
+    *((f"kernels_{n}", "cuda/kernels.cu", f"-DDAE_ELEMENT={e} -DDAE_NAME={n}") for n, e in GPU_ELEMENTS.items()),
+    ("api", "cuda/api.cu", ""),
+    ("chain", "cuda/chain.cu", ""),
+]
 # Of each library: (object, source, flags of its own).
 OBJECTS = {
     "native": [
         *((f"kernels_{isa}", "cpu/kernels.cpp", f"-DDAE_ISA={isa} {flags}") for isa, flags in ISAS.items()),
         *((Path(s).stem, s, "") for s in ("cpu/dispatch.cpp", "cpu/run.cpp", "tensor.cpp", "call.cpp", "bind.cpp")),
     ],
-    "cuda": [
-        *((f"kernels_{n}", "cuda/kernels.cu", f"-DDAE_ELEMENT={e} -DDAE_NAME={n}") for n, e in CUDA_ELEMENTS.items()),
-        ("api", "cuda/api.cu", ""),
-        ("chain", "cuda/chain.cu", ""),
-    ],
+    "cuda": GPU_OBJECTS,
+    "hip": GPU_OBJECTS,
 }
 
 
@@ -89,26 +98,41 @@ def native_commands() -> tuple[str, str]:
     return f"{cxx} -MMD -MF $out.d {CFLAGS} {headers} {extra}", link
 
 
-def torch_has_cuda() -> bool:
-    """Of the torch in the environment that is installed into, which an isolated build cannot import."""
+def torch_version(runtime: str) -> str:
+    """Of "cuda" or "hip", "" for none, of the torch that is installed into, which an isolated build cannot import."""
     version = Path(sysconfig.get_path("purelib"), "torch", "version.py")
-    return version.exists() and re.search(r"^cuda\b.*=\s*['\"]", version.read_text(), re.MULTILINE) is not None
+    text = version.read_text() if version.exists() else ""
+    found = re.search(rf"^{runtime}\b.*=\s*['\"](.*)['\"]", text, re.MULTILINE)
+    return found[1] if found else ""
+
+
+def gpu_compiler(runtime: str, title: str, variables: tuple[str, str], name: str, home: str) -> str:
+    """Where nvcc or hipcc is. variables: those that name it and its architectures; either asks for the library."""
+    compiler, toolkit = os.environ.get(variables[0], name), Path(home) / "bin"
+    if not set(variables) & set(os.environ) and not torch_version(runtime):
+        raise NotBuilt(
+            f"no torch with {title} is installed here; to build it all the same set {variables[0]}={name}, "
+            "then reinstall"
+        )
+    path = shutil.which(compiler) or shutil.which(compiler, path=toolkit)
+    if not path:
+        raise NotBuilt(
+            f"no {title} compiler: {compiler!r} is neither on the PATH nor in {toolkit}; "
+            "install the toolkit, then reinstall"
+        )
+    return path
+
+
+def wanted_architectures(variable: str, default: str) -> list[str]:
+    return re.split("[;, ]+", os.environ.get(variable, default).strip("; "))
 
 
 def cuda_commands() -> tuple[str, str]:
     """How the CUDA library is compiled and linked."""
-    nvcc, toolkit = os.environ.get("CUDACXX", "nvcc"), Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"
-    if not {"CUDACXX", "DAE_CUDA_ARCHS"} & set(os.environ) and not torch_has_cuda():
-        raise NotBuilt(
-            "no torch with CUDA is installed here; to build it all the same set CUDACXX=nvcc, then reinstall"
-        )
-    path = shutil.which(nvcc) or shutil.which(nvcc, path=toolkit)
-    if not path:
-        raise NotBuilt(
-            f"no CUDA compiler: {nvcc!r} is neither on the PATH nor in {toolkit}; install the toolkit, then reinstall"
-        )
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    path = gpu_compiler("cuda", "CUDA", ("CUDACXX", "DAE_CUDA_ARCHS"), "nvcc", home)
     known = subprocess.run([path, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
-    wanted = re.split("[;, ]+", os.environ.get("DAE_CUDA_ARCHS", CUDA_ARCHS).strip("; "))
+    wanted = wanted_architectures("DAE_CUDA_ARCHS", CUDA_ARCHS)
     archs = [a for a in wanted if f"sm_{a}" in known]
     if "DAE_CUDA_ARCHS" in os.environ and archs != wanted:
         raise SystemExit(f"DAE_CUDA_ARCHS={';'.join(wanted)}: {path} knows {', '.join(known)}")
@@ -117,7 +141,35 @@ def cuda_commands() -> tuple[str, str]:
     return f"{path} -MD -MF $out.d {flags}", f"{path} -shared -cudart static $in -o $out"
 
 
-COMMANDS = {"native": native_commands, "cuda": cuda_commands}
+def hip_commands() -> tuple[str, str]:
+    """How the HIP library is compiled and linked, from the sources of the CUDA library."""
+    home = os.environ.get("ROCM_PATH", "/opt/rocm")
+    path = gpu_compiler("hip", "ROCm", ("HIPCXX", "DAE_HIP_ARCHS"), "hipcc", home)
+    hipcc = f"env HIP_PLATFORM=amd {path}"  # where it finds an nvcc it would compile for NVIDIA's GPUs
+    said = subprocess.run(shlex.split(f"{hipcc} --version"), capture_output=True, text=True).stdout
+    version, torchs = re.search(r"HIP version: (\d+)", said), torch_version("hip")
+    if version and torchs and version[1] != torchs.partition(".")[0]:
+        raise NotBuilt(
+            f"{path} has HIP {version[1]}, torch HIP {torchs}: one process would have two runtimes; install torch's"
+        )
+    probe = BUILD / "probe.hip"
+    probe.parent.mkdir(parents=True, exist_ok=True)
+    probe.write_text("")
+    failures = {}
+    for arch in wanted_architectures("DAE_HIP_ARCHS", HIP_ARCHS):
+        asks = f"{hipcc} -x hip --offload-arch={arch} --offload-device-only -c {probe} -o {probe}.o"
+        done = subprocess.run(shlex.split(asks), capture_output=True, text=True)
+        failures[arch] = done.stderr.strip() if done.returncode else ""
+    archs = [arch for arch, failure in failures.items() if not failure]
+    if "DAE_HIP_ARCHS" in os.environ and len(archs) < len(failures):
+        raise SystemExit("DAE_HIP_ARCHS: " + "\n".join(filter(None, failures.values())))
+    if not archs:
+        raise NotBuilt("\n".join(failures.values()))
+    targets = " ".join(f"--offload-arch={arch}" for arch in archs)
+    return f"{hipcc} -MD -MF $out.d {HIP_FLAGS} {targets}", f"{hipcc} -shared {targets} $in -o $out"
+
+
+COMMANDS = {"native": native_commands, "cuda": cuda_commands, "hip": hip_commands}
 
 
 def build(part: str, target: Path) -> None:
@@ -145,18 +197,18 @@ def build(part: str, target: Path) -> None:
     shutil.copy2(folder / "library.so", target)
 
 
-def build_all(core: Path, cuda: Path, note: Path) -> dict[str, str | None]:
-    """Builds both libraries, and notes why one is left out."""
+def build_all(core: Path, package: Path) -> dict[str, str | None]:
+    """Builds the libraries, those for GPUs into `package`, and notes there why one is left out."""
     errors: dict[str, str | None] = {}
-    for part, target in (("native", core), ("cuda", cuda)):
+    for part, target in (("native", core), ("cuda", package / "_cuda.so"), ("hip", package / "_hip.so")):
         target.unlink(missing_ok=True)  # an older build must not pass for this one
         try:
-            if part == "cuda" and errors["native"]:
+            if part != "native" and errors["native"]:
                 raise NotBuilt("the native core is missing")  # nothing would load it
             build(part, target)
             errors[part] = None
         except NotBuilt as error:
             errors[part] = str(error)
-    note.parent.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(errors, indent=1) + "\n")
+    package.mkdir(parents=True, exist_ok=True)
+    (package / "_build.json").write_text(json.dumps(errors, indent=1) + "\n")
     return errors

@@ -7,7 +7,11 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__CUDACC__)
+#if defined(__HIPCC__)
+#include <hip/hip_runtime.h>  // before any use of memcpy, which it has for the device
+#endif
+
+#if defined(__CUDACC__) || defined(__HIPCC__)
 #define DAE_FN __host__ __device__ __forceinline__
 #else
 #define DAE_FN inline __attribute__((always_inline))
@@ -207,13 +211,18 @@ DAE_FN void sincos_2pi(double u, float& sine, float& cosine) {
 }
 
 // IEEE sqrt of a number in [2^-32, 46]. On a GPU these are the instructions of sqrt.rn without its branch
-// for zeros, subnormals and infinities.
+// for zeros, subnormals and infinities. AMD's instruction is within one ulp, and so was what clang before 17 made of
+// __builtin_sqrtf: the remainders of its two neighbours say which of the three is nearest.
 DAE_FN float sqrt_rn(float a) {
 #if defined(__CUDA_ARCH__)
   float rsqrt;
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(rsqrt) : "f"(a));
   const float s = a * rsqrt;
   return fma32(fma32(-s, s, a), 0.5f * rsqrt, s);
+#elif defined(__HIP_DEVICE_COMPILE__)
+  const float s = __builtin_amdgcn_sqrtf(a);
+  const float below = bits_as<float>(bits_as<uint32_t>(s) - 1), above = bits_as<float>(bits_as<uint32_t>(s) + 1);
+  return fma32(-below, s, a) <= 0.0f ? below : (fma32(-above, s, a) > 0.0f ? above : s);
 #else
   return __builtin_sqrtf(a);
 #endif
@@ -253,7 +262,7 @@ struct Exponential {
 };
 DAE_FN float exponential(float x) { return Exponential(x).value(); }
 DAE_FN double exponential(double x) {
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDA_ARCH__) || defined(__HIP_DEVICE_COMPILE__)
   return exp(x);
 #else
   return __builtin_exp(x);

@@ -98,9 +98,9 @@ bool View::dtype(Dtype& found) const {
   return false;
 }
 
-void* current_stream(int device) {
+void* current_stream(const View& tensor) {
   void* stream = nullptr;
-  if (exchange().current_stream(kDlCuda, device, &stream)) throw PythonError();
+  if (exchange().current_stream(tensor.type_of_device(), tensor.device(), &stream)) throw PythonError();
   return stream;
 }
 

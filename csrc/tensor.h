@@ -104,6 +104,7 @@ class View : DlTensor {
   bool is_cpu() const { return device_type == kDlCpu; }
   bool is_gpu() const { return device_type == kDlCuda || device_type == kDlRocm; }
   int device() const { return is_cpu() ? -1 : device_id; }
+  int type_of_device() const { return device_type; }
   bool is_on_device_of(const View& other) const {
     return device_type == other.device_type && device_id == other.device_id;
   }
@@ -115,8 +116,8 @@ class View : DlTensor {
 };
 
 inline void* address(PyObject* tensor) { return View(tensor).data(); }
-// torch's current stream of a GPU.
-void* current_stream(int device);
+// torch's current stream of the GPU that a tensor is on.
+void* current_stream(const View& tensor);
 
 // raw: every row is the key's own stream. A key in host memory is read now; on a GPU, in the kernel.
 // row: the elements of one row of the batch. rows: of a sample, where the noise does not say. False where its rows do

@@ -11,7 +11,7 @@ __all__ = ["info", "noise_hash", "noise_version", "package_version"]
 
 
 def build_error(part: str) -> str | None:
-    """Why "native", the CPU core, or "cuda", its CUDA library, was not built; None when it was."""
+    """Why "native", the CPU core, or "cuda" or "hip", its library for GPUs, was not built; None when it was."""
     note = Path(__file__).with_name("_build.json")
     if not note.exists():
         return (
@@ -53,8 +53,9 @@ def info() -> dict[str, str]:
         facts[name] = f"missing: {why}" if why else dispatch.module(name).describe()
     native = dispatch.module("native")
     if native is not None:
-        missing = native.cuda_missing()
-        facts["cuda"] = f"missing: {missing}" if missing else "built"
+        for name in ("cuda", "hip"):
+            missing = native.library_missing(name)
+            facts[name] = f"missing: {missing}" if missing else "built"
         facts["nvtx"] = "built" if native.nvtx_built else "missing: no NVTX headers when this was built"
     for device, what in (("cpu", "on CPU"), ("cuda", "on a GPU")):
         facts[f"default {what}"] = dispatch.default_name(device)

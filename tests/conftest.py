@@ -55,6 +55,7 @@ def some_longer(cases: Iterable[Any], shown_always: Container[Any]) -> list[Any]
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--longer", action="store_true", help="run what is marked so, too")
     parser.addoption("--ptx", action="store_true", help="run the CUDA kernels' PTX where their source is compiled")
+    parser.addoption("--hip", action="store_true", help="compile that source as for an AMD GPU, in wavefronts of 64")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -81,7 +82,7 @@ def cuda_on_cpu_library(request: pytest.FixtureRequest, tmp_path_factory: pytest
         library = place / cuda_on_cpu.LIBRARY
         if not library.exists():
             place.mkdir(exist_ok=True)
-            cuda_on_cpu.build(place)
+            cuda_on_cpu.build(place, cuda_on_cpu.HIP if request.config.getoption("--hip") else ())
         if request.config.getoption("--ptx"):
             library = ptx / ptx_on_cpu.LIBRARY
             if not library.exists():

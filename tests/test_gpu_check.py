@@ -298,7 +298,8 @@ class TestPack:
         monkeypatch.setenv("CUDACXX", str(self.compiler(tree, "nvcc")))
         monkeypatch.setenv("DAE_CUDA_ARCHS", "90")
         gpu_pack.compile_into(tree / "dae_fast")
-        assert json.loads((tree / "dae_fast" / "_build.json").read_text()) == {"native": None, "cuda": None}
+        notes = json.loads((tree / "dae_fast" / "_build.json").read_text())
+        assert (notes["native"], notes["cuda"]) == (None, None)
         gpu_pack.compile_variant("8 values", gpu_pack.VARIANTS["8 values"])
         assert (gpu_pack.PACK / "_cuda-8-values.so").exists()
         (rules,) = (tree / "build").glob("ninja-*/cuda/build.ninja")

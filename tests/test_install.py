@@ -24,7 +24,7 @@ NEEDS_NATIVE = pytest.mark.skipif("native" not in df.backend_names(), reason="ne
 
 def run(*command, cwd, timeout=300, **environment):
     """With only what the tests mean to set of the variables that matter here."""
-    ours = ("CXX", "CUDACXX", "DAE_CUDA_ARCHS", "CXXFLAGS", "DAE_FAST_CPU_ISA", "PYTHONPATH")
+    ours = ("CXX", "CUDACXX", "DAE_CUDA_ARCHS", "HIPCXX", "DAE_HIP_ARCHS", "CXXFLAGS", "DAE_FAST_CPU_ISA", "PYTHONPATH")
     kept = {k: v for k, v in os.environ.items() if k not in ours}
     return subprocess.run(
         [sys.executable, *map(str, command)],
@@ -158,6 +158,7 @@ def test_without_a_compiler_the_files(without_compiler):
     assert json.loads((package / "_build.json").read_text()) == {
         "native": WHY,
         "cuda": "the native core is missing",
+        "hip": "the native core is missing",
     }
     assert list(package.glob("_core*.so")) == []
     assert (package / "py.typed").exists() and (package / "_core.pyi").exists()
@@ -271,13 +272,35 @@ def test_an_unchanged_tree_is_not_compiled_again(tmp_path):
     assert "ninja: no work to do" in builds[1].stdout and "compiling" not in builds[1].stdout
 
 
-def test_cuda_is_built_where_it_is_asked_for(tmp_path):
-    """By a torch with CUDA, or by the environment."""
-    code = "import sysconfig, libraries; sysconfig.get_path = lambda name: '.'; print(libraries.torch_has_cuda())"
+def test_libraries_for_gpus_are_built_where_they_are_asked_for(tmp_path):
+    """By a torch with CUDA or ROCm, or by the environment."""
+    code = (
+        "import sysconfig, libraries; sysconfig.get_path = lambda name: '.'; "
+        "print(*(name for name in ('cuda', 'hip') if libraries.torch_version(name)))"
+    )
     (tmp_path / "torch").mkdir()
-    for line, wanted in (("cuda: Optional[str] = '13.0'", "True"), ("cuda: Optional[str] = None", "False")):
-        (tmp_path / "torch" / "version.py").write_text(f"__version__ = '2.13.0'\n{line}\n")
+    for cuda, hip, wanted in (("'13.0'", None, "cuda"), (None, "'6.4.43484'", "hip"), (None, None, "")):
+        lines = f"__version__ = '2.13.0'\ncuda: Optional[str] = {cuda}\nhip: Optional[str] = {hip}\n"
+        (tmp_path / "torch" / "version.py").write_text(lines)
         assert run("-c", code, cwd=tmp_path, PYTHONPATH=ROOT / "csrc").stdout.strip() == wanted
+
+
+def test_hip_architectures(tmp_path):
+    """Of the default ones those that the compiler knows; one that is asked for and is not known stops the build."""
+    hipcc = tmp_path / "hipcc"
+    answers = "--version) echo 'HIP version: 5.2.1';; *gfx90a*) ;; *) echo \"unknown: $3\" >&2; exit 1;;"
+    hipcc.write_text(f'#!/bin/sh\ncase "$*" in {answers} esac\n')
+    hipcc.chmod(0o755)
+    code = "import libraries; print(libraries.hip_commands()[1])"
+    ask = {"cwd": tmp_path, "PYTHONPATH": ROOT / "csrc"}
+    done = run("-c", code, HIPCXX=hipcc, **ask)
+    assert done.stdout.strip() == f"env HIP_PLATFORM=amd {hipcc} -shared --offload-arch=gfx90a $in -o $out"
+    done = run("-c", code, HIPCXX=hipcc, DAE_HIP_ARCHS="gfx90a;gfx0", **ask)
+    assert done.stderr.strip().endswith("DAE_HIP_ARCHS: unknown: --offload-arch=gfx0")
+    done = run("-c", f"import libraries; libraries.torch_version = lambda name: '6.4.4'; {code}", HIPCXX=hipcc, **ask)
+    assert f"{hipcc} has HIP 5, torch HIP 6.4.4: one process would have two runtimes" in done.stderr
+    done = run("-c", code, HIPCXX="none", **ask)
+    assert "no ROCm compiler: 'none' is neither on the PATH nor in /opt/rocm/bin" in done.stderr
 
 
 @NEEDS_NATIVE

@@ -113,7 +113,7 @@ namespace {
 Launch make_launch(const Queue& queue) {
   int count = 0;
   // A table look-up in the driver: cheaper to ask than to cache for each device.
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, queue.device);
+  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, queue.device) != cudaSuccess) count = 0;
   return {static_cast<cudaStream_t>(queue.stream), std::max(count, 1)};
 }
 
@@ -184,6 +184,7 @@ const char* embedding(const EmbeddingArgs& a, Queue queue) {
 
 const char* devices(int* count) {
   cudaError_t error = cudaGetDeviceCount(count);
+  if (error == cudaErrorNoDevice) return "no GPU device";
   cudaFuncAttributes any;
   if (error == cudaSuccess && *count) error = cudaFuncGetAttributes(&any, fold_in_kernel);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
@@ -194,15 +195,20 @@ int current_device() {
   return cudaGetDevice(&device) == cudaSuccess ? device : -1;
 }
 
-#ifdef __CUDACC__
+#if defined(__CUDACC__) || defined(__HIPCC__)
 constexpr bool kOnHost = false;
 #else
 constexpr bool kOnHost = true;
 #endif
+#if defined(__HIP__)
+constexpr const char* kRuntime = "HIP";
+#else
+constexpr const char* kRuntime = "CUDA";
+#endif
 
 constexpr Api kApi = {affine,        residual, row_dots,    mask_count, corrupt,       gaussian,
                       gaussian_grad, bits,     fold_in_key, devices,    current_device, chain,
-                      normal_sum,    embedding, kOnHost};
+                      normal_sum,    embedding, kOnHost, kRuntime};
 
 }  // namespace
 

@@ -12,7 +12,12 @@ constexpr int kMaxTile = kThreads * 4;  // groups of a unit of several rows, at 
 constexpr int kMaxRows = 256;           // of one unit
 
 // Thread blocks that a multiprocessor must hold: so a thread has at most so many registers, a multiple of 8.
+// None is asked of AMD's, which have other registers: the numbers given here made hipcc spill.
+#if defined(__HIP__)
+constexpr int blocks_of(int) { return 1; }
+#else
 constexpr int blocks_of(int registers) { return 65536 / (kThreads * registers); }
+#endif
 
 // A row is cut into groups, the values a thread handles at a time: 16 bytes, and whole Philox blocks. A
 // unit, the work of one thread block, is a stretch of one long row, or as many short rows as it holds.
@@ -274,7 +279,7 @@ __device__ __forceinline__ void prepare_keys(const Noise& noise, const Unit& uni
 
 // Makes a value one that the compiler cannot work out again.
 __device__ __forceinline__ void keep(uint32_t& value) {
-#if defined(__HIP__)
+#if defined(__AMDGCN__)
   asm volatile("" : "+v"(value));  // a thread's register, where "r" is one of the whole wave
 #else
   asm volatile("" : "+r"(value));

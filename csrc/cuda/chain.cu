@@ -14,7 +14,7 @@ struct ChainParams {
 
 __device__ __forceinline__ float sum_of_lanes(float v, int lanes) {
 #pragma unroll 1
-  for (int apart = lanes / 2; apart > 0; apart /= 2) v += static_cast<float>(__shfl_xor_sync(kWholeWarp, v, apart));
+  for (int apart = lanes / 2; apart > 0; apart /= 2) v += from_lane(v, apart);
   return v;
 }
 

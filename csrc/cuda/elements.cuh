@@ -1,10 +1,8 @@
 // Element types in memory, 16 bytes at a time, and the type they are computed in.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "../math.h"
+#include "runtime.h"
 
 namespace dae::cuda {
 

@@ -1,14 +1,13 @@
 // Between the library's face (api.cu) and the kernels of each element type (kernels.cu).
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cstring>
 
 #include "../api.h"
 #include "batch.cuh"
+#include "runtime.h"
 
 namespace dae::cuda {
 

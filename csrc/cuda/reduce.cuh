@@ -6,12 +6,22 @@
 
 namespace dae::cuda {
 
-constexpr unsigned kWholeWarp = 0xffffffffu;
+// Of AMD's wavefronts some have 64 lanes: they are two warps each, so that the sums are the same.
 constexpr int kWarp = 32, kWarps = kThreads / kWarp;
+
+// The value of the thread whose lane differs in these bits. All threads of the wavefront come here.
+template <class T>
+__device__ __forceinline__ T from_lane(T v, int lanes) {
+#if defined(__HIP__)
+  return __shfl_xor(v, lanes, kWarp);
+#else
+  return static_cast<T>(__shfl_xor_sync(0xffffffffu, v, lanes));
+#endif
+}
 
 __device__ __forceinline__ double warp_sum(double v) {
 #pragma unroll
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) v += __shfl_xor_sync(kWholeWarp, v, lanes);
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) v += from_lane(v, lanes);
   return v;
 }
 
@@ -61,9 +71,15 @@ __device__ __forceinline__ void sum_rows(int64_t rows, int64_t length, Value val
 
 // True in the thread block that comes here last, when the partial sums of all others can be read. The first fence puts
 // this block's sums before its ticket, the second those of the others before what follows; each by one thread, for all
-// that a barrier put before it, or puts behind it.
+// that a barrier put before it, or puts behind it. HIP's barrier promises that of shared memory alone: there each fences.
 __device__ __forceinline__ bool is_last_block(uint32_t* counter) {
+#if defined(__HIP__)
+  constexpr bool kEach = true;
+#else
+  constexpr bool kEach = false;
+#endif
   __shared__ bool last;
+  if (kEach) __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();
@@ -74,6 +90,7 @@ __device__ __forceinline__ bool is_last_block(uint32_t* counter) {
     }
   }
   __syncthreads();
+  if (kEach) __threadfence();
   return last;
 }
 

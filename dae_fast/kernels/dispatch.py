@@ -53,7 +53,7 @@ def module(name: str) -> Any:
 @constant_result  # which GPUs there are is not Dynamo's to trace
 def default_name(device_type: str) -> str:
     """The backend that runs where none is forced."""
-    if device_type == "cuda" and "cuda" not in _default:  # not before there is a tensor: native.cuda_missing says why
+    if device_type == "cuda" and "cuda" not in _default:  # not before there is a tensor: native.py says why
         _default["cuda"] = _default_on_gpu()
         _choose_launchers()
     return _default.get(device_type, "reference")
@@ -61,7 +61,8 @@ def default_name(device_type: str) -> str:
 
 def _default_on_gpu() -> str:
     native = module("native")
-    if native is not None and not native.cuda_missing():
+    # The HIP library has run on no GPU yet: on AMD's it is used where it is forced.
+    if native is not None and native.GPU == "cuda" and not native.library_missing("cuda"):
         return "native"
     # Not asked of triton itself, which is imported when used.
     return "triton" if (torch.version.cuda or torch.version.hip) and find_spec("triton") else "reference"
@@ -132,7 +133,8 @@ def use_backend(name: str | None) -> _Choice:
 
     Takes effect at once, and as `with use_backend(...):` until the block ends. A forced backend never
     falls back: an op that it cannot run raises. Raises ValueError for an unknown name and RuntimeError
-    for a backend that is not here, saying why.
+    for a backend that is not here, saying why. On AMD's GPUs "native" is the HIP library, which nothing
+    but this chooses.
     """
     if name is not None and not (isinstance(name, str) and name in NAMES):
         raise ValueError(f"use_backend: name must be one of {', '.join(map(repr, NAMES))} or None, got {name!r}")

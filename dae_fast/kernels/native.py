@@ -1,4 +1,4 @@
-"""The kernels of csrc/, for the CPU and, through the CUDA library, for NVIDIA GPUs.
+"""The kernels of csrc/, for the CPU and, through the CUDA library or the HIP library, for GPUs.
 
 Functions here take checked tensors of one shape, dtype and device, and allocate the results.
 """
@@ -69,20 +69,25 @@ if _wanted := os.environ.get("DAE_FAST_CPU_ISA"):  # empty is not set
         raise RuntimeError(f"DAE_FAST_CPU_ISA={_wanted}: {error}; there are {', '.join(isas())}") from error
 
 
+# Whose tensors are on devices of the type "cuda".
+GPU = "hip" if torch.version.hip else "cuda"
+
+
 @cache
-def cuda_missing() -> str:
-    """What keeps the CUDA library from being used; "" when nothing does.
+def library_missing(name: str) -> str:
+    """What keeps the library "cuda", or "hip", from being used; "" when nothing does.
 
     Asks the driver, and so not before there is a tensor on a GPU: a process that has asked cannot fork, and looks at
     CUDA_VISIBLE_DEVICES no more.
     """
     from dae_fast.info import build_error
 
-    if not torch.version.cuda:  # it has no tensors for the library
-        return f"torch {torch.__version__} is not built for CUDA"
-    library = Path(__file__).parents[1] / "_cuda.so"
+    title, version = ("ROCm", torch.version.hip) if name == "hip" else ("CUDA", torch.version.cuda)
+    if not version:  # it has no tensors for the library
+        return f"torch {torch.__version__} is not built for {title}"
+    library = Path(__file__).parents[1] / f"_{name}.so"
     if not library.exists():
-        return build_error("cuda") or "the CUDA library was not built"
+        return build_error(name) or f"the {name} library was not built"
     try:
         _core.load_cuda(str(library))
         return "" if _core.cuda_devices() else "no GPU"
@@ -108,8 +113,8 @@ def describe() -> str:
 
 
 def supports(device: torch.device) -> bool:
-    """The CPU, and NVIDIA GPUs where the CUDA library runs."""
-    return device.type == "cpu" or (device.type == "cuda" and not cuda_missing())
+    """The CPU, and GPUs where their library runs."""
+    return device.type == "cpu" or (device.type == "cuda" and not library_missing(GPU))
 
 
 def _rows(x: Tensor) -> tuple[int, int]:

@@ -36,17 +36,19 @@ PARTS = {
     "chain": (str(SOURCES / "chain.cu"),),
 }
 LIBRARY = "_cuda_on_cpu.so"
+# What hipcc would compile for an AMD GPU, in wavefronts of 64.
+HIP = ("-D__HIP__", "-D__HIP_DEVICE_COMPILE__", "-include", "cuda_runtime.h")
 
 
 def compiler() -> list[str]:
     return shlex.split(os.environ.get("CXX", "c++"))
 
 
-def build(place: Path) -> None:
+def build(place: Path, options: tuple[str, ...] = ()) -> None:
     """LIBRARY, in `place`."""
     running = [
-        subprocess.Popen([*compiler(), *FLAGS, *options, "-c", source, "-o", place / f"{name}.o"])
-        for name, (source, *options) in PARTS.items()
+        subprocess.Popen([*compiler(), *FLAGS, *options, *definitions, "-c", source, "-o", place / f"{name}.o"])
+        for name, (source, *definitions) in PARTS.items()
     ]
     assert [process.wait() for process in running] == [0] * len(running)
     objects = [place / f"{name}.o" for name in PARTS]

@@ -1,8 +1,10 @@
 // Enough of CUDA to run csrc/cuda on the CPU: one thread block at a time, its threads as coroutines that take
 // turns at barriers and shuffles. It finds wrong indexing, missing barriers' deadlocks and, under
-// AddressSanitizer, accesses out of bounds; it knows nothing of races between blocks.
+// AddressSanitizer, accesses out of bounds; it knows nothing of races between blocks. With __HIP__ it stands in for HIP
+// on an AMD GPU whose wavefronts have 64 lanes.
 #pragma once
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 #include <ucontext.h>
@@ -45,7 +47,11 @@ struct Thread {
   State state = State::ready;
 };
 
+#if defined(__HIP__)
+constexpr unsigned kWarp = 64;
+#else
 constexpr unsigned kWarp = 32;
+#endif
 constexpr size_t kStack = 1 << 16;
 
 inline std::vector<Thread> threads;
@@ -119,14 +125,34 @@ inline void run_block() {
 
 inline void __syncthreads() { emulator::wait(emulator::State::at_block); }
 inline void __threadfence() {}
+#if defined(__HIP__)
+// Of lanes past the own group of `width` nothing comes.
+inline double __shfl_xor(double value, int lanes, int width) {
+  const unsigned self = emulator::current, group = static_cast<unsigned>(width);
+  const unsigned other = self ^ static_cast<unsigned>(lanes);
+#else
 inline double __shfl_xor_sync(unsigned, double value, int lanes) {
-  const unsigned self = emulator::current;
+  const unsigned self = emulator::current, group = emulator::kWarp;
+  const unsigned other = self ^ static_cast<unsigned>(lanes);
+#endif
   emulator::slots[self] = value;
   emulator::wait(emulator::State::at_warp);
-  const double other = emulator::slots[self ^ static_cast<unsigned>(lanes)];
+  const double found = emulator::slots[other / group == self / group ? other : self];
   emulator::wait(emulator::State::at_warp);
-  return other;
+  return found;
 }
+#if defined(__HIP__)
+// Within one ulp, as the hardware's, and most of the time not nearest.
+inline float __builtin_amdgcn_sqrtf(float a) {
+  uint32_t bits, of_a;
+  const float root = sqrtf(a);
+  memcpy(&bits, &root, sizeof(bits)), memcpy(&of_a, &a, sizeof(of_a));
+  bits += of_a % 3 - 1;
+  float found;
+  memcpy(&found, &bits, sizeof(found));
+  return found;
+}
+#endif
 inline uint32_t atomicAdd(uint32_t* at, uint32_t value) {
   const uint32_t old = *at;
   *at += value;
@@ -142,7 +168,7 @@ void __stcg(T* at, T value) {
 }
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess, cudaErrorUnknown };
+enum cudaError_t { cudaSuccess, cudaErrorNoDevice, cudaErrorUnknown };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;

@@ -64,16 +64,22 @@ __device__ inline void __syncthreads() {
   __builtin_amdgcn_s_barrier();
 }
 __device__ inline void __threadfence() { __builtin_amdgcn_fence(__ATOMIC_ACQ_REL, "agent"); }
+__device__ inline float sqrtf(float a) { return __builtin_sqrtf(a); }
+__device__ inline double sqrt(double a) { return __builtin_sqrt(a); }
 #else
 __device__ inline void __threadfence() { __nvvm_membar_gl(); }
 __device__ inline float __fsqrt_rn(float a) { return shim::fsqrt_rn(a); }
 __device__ inline double __dsqrt_rn(double a) { return shim::dsqrt_rn(a); }
-__device__ double exp(double);
 __device__ double rint(double);
 __device__ float rintf(float);
 #endif
+__device__ double exp(double);
 
+#if defined(__HIP__)
+__device__ inline double __shfl_xor(double value, int lanes, int) {
+#else
 __device__ inline double __shfl_xor_sync(unsigned, double value, int lanes) {
+#endif
   int half[2];
   memcpy(half, &value, sizeof(value));
   half[0] = shim::shuffle(half[0], lanes), half[1] = shim::shuffle(half[1], lanes);
@@ -93,7 +99,7 @@ __device__ inline void __stcg(T* at, T value) {
 }
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess };
+enum cudaError_t { cudaSuccess, cudaErrorNoDevice };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;

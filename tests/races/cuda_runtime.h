@@ -211,7 +211,7 @@ void __stcg(T* at, T value) {
 }
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess, cudaErrorUnknown };
+enum cudaError_t { cudaSuccess, cudaErrorNoDevice, cudaErrorUnknown };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
