@@ -583,7 +583,7 @@ CASES = [
         ("x", "score", "P"),
         ("x", "score", "P"),
         widens=True,
-        launches="reparameterise",
+        launches="normal",
         streams=4,
         extra=_positive,
     ),

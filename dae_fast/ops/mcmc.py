@@ -16,7 +16,7 @@ from ..kernels.spec import compute_dtype
 from ..noise import Noise, noise_for
 from ..primitives import Use, summed, summed_twice, weighted_sum
 from ..primitives.sums import row_dots, widened
-from .reparameterisation import reparameterise
+from ..routing import beside
 
 __all__ = ["mala_step", "sgld_step", "underdamped_step"]
 
@@ -56,7 +56,7 @@ def sgld_step(
     preconditioner: P > 0, like x, or None for 1: of RMSprop 1 / (delta + sqrt(V)), V = a V + (1 - a) score^2, whose
             change from step to step is taken to be slow (the paper's Gamma is left out)
     returns: like x
-    Without P one launch. With it reparameterise's launch, eps never stored, around torch's product and logarithm.
+    Without P one launch. With it the normals' launch and torch's arithmetic; eps is stored where P wants a gradient.
     Gradient: of all but the numbers. Raises ValueError on a shape mismatch or a step size that is not positive.
     Welling and Teh 2011; P: Li et al. 2016, algorithm 1.
     """
@@ -68,9 +68,13 @@ def sgld_step(
     if preconditioner is None:
         return summed(op, ("x", "score", "noise"), (x, score, noise), (1.0, h, _root(2 * h * T)), None)
     like(op, "preconditioner", preconditioner, "x", x)
-    P = widened(preconditioner)
-    h, spread = _beside(h, x), _beside(2 * h * T, x)
-    return reparameterise(widened(x) + h * P * widened(score), (spread * P).log(), _wide(noise), kl=False).to(x.dtype)
+    P, h, spread = widened(preconditioner), _beside(h, x), _beside(2 * h * T, x)
+    if isinstance(noise, Tensor):
+        eps = widened(noise)
+    else:
+        eps = beside(noise.normal(x.shape, dtype=compute_dtype(x.dtype), device=x.device), x)
+    drifted = torch.addcmul(widened(x), h * P, widened(score))
+    return torch.addcmul(drifted, (spread * P).sqrt(), eps).to(x.dtype)
 
 
 def _beside(value: float | Tensor, x: Tensor) -> Any:
@@ -78,10 +82,6 @@ def _beside(value: float | Tensor, x: Tensor) -> Any:
     if not isinstance(value, Tensor):
         return value
     return value.to(compute_dtype(x.dtype)).reshape(*value.shape, *[1] * (x.dim() - value.dim()))
-
-
-def _wide(noise: Noise | Tensor) -> Noise | Tensor:
-    return noise if isinstance(noise, Noise) else widened(noise)
 
 
 _UNDERDAMPED = Use(0), Use(1, 4), Use(2, 5), Use(3, 6)  # of x, v, score and noise, in x and in v
