@@ -48,6 +48,7 @@ def test_vae_runs(tmp_path: Path) -> None:
         assert abs(elbo - of_pca) == pytest.approx(abs(ahead), abs=0.011)  # rounded to two places
 
 
+@LONGER
 def test_mae_runs(tmp_path: Path) -> None:
     output = run("mae", tmp_path, steps=20)
     linear, mean = figures(output, "linear"), figures(output, "mean patch")

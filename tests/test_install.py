@@ -16,6 +16,8 @@ import torch
 import dae_fast as df
 from dae_fast.samplers.start import START_TAG
 
+from .conftest import LONGER
+
 ROOT = Path(__file__).parents[1]
 SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "csrc", "dae_fast", "benchmarks")
 NEEDS_COMPILER = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="needs a C++ compiler")
@@ -262,6 +264,7 @@ def test_a_wheel_measures(wheel, tmp_path):
     assert "add_noise-fresh" in (tmp_path / "a.csv").read_text()
 
 
+@LONGER
 @NEEDS_COMPILER
 def test_an_unchanged_tree_is_not_compiled_again(tmp_path):
     """Not even where pip's isolated build has the headers in a new folder, as a link stands for it here."""
