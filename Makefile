@@ -89,7 +89,7 @@ GPU_TORCH ?= torch==2.11.0
 gpu-pack:
 	$(GPU_PYTHON) -m venv build/gpu-venv
 	build/gpu-venv/bin/pip install --quiet --disable-pip-version-check $(GPU_TORCH)
-	build/gpu-venv/bin/pip install --quiet --disable-pip-version-check pybind11 ninja setuptools "nvidia-nvtx>=13"
+	build/gpu-venv/bin/pip install --quiet --disable-pip-version-check pybind11 ninja numpy tqdm setuptools "nvidia-nvtx>=13"
 	build/gpu-venv/bin/python -m benchmarks.gpu_pack $(PACK)
 
 # On a machine with a GPU, offline, with the Python that has torch. CALL="a --out FOLDER" or "b --out FOLDER"; by
