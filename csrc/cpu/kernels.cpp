@@ -673,20 +673,28 @@ static void embedding_units(const EmbeddingArgs& a, int64_t unit_begin, int64_t 
   });
 }
 
+// Sums over the rows of value(row, element), a segment of the columns at a time.
+template <class T, class Value>
+static inline void sum_columns(const Batch& batch, const Operand& x, double* out, int64_t unit_begin, int64_t unit_end,
+                               Value value) {
+  using R = typename ComputeType<T>::type;
+  alignas(64) R buffer[kSegment];
+  alignas(64) double sums[kSegment];
+  for (int64_t begin = unit_begin * kSegment; begin < unit_end * kSegment; begin += kSegment) {
+    const int64_t left = batch.D - begin, n = left < kSegment ? left : kSegment;
+    for (int64_t i = 0; i < n; ++i) sums[i] = 0;
+    for (int64_t row = 0; row < batch.B; ++row) {
+      const R* of_row = read<T>(batch, x, Unit{row, 1, begin, n, false}, buffer);
+      for (int64_t i = 0; i < n; ++i) sums[i] += value(row, of_row[i]);
+    }
+    memcpy(out + begin, sums, n * sizeof(double));
+  }
+}
+
 template <class T>
 static void column_sums_units(const ColumnSumsArgs& a, int64_t unit_begin, int64_t unit_end) {
   using R = typename ComputeType<T>::type;
-  alignas(64) R xs[kSegment];
-  alignas(64) double sums[kSegment];
-  for (int64_t begin = unit_begin * kSegment; begin < unit_end * kSegment; begin += kSegment) {
-    const int64_t left = a.batch.D - begin, n = left < kSegment ? left : kSegment;
-    for (int64_t i = 0; i < n; ++i) sums[i] = 0;
-    for (int64_t row = 0; row < a.batch.B; ++row) {
-      const R* x = read<T>(a.batch, a.x, Unit{row, 1, begin, n}, xs);
-      for (int64_t i = 0; i < n; ++i) sums[i] += static_cast<double>(x[i]);
-    }
-    memcpy(a.sums + begin, sums, n * sizeof(double));
-  }
+  sum_columns<T>(a.batch, a.x, a.sums, unit_begin, unit_end, [](int64_t, R x) { return static_cast<double>(x); });
 }
 
 template <class T>
@@ -729,17 +737,9 @@ static void contraction_grad_units(const ContractionGradArgs& a, int64_t unit_be
 template <class T>
 static void squares_grad_units(const ContractionGradArgs& a, int64_t unit_begin, int64_t unit_end) {
   using R = typename ComputeType<T>::type;
-  alignas(64) R hs[kSegment];
-  alignas(64) double sums[kSegment];
-  for (int64_t begin = unit_begin * kSegment; begin < unit_end * kSegment; begin += kSegment) {
-    const int64_t left = a.batch.D - begin, n = left < kSegment ? left : kSegment;
-    for (int64_t i = 0; i < n; ++i) sums[i] = 0;
-    for (int64_t row = 0; row < a.batch.B; ++row) {
-      const R* h = read<T>(a.batch, a.h, Unit{row, 1, begin, n, false}, hs);
-      for (int64_t i = 0; i < n; ++i) sums[i] += a.upstream[row] * static_cast<double>(SquaredSlope<R>(h[i]).value());
-    }
-    memcpy(a.squares_grad + begin, sums, n * sizeof(double));
-  }
+  sum_columns<T>(a.batch, a.h, a.squares_grad, unit_begin, unit_end, [&](int64_t row, R h) {
+    return a.upstream[row] * static_cast<double>(SquaredSlope<R>(h).value());
+  });
 }
 
 // A row of a bound's table: the logarithm r of the variances' ratio is start + slope * v.

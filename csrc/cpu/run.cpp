@@ -24,6 +24,14 @@ void launch(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, dou
   parallel_for(cut.units, work, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
+// The same of a kernel whose units are kSegment columns of all rows.
+template <class Args>
+void launch_columns(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, double ns_per_element) {
+  const double work = static_cast<double>(args.batch.B) * static_cast<double>(args.batch.D) * ns_per_element;
+  parallel_for((args.batch.D + kSegment - 1) / kSegment, work,
+               [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
 double of_noise(const Noise& noise) { return noise.present ? kNsNormal : 0; }
 
 // What it does may need memory: an exception would leave through C, and perhaps without the GIL.
@@ -219,9 +227,7 @@ const char* devices(int* count) {
 }  // namespace
 
 void column_sums(const ColumnSumsArgs& a) {
-  const double work = static_cast<double>(a.batch.B) * static_cast<double>(a.batch.D) * kNsMap;
-  parallel_for((a.batch.D + kSegment - 1) / kSegment, work,
-               [&](int64_t begin, int64_t end) { isa().kernels->column_sums(a, begin, end); });
+  launch_columns(isa().kernels->column_sums, a, kNsMap);
 }
 
 void contraction(const ContractionArgs& a) {
@@ -233,10 +239,7 @@ void contraction(const ContractionArgs& a) {
 void contraction_grad(const ContractionGradArgs& a) {
   expect_writes(a.batch, a.h_grad);
   if (a.h_grad.data) launch(isa().kernels->contraction_grad, a, kNsResidual);
-  if (!a.squares_grad) return;
-  const double work = static_cast<double>(a.batch.B) * static_cast<double>(a.batch.D) * kNsResidual;
-  parallel_for((a.batch.D + kSegment - 1) / kSegment, work,
-               [&](int64_t begin, int64_t end) { isa().kernels->squares_grad(a, begin, end); });
+  if (a.squares_grad) launch_columns(isa().kernels->squares_grad, a, kNsResidual);
 }
 
 void bound(const BoundArgs& a) {
