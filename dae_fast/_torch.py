@@ -6,7 +6,7 @@ tests/test_torch_fence.py holds the rest of the package to public names, and run
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, TypeVar
@@ -132,6 +132,17 @@ class DirectFunction(torch.autograd.Function):
     @classmethod
     def apply(cls, *arguments: Any) -> Any:
         return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
+
+
+def gradients_in_torch(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], needs: Sequence[bool], upstream: Tensor
+) -> list[Tensor | None]:
+    """Of function(*inputs), in torch's own arithmetic, for the inputs that need one: differentiable in turn."""
+    with torch.enable_grad():
+        made = function(*inputs)
+        wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+        found = iter(torch.autograd.grad(made, wanted, upstream.to(made.dtype), create_graph=True))
+    return [next(found) if need else None for need in needs]
 
 
 class _ToDispatcher(TorchDispatchMode):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.func import vjp
 
 from .. import checks
-from .._torch import DirectFunction, batchable
+from .._torch import DirectFunction, batchable, gradients_in_torch
 from ..checks import as_number, can_read, function, integer
 from ..coefficients import changing, stack_rows
 from ..kernels.dispatch import kernels
@@ -187,11 +188,8 @@ class _Contraction(DirectFunction):
         h, W, norms = ctx.saved_tensors
         op, (of_h, of_W, _) = "sigmoid_contraction", ctx.needs_input_grad
         if torch.is_grad_enabled() or route(op, upstream, h, W) is not Route.DIRECT:
-            with torch.enable_grad():  # a graph of its own, for what is wanted of it
-                again = _contracted_in_torch(h, W, ctx.reduction)
-                wanted = [t for t, need in ((h, of_h), (W, of_W)) if need]
-                found = iter(torch.autograd.grad(again, wanted, upstream, create_graph=True))
-            return next(found) if of_h else None, next(found) if of_W else None, None
+            again = partial(_contracted_in_torch, reduction=ctx.reduction)
+            return *gradients_in_torch(again, (h, W), (of_h, of_W), upstream), None
         each = (upstream.double() / (len(h) if ctx.reduction == "mean" else 1)).expand(len(h))
         h_grad, norms_grad = kernels(h, op).contraction_grad(h, norms, each, (of_h, of_W))
         W_grad = None if norms_grad is None else (W * (2 * norms_grad).to(norms.dtype)[:, None]).to(W.dtype)

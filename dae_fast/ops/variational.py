@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from .. import checks
-from .._torch import DirectFunction, batchable
+from .._torch import DirectFunction, batchable, gradients_in_torch
 from ..checks import can_read, like, samples
 from ..coefficients import Formula, Level, gather, level_for, stack_rows
 from ..kernels.dispatch import kernels
@@ -151,11 +151,11 @@ class _Bound(DirectFunction):
         op, nothing = "variational_bound", (None, None)
         if torch.is_grad_enabled() or route(op, upstream, away, v) is not Route.DIRECT:
             columns = tuple(c[:, None] for c in table.unbind(1))
-            with torch.enable_grad():  # a graph of its own, for what is wanted of it
-                again = _nats(columns, away, v.to(away.dtype), ctx.is_log).sum(1)
-                wanted = [t for t, need in zip((away, v), ctx.needs_input_grad, strict=False) if need]
-                found = iter(torch.autograd.grad(again, wanted, upstream.to(again.dtype), create_graph=True))
-            return *(next(found) if need else None for need in ctx.needs_input_grad[:2]), *nothing
+
+            def again(away: Tensor, v: Tensor) -> Tensor:
+                return _nats(columns, away, v.to(away.dtype), ctx.is_log).sum(1)
+
+            return *gradients_in_torch(again, (away, v), ctx.needs_input_grad[:2], upstream), *nothing
         of_v, of_away = kernels(away, op).bound_grad(v, away, table, ctx.is_log, upstream)
         return of_away, of_v, *nothing
 
