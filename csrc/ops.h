@@ -42,11 +42,16 @@ struct Clamp {
   DAE_FN R operator()(R v) const { return v < lo ? lo : (v > hi ? hi : v); }
 };
 
+template <class R>
+DAE_FN R where_is(R a, float c, R b, R otherwise) {
+  return a == c ? b : otherwise;
+}
+
 // w + m*(v - w); where m is 0 or 1 the one or the other, whatever the other holds.
 template <class R>
 DAE_FN R blend(R m, R v, R w) {
   const R between = mul_add(m, v - w, w);
-  return m == 0 ? w : (m == 1 ? v : between);
+  return where_is(m, 0, w, where_is(m, 1, v, between));
 }
 
 // rho(r) and half its derivative. The pseudo-Huber 2 delta (sqrt(r^2 + delta^2) - delta) in a form that does not cancel,

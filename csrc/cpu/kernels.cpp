@@ -3,6 +3,8 @@
 // Nothing here may be a non-static inline or template from a shared header (the standard library's
 // included): the linker would keep one copy for all, perhaps the AVX-512 one. math.h forces inlining.
 
+#include <type_traits>
+
 #include "units.h"
 #include "convert.h"
 #include "noise.h"
@@ -191,6 +193,28 @@ struct Fifth {
   const R* v = nullptr;
 };
 
+// What a loop of values of V reads at i: a number, or Floats of them.
+template <class V, class T>
+static inline V value_at(const T* in, int64_t i) {
+  if constexpr (std::is_same_v<V, Floats>)
+    return floats_at(in + i);
+  else
+    return V(widen(in[i]));
+}
+
+// Writes value(V{}, from + i) to `to`, for each of m. V is Floats where something is Half or BFloat16, whose conversions
+// compilers make poorly or not at all; else a number, of which they make the vectors.
+template <class R, class... In, class Out, class Value>
+static inline void fill(int64_t from, Out* to, int64_t m, Value value) {
+  int64_t whole = 0;
+  if constexpr (kFloats > 1 && (kIsHalf<Out> || ... || kIsHalf<In>)) {
+    whole = m / kFloats * kFloats;
+    for (int64_t i = 0; i < whole; i += kFloats) put(value(Floats{}, from + i), to + i);
+  }
+#pragma GCC ivdep  // though `to` may be one of the inputs
+  for (int64_t i = whole; i < m; ++i) narrow(value(R{}, from + i), to[i]);
+}
+
 // One row through the map that `columns` names. An input whose coefficient is absent is not read: it
 // may hold an infinity, and 0 times that is not 0.
 template <class R, class X, class Y, class W, class Out>
@@ -201,26 +225,36 @@ static inline void apply_columns(const Coefficients<R>& c, const int* columns, c
   if (columns[2] == kAbsent) z = zeros<R>();
   const R c0 = c[columns[0]], c1 = c[columns[1]], c2 = c[columns[2]], c3 = c[columns[3]];
   const auto each = [=](auto value) {
-    out.put(n, [=](int64_t from, Out* to, int64_t m) {
-#pragma GCC ivdep  // though `to` may be one of the inputs
-      for (int64_t i = 0; i < m; ++i) narrow(value(from + i), to[i]);
-    });
+    out.put(n, [=](int64_t from, Out* to, int64_t m) { fill<R, X, Y, W>(from, to, m, value); });
   };
-  const auto xs = [=](int64_t i) { return R(widen(x[i])); };
-  const auto ys = [=](int64_t i) { return R(widen(y[i])); };
-  const auto ws = [=](int64_t i) { return R(widen(w[i])); };
   if (fifth.column != kAbsent) {
     const R c4 = c[fifth.column];
     if (columns[3] == kAbsent) w = zeros<W>();
-    each([=](int64_t i) { return mul_add(c4, fifth.v[i], affine(c0, xs(i), c1, ys(i), c2, z[i], c3, ws(i))); });
+    each([=](auto v, int64_t i) {
+      using V = decltype(v);
+      const V sum = affine(V(c0), value_at<V>(x, i), V(c1), value_at<V>(y, i), V(c2), value_at<V>(z, i), V(c3), value_at<V>(w, i));
+      return mul_add(V(c4), value_at<V>(fifth.v, i), sum);
+    });
   } else if (columns[3] != kAbsent) {
-    each([=](int64_t i) { return affine(c0, xs(i), c1, ys(i), c2, z[i], c3, ws(i)); });
+    each([=](auto v, int64_t i) {
+      using V = decltype(v);
+      return affine(V(c0), value_at<V>(x, i), V(c1), value_at<V>(y, i), V(c2), value_at<V>(z, i), V(c3), value_at<V>(w, i));
+    });
   } else if (columns[2] != kAbsent) {
-    each([=](int64_t i) { return affine(c0, xs(i), c1, ys(i), c2, z[i]); });
+    each([=](auto v, int64_t i) {
+      using V = decltype(v);
+      return affine(V(c0), value_at<V>(x, i), V(c1), value_at<V>(y, i), V(c2), value_at<V>(z, i));
+    });
   } else if (columns[1] != kAbsent) {
-    each([=](int64_t i) { return affine(c0, xs(i), c1, ys(i)); });
+    each([=](auto v, int64_t i) {
+      using V = decltype(v);
+      return affine(V(c0), value_at<V>(x, i), V(c1), value_at<V>(y, i));
+    });
   } else {
-    each([=](int64_t i) { return affine(c0, xs(i)); });
+    each([=](auto v, int64_t i) {
+      using V = decltype(v);
+      return affine(V(c0), value_at<V>(x, i));
+    });
   }
 }
 
@@ -235,13 +269,15 @@ static inline void apply_clamped(const AffineArgs& a, const Coefficients<R>& c, 
 }
 
 // The sum of x and z made first, in `middle`.
-template <class R, class L>
-static inline void apply_blend(const Coefficients<R>& c, const int* columns, const L* x, const L* m, const R* z, const L* w,
-                               R* middle, const Output<L>& out, int64_t n) {
-  apply_columns(c, columns, x, zeros<L>(), z, zeros<L>(), {}, Output<R>{middle}, n);
-  out.put(n, [=](int64_t from, L* to, int64_t many) {
-#pragma GCC ivdep
-    for (int64_t i = 0; i < many; ++i) narrow(blend(R(widen(m[from + i])), middle[from + i], R(widen(w[from + i]))), to[i]);
+template <class R, class T>
+static inline void apply_blend(const Coefficients<R>& c, const int* columns, const T* x, const T* m, const R* z, const T* w,
+                               R* middle, const Output<T>& out, int64_t n) {
+  apply_columns(c, columns, x, zeros<T>(), z, zeros<T>(), {}, Output<R>{middle}, n);
+  out.put(n, [=](int64_t from, T* to, int64_t many) {
+    fill<R, T>(from, to, many, [=](auto v, int64_t i) {
+      using V = decltype(v);
+      return blend(value_at<V>(m, i), value_at<V>(middle, i), value_at<V>(w, i));
+    });
   });
 }
 
@@ -269,17 +305,16 @@ static inline Unit part_of(const Unit& unit, int64_t k) {
 template <class T>
 static inline void affine_part(const AffineArgs& a, const Unit& unit) {
   using R = typename ComputeType<T>::type;
-  using L = typename LoopType<T>::type;
   constexpr int64_t kPart = kAffinePart<R>;
-  alignas(64) L xs[kPart], ys[kPart], ws[kPart], outs[kPart], outs2[kPart];
+  alignas(64) T xs[kPart], ys[kPart], ws[kPart], outs[kPart], outs2[kPart];
   alignas(64) R zs[kPart], vs[kPart], middle[kPart];
-  const L* x = read<T>(a.batch, a.x, unit, xs);
-  const L* y = read<T>(a.batch, a.y, unit, ys);
+  const T* x = read<T>(a.batch, a.x, unit, xs);
+  const T* y = read<T>(a.batch, a.y, unit, ys);
   const R* z = a.five ? read<T>(a.batch, a.z, unit, zs) : read_z<T>(a.batch, a.z, a.noise, unit, zs);
   const R* v = a.five ? read_z<T>(a.batch, a.v, a.noise, unit, vs) : zeros<R>();
-  const L* w = read<T>(a.batch, a.w, unit, ws);
-  const Output<L> out = target<T>(a.batch, a.out, unit, outs);
-  const Output<L> out2 = a.out2.data ? target<T>(a.batch, a.out2, unit, outs2) : Output<L>{};
+  const T* w = read<T>(a.batch, a.w, unit, ws);
+  const Output<T> out = target<T>(a.batch, a.out, unit, outs);
+  const Output<T> out2 = a.out2.data ? target<T>(a.batch, a.out2, unit, outs2) : Output<T>{};
   for (int64_t r = 0; r < unit.rows; ++r) {
     const int64_t at = r * unit.length, n = unit.length;
     const Coefficients<R> c = coefficients<R>(a.table, unit.row + r);
@@ -387,29 +422,31 @@ static inline double penalise(Penalty penalty, R delta, R* residual, int64_t n) 
 template <class T>
 static void residual_units(const ResidualWork& a, int64_t unit_begin, int64_t unit_end) {
   using R = typename ComputeType<T>::type;
-  using L = typename LoopType<T>::type;
-  alignas(64) L preds[kSegment], ys[kSegment], grads[kSegment];
+  alignas(64) T preds[kSegment], ys[kSegment], grads[kSegment];
   alignas(64) R zs[kSegment], residual[kSegment], weighing[kSegment];
   alignas(64) uint8_t masks[kSegment];
   for_each_unit(a.batch, unit_begin, unit_end, [&](const Unit& unit, int64_t segment) {
-    const L* pred = read<T>(a.batch, a.pred, unit, preds);
-    const L* y = read<T>(a.batch, a.y, unit, ys);
+    const T* pred = read<T>(a.batch, a.pred, unit, preds);
+    const T* y = read<T>(a.batch, a.y, unit, ys);
     const R* z = read_z<T>(a.batch, a.z, a.noise, unit, zs);
     const bool masked = !a.weighs && (a.mask.data || a.choice.noise.present);
     const uint8_t* mask = masked ? read_mask(a.batch, a.mask, a.choice, unit, masks) : nullptr;
     const R* weights = a.weighs ? read<R>(a.batch, a.mask, unit, weighing) : nullptr;
-    const Output<L> grad = a.grad.data ? target<T>(a.batch, a.grad, unit, grads) : Output<L>{};
+    const Output<T> grad = a.grad.data ? target<T>(a.batch, a.grad, unit, grads) : Output<T>{};
     for (int64_t r = 0; r < unit.rows; ++r) {
       const int64_t at = r * unit.length, n = unit.length;
       const Coefficients<R> c = coefficients<R>(a.table, unit.row + r);
       const R n1 = c[a.columns[0]], n2 = c[a.columns[1]];
       if (a.columns[1] == kAbsent) {
-#pragma GCC ivdep
-        for (int64_t i = 0; i < n; ++i) residual[i] = affine(R(1), R(widen(pred[at + i])), n1, R(widen(y[at + i])));
+        fill<R, T>(at, residual, n, [=](auto v, int64_t i) {
+          using V = decltype(v);
+          return affine(V(R(1)), value_at<V>(pred, i), V(n1), value_at<V>(y, i));
+        });
       } else {
-#pragma GCC ivdep
-        for (int64_t i = 0; i < n; ++i)
-          residual[i] = affine(R(1), R(widen(pred[at + i])), n1, R(widen(y[at + i])), n2, z[at + i]);
+        fill<R, T>(at, residual, n, [=](auto v, int64_t i) {
+          using V = decltype(v);
+          return affine(V(R(1)), value_at<V>(pred, i), V(n1), value_at<V>(y, i), V(n2), value_at<V>(z, i));
+        });
       }
       // A select, not a product: what is masked out may be NaN.
       if (masked)
@@ -421,11 +458,12 @@ static void residual_units(const ResidualWork& a, int64_t unit_begin, int64_t un
         a.sums[segment + r] = penalise(a.penalty, delta, residual, n);
       const R scale = static_cast<R>(a.scale[unit.row + r]);
       if (grad)
-        (grad + at).put(n, [&](int64_t from, L* to, int64_t m) {
-          const bool lies_so = sizeof(T) == sizeof(L);  // else it is read from a buffer
-          if (unit.streams && lies_so)
-            read_ahead(pred + at + from + kSegment, m), read_ahead(y + at + from + kSegment, m);
-          for (int64_t i = 0; i < m; ++i) narrow(scale * residual[from + i], to[i]);
+        (grad + at).put(n, [&](int64_t from, T* to, int64_t m) {
+          if (unit.streams) read_ahead(pred + at + from + kSegment, m), read_ahead(y + at + from + kSegment, m);
+          fill<R>(from, to, m, [=](auto v, int64_t i) {
+            using V = decltype(v);
+            return V(scale) * value_at<V>(residual, i);
+          });
         });
     }
     if (grad) write<T>(a.batch, a.grad, unit, grad);
