@@ -112,6 +112,9 @@ struct AffineArgs {
   bool clamped;
   int inner[3];  // columns of a0, a1, a3
   double lo, hi;
+  // On the CPU also its gradient: in the estimate's place stands, within the bounds, gate[0]*z + gate[1]*v, else 0.
+  bool gates = false;
+  int gate[2] = {kAbsent, kAbsent};
   bool blends = false;  // out = blend(y, c0*x + c2*z, w); c1 and c3 are absent
   // Of five streams: one more, out += c4*v, whose place fresh noise then takes.
   bool five = false;

@@ -81,22 +81,23 @@ constexpr int kFifth = 4;  // the slot of a noise, or of the fifth tensor
 struct MapObject {
   PyObject_HEAD
   PyObject *op, *owner;  // owner: the spec.Map that holds this, borrowed
-  int columns[8], fifth[2], inner[3], slots[5];
+  int columns[8], fifth[2], inner[5], slots[5];  // inner: and those of a gate
   int outputs, inputs;
-  bool clamped, five, blends;
+  bool clamped, gates, five, blends;
 
   // Whether input k of x, y, z, w, v is read, by an output or by the estimate, which is of x, y and w.
   bool reads(int k) const {
-    if (k == kFifth) return fifth[0] != kAbsent || fifth[1] != kAbsent;
+    const bool gated = (k == kFifth && inner[4] != kAbsent) || (k == 2 && inner[3] != kAbsent);
+    if (k == kFifth) return gated || fifth[0] != kAbsent || fifth[1] != kAbsent;
     if (blends && (k == 1 || k == 3)) return true;
-    const bool inside = clamped && k != 2 && inner[k == 3 ? 2 : k] != kAbsent;
+    const bool inside = gated || (clamped && k != 2 && inner[k == 3 ? 2 : k] != kAbsent);
     return inside || columns[k] != kAbsent || columns[4 + k] != kAbsent;
   }
   void fill(AffineArgs& args) const {
     std::copy_n(columns, 8, args.columns);
-    std::copy_n(inner, 3, args.inner);
+    std::copy_n(inner, 3, args.inner), std::copy_n(inner + 3, 2, args.gate);
     std::copy_n(fifth, 2, args.fifth);
-    args.clamped = clamped, args.five = five, args.blends = blends;
+    args.clamped = clamped, args.gates = gates, args.five = five, args.blends = blends;
   }
 };
 
@@ -564,11 +565,10 @@ class FastStep : FastMap {
 };
 
 // (loss, pred, y, z, noise, mask, source, key, weight, scratch): the loss of pred against y and z or noise; mask: None, or
-// on the CPU a bool tensor like pred or a Drawn; weight: None or (B,). The result is (loss, its gradient, None if pred wants
-// none, False if backward makes it, `also` or None without its columns, the table, its rows, how many elements of each
-// sample the mask keeps). Of a loss that is not summed, or where y or z want a gradient, `loss` is
-// the samples' means, without the weight, and the gradient True, or None where none is wanted. scratch(device, doubles) is
-// what a GPU's reduction needs.
+// on the CPU a bool tensor like pred or a Drawn; weight: None or (B,). The result is (loss, pred's gradient, None if nobody
+// wants one, False if backward makes it, `also` or None without its columns, the table, its rows, how many elements of each
+// sample the mask keeps). Of a loss that is not summed `loss` is the samples' means, without the weight, and the gradient
+// True, or None where none is wanted. scratch(device, doubles) is what a GPU's reduction needs.
 class FastLoss : FastCall {
  public:
   static constexpr Py_ssize_t kArguments = 10;
@@ -582,9 +582,7 @@ class FastLoss : FastCall {
     if (!read_first(pred) || !read_another(y, args.y) || !read_another(z, args.z) ||
         !read_source(a[6], a[7], args.table) || !read_its_noise(noise, args.noise) || !read_mask(a[5], args))
       return Py_NewRef(Py_None);
-    const bool wanted = wants_grad(pred);
-    if ((wanted && leading_ > 1) || learned_) return Py_NewRef(Py_None);
-    const bool later = wanted && batch_.dtype == Dtype::f16;  // its gradient, whose scale is not known yet
+    if (learned_) return Py_NewRef(Py_None);
     args.batch = batch_;
     args.pred.data = first_->data();
     std::copy_n(columns, 3, args.columns);
@@ -596,10 +594,12 @@ class FastLoss : FastCall {
       z = noise = Py_None, args.z = {}, args.noise = {};
     else if ((z == Py_None) == (noise == Py_None))
       return Py_NewRef(Py_None);
-    bool others = false;
-    for (PyObject* t : {y, z}) others |= t != Py_None && wants_grad(t);
+    bool wanted = wants_grad(pred);
+    for (PyObject* t : {y, z}) wanted |= t != Py_None && wants_grad(t);  // theirs is made of that of pred
+    if (wanted && leading_ > 1) return Py_NewRef(Py_None);
+    const bool later = wanted && batch_.dtype == Dtype::f16;  // its gradient, whose scale is not known yet
     args.penalty = static_cast<Penalty>(spec.kind);
-    const bool means = others || static_cast<Reduction>(spec.reduction) == Reduction::none;
+    const bool means = static_cast<Reduction>(spec.reduction) == Reduction::none;
     if (means && (leading_ > 1 || columns[4] != kAbsent || !is_ours())) return Py_NewRef(Py_None);
     if (wanted || means) keep_table(args.table);
     const Owned kept(a[5] == Py_None ? Py_NewRef(Py_None) : count_kept(args));
@@ -615,7 +615,7 @@ class FastLoss : FastCall {
       LossArgs alone{Reduction::none};
       alone.per_sample = address(made.get()), alone.kept = counts;
       launch_loss(args, alone, workspace);
-      PyObject* const grad = wanted || others ? Py_True : Py_None;
+      PyObject* const grad = wanted ? Py_True : Py_None;
       return PyTuple_Pack(6, made.get(), grad, Py_None, table_, index(), kept.get());
     }
 
@@ -772,9 +772,10 @@ PyObject* new_map(PyTypeObject* type, PyObject* args, PyObject*) {
   if (!map) return nullptr;
   map->op = Py_NewRef(op), map->owner = owner;
   map->clamped = inner != Py_None;
-  std::fill_n(map->inner, 3, kAbsent);
+  map->gates = map->clamped && PyTuple_Check(inner) && PyTuple_GET_SIZE(inner) == 5;
+  std::fill_n(map->inner, 5, kAbsent);
   int all[10];
-  if (!read_ints(columns, all, 4, 10) || (map->clamped && !read_ints(inner, map->inner, 3, 3)) ||
+  if (!read_ints(columns, all, 4, 10) || (map->clamped && !read_ints(inner, map->inner, 3, 5)) ||
       !read_ints(slots, map->slots, 1, 5)) {
     Py_DECREF(map);
     return nullptr;

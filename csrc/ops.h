@@ -40,6 +40,7 @@ template <class R>
 struct Clamp {
   R lo, hi;
   DAE_FN R operator()(R v) const { return v < lo ? lo : (v > hi ? hi : v); }
+  DAE_FN bool passes(R v) const { return lo <= v && v <= hi; }
 };
 
 template <class R>

@@ -258,14 +258,21 @@ static inline void apply_columns(const Coefficients<R>& c, const int* columns, c
   }
 }
 
-// The estimate that the clamp is about: of x, y and w.
-template <class R, class L>
-static inline void apply_clamped(const AffineArgs& a, const Coefficients<R>& c, const L* x, const L* y, const L* w,
-                                 R* out, int64_t n) {
+// The estimate of x, y and w, clamped; or, where it is within the clamp's bounds, a sum of the gradients z and v.
+template <class R, class T>
+static inline void apply_clamped(const AffineArgs& a, const Coefficients<R>& c, const T* x, const T* y, const T* w,
+                                 const R* z, const R* v, R* out, int64_t n) {
   const int columns[] = {a.inner[0], a.inner[1], kAbsent, a.inner[2]};
   const Clamp<R> clamp = {static_cast<R>(a.lo), static_cast<R>(a.hi)};
   apply_columns(c, columns, x, y, zeros<R>(), w, {}, Output<R>{out}, n);
-  for (int64_t i = 0; i < n; ++i) out[i] = clamp(out[i]);
+  if (!a.gates) {
+    for (int64_t i = 0; i < n; ++i) out[i] = clamp(out[i]);
+    return;
+  }
+  if (a.gate[0] == kAbsent) z = zeros<R>();
+  if (a.gate[1] == kAbsent) v = zeros<R>();
+  const R of_z = c[a.gate[0]], of_v = c[a.gate[1]];
+  for (int64_t i = 0; i < n; ++i) out[i] = clamp.passes(out[i]) ? affine(of_z, z[i], of_v, v[i]) : R(0);
 }
 
 // The sum of x and z made first, in `middle`.
@@ -323,7 +330,7 @@ static inline void affine_part(const AffineArgs& a, const Unit& unit) {
     if (a.blends) {
       apply_blend(c, a.columns, x + at, y + at, z + at, w + at, middle, out + at, n);
     } else if (a.clamped) {
-      apply_clamped(a, c, x + at, y + at, w + at, middle, n);
+      apply_clamped(a, c, x + at, y + at, w + at, z + at, v + at, middle, n);
       if (out2) apply_columns(c, a.columns + 4, x + at, middle, z + at, w + at, second, out2 + at, n);
       apply_columns(c, a.columns, x + at, middle, z + at, w + at, first, out + at, n);
     } else {

@@ -94,6 +94,12 @@ def kernels(x: Tensor, op: str) -> Any:
     return Named(module, op) if listening() else module
 
 
+def extended(x: Tensor, op: str) -> bool:
+    """Whether the kernels that run `op` on x's device do what only the CPU's do: native.extended says what."""
+    module = kernels(x, op)
+    return hasattr(module, "extended") and bool(module.extended(x))
+
+
 def kernels_of(x: Tensor, op: str) -> Any:
     """What a traced op calls when it runs: there is no way back to plain torch by then."""
     forced = _forced not in (None, "reference") and supports(str(_forced), x.device)

@@ -142,8 +142,8 @@ def fast_loss(
 ) -> tuple[Tensor, Tensor | bool | None, Tensor | None, Any, Tensor | int | None, Tensor | None] | None:
     """(loss, gradient of pred or None, also or None, table, t, kept or None) of a plain call; else None.
 
-    The gradient is False where it is wanted and made in backward, of fp16; True where `loss` is the samples' means,
-    whose gradients are made there: of a target's tensors too, or of a loss that is not summed.
+    The gradient is False where it is wanted and made in backward, of fp16; True where `loss` is the samples' means, of
+    a loss that is not summed, whose gradients are made there.
     """
     return _core.fast_loss(core, *operands, source, key, weight, workspace)
 
@@ -210,8 +210,8 @@ def residual(spec: Loss, operands: Residual, rows: Coefficients, wanted: Wanted)
     return Found(means, loss, grad, kept)
 
 
-def weighs(x: Tensor) -> bool:
-    """Whether `residual` takes a mask of weights, in the dtype of x's arithmetic."""
+def extended(x: Tensor) -> bool:
+    """Whether `residual` takes a mask of weights, in the dtype of x's arithmetic, and `affine` a map with a gate."""
     return not _core.on_gpu(x)
 
 

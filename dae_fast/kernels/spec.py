@@ -142,7 +142,8 @@ class Map:
     fifth: of five streams, the column of c4 in each output, whose stream is the noise, drawn or a tensor; z is then a
         tensor. Else ()
     all_columns: both, as map_of takes them
-    inner: where y is a clamped estimate, the columns of x, y and w in it
+    inner: where y is a clamped estimate, the columns of x, y and w in it. With two more, where kernels are `extended`,
+        a clamp's gradient: y is then the sum of the gradients z and v by those columns, 0 where the estimate is outside
     slots: of the inputs in the order in which an op has them
     reads: whether an output or the estimate reads x, y, z and w
     given_by_slot: the map of the same columns whose inputs are x, y, z, w and the noise
@@ -157,7 +158,7 @@ class Map:
         self.op, self.all_columns, self.inner, self.slots = op, columns, inner, slots
         self.outputs = len(columns) // 4
         self.columns, self.fifth = columns[: 4 * self.outputs], columns[4 * self.outputs :]
-        inside = (ABSENT,) * 4 if inner is None else (inner[0], inner[1], ABSENT, inner[2])
+        inside = (ABSENT,) * 4 if inner is None else (inner[0], inner[1], (*inner, ABSENT)[3], inner[2])
         self.reads = tuple(inside[k] != ABSENT or any(c != ABSENT for c in self.columns[k::4]) for k in range(4))
         self.given_by_slot: Map = self if slots == ALL_SLOTS else map_of(op, columns, inner)
         self.core: Any = (

@@ -15,7 +15,7 @@ from torch.compiler import is_compiling
 from .._torch import DirectFunction, batchable
 from ..coefficients import gather, traced
 from ..kernels import reference
-from ..kernels.dispatch import kernels
+from ..kernels.dispatch import extended, kernels
 from ..kernels.reference import row_of
 from ..kernels.spec import (
     ABSENT,
@@ -56,25 +56,28 @@ def fast_residual_loss(
     if grad is None and spec.reduction is not Reduction.none:
         return loss, also
     rows = rows_at(table, t)
-    if grad is None or grad is True:
+    if spec.reduction is Reduction.none:
         means = loss if grad is None else _sample_means(spec, operands, rows, (loss, kept))
-        return _reduced(spec, operands, _weighted(spec, means, weight, rows)), None
+        return _weighted(spec, means, weight, rows), None
     made = loss, None if grad is False else grad
-    return _keep_gradient(spec, operands, rows, weight, made, None), also
+    return _keep_gradient(spec, operands, rows, weight, made, (None, kept)), also
 
 
 def _keep_gradient(
-    spec: Loss, operands: Residual, rows: Coefficients, weight: Tensor | None, made: Any, means: Tensor | None
+    spec: Loss, operands: Residual, rows: Coefficients, weight: Tensor | None, made: Any, counted: Any
 ) -> Tensor:
-    """The loss, whose gradient of pred was made with it."""
+    """The loss, whose gradient of pred was made with it. counted: the samples' means; how many of each count."""
     pred, y, z, noise, mask = operands
     y = None if spec.columns[0] == ABSENT else y
     if spec.columns[1] == ABSENT:
         z = noise = None
     read_again = () if noise is None and mask is None else _read_again(noise, mask)
-    others = y, z, rows.t, mask if isinstance(mask, Tensor) else None, means, *read_again
+    others = y, z, rows.t, mask if isinstance(mask, Tensor) else None, *counted, *read_again
+    of_y = None if y is None or not y.requires_grad else y  # each argument costs
+    of_z = None if z is None or not z.requires_grad else z
+    call = spec, noise, rows.table, mask if isinstance(mask, Drawn) else None
     # In a tuple: of an argument that is returned autograd makes a view.
-    return _Loss.apply(pred, weight, made, others, (spec, noise, rows.table, mask if isinstance(mask, Drawn) else None))
+    return _Loss.apply(pred, weight, of_y, of_z, made, others, call)
 
 
 def _read_again(noise: Noise | None, mask: Any) -> list[Tensor | None]:
@@ -102,12 +105,12 @@ def residual_loss(spec: Loss, operands: Residual, rows: Coefficients, weight: Te
             wanted = Wanted(loss=summed, weight=weight, also=also)
             means, loss, *_ = kernels(pred, op).residual(spec, operands, rows, wanted)
             return loss if summed else _weighted(spec, means, weight, rows), means, also
-        if summed and not wants_grad(y, z, rows.tensor):
+        if summed and not wants_grad(rows.tensor):
             # fp16's is left to backward: a loss scale must reach the gradient before it is rounded.
-            now = wants_grad(pred) and pred.dtype != torch.float16
+            now = wants_grad(pred, y, z) and pred.dtype != torch.float16
             wanted = Wanted(loss=True, grad=now, weight=weight, also=also)
-            means, loss, grad, _ = kernels(pred, op).residual(spec, operands, rows, wanted)
-            return _keep_gradient(spec, operands, rows, weight, (loss, grad), means), means, also
+            means, loss, grad, kept = kernels(pred, op).residual(spec, operands, rows, wanted)
+            return _keep_gradient(spec, operands, rows, weight, (loss, grad), (means, kept)), means, also
     means = sample_means(spec, operands, rows)
     loss = _reduced(spec, operands, _weighted(spec, means, weight, rows))
     means = means.detach()
@@ -128,8 +131,7 @@ def _reduced(spec: Loss, operands: Residual, each: Tensor) -> Tensor:
 
 def _in_one_pass(op: str, pred: Tensor, weights: Tensor) -> bool:
     """Whether the kernels take a mask of weights; none makes a gradient of them."""
-    module = kernels(pred, op)
-    return not wants_grad(weights) and hasattr(module, "weighs") and module.weighs(pred)
+    return not wants_grad(weights) and extended(pred, op)
 
 
 def _filled(operands: Residual) -> Residual:
@@ -292,7 +294,14 @@ class _Loss(DirectFunction):
 
     @staticmethod
     def forward(
-        ctx: Any, pred: Tensor, weight: Tensor | None, made: tuple[Tensor, Tensor | None], others: Any, call: Any
+        ctx: Any,
+        pred: Tensor,
+        weight: Tensor | None,
+        y: Tensor | None,
+        z: Tensor | None,
+        made: tuple[Tensor, Tensor | None],
+        others: Any,
+        call: Any,
     ) -> Tensor:
         loss, grad = made
         ctx.save_for_backward(pred, weight, grad, *others)
@@ -303,31 +312,62 @@ class _Loss(DirectFunction):
     @staticmethod
     @batchable
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        pred, weight, grad, y, z, index, mask, means, *_ = ctx.saved_tensors
+        pred, weight, grad, y, z, index, mask, means, kept, *_ = ctx.saved_tensors
         if grad is not None and ctx.given_away:
             grad = None  # what it was given to may have changed it
         ctx.given_away = True
-        if grad is not None and not ctx.needs_input_grad[1] and is_one(upstream) and not torch.is_grad_enabled():
-            return grad.data, None, None, None, None  # a tensor of its own, which pred.grad takes without a copy
+        of_pred, of_weight, of_y, of_z = ctx.needs_input_grad[:4]
+        further = of_weight or of_y or of_z
+        stands = grad is not None and is_one(upstream) and not torch.is_grad_enabled()
+        if stands and not further:
+            return grad.data, *(None,) * 6  # a tensor of its own, which pred.grad takes without a copy
         spec, noise, table, drawn = ctx.call
-        operands = Residual(pred, y, z, noise, drawn or mask)
-        rows, nothing = Coefficients(table, index), (None,) * 3
+        operands, rows = Residual(pred, y, z, noise, drawn or mask), Coefficients(table, index)
         in_torch = torch.is_grad_enabled() or route(spec.op, upstream, pred) is not Route.DIRECT
-        of_weight = None
-        if in_torch or ctx.needs_input_grad[1]:
+        made_of_weight = None
+        if in_torch or of_weight:
             mean = spec.reduction is Reduction.mean
             each = upstream / pred.shape[0] if mean else upstream * kept_elements(pred, operands.mask)
-        if ctx.needs_input_grad[1]:
+        if of_weight:
             if in_torch:  # differentiable in turn
                 means = sample_means(spec, operands, rows)
-            of_weight = each * means
+            made_of_weight = each * means
             factor = _factor(spec, rows, pred)
-            of_weight = (of_weight if factor is None else of_weight * factor).to(weight.dtype)
-        if not ctx.needs_input_grad[0]:
-            return None, of_weight, *nothing
-        if in_torch:
+            made_of_weight = (made_of_weight if factor is None else made_of_weight * factor).to(weight.dtype)
+        found: Gradients = [None] * 4
+        if in_torch and (of_pred or of_y or of_z):
             by_sample = _weighted(spec, each.expand(pred.shape[0]), weight, rows)
-            return _pred_gradient(spec, by_sample, operands, rows), of_weight, *nothing
-        # Where upstream is not 1 it is made again, not multiplied: as many bytes, and one rounding.
-        wanted = Wanted(grad=True, weight=weight, upstream=upstream, made=grad)
-        return kernels(pred, spec.op).residual(spec, operands, rows, wanted).grad, of_weight, *nothing
+            found = gradients((of_pred, of_y, of_z, False), spec, by_sample, operands, rows)
+        elif of_pred or of_y or of_z:
+            if not stands:
+                # Where upstream is not 1 it is made again, not multiplied: as many bytes, and one rounding.
+                wanted = Wanted(grad=True, weight=weight, upstream=upstream, made=grad, kept=kept)
+                grad = kernels(pred, spec.op).residual(spec, operands, rows, wanted).grad
+            again = Wanted(grad=True, weight=weight, upstream=upstream, kept=kept)
+            found[1:3] = _target_gradients((of_y, of_z), spec, grad, operands, rows, again)
+            found[0] = grad.data if stands else grad
+        return found[0], made_of_weight, *found[1:3], None, None, None
+
+
+def _target_gradients(
+    needs: tuple[bool, bool], spec: Loss, g: Tensor, operands: Residual, rows: Coefficients, again: Wanted
+) -> list[Tensor | None]:
+    """Of y and z, from that of pred, g: n1*g and n2*g. again: what made g.
+
+    Of a half type, which is rounded, and in fp16 perhaps infinite, it is made again with the factor in the weight.
+    """
+    found: list[Tensor | None] = [None, None]
+    wanted = [k for k in (0, 1) if needs[k]]
+    table = rows.table
+    exact = isinstance(table, tuple) and all(abs(table[spec.columns[k]]) == 1 for k in wanted)
+    if exact or g.dtype == compute_dtype(g.dtype):
+        columns = tuple(c for k in wanted for c in (spec.columns[k], ABSENT, ABSENT, ABSENT))
+        made = affine(map_of(spec.op, columns), (g, None, None, None), None, rows) if wanted else ()
+        for k, t in zip(wanted, made, strict=True):
+            found[k] = t
+        return found
+    for k in wanted:
+        factor = gather(spec.op, rows, g)[:, spec.columns[k]]
+        weight = (factor if again.weight is None else factor * again.weight).expand(g.shape[0])
+        found[k] = kernels(g, spec.op).residual(spec, operands, rows, again._replace(weight=weight)).grad
+    return found

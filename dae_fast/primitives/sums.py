@@ -18,8 +18,8 @@ from torch.compiler import is_compiling
 from .._torch import DirectFunction, batchable, outside_modes
 from ..coefficients import changing, stack_rows, traced
 from ..kernels import dispatch, reference
-from ..kernels.dispatch import kernels
-from ..kernels.spec import ABSENT, NOISE, Bounds, Coefficients, Inputs, Map, Z, compute_dtype, map_of, rows_at
+from ..kernels.dispatch import extended, kernels
+from ..kernels.spec import ABSENT, BLEND, NOISE, Bounds, Coefficients, Inputs, Map, Z, compute_dtype, map_of, rows_at
 from ..noise import FlatNoise, Noise
 from ..routing import Route, fast_map, on_mesh, route, wants_grad
 
@@ -173,12 +173,11 @@ def _blended_gradients(
     c0, _, c2, _ = spec.columns
     of_sum = map_of(spec.op, (c0, ABSENT, c2, ABSENT))
     wide = widened(g)
-    of_v = m * wide
-    *found, sums = gradients((needs[0], False, *needs[2:]), (of_v,), of_sum, (x, None, z, None), noise, rows)
+    *found, sums = gradients((needs[0], False, *needs[2:]), (m * wide,), of_sum, (x, None, z, None), noise, rows)
     if needs[1]:
         found[1] = (affine(of_sum, (x, None, z, None), noise, rows)[0] - w) * wide
     if needs[3]:
-        found[3] = wide - of_v
+        found[3] = affine(map_of(spec.op, (ABSENT, BLEND, ABSENT, BLEND)), (g, inputs[1], None, g), None, rows)[0]
     return [*(None if t is None else t.to(g.dtype) for t in found), sums]
 
 
@@ -215,10 +214,14 @@ def _clamped_gradients(
 ) -> Gradients:
     """The estimate counts as one more output, the only one that reads y. All in the compute type."""
     dtype, op, estimate = given[0][0].dtype, spec.op, of_estimate(spec)
+    found = _gated_gradients(needs, given, spec, inputs, rows, bounds)
+    if found is not None and not needs[5]:
+        return [*found, None]
     given = [(widened(g), columns) for g, columns in given]
     inner: Given = [(_estimate_gradient(given, inputs, rows, estimate, bounds), estimate.columns_of(0))]
-    outer: Given = [(g, (c0, ABSENT, *others)) for g, (c0, _, *others) in given]
-    found = [None if t is None else t.to(dtype) for t in _input_gradients(needs, outer + inner, rows, op)]
+    outer = _besides_estimate(given)
+    if found is None:
+        found = [None if t is None else t.to(dtype) for t in _input_gradients(needs, outer + inner, rows, op)]
     if not needs[5]:
         return [*found, None]
     x, y, z, w = (widened(t) for t in inputs)
@@ -227,6 +230,32 @@ def _clamped_gradients(
     for c, of_inner in _column_sums(needs[5], inner, (x, y, None, w), None, estimate).items():
         sums[c] = sums[c] + of_inner if c in sums else of_inner
     return [*found, sums]
+
+
+def _besides_estimate(given: Given) -> Given:
+    return [(g, (c0, ABSENT, *others)) for g, (c0, _, *others) in given]
+
+
+def _gated_gradients(
+    needs: Sequence[Any], given: Given, spec: Map, inputs: Inputs, rows: Coefficients, bounds: Bounds
+) -> list[Any] | None:
+    """Of the five streams, where a kernel makes those of the estimate's in one pass; else None."""
+    (g1, columns1), (g2, columns2), _ = (*given, *_NOT_GIVEN)
+    x, y, _, w = inputs
+    if torch.is_grad_enabled() or route(spec.op, g1, g2, *inputs) is not Route.DIRECT or not extended(g1, spec.op):
+        return None
+    found = _input_gradients((False, False, needs[2], False, needs[4]), _besides_estimate(given), rows, spec.op)
+    a0, a1, _, a3 = of_estimate(spec).columns
+    of_inputs = [(slot, a) for slot, a in ((0, a0), (1, a1), (3, a3)) if needs[slot]]
+    for first in range(0, len(of_inputs), 2):
+        pair = of_inputs[first : first + 2]
+        outer = [(columns1[k], columns2[k]) if k != 1 else (ABSENT, ABSENT) for k, _ in pair]
+        maps = tuple(c for (_, a), (c1, _) in zip(pair, outer, strict=True) for c in (ABSENT, a, c1, ABSENT))
+        fifth = () if g2 is None else tuple(c2 for _, c2 in outer)
+        gated = map_of(spec.op, maps + fifth, (a0, a1, a3, columns1[1], columns2[1]))
+        for (k, _), gradient in zip(pair, affine(gated, (x, y, g1, w), g2, rows, bounds), strict=True):
+            found[k] = gradient
+    return found
 
 
 def _estimate_gradient(given: Given, inputs: Inputs, rows: Coefficients, estimate: Map, bounds: Bounds) -> Tensor:
