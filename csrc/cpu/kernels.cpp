@@ -467,9 +467,9 @@ static void residual_units(const ResidualWork& a, int64_t unit_begin, int64_t un
       if (grad)
         (grad + at).put(n, [&](int64_t from, T* to, int64_t m) {
           if (unit.streams) read_ahead(pred + at + from + kSegment, m), read_ahead(y + at + from + kSegment, m);
-          fill<R>(from, to, m, [=](auto v, int64_t i) {
+          fill<R>(from, to, m, [=, slopes = &residual[0]](auto v, int64_t i) {  // not a copy of them all
             using V = decltype(v);
-            return V(scale) * value_at<V>(residual, i);
+            return V(scale) * value_at<V>(slopes, i);
           });
         });
     }
