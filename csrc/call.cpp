@@ -470,26 +470,24 @@ class FastMap : protected FastCall {
     differentiable |= learned_;
     if (into != Py_None && (differentiable || map.outputs != 1 || !read_out(into, slots, 5, args.out)))
       return Py_NewRef(Py_None);
-    if (differentiable || !is_ours()) {
-      if (differentiable && leading_ > 1) return Py_NewRef(Py_None);  // made again in the general way
-      keep_table(args.table);
-      const Owned inputs(PyTuple_Pack(4, slots[0], slots[1], slots[2], slots[3]));
-      const Owned rows(PyTuple_Pack(2, table_, learned_ ? columns(source) : index()));
-      const Owned last(stored           ? Py_NewRef(slots[kFifth])
-                       : tag == Py_None ? Py_NewRef(noise)
-                                        : PyObject_CallMethodOneArg(noise, names().fold_in, tag));
-      if (differentiable) {
-        PyObject* const passed[] = {map.owner, inputs.get(), last.get(), rows.get(), bounds};
-        return PyObject_Vectorcall(g_with_gradients, passed, std::size(passed), nullptr);
-      }
-      const Owned made(make_outputs(map, into, args));
+    if (differentiable && leading_ > 1) return Py_NewRef(Py_None);  // made in the general way
+    const Owned made(make_outputs(map, into, args));
+    if (is_ours()) launch([&](const Api& api, Queue queue) { return api.affine(args, queue); });
+    if (is_ours() && !differentiable) return Py_NewRef(made.get());
+    keep_table(args.table);
+    const Owned inputs(PyTuple_Pack(4, slots[0], slots[1], slots[2], slots[3]));
+    const Owned last(stored           ? Py_NewRef(slots[kFifth])
+                     : tag == Py_None ? Py_NewRef(noise)
+                                      : PyObject_CallMethodOneArg(noise, names().fold_in, tag));
+    if (!is_ours()) {
+      const Owned rows(PyTuple_Pack(2, table_, index()));
       const Owned outs(map.outputs == 1 ? PyTuple_Pack(1, made.get()) : Py_NewRef(made.get()));
       launch_elsewhere(names().fast_map, map.owner, inputs.get(), last.get(), rows.get(), bounds, outs.get());
-      return Py_NewRef(made.get());
     }
-    const Owned made(make_outputs(map, into, args));
-    launch([&](const Api& api, Queue queue) { return api.affine(args, queue); });
-    return Py_NewRef(made.get());
+    if (!differentiable) return Py_NewRef(made.get());
+    const Owned rows(PyTuple_Pack(2, table_, learned_ ? columns(source) : index()));
+    PyObject* const passed[] = {made.get(), map.owner, inputs.get(), last.get(), rows.get(), bounds};
+    return PyObject_Vectorcall(g_with_gradients, passed, std::size(passed), nullptr);
   }
 
  private:

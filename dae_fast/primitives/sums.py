@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from .._torch import DirectFunction, batchable, outside_modes
 from ..coefficients import changing, stack_rows, traced
@@ -58,9 +58,11 @@ def general_affine(
     if way is Route.REFERENCE:
         return reference.affine(spec, inputs, noise, rows, bounds)
     if way is Route.DIRECT:
-        if wants_grad(*inputs, v, rows.tensor):
-            return with_gradients(spec, inputs, noise, rows, bounds, always_tuple=True)
-        return kernels(x, spec.op).affine(spec, inputs, noise, rows, bounds)
+        made: tuple[Tensor, ...] = kernels(x, spec.op).affine(spec, inputs, noise, rows, bounds)
+        if not wants_grad(*inputs, v, rows.tensor):
+            return made
+        made = with_gradients(made, spec, inputs, noise, rows, bounds)
+        return made if isinstance(made, tuple) else (made,)
     if spec.inner is not None:
         assert bounds is not None
         return _clamped_by_torch(spec, inputs, noise, rows, bounds)
@@ -182,25 +184,37 @@ def _blended_gradients(
 
 
 def _input_gradients(needs: Sequence[Any], given: Given, rows: Coefficients, op: str) -> Gradients:
-    """Of the five streams, from one to three gradients.
-
-    d x = c0 * g, and so on: affine maps of the output gradients, two inputs to a pass; where c0 is the number 1, g.
-    """
+    """Of the five streams, from one to three gradients: affine maps of them; where c0 is the number 1, g."""
     result: Gradients = [None] * 5
     (g1, columns1), (g2, columns2), (g3, columns3) = (*given, *_NOT_GIVEN)[:3]
     assert g1 is not None
-    wanted = [k for k in range(5) if needs[k]]
+    wanted = needs[0], needs[1], needs[2], needs[3], needs[4]
     if len(given) == 1 and isinstance(rows.table, tuple):
-        for k in wanted:
-            if rows.table[columns1[k]] == 1:
-                result[k] = g1
-        wanted = [k for k in wanted if result[k] is None]
-    for first in range(0, len(wanted), 2):
-        pair = wanted[first : first + 2]
-        maps = tuple(c for k in pair for c in (columns1[k], columns2[k], columns3[k], ABSENT))
-        for k, gradient in zip(pair, affine(map_of(op, maps), (g1, g2, g3, None), None, rows), strict=True):
+        ones = [need and rows.table[c] == 1 for need, c in zip(wanted, columns1, strict=True)]
+        if True in ones:
+            result = [g1 if one else None for one in ones]
+            wanted = tuple(need and not one for need, one in zip(wanted, ones, strict=True))  # type: ignore[assignment]
+    for spec, slots in _gradient_maps(op, wanted, (columns1, columns2, columns3)):
+        for k, gradient in zip(slots, affine(spec, (g1, g2, g3, None), None, rows), strict=True):
             result[k] = gradient
     return result
+
+
+def _made_gradient_maps(
+    op: str, wanted: tuple[Any, ...], columns: tuple[Columns, Columns, Columns]
+) -> list[tuple[Map, list[int]]]:
+    """d x = c0 * g, and so on, two inputs to a pass: the maps of the gradients, and what each is of."""
+    slots = [k for k in range(5) if wanted[k]]
+    pairs = [slots[first : first + 2] for first in range(0, len(slots), 2)]
+    of_pair = [tuple(c for k in pair for c in (*(of[k] for of in columns), ABSENT)) for pair in pairs]
+    return [(map_of(op, maps), pair) for maps, pair in zip(of_pair, pairs, strict=True)]
+
+
+_kept_gradient_maps = lru_cache(maxsize=512)(_made_gradient_maps)
+
+
+def _gradient_maps(op: str, wanted: tuple[Any, ...], columns: tuple[Columns, Columns, Columns]) -> Any:
+    return (_made_gradient_maps if is_dynamo_compiling() else _kept_gradient_maps)(op, wanted, columns)
 
 
 def _clamped_gradients(
@@ -346,7 +360,9 @@ def row_dots(op: str, g: Tensor, inputs: Inputs, noise: Noise | None) -> Tensor:
 
 
 class _Affine(DirectFunction):
-    """Eager. The noise's key and ids are saved as tensors are, for a change before backward to be noticed.
+    """Eager: outputs that were made get their gradients.
+
+    The noise's key and ids are saved as tensors are, for a change before backward to be noticed.
 
     columns: numbers and tensors, of which the core has worked the table out, where one of them wants a gradient
     """
@@ -363,7 +379,7 @@ class _Affine(DirectFunction):
         rest: tuple[Any, ...],
         *columns: Any,
     ) -> Any:
-        index, spec, noise, bounds = rest
+        made, index, spec, noise, bounds = rest
         ctx.set_materialize_grads(False)
         inputs = x, y, z, w
         read: tuple[Tensor | None, ...] = ()
@@ -377,8 +393,7 @@ class _Affine(DirectFunction):
         ctx.save_for_backward(None if constants else table, index, *learned, *read, *in_memory)
         numbers = [None if isinstance(c, Tensor) else c for c in columns]
         ctx.rest = noise, spec, bounds, table if constants else None, len(read), numbers
-        outputs = affine(spec, inputs, noise if v is None else v, (table, index), bounds)
-        return outputs if len(outputs) > 1 else outputs[0]
+        return made
 
     @staticmethod
     @batchable
@@ -414,23 +429,18 @@ def _column_gradients(columns: Sequence[Any], sums: dict[int, Tensor], rows: Coe
 
 
 def with_gradients(
-    spec: Map,
-    inputs: Inputs,
-    noise: Noise | Tensor | None,
-    rows: Any,
-    bounds: Bounds | None,
-    always_tuple: bool = False,
+    made: Any, spec: Map, inputs: Inputs, noise: Noise | Tensor | None, rows: Any, bounds: Bounds | None
 ) -> Any:
-    """The outputs of a call that wants gradients; the core calls it for plain ones, whose t may be a row's number, or
-    the columns of a table that it has worked out of tensors that want gradients."""
+    """The output, or the outputs, of a call that wants gradients. The core calls it for plain ones, whose t may be a
+    row's number, or the columns of a table that it has worked out of tensors that want gradients."""
     table, t = rows
     columns = t if isinstance(t, tuple) else ()
     if isinstance(t, int):
         table, t = rows_at(table, t)
     v, drawn = (noise, None) if isinstance(noise, Tensor) else (None, noise)
     index = None if columns else t
-    made = _Affine.apply(*inputs, v, table, (index, spec.given_by_slot, drawn, bounds), *columns)
-    return (made,) if always_tuple and not isinstance(made, tuple) else made
+    made = made[0] if isinstance(made, tuple) and len(made) == 1 else made
+    return _Affine.apply(*inputs, v, table, (made, index, spec, drawn, bounds), *columns)
 
 
 if (_core := dispatch.module("native")) is not None:
