@@ -282,12 +282,15 @@ PAIR = Formula("Level", ("alpha", "sigma"), lambda alpha, sigma: (alpha, sigma))
 
 def alpha_sigma(op: str, level: Level, x: Tensor) -> tuple[Tensor, Tensor]:
     """float64 on x's device, () or one for each row of batch x."""
+    alpha, sigma = alpha_sigma_pairs(op, level, x).unbind(-1)
+    return alpha, sigma
+
+
+def alpha_sigma_pairs(op: str, level: Level, x: Tensor) -> Tensor:
+    """The same in one tensor, (2,) or (B, 2)."""
     rows = PAIR.rows(level, x, torch.float64, op)
     pairs = reference.coefficients(*traced(rows), op, x)
-    if rows.t is None and pairs.shape[0] == 1:
-        pairs = pairs[0]
-    alpha, sigma = pairs.unbind(-1)
-    return alpha, sigma
+    return pairs[0] if rows.t is None and pairs.shape[0] == 1 else pairs
 
 
 def value_at(op: str, name: str, function: Callable[..., Any], level: Level, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.compiler import is_compiling
 from .. import checks
 from .._torch import outside_modes
 from ..checks import can_read
-from ..coefficients import Level, alpha_sigma, level_for, singular
+from ..coefficients import Level, alpha_sigma_pairs, level_for, singular
 from ..noise import Noise
 from ..ops.brownian import BrownianNoise
 from ..ops.conversions import Bounds, bounds
@@ -154,14 +154,15 @@ def _row_of(op: str, x: Tensor, levels: tuple[Level, Level], options: Options) -
         return _row_of_numbers(op, t, s, options)
     dims = max(level._dims() for level in levels)
 
-    def place(level: Level) -> Place:
-        return Place(*(_leading(v, level._dims(), dims, x) for v in alpha_sigma(op, level, x)))
+    def place(level: Level, values: Any) -> Place:
+        return Place(*(_leading(values[..., k], level._dims(), dims, x) for k in (0, 1)))
 
-    looked_up = [place(level) for level, pair in zip(levels, pairs, strict=True) if pair is None]
-    if not all(can_read(v.alpha) and not wants_grad(*v) for v in looked_up):
-        return _row(place(levels[0]), place(levels[1]), options)
-    arrays = [Place(*(v.numpy() for v in found)) for found in looked_up]  # type: ignore[arg-type]
-    at, after = (arrays.pop(0) if pair is None else Place(*map(np.asarray, pair)) for pair in pairs)  # type: ignore[arg-type]
+    found = [pair or alpha_sigma_pairs(op, level, x) for level, pair in zip(levels, pairs, strict=True)]
+    tensors = [values for values in found if isinstance(values, Tensor)]
+    if not all(map(can_read, tensors)) or wants_grad(*tensors):
+        at, after = (place(level, alpha_sigma_pairs(op, level, x)) for level in levels)
+        return _row(at, after, options)
+    at, after = (place(level, np.asarray(values)) for level, values in zip(levels, found, strict=True))
     with np.errstate(all="ignore"):
         made = _row(at, after, options)
     row = np.empty((len(made), *np.broadcast(*made).shape))
@@ -173,11 +174,11 @@ def _row_of(op: str, x: Tensor, levels: tuple[Level, Level], options: Options) -
     return _Row(*torch.from_numpy(row).unbind())
 
 
-def _leading(value: Tensor, own: int, dims: int, x: Tensor) -> Tensor:
+def _leading(value: Any, own: int, dims: int, x: Tensor) -> Any:
     """A level's alpha or sigma, () or of its rows, broadcastable to x's first `dims` dimensions."""
-    if not value.dim() or (dims == 1 and value.numel() != 1):
+    if not value.shape or (dims == 1 and value.shape != (1,)):
         return value
-    return value.reshape(*x.shape[:own], *[1] * (dims - own)) if value.numel() != 1 else value.reshape(())
+    return value.reshape(()) if value.shape == (1,) else value.reshape(*x.shape[:own], *[1] * (dims - own))
 
 
 @lru_cache(maxsize=1024)
