@@ -565,7 +565,7 @@ class FastStep : FastMap {
 // (loss, pred, y, z, noise, mask, source, key, weight, scratch): the loss of pred against y and z or noise; mask: None, or
 // on the CPU a bool tensor like pred or a Drawn; weight: None or (B,). The result is (loss, pred's gradient, None if nobody
 // wants one, False if backward makes it, `also` or None without its columns, the table, its rows, how many elements of each
-// sample the mask keeps). Of a loss that is not summed `loss` is the samples' means, without the weight, and the gradient
+// sample the mask keeps, the samples' means where weight wants a gradient, of which it is made). Of a loss that is not summed `loss` is the samples' means, without the weight, and the gradient
 // True, or None where none is wanted. scratch(device, doubles) is what a GPU's reduction needs.
 class FastLoss : FastCall {
  public:
@@ -599,7 +599,8 @@ class FastLoss : FastCall {
     args.penalty = static_cast<Penalty>(spec.kind);
     const bool means = static_cast<Reduction>(spec.reduction) == Reduction::none;
     if (means && (leading_ > 1 || columns[4] != kAbsent || !is_ours())) return Py_NewRef(Py_None);
-    if (wanted || means) keep_table(args.table);
+    const bool learns = weight != Py_None && wants_grad(weight);
+    if (wanted || means || learns) keep_table(args.table);
     const Owned kept(a[5] == Py_None ? Py_NewRef(Py_None) : count_kept(args));
     const auto* const counts = static_cast<const double*>(a[5] == Py_None ? nullptr : address(kept.get()));
     if (means) {
@@ -609,12 +610,12 @@ class FastLoss : FastCall {
         if (!view || !view->dtype(dtype) || view->dims() > 1 || (view->dims() && view->size(0) != batch_.B))
           return Py_NewRef(Py_None);
       }
-      const Owned made(new_tensor(Py_BuildValue("(L)", static_cast<long long>(batch_.B))));
+      const Owned made(one_for_each());
       LossArgs alone{Reduction::none};
       alone.per_sample = address(made.get()), alone.kept = counts;
       launch_loss(args, alone, workspace);
       PyObject* const grad = wanted ? Py_True : Py_None;
-      return PyTuple_Pack(6, made.get(), grad, Py_None, table_, index(), kept.get());
+      return PyTuple_Pack(7, made.get(), grad, Py_None, table_, index(), kept.get(), Py_None);
     }
 
     LossArgs of_loss{};
@@ -622,11 +623,11 @@ class FastLoss : FastCall {
       const auto view = dense(weight);
       Dtype dtype;
       if (!view || !view->dtype(dtype) || (dtype != Dtype::f32 && dtype != Dtype::f64) ||
-          view->elements() != batch_.B || view->dims() != leading_ || wants_grad(weight))
+          view->elements() != batch_.B || view->dims() != leading_ || (learns && (leading_ > 1 || !is_ours())))
         return Py_NewRef(Py_None);
       of_loss.weight = view->data(), of_loss.weight_is_double = dtype == Dtype::f64;
     }
-    const Owned loss(new_numbers(kOne));
+    const Owned loss(new_numbers(kOne)), means_of(learns ? one_for_each() : Py_NewRef(Py_None));
     const Owned grad(later ? Py_NewRef(Py_False) : wanted ? empty_like_first(args.grad.data) : Py_NewRef(Py_None));
     const Owned also(columns[4] == kAbsent ? Py_NewRef(Py_None) : new_numbers(kTwo));
     if (!is_ours()) {
@@ -640,9 +641,10 @@ class FastLoss : FastCall {
       of_loss.weight_column = columns[3];
       of_loss.also_columns[0] = columns[4], of_loss.also_columns[1] = columns[5];
       if (also.get() != Py_None) of_loss.also = address(also.get());
+      if (learns) of_loss.per_sample = address(means_of.get());
       launch_loss(args, of_loss, workspace);
     }
-    return PyTuple_Pack(6, loss.get(), grad.get(), also.get(), table_ ? table_ : Py_None, index(), kept.get());
+    return PyTuple_Pack(7, loss.get(), grad.get(), also.get(), table_ ? table_ : Py_None, index(), kept.get(), means_of.get());
   }
 
  private:
@@ -688,6 +690,8 @@ class FastLoss : FastCall {
     }
     launch([&](const Api& api, Queue queue) { return api.residual(args, loss, room, queue); });
   }
+
+  PyObject* one_for_each() const { return new_tensor(Py_BuildValue("(L)", static_cast<long long>(batch_.B))); }
 
   // Of the compute type, on the first tensor's device. Like a tensor that is kept: torch.empty itself takes longer.
   PyObject* new_numbers(Shape shape) const {

@@ -139,11 +139,11 @@ fast_step = _core.fast_step
 
 def fast_loss(
     core: Any, operands: Residual, source: Any, key: Any, weight: Tensor | None
-) -> tuple[Tensor, Tensor | bool | None, Tensor | None, Any, Tensor | int | None, Tensor | None] | None:
-    """(loss, gradient of pred or None, also or None, table, t, kept or None) of a plain call; else None.
+) -> tuple[Tensor, Tensor | bool | None, Tensor | None, Any, Tensor | int | None, Tensor | None, Tensor | None] | None:
+    """(loss, gradient of pred or None, also or None, table, t, kept or None, means or None) of a plain call; else None.
 
     The gradient is False where it is wanted and made in backward, of fp16; True where `loss` is the samples' means, of
-    a loss that is not summed, whose gradients are made there.
+    a loss that is not summed, whose gradients are made there. means: the samples', where weight wants a gradient.
     """
     return _core.fast_loss(core, *operands, source, key, weight, workspace)
 

@@ -52,15 +52,15 @@ def fast_residual_loss(
     found = fast_loss(spec.core, operands, source, key, weight)
     if found is None:
         return None
-    loss, grad, also, table, t, kept = found
-    if grad is None and spec.reduction is not Reduction.none:
+    loss, grad, also, table, t, kept, means = found
+    if grad is None and means is None and spec.reduction is not Reduction.none:
         return loss, also
     rows = rows_at(table, t)
     if spec.reduction is Reduction.none:
         means = loss if grad is None else _sample_means(spec, operands, rows, (loss, kept))
         return _weighted(spec, means, weight, rows), None
     made = loss, None if grad is False else grad
-    return _keep_gradient(spec, operands, rows, weight, made, (None, kept)), also
+    return _keep_gradient(spec, operands, rows, weight, made, (means, kept)), also
 
 
 def _keep_gradient(
