@@ -254,7 +254,7 @@ def _gated_gradients(
     needs: Sequence[Any], given: Given, spec: Map, inputs: Inputs, rows: Coefficients, bounds: Bounds
 ) -> list[Any] | None:
     """Of the five streams, where a kernel makes those of the estimate's in one pass; else None."""
-    (g1, columns1), (g2, columns2), _ = (*given, *_NOT_GIVEN)
+    (g1, columns1), (g2, columns2) = given[0], (*given, *_NOT_GIVEN)[1]
     x, y, _, w = inputs
     if torch.is_grad_enabled() or route(spec.op, g1, g2, *inputs) is not Route.DIRECT or not extended(g1, spec.op):
         return None
