@@ -565,8 +565,9 @@ class FastStep : FastMap {
 // (loss, pred, y, z, noise, mask, source, key, weight, scratch): the loss of pred against y and z or noise; mask: None, or
 // on the CPU a bool tensor like pred or a Drawn; weight: None or (B,). The result is (loss, pred's gradient, None if nobody
 // wants one, False if backward makes it, `also` or None without its columns, the table, its rows, how many elements of each
-// sample the mask keeps, the samples' means where weight wants a gradient, of which it is made). Of a loss that is not summed `loss` is the samples' means, without the weight, and the gradient
-// True, or None where none is wanted. scratch(device, doubles) is what a GPU's reduction needs.
+// sample the mask keeps, the samples' means where weight wants a gradient, which is made of them). Of a loss that is not
+// summed `loss` is the samples' means, without the weight, and the gradient True, or None where none is wanted.
+// scratch(device, doubles) is what a GPU's reduction needs.
 class FastLoss : FastCall {
  public:
   static constexpr Py_ssize_t kArguments = 10;
@@ -644,7 +645,8 @@ class FastLoss : FastCall {
       if (learns) of_loss.per_sample = address(means_of.get());
       launch_loss(args, of_loss, workspace);
     }
-    return PyTuple_Pack(7, loss.get(), grad.get(), also.get(), table_ ? table_ : Py_None, index(), kept.get(), means_of.get());
+    return PyTuple_Pack(7, loss.get(), grad.get(), also.get(), table_ ? table_ : Py_None, index(), kept.get(),
+                        means_of.get());
   }
 
  private:

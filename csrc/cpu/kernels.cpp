@@ -193,26 +193,34 @@ struct Fifth {
   const R* v = nullptr;
 };
 
-// What a loop of values of V reads at i: a number, or Floats of them.
-template <class V, class T>
-static inline V value_at(const T* in, int64_t i) {
-  if constexpr (std::is_same_v<V, Floats>)
-    return floats_at(in + i);
-  else
-    return V(widen(in[i]));
-}
+// What one turn of a loop computes with: numbers, or Floats of them from the i-th on.
+template <class V>
+struct Turn {
+  int64_t i;
+  template <class R>
+  V operator()(R number) const {
+    return V(number);
+  }
+  template <class T>
+  V operator()(T* in) const {
+    if constexpr (std::is_same_v<V, Floats>)
+      return floats_at(in + i);
+    else
+      return V(widen(in[i]));
+  }
+};
 
-// Writes value(V{}, from + i) to `to`, for each of m. V is Floats where something is Half or BFloat16, whose conversions
-// compilers make poorly or not at all; else a number, of which they make the vectors.
+// Writes what value(turn) is at from + i to to[i], for each of m: by Floats where something is Half or BFloat16, whose
+// conversions compilers make poorly or not at all; else by numbers, of which they make the vectors.
 template <class R, class... In, class Out, class Value>
-static inline void fill(int64_t from, Out* to, int64_t m, Value value) {
+__attribute__((always_inline)) static inline void fill(int64_t from, Out* to, int64_t m, Value value) {
   int64_t whole = 0;
   if constexpr (kFloats > 1 && (kIsHalf<Out> || ... || kIsHalf<In>)) {
     whole = m / kFloats * kFloats;
-    for (int64_t i = 0; i < whole; i += kFloats) put(value(Floats{}, from + i), to + i);
+    for (int64_t i = 0; i < whole; i += kFloats) put(value(Turn<Floats>{from + i}), to + i);
   }
 #pragma GCC ivdep  // though `to` may be one of the inputs
-  for (int64_t i = whole; i < m; ++i) narrow(value(R{}, from + i), to[i]);
+  for (int64_t i = whole; i < m; ++i) narrow(value(Turn<R>{from + i}), to[i]);
 }
 
 // One row through the map that `columns` names. An input whose coefficient is absent is not read: it
@@ -230,31 +238,17 @@ static inline void apply_columns(const Coefficients<R>& c, const int* columns, c
   if (fifth.column != kAbsent) {
     const R c4 = c[fifth.column];
     if (columns[3] == kAbsent) w = zeros<W>();
-    each([=](auto v, int64_t i) {
-      using V = decltype(v);
-      const V sum = affine(V(c0), value_at<V>(x, i), V(c1), value_at<V>(y, i), V(c2), value_at<V>(z, i), V(c3), value_at<V>(w, i));
-      return mul_add(V(c4), value_at<V>(fifth.v, i), sum);
+    each([=](auto of) {
+      return mul_add(of(c4), of(fifth.v), affine(of(c0), of(x), of(c1), of(y), of(c2), of(z), of(c3), of(w)));
     });
   } else if (columns[3] != kAbsent) {
-    each([=](auto v, int64_t i) {
-      using V = decltype(v);
-      return affine(V(c0), value_at<V>(x, i), V(c1), value_at<V>(y, i), V(c2), value_at<V>(z, i), V(c3), value_at<V>(w, i));
-    });
+    each([=](auto of) { return affine(of(c0), of(x), of(c1), of(y), of(c2), of(z), of(c3), of(w)); });
   } else if (columns[2] != kAbsent) {
-    each([=](auto v, int64_t i) {
-      using V = decltype(v);
-      return affine(V(c0), value_at<V>(x, i), V(c1), value_at<V>(y, i), V(c2), value_at<V>(z, i));
-    });
+    each([=](auto of) { return affine(of(c0), of(x), of(c1), of(y), of(c2), of(z)); });
   } else if (columns[1] != kAbsent) {
-    each([=](auto v, int64_t i) {
-      using V = decltype(v);
-      return affine(V(c0), value_at<V>(x, i), V(c1), value_at<V>(y, i));
-    });
+    each([=](auto of) { return affine(of(c0), of(x), of(c1), of(y)); });
   } else {
-    each([=](auto v, int64_t i) {
-      using V = decltype(v);
-      return affine(V(c0), value_at<V>(x, i));
-    });
+    each([=](auto of) { return affine(of(c0), of(x)); });
   }
 }
 
@@ -281,10 +275,7 @@ static inline void apply_blend(const Coefficients<R>& c, const int* columns, con
                                R* middle, const Output<T>& out, int64_t n) {
   apply_columns(c, columns, x, zeros<T>(), z, zeros<T>(), {}, Output<R>{middle}, n);
   out.put(n, [=](int64_t from, T* to, int64_t many) {
-    fill<R, T>(from, to, many, [=](auto v, int64_t i) {
-      using V = decltype(v);
-      return blend(value_at<V>(m, i), value_at<V>(middle, i), value_at<V>(w, i));
-    });
+    fill<R, T>(from, to, many, [=](auto of) { return blend(of(m), of(middle), of(w)); });
   });
 }
 
@@ -444,17 +435,10 @@ static void residual_units(const ResidualWork& a, int64_t unit_begin, int64_t un
       const int64_t at = r * unit.length, n = unit.length;
       const Coefficients<R> c = coefficients<R>(a.table, unit.row + r);
       const R n1 = c[a.columns[0]], n2 = c[a.columns[1]];
-      if (a.columns[1] == kAbsent) {
-        fill<R, T>(at, residual, n, [=](auto v, int64_t i) {
-          using V = decltype(v);
-          return affine(V(R(1)), value_at<V>(pred, i), V(n1), value_at<V>(y, i));
-        });
-      } else {
-        fill<R, T>(at, residual, n, [=](auto v, int64_t i) {
-          using V = decltype(v);
-          return affine(V(R(1)), value_at<V>(pred, i), V(n1), value_at<V>(y, i), V(n2), value_at<V>(z, i));
-        });
-      }
+      if (a.columns[1] == kAbsent)
+        fill<R, T>(at, residual, n, [=](auto of) { return affine(of(R(1)), of(pred), of(n1), of(y)); });
+      else
+        fill<R, T>(at, residual, n, [=](auto of) { return affine(of(R(1)), of(pred), of(n1), of(y), of(n2), of(z)); });
       // A select, not a product: what is masked out may be NaN.
       if (masked)
         for (int64_t i = 0; i < n; ++i) residual[i] = mask[at + i] ? residual[i] : R(0);
@@ -467,10 +451,8 @@ static void residual_units(const ResidualWork& a, int64_t unit_begin, int64_t un
       if (grad)
         (grad + at).put(n, [&](int64_t from, T* to, int64_t m) {
           if (unit.streams) read_ahead(pred + at + from + kSegment, m), read_ahead(y + at + from + kSegment, m);
-          fill<R>(from, to, m, [=, slopes = &residual[0]](auto v, int64_t i) {  // not a copy of them all
-            using V = decltype(v);
-            return V(scale) * value_at<V>(slopes, i);
-          });
+          const R* slopes = residual;
+          fill<R>(from, to, m, [=](auto of) { return of(scale) * of(slopes); });
         });
     }
     if (grad) write<T>(a.batch, a.grad, unit, grad);
