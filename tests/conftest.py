@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Container, Iterable
 from contextlib import suppress
@@ -29,6 +30,8 @@ with suppress(ImportError):  # which is not needed on a GPU machine
     settings.register_profile("fuzz", max_examples=1000, **_ours)  # a round of `make fuzz`
     settings.load_profile("test")
 
+gc.disable()  # until all tests are collected
+
 BACKENDS = tuple(name for name in df.backend_names() if df.kernels.dispatch.supports(name, torch.device("cpu")))
 ISAS = tuple(df.kernels.native.isas()) if "native" in BACKENDS else ()
 CUDA_ON_CPU = "cuda on cpu"  # the native backend's CUDA code, compiled for the CPU
@@ -39,8 +42,11 @@ def module_of(backend: str) -> Flat:
     return Flat(df.kernels.dispatch.module("native" if backend == CUDA_ON_CPU else backend))
 
 
-# Few tests that take minutes: begun last, they would keep one of two workers busy while the other has nothing left.
-LONG = ("test_triton_code.py", "test_install.py", "test_examples.py", "test_end_to_end.py", "test_races.py")
+# The longest files, longest first: begun last, one would keep a worker busy while the other has nothing left.
+LONG = tuple(
+    f"test_{name}.py"
+    for name in ("triton_code", "install", "compile", "races", "gpu_check", "benchmarks", "ptx_on_cpu", "types")
+)
 
 
 # Cases that are dear and show what a cheaper one beside them shows too, or nearly: `make test-long` runs them.
@@ -48,8 +54,12 @@ LONGER = pytest.mark.longer
 
 
 def some_longer(cases: Iterable[Any], shown_always: Container[Any]) -> list[Any]:
-    """For parametrize: all of the cases, those that are not named only with --longer."""
-    return [case if case in shown_always else pytest.param(case, marks=LONGER) for case in cases]
+    """For parametrize: all of the cases, tuples for several arguments; those that are not named only with --longer."""
+
+    def marked(case: Any) -> Any:
+        return pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=LONGER)
+
+    return [case if case in shown_always else marked(case) for case in cases]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -58,9 +68,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--hip", action="store_true", help="compile that source as for an AMD GPU, in wavefronts of 64")
 
 
+def pytest_collection_finish() -> None:
+    """Of the objects that thousands of collected tests are made of, the garbage collector need look at none again."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # Last what makes a capture fail: torch 2.11 does not clean up after one.
-    items.sort(key=lambda item: (item.path.name not in LONG, "gpu_refusal" in item.name))
+    order = {name: k for k, name in enumerate(LONG)}
+    items.sort(key=lambda item: (order.get(item.path.name, len(LONG)), "gpu_refusal" in item.name))
     for item in items:
         if item.get_closest_marker("longer") and not item.config.getoption("--longer"):
             item.add_marker(pytest.mark.skip(reason="dear; `make test-long` runs it"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import dae_fast as df
+
+from .worlds import in_processes
 
 SAMPLES, BATCH, EPOCHS = 24, 8, 2
 STEPS = EPOCHS * SAMPLES // BATCH
@@ -136,13 +139,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("worlds")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, "-W", "ignore", "-m", "tests.test_distributed", str(place)]
-    started = [
-        subprocess.Popen([*command, str(rank), str(world)], env=environment, cwd=Path(__file__).parents[1])
-        for world in (1, 4)
-        for rank in range(world)
-    ]
-    for one in started:
-        one.wait(timeout=300)
+    subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], timeout=300)
     return place
 
 
@@ -196,4 +193,8 @@ def test_other_noise_ends_elsewhere(plain: dict) -> None:
 
 
 if __name__ == "__main__":
-    process(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    import torch.distributed.checkpoint.state_dict
+    import torch.distributed.fsdp
+
+    place = Path(sys.argv[1])
+    in_processes(partial(process, place, rank, world) for world in (1, 4) for rank in range(world))

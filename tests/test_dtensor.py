@@ -7,7 +7,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from torch import Tensor
 
 import dae_fast as df
 from dae_fast import weighting
+
+from .worlds import in_processes
 
 S = df.Schedule.linear(100)
 NOISE = df.Noise(7, first_sample=3).fold_in(1)
@@ -275,11 +277,7 @@ def _failures(folder: Path) -> dict[str, str]:
     """What each case said in the world of four, which are started once."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, "-m", "tests.test_dtensor", str(folder)]
-    world = [
-        subprocess.Popen([*command, str(rank)], env=environment, cwd=Path(__file__).parents[1]) for rank in range(4)
-    ]
-    for process in world:
-        process.wait(timeout=600)
+    subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], timeout=600)
     return {path.name: path.read_text() for path in folder.glob("*")}
 
 
@@ -315,4 +313,6 @@ def _world(folder: str, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    _world(sys.argv[1], int(sys.argv[2]))
+    import torch.distributed.tensor
+
+    in_processes(partial(_world, sys.argv[1], rank) for rank in range(4))

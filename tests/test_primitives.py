@@ -6,6 +6,7 @@ The ops of the shared case list use part of it each; here are the combinations.
 from __future__ import annotations
 
 import math
+from itertools import product
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from dae_fast.kernels import reference
 from dae_fast.kernels.spec import BLEND, Coefficients, Kind, compute_dtype
 from dae_fast.primitives.masks import Drawn
 
-from .conftest import GPU_CODE, module_of
+from .conftest import GPU_CODE, module_of, some_longer
 from .flat import Flat, affine, sums_of
 
 SHAPES = ((5, 2, 3, 8), (3, 1301), (9, 5), (2, 3, 7, 5))
@@ -193,8 +194,17 @@ def mapped(
     return affine("op", x, y, third, noise, Coefficients(table, t), columns, clamp, w)
 
 
-@pytest.mark.parametrize("levels", LEVELS)
-@pytest.mark.parametrize("pattern", GRADIENTS)
+# How a table's rows are found has nothing to do with the bounds of a clamp.
+EVERY_WAY = ("two outputs", "clamped, two outputs, noise", "clamped, w outside", "blended")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "levels"),
+    some_longer(
+        product(GRADIENTS, LEVELS),
+        [*product(EVERY_WAY, LEVELS), *product(GRADIENTS, ("levels",))],
+    ),
+)
 def test_gradients_of_four_tensors(backend: str, pattern: str, levels: str) -> None:
     """Of every input and coefficient, with a clamp and without, first and second order, and batched."""
     count, t = LEVELS[levels]

@@ -102,7 +102,7 @@ def test_five_streams_are_one_launch_on_every_route(
     _, tangent = torch.func.jvp(call, tuple(tensors[:4]), tuple(torch.ones_like(t) for t in tensors[:4]))
     inside = (0.4 * x + 2 * y - 0.7 * w).abs() if clamps else None
     assert tangent.isfinite().all() and (inside is not None or torch.allclose(tangent, torch.full_like(x, 1.0)))
-    wide = [t.double().requires_grad_() for t in tensors]
+    wide = [t[:2, :, :3].double().requires_grad_() for t in tensors]  # a few: each element costs two calls
     assert torch.autograd.gradcheck(call, wide[:4] if fresh else wide)
 
 

@@ -76,17 +76,26 @@ def test_a_key_has_one_code(compiled: Any) -> None:
     assert compiled["keys of several codes"] == []
 
 
-def test_in_the_interpreter() -> None:
-    """This backend's own tests, and a minute of the shared ones, where there is no GPU to run them."""
+def test_in_the_interpreter(request: pytest.FixtureRequest) -> None:
+    """This backend's own tests, and some of the shared ones, where there is no GPU to run them.
+
+    Of ops and losses that differ in coefficients alone, which other backends are shown with, one or two of a kind; all
+    with --longer.
+    """
+    longer = request.config.getoption("--longer")
+    alike = "min_snr or noise_mse-weight or ddim or sgld or underdamped or per-sample or dream or target-v or perturbed"
     few = "noise_mse-fresh or denoising_loss-v or to_eps-clamp or corrupt-salt"
-    ops = f"(test_forward or test_gradient and ({few})) and float32"
+    forward = "test_forward" if longer else f"test_forward and not ({alike})"
+    ops = f"({forward} or test_gradient and ({few})) and float32"
     primitives = "9x5 and (float32 or corrupt) or any_layout and float32 or not_read or of_nothing or exponential"
     weighing = "test_residual_weighing and (70 or 9001) and (alone or mask)"
-    plain = "test_plain_calls and (one and losses or dtypes or memory or misaligned or what or launch)"
+    losses = "huber-Noise-one or sum-Noise-one or snr-Noise-one or F-tensor-one or flow-tensor-one or mse-tensor-one"
+    losses = "one" if longer else losses
+    plain = f"test_plain_calls and (test_losses and ({losses}) or dtypes or memory or misaligned or what or launch)"
     wanted = f"test_triton or triton and ({ops} or {primitives} or {weighing} or {plain})"
     files = [f"tests/test_{name}.py" for name in ("triton", "ops", "primitives", "reparameterisation", "plain_calls")]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-k", wanted, *files],
+        [sys.executable, "-m", "pytest", "-q", *["--longer"] * longer, "-k", wanted, *files],
         cwd=Path(__file__).parents[1],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
