@@ -109,14 +109,7 @@ class Formula:
         if is_dynamo_compiling() and not self.key and level.t is not None:
             level = Level._by_hand(*alpha_sigma(op, level, x))
         if level._schedule is not None:
-            table = self.table(level._schedule, dtype, x.device, op)
-            level._check(op, x)
-            t = level._t
-            if not isinstance(t, Tensor):
-                return rows_at(table, t)
-            if t.dim() != 1:
-                t = t.reshape(-1)
-            return Coefficients(table, (t.expand(x.shape[0]) if t.shape[0] == 1 else t).contiguous())
+            return level._rows(op, self.table(level._schedule, dtype, x.device, op), x)
         return self._rows_by_hand(level, x, dtype, op)
 
     def _rows_by_hand(self, level: Level, x: Tensor, dtype: torch.dtype, op: str) -> Coefficients:
@@ -244,6 +237,16 @@ class Level:
                 raise ValueError(f"{op}: level must have one entry per sample ({x.shape[0]}), got {t.shape[0]}")
             if t.device != x.device:
                 raise ValueError(f"{op}: level must be on {x.device} like the samples, got {t.device}")
+
+    def _rows(self, op: str, table: Tensor, x: Tensor) -> Coefficients:
+        """Of batch x, of a table of the schedule's levels."""
+        self._check(op, x)
+        t = self._t
+        if not isinstance(t, Tensor):
+            return rows_at(table, t)
+        if t.dim() != 1:
+            t = t.reshape(-1)
+        return Coefficients(table, (t.expand(x.shape[0]) if t.shape[0] == 1 else t).contiguous())
 
     def __repr__(self) -> str:
         if self._schedule is None:

@@ -14,7 +14,8 @@ from torch.compiler import is_compiling
 from .. import checks
 from .._torch import outside_modes
 from ..checks import can_read
-from ..coefficients import Level, alpha_sigma_pairs, level_for, singular
+from ..coefficients import LARGEST, Level, all_within, alpha_sigma_pairs, keep, level_for, singular, traced
+from ..kernels import reference
 from ..noise import Noise
 from ..ops.brownian import BrownianNoise
 from ..ops.conversions import Bounds, bounds
@@ -152,6 +153,8 @@ def _row_of(op: str, x: Tensor, levels: tuple[Level, Level], options: Options) -
     t, s = pairs = tuple(map(_pair, levels))
     if t is not None and s is not None:
         return _row_of_numbers(op, t, s, options)
+    if s is not None and levels[0]._schedule is not None and not is_compiling():
+        return _row_of_table(op, x, levels[0], s, options)
     dims = max(level._dims() for level in levels)
 
     def place(level: Level, values: Any) -> Place:
@@ -179,6 +182,24 @@ def _leading(value: Any, own: int, dims: int, x: Tensor) -> Any:
     if not value.shape or (dims == 1 and value.shape != (1,)):
         return value
     return value.reshape(()) if value.shape == (1,) else value.reshape(*x.shape[:own], *[1] * (dims - own))
+
+
+def _row_of_table(op: str, x: Tensor, level: Level, s: tuple[float, float], options: Options) -> _Row:
+    """From levels of a schedule to one level that is numbers: looked up, of what is made for all of its levels once."""
+    schedule: Any = level._schedule
+    key = s, options, x.device
+    table = schedule._tables.get(key)
+    if table is None:
+        with outside_modes():
+            after = Place(*(torch.full_like(schedule.alpha, v) for v in s))
+            columns = _row(Place(schedule.alpha, schedule.sigma), after, options)
+            table = keep(schedule._tables, key, torch.stack(columns, -1).to(x.device))
+    row = reference.coefficients(*traced(level._rows(op, table, x)), op, x)
+    if can_read(row) and not all_within(row, -LARGEST, LARGEST):
+        sample = int((~row.isfinite()).nonzero()[0, 0])
+        raise ValueError(singular(op, f"sample {sample}, {level}"))
+    dims = level._dims()
+    return _Row(*(_leading(c, dims, dims, x) for c in row.t().contiguous().unbind()))
 
 
 @lru_cache(maxsize=1024)
