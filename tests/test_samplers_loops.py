@@ -428,6 +428,18 @@ def test_a_step_between_any_levels(shape, eta, clamp, backend):
         same(df.step(x, pred, level, after, noise, **options), wanted[0], 1e-9)
     by_hand = df.Level(S.alpha[t], S.sigma[t]) if shape else df.Level(float(S.alpha[t]), float(S.sigma[t]))
     same(df.step(x, pred, by_hand, after, NOISE, **options), wanted[0], 1e-9)
+    fixed = torch.tensor([0.9, 0.4], dtype=torch.float64)
+    wanted = plain_step(x, pred, (S.alpha[t], S.sigma[t]), fixed, eta, z, clamp)
+    same(df.step(x, pred, level, df.Level(0.9, 0.4), NOISE, **options), wanted[0], 1e-9)
+
+
+def test_a_level_that_has_no_step_is_refused_where_it_is_asked_for():
+    terminal, x = S.zero_terminal_snr(), start(2, 3)
+    data, last = df.Level(1.0, 0.0), len(S) - 1
+    wanted = (x - terminal.sigma[[3, 50], None] * x) / terminal.alpha[[3, 50], None]
+    same(df.step(x, x, terminal[torch.tensor([3, 50])], data), wanted, 1e-9)
+    with pytest.raises(ValueError, match="step: has no finite value at sample 1"):
+        df.step(x, x, terminal[torch.tensor([3, last])], data)
 
 
 def test_a_step_is_the_samplers():

@@ -234,11 +234,15 @@ def contraction(
         got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
         raise ValueError(f"{op}: f must return a tensor ({x.shape[0]}, ...), got {got}")
     stream, compute = noise.fold_in(CONTRACTION_TAG), compute_dtype(x.dtype)
-    total = torch.zeros(x.shape[0], dtype=compute, device=x.device)
-    for k in range(samples):
+
+    def draw(k: int) -> Tensor:
         v = stream.fold_in(k).normal(y.shape, dtype=y.dtype, device=y.device)
-        total = total + per_sample_sum(pull(v)[0].to(compute).square())
-    return _reduced(total / samples, reduction)
+        return per_sample_sum(pull(v)[0].to(compute).square())
+
+    total = draw(0)
+    for k in range(1, samples):
+        total = total + draw(k)
+    return _reduced(total if samples == 1 else total / samples, reduction)
 
 
 def _reduced(each: Tensor, reduction: ReductionName) -> Tensor:
