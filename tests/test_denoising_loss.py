@@ -72,6 +72,29 @@ WAYS = (
 
 
 @cpu_backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_of_the_target(dtype, backend):
+    """Of x0, of a stored noise and of the weight, with those of pred or alone, and for an upstream gradient."""
+    pred, x0, eps = (randn(*SHAPE, seed=k, dtype=dtype).requires_grad_() for k in (1, 2, 3))
+    weight = WEIGHT.float().requires_grad_()
+    for leaves in ((pred, x0, eps, weight), (x0, eps), (weight,)):
+        wide = {
+            t: t.detach().double().requires_grad_(any(t is leaf for leaf in leaves)) for t in (pred, x0, eps, weight)
+        }
+        given = [t if any(t is leaf for leaf in leaves) else t.detach() for t in (pred, x0, eps, weight)]
+        options = {"predict": "v", "mask": MASK, "reduction": "sum"}
+        for upstream in (1.0, -3.7):
+            loss = df.denoising_loss(*given[:3], SCHEDULE[LEVELS], weight=given[3], **options)
+            found = torch.autograd.grad(upstream * loss, leaves)
+            p, y, z, w = wide.values()
+            wanted = torch.autograd.grad(upstream * plain(p, y, z, weight=w, **options), [wide[t] for t in leaves])
+            for t, got, exact in zip(leaves, found, wanted, strict=True):
+                assert got.dtype == t.dtype
+                eps_of = torch.finfo(t.dtype).eps
+                torch.testing.assert_close(got.double(), exact, rtol=eps_of + 1e-5, atol=1e-5)
+
+
+@cpu_backends
 @pytest.mark.parametrize("reduction, fresh, options", WAYS, ids=range(len(WAYS)))
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("predict", EVERY, ids=str)
