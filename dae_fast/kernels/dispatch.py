@@ -96,7 +96,7 @@ def kernels(x: Tensor, op: str) -> Any:
 
 def extended(x: Tensor, op: str) -> bool:
     """Whether the kernels that run `op` on x's device do what only the CPU's do: native.extended says what."""
-    module = kernels(x, op)
+    module = _required(_choice(x, op), op, x.device)
     return hasattr(module, "extended") and bool(module.extended(x))
 
 
