@@ -195,9 +195,9 @@ def _row_of_table(op: str, x: Tensor, level: Level, s: tuple[float, float], opti
             columns = _row(Place(schedule.alpha, schedule.sigma), after, options)
             table = keep(schedule._tables, key, torch.stack(columns, -1).to(x.device))
     row = reference.coefficients(*traced(level._rows(op, table, x)), op, x)
-    if can_read(row) and not all_within(row, -LARGEST, LARGEST):
-        sample = int((~row.isfinite()).nonzero()[0, 0])
-        raise ValueError(singular(op, f"sample {sample}, {level}"))
+    if not all_within(row, -LARGEST, LARGEST) and can_read(row):
+        for sample in (~row.isfinite()).nonzero()[:1, 0].tolist():
+            raise ValueError(singular(op, f"sample {sample}, {level}"))
     dims = level._dims()
     return _Row(*(_leading(c, dims, dims, x) for c in row.t().contiguous().unbind()))
 
