@@ -441,8 +441,10 @@ class FastMap : protected FastCall {
     const int tensors = stored ? 5 : 4, place_of_noise = map.five ? kFifth : 2;
     for (int k = 1; k < tensors; ++k)
       if (!read_another(slots[k], *operands[k])) return Py_NewRef(Py_None);
-    for (int k = 0; k < 5; ++k)
-      if (map.reads(k) && slots[k] == Py_None && !(k == place_of_noise && noise != Py_None)) return Py_NewRef(Py_None);
+    for (int k = 0; k < 5; ++k) {
+      const bool there = slots[k] != Py_None || (k == place_of_noise && noise != Py_None) || (map.blends && k == 3);
+      if (map.reads(k) && !there) return Py_NewRef(Py_None);
+    }
     if (noise != Py_None && slots[place_of_noise] != Py_None) return Py_NewRef(Py_None);
     if (!read_source(source, key, args.table) || !read_its_noise(noise, args.noise)) return Py_NewRef(Py_None);
     if (tag != Py_None) {
@@ -568,7 +570,7 @@ class FastStep : FastMap {
 // sample the mask keeps, the samples' means where weight wants a gradient, which is made of them). Of a loss that is not
 // summed `loss` is the samples' means, without the weight, and the gradient True, or None where none is wanted.
 // scratch(device, doubles) is what a GPU's reduction needs.
-class FastLoss : FastCall {
+class FastLoss : protected FastCall {
  public:
   static constexpr Py_ssize_t kArguments = 10;
   static constexpr const char* kName = "fast_loss";
@@ -578,26 +580,13 @@ class FastLoss : FastCall {
     PyObject *pred = a[1], *y = a[2], *z = a[3], *noise = a[4], *weight = a[8], *workspace = a[9];
     const int* columns = spec.columns;
     ResidualArgs args{};
-    if (!read_first(pred) || !read_another(y, args.y) || !read_another(z, args.z) ||
-        !read_source(a[6], a[7], args.table) || !read_its_noise(noise, args.noise) || !read_mask(a[5], args))
-      return Py_NewRef(Py_None);
-    if (learned_) return Py_NewRef(Py_None);
-    args.batch = batch_;
-    args.pred.data = first_->data();
-    std::copy_n(columns, 3, args.columns);
-    if (columns[0] == kAbsent)
-      y = Py_None, args.y = {};  // checked, and not read
-    else if (y == Py_None)
-      return Py_NewRef(Py_None);
-    if (columns[1] == kAbsent)
-      z = noise = Py_None, args.z = {}, args.noise = {};
-    else if ((z == Py_None) == (noise == Py_None))
-      return Py_NewRef(Py_None);
+    if (!read_residual(spec, a + 1, args)) return Py_NewRef(Py_None);
+    if (columns[0] == kAbsent) y = Py_None;
+    if (columns[1] == kAbsent) z = noise = Py_None;
     bool wanted = wants_grad(pred);
     for (PyObject* t : {y, z}) wanted |= t != Py_None && wants_grad(t);  // theirs is made of that of pred
     if (wanted && leading_ > 1) return Py_NewRef(Py_None);
     const bool later = wanted && batch_.dtype == Dtype::f16;  // its gradient, whose scale is not known yet
-    args.penalty = static_cast<Penalty>(spec.kind);
     const bool means = static_cast<Reduction>(spec.reduction) == Reduction::none;
     if (means && (leading_ > 1 || columns[4] != kAbsent || !is_ours())) return Py_NewRef(Py_None);
     const bool learns = weight != Py_None && wants_grad(weight);
@@ -620,14 +609,7 @@ class FastLoss : FastCall {
     }
 
     LossArgs of_loss{};
-    if (weight != Py_None) {
-      const auto view = dense(weight);
-      Dtype dtype;
-      if (!view || !view->dtype(dtype) || (dtype != Dtype::f32 && dtype != Dtype::f64) ||
-          view->elements() != batch_.B || view->dims() != leading_ || (learns && (leading_ > 1 || !is_ours())))
-        return Py_NewRef(Py_None);
-      of_loss.weight = view->data(), of_loss.weight_is_double = dtype == Dtype::f64;
-    }
+    if (!read_weight(weight, of_loss) || (learns && (leading_ > 1 || !is_ours()))) return Py_NewRef(Py_None);
     const Owned loss(new_numbers(kOne)), means_of(learns ? one_for_each() : Py_NewRef(Py_None));
     const Owned grad(later ? Py_NewRef(Py_False) : wanted ? empty_like_first(args.grad.data) : Py_NewRef(Py_None));
     const Owned also(columns[4] == kAbsent ? Py_NewRef(Py_None) : new_numbers(kTwo));
@@ -649,7 +631,42 @@ class FastLoss : FastCall {
                         means_of.get());
   }
 
- private:
+ protected:
+  // given: pred, y, z, noise, mask, source, key. What a column leaves out is checked, and not read.
+  bool read_residual(const LossObject& spec, PyObject* const* given, ResidualArgs& args) {
+    PyObject *pred = given[0], *y = given[1], *z = given[2], *noise = given[3];
+    if (!read_first(pred) || !read_another(y, args.y) || !read_another(z, args.z) ||
+        !read_source(given[5], given[6], args.table) || !read_its_noise(noise, args.noise) || !read_mask(given[4], args) ||
+        learned_)
+      return false;
+    const int* columns = spec.columns;
+    if (columns[0] == kAbsent)
+      args.y = {};
+    else if (y == Py_None)
+      return false;
+    if (columns[1] == kAbsent)
+      args.z = {}, args.noise = {};
+    else if ((z == Py_None) == (noise == Py_None))
+      return false;
+    args.batch = batch_;
+    args.pred.data = first_->data();
+    std::copy_n(columns, 3, args.columns);
+    args.penalty = static_cast<Penalty>(spec.kind);
+    return true;
+  }
+
+  // None, or a number for each row.
+  bool read_weight(PyObject* weight, LossArgs& of_loss) const {
+    if (weight == Py_None) return true;
+    const auto view = dense(weight);
+    Dtype dtype;
+    if (!view || !view->dtype(dtype) || (dtype != Dtype::f32 && dtype != Dtype::f64) ||
+        view->elements() != batch_.B || view->dims() != leading_)
+      return false;
+    of_loss.weight = view->data(), of_loss.weight_is_double = dtype == Dtype::f64;
+    return true;
+  }
+
   enum Shape { kOne, kTwo };  // (), (2,)
 
   bool read_mask(PyObject* mask, ResidualArgs& args) const {
@@ -702,6 +719,37 @@ class FastLoss : FastCall {
     if (!like) like = new_tensor(shape == kOne ? PyTuple_New(0) : Py_BuildValue("(i)", 2));
     PyObject* const given[] = {like};
     return PyObject_Vectorcall(TorchState::get().empty_like, given, 1, nullptr);
+  }
+};
+
+// (loss, pred, y, z, noise, mask, table, t, weight, upstream, kept, into): the gradient of pred alone, on the CPU, times
+// upstream, a number of the loss's dtype or None. kept: what fast_loss found, or None; into: where it is put, or None.
+class FastLossGrad : FastLoss {
+ public:
+  static constexpr Py_ssize_t kArguments = 12;
+  static constexpr const char* kName = "fast_loss_grad";
+
+  PyObject* run(PyObject* const* a) {
+    const LossObject& spec = loss_of(a[0]);
+    PyObject *mask = a[5], *upstream = a[9], *into = a[11];
+    ResidualArgs args{};
+    LossArgs of_loss{static_cast<Reduction>(spec.reduction)};
+    if (!read_residual(spec, a + 1, args) || is_for_gpu() || !is_ours() || leading_ > 1 || !read_weight(a[8], of_loss))
+      return Py_NewRef(Py_None);
+    if (upstream != Py_None) {
+      const auto view = dense(upstream);
+      Dtype dtype;
+      const Dtype wanted = batch_.dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32;
+      if (!view || view->dims() || !view->dtype(dtype) || dtype != wanted || is_negated(upstream)) return Py_NewRef(Py_None);
+      of_loss.upstream = view->data();
+    }
+    const Owned kept(mask == Py_None || a[10] != Py_None ? Py_NewRef(a[10]) : count_kept(args));
+    if (kept.get() != Py_None) of_loss.kept = static_cast<const double*>(address(kept.get()));
+    of_loss.weight_column = spec.columns[3];
+    const Owned grad(into == Py_None ? empty_like_first(args.grad.data) : Py_NewRef(into));
+    if (into != Py_None) args.grad.data = address(into);
+    launch([&](const Api& api, Queue queue) { return api.residual(args, of_loss, {}, queue); });
+    return Py_NewRef(grad.get());
   }
 };
 
@@ -910,6 +958,7 @@ PyMethodDef g_methods[] = {
     fast_method<FastMap>(),
     fast_method<FastStep>(),
     fast_method<FastLoss>(),
+    fast_method<FastLossGrad>(),
     fast_method<FastNormal>(),
     method("use_fast", use_fast, "Who launches plain calls on the CPU, and on a GPU."),
     {"use_gradients", use_gradients, METH_O, "What is called for plain calls of the affine map that want gradients."},

@@ -117,6 +117,20 @@ def fast_loss(
 ) -> (
     tuple[Tensor, Tensor | bool | None, Tensor | None, Any, Tensor | int | None, Tensor | None, Tensor | None] | None
 ): ...
+def fast_loss_grad(
+    loss: Loss,
+    pred: Tensor,
+    y: Tensor | None,
+    z: Tensor | None,
+    noise: Noise | None,
+    mask: Any,
+    table: Any,
+    t: Tensor | None,
+    weight: Tensor | None,
+    upstream: Tensor | None,
+    kept: Tensor | None,
+    into: Tensor | None,
+) -> Tensor | None: ...
 def all_within(values: Tensor, low: float, high: float, /) -> bool | None: ...
 def are_plain(*tensors: Tensor | None) -> bool: ...
 def is_one(upstream: Tensor, /) -> bool: ...

@@ -24,6 +24,7 @@ _native = dispatch.module("native")
 fast_map: Any = _no_core if _native is None else _native.fast_map
 fast_step: Any = _no_core if _native is None else _native.fast_step
 fast_loss: Any = _no_core if _native is None else _native.fast_loss
+fast_loss_grad: Any = _no_core if _native is None else _native.fast_loss_grad
 fast_normal: Any = _no_core if _native is None else _native.fast_normal
 is_one: Any = _no_core if _native is None else _native.is_one
 _are_plain: Any = _no_core if _native is None else _native.are_plain

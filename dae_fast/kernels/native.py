@@ -54,6 +54,7 @@ use_isa = _core.use_isa
 use_cache_share = _core.use_cache_share
 max_threads = _core.max_threads
 philox4x32_10 = _core.philox4x32_10
+fast_loss_grad = _core.fast_loss_grad
 fast_normal = _core.fast_normal
 all_within = _core.all_within
 are_plain = _core.are_plain

@@ -54,6 +54,7 @@ Coefficient = float | Tensor
 Made = TypeVar("Made", Tensor, tuple[Tensor, Tensor], covariant=True)
 Term = tuple[Coefficient, Any]  # a coefficient, and a tensor, a Noise or what `clamped` returns
 ESTIMATE = "estimate"
+MASKS = frozenset((torch.bool, *checks.DTYPES))
 
 
 class Use(NamedTuple):
@@ -415,7 +416,10 @@ def _blended(op: str, terms: Sequence[Any], where: Any, otherwise: Any, also: An
         raise ValueError(f"{op}: where and otherwise are given together")
     spec = (_made_blend if is_dynamo_compiling() else _kept_blend)(op, tuple(drawn))
     if not is_compiling():
-        done = fast_map(spec.core, (*given, where, otherwise), coefficients, None, None, out)
+        mask = where
+        if type(where) is type(otherwise) is Tensor and where.dtype != otherwise.dtype and where.dtype in MASKS:
+            mask = where.to(otherwise.dtype)
+        done = fast_map(spec.core, (*given, mask, otherwise), coefficients, None, None, out)
         if done is not None:
             if out is not None:
                 written(out)
@@ -424,7 +428,7 @@ def _blended(op: str, terms: Sequence[Any], where: Any, otherwise: Any, also: An
     if not isinstance(otherwise, Tensor):
         raise TypeError(f"{op}: otherwise must be a tensor, got {type(otherwise).__name__}")
     x, given, _ = checked(op, names, (*given, otherwise))
-    if not isinstance(where, Tensor) or (where.dtype != torch.bool and where.dtype not in checks.DTYPES):
+    if not isinstance(where, Tensor) or where.dtype not in MASKS:
         got = where.dtype if isinstance(where, Tensor) else type(where).__name__
         raise TypeError(f"{op}: where must be a bool or floating tensor, got {got}")
     mask = spread(op, "where", where.to(x.dtype), x)

@@ -30,7 +30,7 @@ from ..kernels.spec import (
     rows_at,
 )
 from ..noise import FlatNoise, Noise
-from ..routing import Route, beside, fast_loss, is_one, on_mesh, route, wants_grad
+from ..routing import Route, beside, fast_loss, fast_loss_grad, is_one, on_mesh, route, wants_grad
 from . import elementwise
 from .elementwise import COLUMNS
 from .masks import Drawn, FlatMask, has_weights, kept_elements, tensors_of
@@ -72,12 +72,13 @@ def _keep_gradient(
     if spec.columns[1] == ABSENT:
         z = noise = None
     read_again = () if noise is None and mask is None else _read_again(noise, mask)
-    others = y, z, rows.t, mask if isinstance(mask, Tensor) else None, *counted, *read_again
-    of_y = None if y is None or not y.requires_grad else y  # each argument costs
-    of_z = None if z is None or not z.requires_grad else z
+    others = weight, y, z, rows.t, mask if isinstance(mask, Tensor) else None, *counted, *read_again
+    learned: Any = ()  # each argument costs
+    if wants_grad(weight, y, z):
+        learned = [t if t is not None and t.requires_grad else None for t in (weight, y, z)]
     call = spec, noise, rows.table, mask if isinstance(mask, Drawn) else None
     # In a tuple: of an argument that is returned autograd makes a view.
-    return _Loss.apply(pred, weight, of_y, of_z, made, others, call)
+    return _Loss.apply(pred, made, others, call, *learned)
 
 
 def _read_again(noise: Noise | None, mask: Any) -> list[Tensor | None]:
@@ -194,10 +195,7 @@ def _pred_gradient(
     way = route(spec.op, pred, y, z, upstream)
     if way is Route.DIRECT and not torch.is_grad_enabled():
         each = loss_of(spec.op, spec.kind, Reduction.none, (*spec.columns[:3], *[ABSENT] * 3))
-        wanted = Wanted(grad=True, weight=upstream, kept=kept)
-        grad = kernels(pred, spec.op).residual(each, operands, rows, wanted).grad
-        assert grad is not None
-        return grad
+        return _made_gradient(each, operands, rows, Wanted(grad=True, weight=upstream, kept=kept))
     if way is Route.DISPATCHER and not torch.is_grad_enabled():
         table, index = traced(rows.dense(spec.op, compute_dtype(pred.dtype)))
         flat = FlatNoise() if noise is None else noise._flat()
@@ -205,6 +203,16 @@ def _pred_gradient(
             upstream, pred, y, z, table, index, *FlatMask.of(mask), *flat, int(spec.kind), spec.columns[:3], spec.op
         )
     return pred_gradient_in_torch(spec, upstream, operands, rows)
+
+
+def _made_gradient(spec: Loss, operands: Residual, rows: Coefficients, wanted: Wanted) -> Tensor:
+    """Of pred, in one pass that makes nothing else; eager."""
+    _, _, weight, _, upstream, made, kept = wanted
+    found: Tensor | None = fast_loss_grad(spec.core, *operands, *rows, weight, upstream, kept, made)
+    if found is None:
+        found = kernels(operands.pred, spec.op).residual(spec, operands, rows, wanted).grad
+        assert found is not None
+    return found
 
 
 def pred_gradient_in_torch(spec: Loss, upstream: Tensor, operands: Residual, rows: Coefficients) -> Tensor:
@@ -294,17 +302,10 @@ class _Loss(DirectFunction):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        pred: Tensor,
-        weight: Tensor | None,
-        y: Tensor | None,
-        z: Tensor | None,
-        made: tuple[Tensor, Tensor | None],
-        others: Any,
-        call: Any,
+        ctx: Any, pred: Tensor, made: tuple[Tensor, Tensor | None], others: Any, call: Any, *learned: Tensor | None
     ) -> Tensor:
         loss, grad = made
-        ctx.save_for_backward(pred, weight, grad, *others)
+        ctx.save_for_backward(pred, grad, *others)
         ctx.call = call
         ctx.given_away = False
         return loss
@@ -312,15 +313,15 @@ class _Loss(DirectFunction):
     @staticmethod
     @batchable
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        pred, weight, grad, y, z, index, mask, means, kept, *_ = ctx.saved_tensors
+        pred, grad, weight, y, z, index, mask, means, kept, *_ = ctx.saved_tensors
         if grad is not None and ctx.given_away:
             grad = None  # what it was given to may have changed it
         ctx.given_away = True
-        of_pred, of_weight, of_y, of_z = ctx.needs_input_grad[:4]
-        further = of_weight or of_y or of_z
+        of_pred, *learned = ctx.needs_input_grad
         stands = grad is not None and is_one(upstream) and not torch.is_grad_enabled()
-        if stands and not further:
-            return grad.data, *(None,) * 6  # a tensor of its own, which pred.grad takes without a copy
+        if stands and len(learned) == 3:
+            return grad.data, None, None, None  # a tensor of its own, which pred.grad takes without a copy
+        of_weight, of_y, of_z = learned[3:] or (False, False, False)
         spec, noise, table, drawn = ctx.call
         operands, rows = Residual(pred, y, z, noise, drawn or mask), Coefficients(table, index)
         in_torch = torch.is_grad_enabled() or route(spec.op, upstream, pred) is not Route.DIRECT
@@ -342,11 +343,12 @@ class _Loss(DirectFunction):
             if not stands:
                 # Where upstream is not 1 it is made again, not multiplied: as many bytes, and one rounding.
                 wanted = Wanted(grad=True, weight=weight, upstream=upstream, made=grad, kept=kept)
-                grad = kernels(pred, spec.op).residual(spec, operands, rows, wanted).grad
+                grad = _made_gradient(spec, operands, rows, wanted)
             again = Wanted(grad=True, weight=weight, upstream=upstream, kept=kept)
             found[1:3] = _target_gradients((of_y, of_z), spec, grad, operands, rows, again)
             found[0] = grad.data if stands else grad
-        return found[0], made_of_weight, *found[1:3], None, None, None
+        further = (made_of_weight, *found[1:3]) if len(learned) > 3 else ()
+        return found[0], None, None, None, *further
 
 
 def _target_gradients(
@@ -368,6 +370,6 @@ def _target_gradients(
         return found
     for k in wanted:
         factor = gather(spec.op, rows, g)[:, spec.columns[k]]
-        weight = (factor if again.weight is None else factor * again.weight).expand(g.shape[0])
-        found[k] = kernels(g, spec.op).residual(spec, operands, rows, again._replace(weight=weight)).grad
+        weight = (factor if again.weight is None else factor * again.weight).expand(g.shape[0]).contiguous()
+        found[k] = _made_gradient(spec, operands, rows, again._replace(weight=weight))
     return found

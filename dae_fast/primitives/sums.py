@@ -171,15 +171,30 @@ def _blended_gradients(
     needs: Sequence[Any], g: Tensor, spec: Map, inputs: Inputs, noise: Noise | Tensor | None, rows: Coefficients
 ) -> Gradients:
     """Of w + m*(v - w): v, the sum of x and z, has m*g, w the rest of g, and m (v - w)*g."""
-    x, m, z, w = (widened(t) for t in inputs)
     c0, _, c2, _ = spec.columns
     of_sum = map_of(spec.op, (c0, ABSENT, c2, ABSENT))
-    wide = widened(g)
-    *found, sums = gradients((needs[0], False, *needs[2:]), (m * wide,), of_sum, (x, None, z, None), noise, rows)
-    if needs[1]:
-        found[1] = (affine(of_sum, (x, None, z, None), noise, rows)[0] - w) * wide
+    found: list[Any] = [None] * 5
+    sums = None
     if needs[3]:
         found[3] = affine(map_of(spec.op, (ABSENT, BLEND, ABSENT, BLEND)), (g, inputs[1], None, g), None, rows)[0]
+    if (
+        needs[5]
+        or torch.is_grad_enabled()
+        or route(spec.op, g, *inputs) is not Route.DIRECT
+        or not extended(g, spec.op)
+    ):
+        x, m, z, w = (widened(t) for t in inputs)
+        wide = m * widened(g)
+        found[0], _, found[2], _, found[4], sums = gradients(
+            (needs[0], False, needs[2], False, *needs[4:]), (wide,), of_sum, (x, None, z, None), noise, rows
+        )
+    else:
+        for k, c in ((0, c0), (2, c2)):  # blended into nothing, which is 0
+            if needs[k]:
+                found[k] = affine(map_of(spec.op, (c, BLEND, ABSENT, BLEND)), (g, inputs[1], None, None), None, rows)[0]
+    if needs[1]:
+        x, m, z, w = (widened(t) for t in inputs)
+        found[1] = (affine(of_sum, (x, None, z, None), noise, rows)[0] - w) * widened(g)
     return [*(None if t is None else t.to(g.dtype) for t in found), sums]
 
 
