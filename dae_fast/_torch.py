@@ -129,9 +129,11 @@ class DirectFunction(torch.autograd.Function):
     replace it.
     """
 
-    @classmethod
-    def apply(cls, *arguments: Any) -> Any:
-        return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
+    apply: Callable[..., Any]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.apply = super(torch.autograd.Function, cls).apply  # type: ignore[misc]
 
 
 def gradients_in_torch(
