@@ -417,8 +417,8 @@ def _blended(op: str, terms: Sequence[Any], where: Any, otherwise: Any, also: An
     spec = (_made_blend if is_dynamo_compiling() else _kept_blend)(op, tuple(drawn))
     if not is_compiling():
         mask = where
-        if type(where) is type(otherwise) is Tensor and where.dtype != otherwise.dtype and where.dtype in MASKS:
-            mask = where.to(otherwise.dtype)
+        if type(where) is type(otherwise) is Tensor and where.dtype != otherwise.dtype:
+            mask = where.to(otherwise.dtype) if where.dtype in MASKS and otherwise.dtype in checks.DTYPES else where
         done = fast_map(spec.core, (*given, mask, otherwise), coefficients, None, None, out)
         if done is not None:
             if out is not None:
