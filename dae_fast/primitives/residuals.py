@@ -6,6 +6,7 @@ The loss and its gradient come from one pass over pred; neither the noise nor th
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -233,15 +234,24 @@ def pred_gradient_in_torch(spec: Loss, upstream: Tensor, operands: Residual, row
     return (scale.reshape(-1, *[1] * (pred.dim() - 1)) * slope).to(pred.dtype)
 
 
+def _are_signs(rows: Coefficients, columns: Sequence[int]) -> bool:
+    """Whether all are the number 1 or -1, by which nothing is rounded."""
+    return isinstance(rows.table, tuple) and all(abs(rows.table[c]) == 1 for c in columns)
+
+
+def _multiples(op: str, g: Tensor, columns: Sequence[int], rows: Coefficients) -> tuple[Tensor, ...]:
+    """g times each of the columns, two at the most, in one launch."""
+    maps = tuple(c for column in columns for c in (column, ABSENT, ABSENT, ABSENT))
+    return affine(map_of(op, maps), (g, None, None, None), None, rows) if maps else ()
+
+
 def gradients(
     needs: Any, spec: Loss, upstream: Tensor, operands: Residual, rows: Coefficients, kept: Tensor | None = None
 ) -> Gradients:
     """Of pred, y, z and the table, from the gradient (B,) of the sample means; kept: of a mask, once it is counted."""
     dtype = operands.pred.dtype
     others = [k for k in (1, 2) if needs[k]]
-    exact = (
-        isinstance(rows.table, tuple) and all(abs(rows.table[k]) == 1 for k in others) and not torch.is_grad_enabled()
-    )
+    exact = _are_signs(rows, others) and not torch.is_grad_enabled()
     # Those of the others are made of pred's, that would overflow in fp16 where they do not.
     if dtype != compute_dtype(dtype) and (needs[3] or (others and not exact)):
         operands = operands._replace(**{name: widened(getattr(operands, name)) for name in ("pred", "y", "z")})
@@ -249,11 +259,8 @@ def gradients(
     found: Gradients = [None] * 4
     g = _pred_gradient(spec, upstream, operands, rows, kept)
     found[0] = g.to(dtype)
-    if others:
-        columns = tuple(c for k in others for c in (k, ABSENT, ABSENT, ABSENT))
-        made = affine(map_of(spec.op, columns), (g, None, None, None), None, rows)
-        for k, t in zip(others, made, strict=True):
-            found[k] = t.to(dtype)
+    for k, t in zip(others, _multiples(spec.op, g, others, rows), strict=True):
+        found[k] = t.to(dtype)
     if needs[3]:
         dots = row_dots(spec.op, g, (None, y, z, None), noise).to(rows.table.dtype)
         dots = torch.nn.functional.pad(dots, (0, rows.table.shape[1] - dots.shape[1]))  # none for a delta
@@ -360,12 +367,9 @@ def _target_gradients(
     """
     found: list[Tensor | None] = [None, None]
     wanted = [k for k in (0, 1) if needs[k]]
-    table = rows.table
-    exact = isinstance(table, tuple) and all(abs(table[spec.columns[k]]) == 1 for k in wanted)
-    if exact or g.dtype == compute_dtype(g.dtype):
-        columns = tuple(c for k in wanted for c in (spec.columns[k], ABSENT, ABSENT, ABSENT))
-        made = affine(map_of(spec.op, columns), (g, None, None, None), None, rows) if wanted else ()
-        for k, t in zip(wanted, made, strict=True):
+    columns = [spec.columns[k] for k in wanted]
+    if _are_signs(rows, columns) or g.dtype == compute_dtype(g.dtype):
+        for k, t in zip(wanted, _multiples(spec.op, g, columns, rows), strict=True):
             found[k] = t
         return found
     for k in wanted:

@@ -177,24 +177,20 @@ def _blended_gradients(
     sums = None
     if needs[3]:
         found[3] = affine(map_of(spec.op, (ABSENT, BLEND, ABSENT, BLEND)), (g, inputs[1], None, g), None, rows)[0]
-    if (
-        needs[5]
-        or torch.is_grad_enabled()
-        or route(spec.op, g, *inputs) is not Route.DIRECT
-        or not extended(g, spec.op)
-    ):
-        x, m, z, w = (widened(t) for t in inputs)
-        wide = m * widened(g)
+    direct = not needs[5] and not torch.is_grad_enabled() and route(spec.op, g, *inputs) is Route.DIRECT
+    widens = not direct or not extended(g, spec.op)
+    if widens or needs[1]:
+        x, m, z, w, wide = (widened(t) for t in (*inputs, g))
+    if widens:
         found[0], _, found[2], _, found[4], sums = gradients(
-            (needs[0], False, needs[2], False, *needs[4:]), (wide,), of_sum, (x, None, z, None), noise, rows
+            (needs[0], False, needs[2], False, *needs[4:]), (m * wide,), of_sum, (x, None, z, None), noise, rows
         )
     else:
         for k, c in ((0, c0), (2, c2)):  # blended into nothing, which is 0
             if needs[k]:
                 found[k] = affine(map_of(spec.op, (c, BLEND, ABSENT, BLEND)), (g, inputs[1], None, None), None, rows)[0]
     if needs[1]:
-        x, m, z, w = (widened(t) for t in inputs)
-        found[1] = (affine(of_sum, (x, None, z, None), noise, rows)[0] - w) * widened(g)
+        found[1] = (affine(of_sum, (x, None, z, None), noise, rows)[0] - w) * wide
     return [*(None if t is None else t.to(g.dtype) for t in found), sums]
 
 
